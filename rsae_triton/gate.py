@@ -1,0 +1,210 @@
+"""RationalGate: the trainable scalar function h -> z of a Rational SAE, with its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ConfigError, NumericsError, ShapeError
+from .reference import GateSpec, GateTensors, rational_gate
+
+if TYPE_CHECKING:
+    from .remez import GateFit
+
+
+def smooth_step() -> tuple[list[float], list[float]]:
+    """a, b of g(u) = 1/2 + u / (1 + u^2), type (2, 2).
+
+    On [-1, 1] it rises from 0 to 1 and is flat at both ends, so that clipping its argument leaves no kink:
+    the smoothest rational stand-in for a Heaviside step, used where the gate's slope trains a threshold.
+    """
+    return [0.5, 1.0, 0.5], [0.0, 1.0]
+
+
+class RationalGate(nn.Module):
+    """A rational gate for `d_sae` features; feature f uses coefficient set ``f * groups // d_sae``.
+
+    Trained are alpha = a / s_a and beta = b / s_b, where s_a and s_b are the *unit-influence scales* (how much
+    one unit of a coefficient moves the gate at most), so that every parameter is O(1) although the coefficients
+    themselves reach 1e7. All parameters are float32 whatever dtype the module is moved to.
+
+    Args:
+        d_sae: number of features.
+        degree: (p, q), 0 to 12 each.
+        a, b: coefficients [p+1] and [q] (shared at first by all groups), or [groups, p+1] and [groups, q].
+        groups: number of coefficient sets; divides d_sae. 1 is "shared", d_sae "per feature".
+        form, domain, amplitude, backward: see `GateSpec`.
+        centre: c, a number or [groups].
+        input_scale, output_scale: C_in > 0 and C_out; a number, [groups] or [d_sae].
+        threshold: theta; a number or [d_sae].
+        activity_threshold: codes with |z| at or below it are exact zeros (direct form); a number or [d_sae].
+        numerator_scale, denominator_scale: unit-influence scales [p+1] and [q]; ones when not given.
+
+    Raises:
+        ConfigError, ShapeError, NumericsError: a setting, a size or a value that cannot be used.
+    """
+
+    numerator_scale: Tensor
+    denominator_scale: Tensor
+    activity_threshold: Tensor
+
+    def __init__(
+        self,
+        d_sae: int,
+        degree: Sequence[int],
+        a: Any,
+        b: Any,
+        *,
+        groups: int = 1,
+        form: str = "direct",
+        domain: str = "clamp",
+        amplitude: str = "rational",
+        backward: str = "soft",
+        centre: Any = 0.0,
+        input_scale: Any = 1.0,
+        output_scale: Any = 1.0,
+        threshold: Any = 0.0,
+        activity_threshold: Any = 0.0,
+        numerator_scale: Any = None,
+        denominator_scale: Any = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if len(degree) != 2:
+            raise ConfigError(f"degree is {degree!r}; give two integers (p, q)")
+        if not isinstance(groups, int) or groups < 1 or d_sae % groups:
+            raise ConfigError(f"groups={groups} does not divide d_sae={d_sae}; choose a divisor (1 = shared)")
+        self.d_sae, self.groups = d_sae, groups
+        self.degree = (degree[0], degree[1])
+        self.form, self.domain, self.amplitude, self.backward = form, domain, amplitude, backward
+        self.spec()  # refuses bad settings before any tensor is made
+        p, q = self.degree
+
+        def tensor(name: str, value: Any, *shapes: tuple[int, ...]) -> Tensor:
+            made = torch.as_tensor(value, dtype=torch.float32, device=device).detach().clone()
+            if made.dim() == len(shapes[0]) - 1:
+                made = made.unsqueeze(0)
+            if made.shape[1:] == shapes[0][1:] and made.shape[0] == 1 and (1, *shapes[0][1:]) not in shapes:
+                made = made.expand(shapes[0]).clone()
+            if tuple(made.shape) not in shapes:
+                raise ShapeError(f"{name} has shape {tuple(made.shape)}; expected {' or '.join(map(str, shapes))}")
+            if not bool(torch.isfinite(made).all()):
+                raise NumericsError(f"{name} holds NaN or infinity; gate parameters must be finite")
+            return made
+
+        scale_a = tensor("numerator_scale", [1.0] * (p + 1) if numerator_scale is None else numerator_scale, (groups, p + 1))
+        scale_b = tensor("denominator_scale", [1.0] * q if denominator_scale is None else denominator_scale, (groups, q))
+        for name, scale in (("numerator_scale", scale_a), ("denominator_scale", scale_b)):
+            if bool((scale <= 0).any()):
+                raise NumericsError(f"{name} must be positive; got a smallest value of {float(scale.min()):g}")
+        self.register_buffer("numerator_scale", scale_a)
+        self.register_buffer("denominator_scale", scale_b)
+        self.alpha = nn.Parameter(tensor("a", a, (groups, p + 1)) / scale_a)
+        self.beta = nn.Parameter(tensor("b", b, (groups, q)) / scale_b)
+        self.centre = nn.Parameter(tensor("centre", centre, (groups,)))
+        scale_in = tensor("input_scale", input_scale, (groups,), (1,), (d_sae,))
+        if bool((scale_in <= 0).any()):
+            raise NumericsError(f"input_scale must be positive; got a smallest value of {float(scale_in.min()):g}")
+        # C_in is trained through its logarithm: it stays positive, and a step is a relative change.
+        self.log_input_scale = nn.Parameter(scale_in.log())
+        self.output_scale = nn.Parameter(tensor("output_scale", output_scale, (groups,), (1,), (d_sae,)))
+        self.threshold = nn.Parameter(tensor("threshold", threshold, (d_sae,)))
+        self.register_buffer("activity_threshold", tensor("activity_threshold", activity_threshold, (1,), (d_sae,)))
+
+    @classmethod
+    def from_fit(
+        cls, fit: GateFit, d_sae: int, *, thresholds: Tensor | None = None, form: str = "direct", **options: Any
+    ) -> RationalGate:
+        """A gate from a certified fit.
+
+        Args:
+            fit: what `fit_gate` returned: for form="direct" a fit of the gate itself, for form="gated" a fit of
+                the step at 0.
+            thresholds: per-feature thresholds [d_sae] in units of h. In the direct form one shared (a, b) serves
+                them all because a JumpReLU is homogeneous, J_theta(l h) = l J_{theta/l}(h): feature f gets
+                C_in = C_out = thresholds[f] / fit.theta. In the gated form they become theta_f.
+            options: as for `RationalGate`.
+
+        Raises:
+            ConfigError: thresholds with a direct fit whose own theta is 0, or that are not positive.
+        """
+        if thresholds is not None and form == "direct":
+            if fit.theta <= 0:
+                raise ConfigError(
+                    "per-feature thresholds need a fit with theta > 0 (C_f = theta_f / theta); fit "
+                    "fit_gate('jumprelu', degree, theta=0.1, margin=0.02), or use form='gated'"
+                )
+            scale = torch.as_tensor(thresholds, dtype=torch.float32) / fit.theta
+            if bool((scale <= 0).any()):
+                raise ConfigError("per-feature thresholds of a direct gate must be positive; use form='gated'")
+            options = {"input_scale": scale, "output_scale": scale, **options}
+        elif thresholds is not None:
+            options = {"threshold": thresholds, **options}
+        return cls(
+            d_sae,
+            fit.degree,
+            fit.a,
+            fit.b,
+            form=form,
+            centre=fit.centre,
+            numerator_scale=fit.numerator_scale,
+            denominator_scale=fit.denominator_scale,
+            **options,
+        )
+
+    def numerator(self) -> Tensor:
+        """a, [groups, p+1]."""
+        return self.alpha * self.numerator_scale
+
+    def denominator(self) -> Tensor:
+        """b, [groups, q]."""
+        return self.beta * self.denominator_scale
+
+    @property
+    def input_scale(self) -> Tensor:
+        """C_in > 0, [groups] or [1] or [d_sae]."""
+        return self.log_input_scale.exp()
+
+    def spec(self, hard: bool = True) -> GateSpec:
+        """The kind of gate; hard=False asks for the dense rational code (amplitude "rational" always)."""
+        amplitude = self.amplitude if hard else "rational"
+        return GateSpec(*self.degree, self.form, self.domain, amplitude, hard, self.backward if hard else "soft")
+
+    def tensors(self) -> GateTensors:
+        """Everything per feature: [1, ...] where one set serves all features, [d_sae, ...] otherwise."""
+        sets = [self.numerator(), self.denominator(), self.centre, self.input_scale, self.output_scale]
+        if any(len(one) > 1 for one in sets):
+            sets = [one.repeat_interleave(self.d_sae // len(one), dim=0) for one in sets]
+        return GateTensors(*sets, self.threshold, self.activity_threshold.expand(self.d_sae))
+
+    def forward(self, hidden_pre: Tensor, *, hard: bool = True) -> Tensor:
+        """Pre-activations [..., d_sae] -> codes of the same shape, in plain PyTorch (float32 inside)."""
+        if hidden_pre.shape[-1:] != (self.d_sae,):
+            raise ShapeError(f"hidden_pre ends in {tuple(hidden_pre.shape[-1:])}; this gate has d_sae={self.d_sae}")
+        rows = hidden_pre.reshape(-1, self.d_sae)
+        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        return rational_gate(wide, self.tensors(), self.spec(hard))[0].to(rows.dtype).reshape(hidden_pre.shape)
+
+    @torch.no_grad()
+    def constrain_(self) -> None:
+        """Projects onto the feasible set after an optimiser step: a gated code opens only for h > theta >= 0."""
+        if self.form == "gated":
+            self.threshold.clamp_(min=0)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RationalGate:
+        # .to(bfloat16) moves the gate but keeps its precision: thresholds in bf16 silently stop learning.
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            narrowed = moved.is_floating_point() and moved.element_size() < 4
+            return tensor.to(moved.device) if narrowed else moved
+
+        return super()._apply(move, recurse)
+
+    def extra_repr(self) -> str:
+        groups = {1: "shared", self.d_sae: "per feature"}.get(self.groups, f"{self.groups} groups")
+        return f"d_sae={self.d_sae}, degree={self.degree}, {groups}, {self.form}, domain={self.domain}, " + (
+            f"amplitude={self.amplitude}, backward={self.backward}"
+        )
