@@ -30,7 +30,7 @@ INDUCTOR_ELEMENTS = 2**20
 
 
 def engine_for(n_elements: int, gate: GateTensors) -> str:
-    """"inductor" for training-size batches with shared coefficients where a C++ compiler is found, else "tiled"."""
+    """ "inductor" for training-size batches with shared coefficients where a C++ compiler is found, else "tiled"."""
     forced = os.environ.get("RSAE_CPU_ENGINE")
     if forced not in (None, "", "tiled", "inductor"):
         raise ConfigError(f"RSAE_CPU_ENGINE is {forced!r}; set it to tiled or inductor, or unset it")
@@ -79,7 +79,9 @@ class _Compiled:
         except torch._dynamo.exc.BackendCompilerFailed as error:
             cls.works = False
             reason = str(error).strip().splitlines()[0]
-            warnings.warn(f"torch.compile cannot build the CPU gate ({reason}); using the tiled path", stacklevel=4)
+            warnings.warn(
+                f"torch.compile cannot build the CPU gate ({reason}); using the tiled path", stacklevel=4
+            )
             return None
 
 

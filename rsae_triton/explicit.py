@@ -99,6 +99,10 @@ def gate_backward(
         db = torch.stack(powers, dim=1) if powers else h.new_zeros(len(h), 0)
         d_centre = -(dr * slope).sum(1)
     else:
-        da, db, d_centre = h.new_zeros(len(h), spec.p + 1), h.new_zeros(len(h), spec.q), torch.zeros_like(h[:, 0])
+        da, db, d_centre = (
+            h.new_zeros(len(h), spec.p + 1),
+            h.new_zeros(len(h), spec.q),
+            torch.zeros_like(h[:, 0]),
+        )
     unused = torch.zeros_like(d_theta)
     return dh, dh.sum(1), GateTensors(da, db, d_centre, d_input_scale, d_output_scale, d_theta, unused)

@@ -1,9 +1,9 @@
 """The differentiable encoder over the backends, and the one place where a backend is chosen.
 
-    "triton"  fused kernels on a CUDA device (or in Triton's interpreter)
-    "cpu"     BLAS plus the fused pointwise gate of cpu.py
-    "eager"   reference.py: plain PyTorch, any device, any dtype
-    "auto"    triton on CUDA, cpu on the CPU, eager elsewhere
+"triton"  fused kernels on a CUDA device (or in Triton's interpreter)
+"cpu"     BLAS plus the fused pointwise gate of cpu.py
+"eager"   reference.py: plain PyTorch, any device, any dtype
+"auto"    triton on CUDA, cpu on the CPU, eager elsewhere
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
         if dtype not in _TRITON_DTYPES:
             raise ConfigError(f"backend='triton' computes in float32, bfloat16 or float16, not {dtype}")
     if backend == "cpu" and device.type != "cpu":
-        raise ConfigError(f"backend='cpu' needs tensors on the CPU, these are on {device}; use backend='auto'")
+        raise ConfigError(
+            f"backend='cpu' needs tensors on the CPU, these are on {device}; use backend='auto'"
+        )
     return backend
 
 
@@ -138,8 +140,11 @@ class _RationalEncode(torch.autograd.Function):
             x_c.t() @ dh.t() if needs_W else None,
             db_enc.to(W_enc.dtype) if needs_b_enc else None,
             # A mat-vec: eager PyTorch forms the whole dx, a third GEMM, and sums it.
-            -(W_enc.float() @ db_enc.float()).to(W_enc.dtype) if needs_b_dec and W_enc.dtype != torch.float64
-            else -(W_enc @ db_enc) if needs_b_dec else None,
+            -(W_enc.float() @ db_enc.float()).to(W_enc.dtype)
+            if needs_b_dec and W_enc.dtype != torch.float64
+            else -(W_enc @ db_enc)
+            if needs_b_dec
+            else None,
             *(one if needed else None for one, needed in zip(folded, needs_gate, strict=True)),
             None,
             None,

@@ -1,0 +1,260 @@
+"""What every SAE of this package is: weights in SAELens' layout, shape checks, decoding, saving and loading."""
+
+from __future__ import annotations
+
+import abc
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .errors import ConfigError, FormatError, NumericsError, ShapeError
+
+CONFIG_FILE = "cfg.json"
+WEIGHTS_FILE = "sae_weights.safetensors"
+# The SAELens layout this follows; its readers look at this field first.
+SAE_LENS_VERSION = "6.54.0"
+
+
+class SparseAutoencoder(nn.Module, abc.ABC):
+    """Base of teachers and of `FusedRationalSAE`.
+
+    Attributes:
+        W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in]: trainable.
+        metadata: provenance (hook_name, model_name, activation_scale, ...), saved and loaded along.
+
+    Args:
+        d_in, d_sae: width of the activations and number of features, both at least 1.
+        apply_b_dec_to_input: whether b_dec is subtracted from the input before encoding.
+        dtype, device: of the weights. generator: seeds the random initial weights.
+    """
+
+    architecture: ClassVar[str]
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        *,
+        apply_b_dec_to_input: bool = True,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        metadata: dict[str, Any] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in (("d_in", d_in), ("d_sae", d_sae)):
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ConfigError(f"{name} is {size!r}; give a positive integer")
+        self.d_in, self.d_sae = d_in, d_sae
+        self.apply_b_dec_to_input = apply_b_dec_to_input
+        self.metadata = dict(metadata or {})
+        decoder = torch.randn(d_sae, d_in, generator=generator)
+        decoder = (decoder / decoder.norm(dim=1, keepdim=True)).to(device=device, dtype=dtype)
+        self.W_dec = nn.Parameter(decoder)
+        self.W_enc = nn.Parameter(decoder.t().contiguous().clone())
+        self.b_enc = nn.Parameter(torch.zeros(d_sae, dtype=dtype, device=device))
+        self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype, device=device))
+
+    # -- the forward pass
+
+    @abc.abstractmethod
+    def encode(self, x: Tensor) -> Tensor:
+        """Activations [..., d_in] -> the sparse code [..., d_sae]."""
+
+    def encode_with_counts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The code, and on how many tokens each feature is active [d_sae].
+
+        Where an SAE has trainable thresholds the counts are differentiable, so that l0 can be penalised.
+        """
+        z = self.encode(x)
+        return z, (z != 0).flatten(0, -2).sum(0).float()
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        """Codes [..., d_sae] -> reconstructions [..., d_in]."""
+        self._check_last(feature_acts, "feature_acts", "d_sae", self.d_sae)
+        return feature_acts @ self.W_dec + self.b_dec
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Activations [..., d_in] -> reconstructions [..., d_in]."""
+        return self.decode(self.encode(x))
+
+    def hidden_pre(self, x: Tensor) -> Tensor:
+        """Activations [..., d_in] -> pre-activations h [..., d_sae]."""
+        self._check_last(x, "x", "d_in", self.d_in)
+        return (x - self.b_dec if self.apply_b_dec_to_input else x) @ self.W_enc + self.b_enc
+
+    def _check_last(self, tensor: Tensor, name: str, size_name: str, size: int) -> None:
+        if tensor.dim() == 0 or tensor.shape[-1] != size:
+            raise ShapeError(
+                f"{name} has shape {tuple(tensor.shape)}; its last dimension must be {size_name}={size}"
+            )
+
+    # -- weights
+
+    @torch.no_grad()
+    def normalize_decoder_(self) -> None:
+        """Scales every decoder row to unit norm (rows of zeros are left)."""
+        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
+
+    @torch.no_grad()
+    def constrain_(self) -> None:
+        """Projects onto the feasible set after an optimiser step; nothing to do for most SAEs."""
+
+    @torch.no_grad()
+    def fold_activation_scale_(self, scale: float) -> Self:
+        """Turns an SAE of x * scale into the same SAE of x: codes are unchanged, reconstructions are in x's units.
+
+        Activations are scaled to a mean norm of sqrt(d_in) for training; what is saved should read the model's
+        own activations.
+        """
+        if not scale > 0:
+            raise NumericsError(f"activation scale is {scale}; it must be a positive number")
+        self.W_enc.mul_(scale)
+        self.W_dec.div_(scale)
+        self.b_dec.div_(scale)
+        return self
+
+    # -- files
+
+    def config(self) -> dict[str, Any]:
+        """What cfg.json holds: enough to build an empty SAE of this kind."""
+        return {
+            "architecture": self.architecture,
+            "d_in": self.d_in,
+            "d_sae": self.d_sae,
+            "dtype": str(self.W_enc.dtype).removeprefix("torch."),
+            "device": "cpu",
+            "apply_b_dec_to_input": self.apply_b_dec_to_input,
+            "normalize_activations": "none",
+            "reshape_activations": "none",
+            "metadata": {"sae_lens_version": SAE_LENS_VERSION, **self.metadata},
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """An SAE of this kind with the sizes of `config` and weights still to be loaded."""
+        return cls(**cls.common_arguments(config))
+
+    @staticmethod
+    def common_arguments(config: dict[str, Any]) -> dict[str, Any]:
+        """The constructor's arguments that every kind shares."""
+        return {
+            "d_in": config["d_in"],
+            "d_sae": config["d_sae"],
+            "apply_b_dec_to_input": config.get("apply_b_dec_to_input", True),
+            "dtype": parse_dtype(config.get("dtype", "float32")),
+            "metadata": {k: v for k, v in config.get("metadata", {}).items() if k != "sae_lens_version"},
+        }
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Writes cfg.json and sae_weights.safetensors (SAELens' layout), each atomically; returns the folder.
+
+        Raises:
+            NumericsError: a weight is NaN or infinite (nothing is written). OSError: the disk refuses.
+        """
+        folder = Path(folder)
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        for name, tensor in weights.items():
+            if not bool(torch.isfinite(tensor).all()):
+                bad = int((~torch.isfinite(tensor)).sum())
+                raise NumericsError(
+                    f"{name} holds {bad} NaN or infinite values; nothing was written to {folder}"
+                )
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(weights, path))
+        text = json.dumps(self.config(), indent=2, sort_keys=True)
+        _write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(text + "\n"))
+        return folder
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu") -> Self:
+        """Loads what `save_pretrained` wrote.
+
+        Raises:
+            FormatError: a file is missing, truncated, of another architecture, or lacks a tensor.
+        """
+        config, weights = read_folder(folder)
+        if config["architecture"] != cls.architecture:
+            raise FormatError(
+                f"{folder} holds an SAE of architecture {config['architecture']!r}, not {cls.architecture!r}; "
+                "use rsae_triton.load_teacher for teachers, FusedRationalSAE.from_pretrained for rational SAEs"
+            )
+        return cls.from_files(config, weights, folder).to(device)
+
+    @classmethod
+    def from_files(cls, config: dict[str, Any], weights: dict[str, Tensor], source: str | Path) -> Self:
+        """An SAE from a parsed configuration and its tensors; `source` is named in errors."""
+        try:
+            sae = cls.from_config(config)
+        except (KeyError, TypeError) as error:
+            raise FormatError(f"{Path(source) / CONFIG_FILE} lacks or misuses the field {error}") from error
+        expected = sae.state_dict()
+        missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+        if missing or unknown:
+            raise FormatError(
+                f"{Path(source) / WEIGHTS_FILE} does not fit its cfg.json: missing {missing or 'nothing'}, "
+                f"unknown {unknown or 'nothing'}"
+            )
+        for name, tensor in weights.items():
+            if tensor.shape != expected[name].shape:
+                raise FormatError(
+                    f"{name} in {Path(source) / WEIGHTS_FILE} has shape {tuple(tensor.shape)}; "
+                    f"cfg.json implies {tuple(expected[name].shape)}"
+                )
+            if not bool(torch.isfinite(tensor).all()):
+                raise NumericsError(
+                    f"{name} in {Path(source) / WEIGHTS_FILE} holds NaN or infinity; the file is bad"
+                )
+        sae.load_state_dict(weights)
+        return sae
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """ "float32" or "torch.float32" -> torch.float32."""
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise FormatError(f"dtype {name!r} is not one torch knows; use float32, bfloat16 or float16")
+    return dtype
+
+
+def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """cfg.json and the tensors of a saved SAE.
+
+    Raises:
+        FormatError: missing or unreadable files, or a configuration without an architecture.
+    """
+    folder = Path(folder)
+    config_path, weights_path = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    for path in (config_path, weights_path):
+        if not path.is_file():
+            raise FormatError(f"{path} does not exist; an SAE folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+    try:
+        config = json.loads(config_path.read_text())
+    except ValueError as error:
+        raise FormatError(f"{config_path} is not JSON ({error}); restore it or save the SAE again") from error
+    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+        raise FormatError(f"{config_path} names no architecture; it is not the configuration of an SAE")
+    try:
+        return config, load_file(weights_path)
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{weights_path} is truncated or not a safetensors file ({error})") from error
+
+
+def _write_atomically(path: Path, write: Any) -> None:
+    """Writes beside `path` and renames: a killed run leaves the old file or the new one, never half of one."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,161 @@
+"""FusedRationalSAE: the drop-in Rational SAE over the fused encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from .base import SparseAutoencoder
+from .errors import ConfigError
+from .gate import RationalGate, smooth_step
+from .ops import rational_encode, resolve_backend
+from .remez import fit_gate
+
+
+class FusedRationalSAE(SparseAutoencoder):
+    """A sparse autoencoder whose nonlinearity is a trainable rational function (arXiv:2606.14990).
+
+    `encode`, `decode` and `forward` take any leading shape; the codes carry exact zeros. Where a CUDA device is
+    there the encoder runs as one Triton kernel, forward and backward, elsewhere through the CPU backend.
+
+    Args:
+        d_in, d_sae: width of the activations, number of features.
+        degree, groups, form, domain, amplitude, backward: of the gate, see `RationalGate`. groups=1 shares one
+            rational, groups=d_sae gives every feature its own.
+        gate: a ready `RationalGate`; then the six arguments above are taken from it.
+        backend: "auto", "triton", "cpu" or "eager" (see `rsae_triton.ops`).
+        apply_b_dec_to_input, dtype, device, metadata, generator: see `SparseAutoencoder`.
+
+    Without `gate` a direct gate starts at the minimax fit of ReLU, a gated one at the smooth step (its type is
+    (2, 2); other degrees start at the minimax step with margin 0.1).
+    """
+
+    architecture: ClassVar[str] = "rational"
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        *,
+        degree: tuple[int, int] | None = None,
+        groups: int = 1,
+        form: str = "direct",
+        domain: str = "clamp",
+        amplitude: str = "rational",
+        backward: str = "soft",
+        gate: RationalGate | None = None,
+        backend: str = "auto",
+        apply_b_dec_to_input: bool = True,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        metadata: dict[str, Any] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(
+            d_in,
+            d_sae,
+            apply_b_dec_to_input=apply_b_dec_to_input,
+            dtype=dtype,
+            device=device,
+            metadata=metadata,
+            generator=generator,
+        )
+        if gate is None:
+            options = {"groups": groups, "domain": domain, "amplitude": amplitude, "backward": backward}
+            gate = _initial_gate(d_sae, degree, form, options)
+        elif gate.d_sae != d_sae:
+            raise ConfigError(f"the gate has d_sae={gate.d_sae}, the SAE d_sae={d_sae}; they must agree")
+        self.gate = gate.to(device) if device is not None else gate
+        self.backend = backend
+        resolve_backend(backend if backend != "triton" else "auto", self.W_enc.device, dtype)
+
+    def encode(self, x: Tensor, *, hard: bool = True) -> Tensor:
+        """Activations [..., d_in] -> the sparse code [..., d_sae]; hard=False gives the dense rational code."""
+        return self.encode_with_counts(x, hard=hard)[0]
+
+    def encode_with_counts(self, x: Tensor, *, hard: bool = True) -> tuple[Tensor, Tensor]:
+        """As `encode`, with the differentiable activity counts [d_sae] (float32)."""
+        self._check_last(x, "x", "d_in", self.d_in)
+        rows = x.reshape(-1, self.d_in)
+        W_enc, b_enc = self.W_enc, self.b_enc
+        b_dec = self.b_dec if self.apply_b_dec_to_input else None
+        if torch.is_autocast_enabled(x.device.type):
+            # The matrix product in the autocast dtype; x - b_dec before it and the gate after it in float32.
+            low = torch.get_autocast_dtype(x.device.type)
+            if b_dec is not None:
+                rows, b_dec = rows - b_dec, None
+            rows, W_enc, b_enc = rows.to(low), W_enc.to(low), b_enc.to(low)
+        elif rows.dtype != W_enc.dtype:
+            raise ConfigError(
+                f"x is {rows.dtype} but the SAE's weights are {W_enc.dtype}; convert one of them with .to(...)"
+            )
+        gate, spec = self.gate.tensors(), self.gate.spec(hard)
+        z, counts = rational_encode(rows, W_enc, b_enc, b_dec, gate, spec, self.backend)
+        return z.reshape(*x.shape[:-1], self.d_sae), counts
+
+    @torch.no_grad()
+    def constrain_(self) -> None:
+        """Projects the gate's thresholds onto theta >= 0 after an optimiser step."""
+        self.gate.constrain_()
+
+    def config(self) -> dict[str, Any]:
+        gate = self.gate
+        return {
+            **super().config(),
+            "degree": list(gate.degree),
+            "groups": gate.groups,
+            "form": gate.form,
+            "domain": gate.domain,
+            "amplitude": gate.amplitude,
+            "backward": gate.backward,
+            "input_scale_groups": len(gate.log_input_scale),
+            "output_scale_groups": len(gate.output_scale),
+            "activity_threshold_groups": len(gate.activity_threshold),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        p, q = config["degree"]
+        ones = {
+            f"{name}_scale": torch.ones(config.get(f"{name}_scale_groups", 1)) for name in ("input", "output")
+        }
+        gate = RationalGate(
+            config["d_sae"],
+            (p, q),
+            [0.0] * (p + 1),
+            [0.0] * q,
+            groups=config["groups"],
+            form=config["form"],
+            domain=config["domain"],
+            amplitude=config["amplitude"],
+            backward=config["backward"],
+            activity_threshold=torch.zeros(config.get("activity_threshold_groups", 1)),
+            **ones,
+        )
+        return cls(gate=gate, **cls.common_arguments(config))
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, device: torch.device | str = "cpu", *, backend: str = "auto"
+    ) -> Self:
+        """Loads what `save_pretrained` wrote; see `SparseAutoencoder.from_pretrained`."""
+        sae = super().from_pretrained(folder, device)
+        sae.backend = backend
+        return sae
+
+    def extra_repr(self) -> str:
+        return f"d_in={self.d_in}, backend={self.backend}"
+
+
+def _initial_gate(
+    d_sae: int, degree: tuple[int, int] | None, form: str, options: dict[str, Any]
+) -> RationalGate:
+    if form == "gated" and degree in (None, (2, 2)):
+        a, b = smooth_step()
+        return RationalGate(d_sae, (2, 2), a, b, form=form, **options)
+    if form == "gated":
+        return RationalGate.from_fit(fit_gate("step", degree, margin=0.1), d_sae, form=form, **options)
+    return RationalGate.from_fit(fit_gate("relu", degree or (3, 2)), d_sae, form=form, **options)
