@@ -1,0 +1,91 @@
+"""Where the error peaks on the continuous domain, and the lower bound that its alternation proves."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from rsae_triton.remez.problem import Problem
+from rsae_triton.remez.rational import Rational
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Signed weighted errors at their local extrema. t, error: [k], sorted by t. largest: max |error|."""
+
+    t: np.ndarray
+    error: np.ndarray
+
+    @property
+    def largest(self) -> float:
+        return float(np.max(np.abs(self.error)))
+
+
+def near_poles(r: Rational, problem: Problem) -> np.ndarray:
+    """Points of the domain beside every pole of r: a pole near the real line makes a spike an even grid
+    can miss, and its width is its imaginary part."""
+    poles = r.poles()
+    poles = poles[(np.abs(poles.real) < 1.5) & (np.abs(poles.imag) < 0.1)]
+    offsets = np.concatenate([-np.geomspace(0.1, 30, 15), [0.0], np.geomspace(0.1, 30, 15)])
+    return problem.inside((poles.real[:, None] + np.abs(poles.imag)[:, None] * offsets).ravel())
+
+
+def find_peaks(problem: Problem, r: Callable[[np.ndarray], np.ndarray], extra: np.ndarray, zooms: int = 5) -> Peaks:
+    """Local maxima of |weight * (value - r)| over the continuous domain: grid, then zooming between its points.
+
+    Each maximum on the grid is replaced by the best of 17 points between its neighbours, `zooms` times; each
+    zoom narrows the bracket eightfold.
+    """
+
+    def error(t: np.ndarray) -> np.ndarray:
+        return problem.weight(t) * (problem.value(t) - r(t))
+
+    grid = np.union1d(problem.grid, extra) if len(extra) else problem.grid
+    times, errors = [], []
+    for low_end, high_end in problem.pieces:
+        t = grid[(grid >= low_end) & (grid <= high_end)]
+        size = np.abs(error(t))
+        padded = np.concatenate([[-1.0], size, [-1.0]])
+        top = np.flatnonzero((padded[1:-1] >= padded[:-2]) & (padded[1:-1] > padded[2:]))
+        low, high = t[np.maximum(top - 1, 0)], t[np.minimum(top + 1, len(t) - 1)]
+        for _ in range(zooms):
+            ladder = low[:, None] + (high - low)[:, None] * np.linspace(0.0, 1.0, 17)
+            ladder = np.clip(ladder, low_end, high_end)
+            best = np.argmax(np.abs(error(ladder.ravel())).reshape(ladder.shape), axis=1)
+            rows = np.arange(len(top))
+            low, high = ladder[rows, np.maximum(best - 1, 0)], ladder[rows, np.minimum(best + 1, 16)]
+            peak = ladder[rows, best]
+        # The bracket's grid point itself stays a candidate: zooming may step off a kink.
+        found = np.where(np.abs(error(peak)) >= size[top], peak, t[top])
+        times.append(found)
+        errors.append(error(found))
+    return Peaks(np.concatenate(times), np.concatenate(errors))
+
+
+def alternation(peaks: Peaks, count: int) -> np.ndarray | None:
+    """Indices of `count` peaks whose errors alternate in sign with the largest smallest size; None if fewer do.
+
+    First the largest of each run of one sign; then, while there are too many, the smallest goes: alone at an
+    end, with its smaller neighbour in the middle.
+    """
+    kept: list[int] = []
+    for i, e in enumerate(peaks.error):
+        if e == 0.0:
+            continue
+        if kept and (peaks.error[kept[-1]] > 0) == (e > 0):
+            if abs(e) > abs(peaks.error[kept[-1]]):
+                kept[-1] = i
+        else:
+            kept.append(i)
+    while len(kept) > count:
+        size = np.abs(peaks.error[kept])
+        if len(kept) == count + 1:
+            kept.pop(0 if size[0] < size[-1] else -1)
+            continue
+        i = int(np.argmin(size))
+        if i in (0, len(kept) - 1):
+            kept.pop(i)
+        else:
+            j = i - 1 if size[i - 1] < size[i + 1] else i
+            del kept[j : j + 2]
+    return np.array(kept) if len(kept) == count else None

@@ -1,0 +1,119 @@
+"""The minimax solver: differential correction on a growing set of points, started from clustered poles."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+from rsae_triton.errors import ConvergenceError
+from rsae_triton.remez.correction import correct
+from rsae_triton.remez.extrema import alternation, find_peaks, near_poles
+from rsae_triton.remez.problem import Problem
+from rsae_triton.remez.rational import Rational, unit_influence
+
+CLOSE = 1e-6  # stop where the alternation proves the error optimal to this relative accuracy
+STEPS = 40  # differential-correction steps from one start; 8 to 20 are usual
+# Points beyond [-1, 1] where some attempts keep Q positive too: a pole there is allowed but can mislead them.
+FAR = 1.0 + np.geomspace(1e-3, 1e4, 40)
+FAR = np.concatenate([-FAR[::-1], FAR])
+
+
+@dataclass(frozen=True)
+class Solution:
+    """r with its largest error on the domain and the lower bound its alternation proves (0: none)."""
+
+    r: Rational
+    error: float
+    bound: float
+    n_lps: int
+
+    @property
+    def certified(self) -> bool:
+        return self.error <= self.bound * (1 + 10 * CLOSE)
+
+
+def poles_at(distances: np.ndarray, problem: Problem, p: int, q: int) -> Rational:
+    """Least-squares P over Q = prod (1 + (t - theta)^2 / distances^2); len(distances) <= q / 2."""
+    d = np.ones(1)
+    for distance in distances:
+        d = np.convolve(d, [1.0, 0.0, distance**-2])
+    d = np.concatenate([d, np.zeros(q + 1 - len(d))])
+    r = Rational(np.zeros(p + 1), d, problem.theta)
+    t = problem.grid
+    scales = unit_influence(r, t, p + 1)
+    columns = (t - r.centre)[:, None] ** np.arange(p + 1) * scales / r.denominator(t)[:, None]
+    weight = problem.weight(t)
+    a = np.linalg.lstsq(columns * weight[:, None], problem.value(t) * weight, rcond=None)[0]
+    return Rational(a * scales, d, problem.theta)
+
+
+def starts(problem: Problem, p: int, q: int) -> Iterator[Rational]:
+    """Starting points, the usual one first: poles in pairs above and below theta.
+
+    With a gap they are spaced geometrically from the margin to 1, as Zolotarev's are; without, tapered towards
+    a kink (Stahl 1993). Then fewer of them, and poles far away for smooth targets.
+    """
+    fitting = min(q, p + 1) // 2
+    for pairs in dict.fromkeys([fitting, (fitting + 1) // 2, q // 2, 0]):
+        k = np.arange(pairs) + 0.5
+        if problem.margin > 0:
+            yield poles_at(problem.margin ** (k / max(pairs, 1)), problem, p, q)
+        else:
+            yield poles_at(np.exp(3 * (np.sqrt(k) - np.sqrt(pairs))), problem, p, q)
+        if pairs:
+            yield poles_at(np.linspace(1.0, 2.0, pairs), problem, p, q)
+
+
+def _first_points(problem: Problem, count: int) -> np.ndarray:
+    """Chebyshev points of each piece: dense at its ends, where extrema are."""
+    lobes = 0.5 * (1 - np.cos(np.linspace(0, np.pi, count)))
+    return problem.inside(np.concatenate([low + (high - low) * lobes for low, high in problem.pieces]))
+
+
+def _descend(problem: Problem, r: Rational, far: np.ndarray) -> Solution:
+    p, q = len(r.a) - 1, len(r.d) - 1
+    hull = np.union1d(problem.grid, problem.gap)
+    active = _first_points(problem, 3 * (p + q + 2))
+    guards = np.union1d(problem.gap[::4], far)
+    best, n_lps, idle = Solution(r, np.inf, 0.0, 0), 0, 0
+    floor = 1e-14 * (1.0 + float(np.max(np.abs(problem.value(problem.grid)))))
+    for _ in range(STEPS):
+        peaks = find_peaks(problem, r, near_poles(r, problem))
+        chosen = alternation(peaks, p + q + 2)
+        bound = 0.0 if chosen is None else float(np.min(np.abs(peaks.error[chosen])))
+        idle = 0 if peaks.largest < best.error * (1 - CLOSE) else idle + 1
+        best = Solution(
+            r if peaks.largest < best.error else best.r, min(peaks.largest, best.error), max(bound, best.bound), n_lps
+        )
+        if best.certified or best.error <= floor or idle >= 4:
+            break
+        active = problem.inside(np.concatenate([active, peaks.t]))
+        try:
+            step = correct(problem, r, active, guards, far)
+        except ConvergenceError:
+            break
+        n_lps, guards, r = n_lps + step.n_lps, step.guards, step.r
+        centre = r.lowest(hull)
+        if -1 < centre < 1:
+            r = r.recentred(centre)
+    return Solution(best.r, best.error, best.bound, n_lps)
+
+
+def solve(problem: Problem, p: int, q: int) -> Solution:
+    """The best rational of type (p, q) with Q > 0 on [-1, 1], the gap included.
+
+    Raises ConvergenceError when no start leads anywhere.
+    """
+    best: Solution | None = None
+    n_lps = 0
+    for far, start in product((np.empty(0), FAR), starts(problem, p, q)):
+        found = _descend(problem, start, far)
+        n_lps += found.n_lps
+        if best is None or found.error < best.error:
+            best = found
+        if found.certified:
+            break
+    if best is None or not np.isfinite(best.error):
+        raise ConvergenceError(f"no start of type ({p}, {q}) led to a finite error")
+    return Solution(best.r, best.error, best.bound, n_lps)

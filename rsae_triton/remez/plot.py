@@ -1,0 +1,65 @@
+"""The figure of a fit: the gate over its target, and the error between the two lines that certify it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from rsae_triton.remez.problem import TARGETS, Problem, make_problem
+from rsae_triton.remez.rational import Rational
+
+if TYPE_CHECKING:
+    from rsae_triton.remez.gatefit import GateFit
+
+
+def _dense(fit: "GateFit") -> np.ndarray:
+    """Even points, points that cluster at theta, and points under the poles, in [-1, 1]."""
+    steps = np.geomspace(1e-7, 2.0, 600)
+    poles = Rational(fit.a, np.concatenate([[1.0], fit.b]), fit.centre).poles()
+    near = (poles.real[:, None] + np.abs(poles.imag)[:, None] * np.linspace(-5, 5, 41)).ravel()
+    t = np.concatenate([np.linspace(-1, 1, 2001), fit.theta - steps, fit.theta + steps, near, fit.reference])
+    return np.unique(t[np.abs(t) <= 1])
+
+
+def _problem(fit: "GateFit") -> Problem | None:
+    """The target to draw: the fit's own, a named one rebuilt, or None (a callable's fit read from a file)."""
+    if fit.problem is not None:
+        return fit.problem
+    if fit.target in TARGETS and not fit.weighted:
+        return make_problem(fit.target, fit.theta, fit.margin, jump_needs_margin=False)
+    return None
+
+
+def plot_fit(fit: "GateFit", path: str | Path | None = None) -> Figure:
+    """Draws r and its target above, and target - r with error, lower bound and reference points below.
+
+    The figure belongs to no window or global state. Saved to `path` (any suffix matplotlib knows) if given.
+    """
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    t = _dense(fit)
+    above.plot(t, fit(t), color="C0", label=f"r, degree {fit.degree}")
+    problem = _problem(fit)
+    if problem is not None:
+        for low, high in problem.pieces:
+            x = t[(t >= low) & (t <= high)]
+            above.plot(x, problem.value(x), "k--", lw=1, label=fit.target if low == -1 else None)
+            below.plot(x, problem.weight(x) * (problem.value(x) - fit(x)), color="C0", lw=1)
+        at = fit.reference
+        error = problem.weight(at) * (problem.value(at) - fit(at))
+        below.plot(at, error, "o", ms=4, color="C3", label="reference")
+    for sign in (-1, 1):
+        below.axhline(sign * fit.error, color="0.4", lw=0.8, label="error" if sign == 1 else None)
+        below.axhline(sign * fit.lower_bound, color="C2", lw=0.8, ls=":", label="lower bound" if sign == 1 else None)
+    for axis in (above, below):
+        if fit.margin > 0:
+            axis.axvspan(fit.theta - fit.margin, fit.theta + fit.margin, color="0.92", lw=0)
+        axis.legend(loc="upper left", fontsize="small")
+    title = f"{fit.target} {fit.degree}  error {fit.error:.4g}  lower bound {fit.lower_bound:.4g}"
+    above.set(title=title, ylabel="gate")
+    below.set(xlabel="t", ylabel="target − r", xlim=(-1, 1))
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    return figure

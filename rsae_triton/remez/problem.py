@@ -1,0 +1,144 @@
+"""What is approximated: a target on [-1, 1], the gap left out around its jump, and the points to look at.
+
+All functions of this package work on the scaled pre-activation t in [-1, 1] (design: t = (h - theta) / C_in).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from rsae_triton.errors import ConfigError, NumericsError
+
+Target = str | Callable[[np.ndarray], np.ndarray]
+Weight = Callable[[np.ndarray], np.ndarray] | np.ndarray
+TARGETS = ("relu", "step", "jumprelu")
+MAX_DEGREE = 12
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A weighted minimax problem max over the domain of weight(t) * |value(t) - r(t)|.
+
+    pieces: the closed intervals of the domain, in order. breaks: where the target or its slope jumps.
+    grid: points of the domain, sorted, [n]. gap: points of [-1, 1] outside the domain, where r only has to
+    be free of poles.
+    """
+
+    name: str
+    value: Callable[[np.ndarray], np.ndarray]
+    weight: Callable[[np.ndarray], np.ndarray]
+    theta: float
+    margin: float
+    pieces: tuple[tuple[float, float], ...]
+    breaks: tuple[float, ...]
+    grid: np.ndarray
+    gap: np.ndarray
+
+    def inside(self, t: np.ndarray) -> np.ndarray:
+        """The points of t that lie in the domain, sorted and without repetition."""
+        t = np.unique(t)
+        keep = np.zeros(t.shape, bool)
+        for low, high in self.pieces:
+            keep |= (t >= low) & (t <= high)
+        return t[keep]
+
+    def outside(self, t: np.ndarray) -> np.ndarray:
+        """The points of t in the gap, sorted and without repetition."""
+        if len(self.pieces) < 2:
+            return np.empty(0)
+        return np.unique(t[(t > self.pieces[0][1]) & (t < self.pieces[1][0])])
+
+
+def _builtin(name: str, theta: float) -> Callable[[np.ndarray], np.ndarray]:
+    if name == "relu":
+        return lambda t: np.maximum(t, 0.0)
+    if name == "step":
+        return lambda t: np.where(t > theta, 1.0, 0.0)
+    return lambda t: np.where(t > theta, t, 0.0)
+
+
+def _checked(function: Callable[[np.ndarray], np.ndarray], what: str) -> Callable[[np.ndarray], np.ndarray]:
+    def value(t: np.ndarray) -> np.ndarray:
+        result = np.asarray(function(t), dtype=np.float64)
+        if result.shape != t.shape:
+            raise ConfigError(f"{what} must be vectorised: it gave shape {result.shape} for shape {t.shape}")
+        if not np.all(np.isfinite(result)):
+            raise NumericsError(f"{what} is not finite at t = {t[~np.isfinite(result)].flat[0]:.6g}")
+        return result
+
+    return value
+
+
+def _weight_function(weight: Weight | None, points: int) -> Callable[[np.ndarray], np.ndarray]:
+    if weight is None:
+        return np.ones_like
+    if callable(weight):
+        return _checked(weight, "weight")
+    values = np.asarray(weight, dtype=np.float64)
+    if values.shape != (points,):
+        raise ConfigError(f"an array weight needs shape ({points},), one value a grid point; got {values.shape}")
+    grid = np.linspace(-1.0, 1.0, points)
+    return _checked(lambda t: np.interp(t, grid, values), "weight")
+
+
+def around(centre: float, nearest: float, count: int = 60) -> np.ndarray:
+    """Points that cluster geometrically at `centre` from both sides, [2 * count + 1], unclipped.
+
+    The extrema of a best approximant cluster at a singularity at a geometric rate (Stahl 1993), so an even
+    grid alone misses most of them.
+    """
+    steps = np.geomspace(nearest, 2.0, count)
+    return np.concatenate([centre - steps, [centre], centre + steps])
+
+
+def make_problem(
+    target: Target, theta: float = 0.0, margin: float = 0.0, weight: Weight | None = None, points: int = 4001,
+    *, jump_needs_margin: bool = True,
+) -> Problem:
+    """Checks the arguments of `fit_gate` and lays the grid.
+
+    Raises ConfigError for an unknown target, a jump without a margin, a gap that leaves no domain on one
+    side, a weight that is not positive; NumericsError where target or weight is not finite.
+    """
+    theta, margin = float(theta), float(margin)
+    if not (np.isfinite(theta) and np.isfinite(margin)) or margin < 0:
+        raise ConfigError(f"theta must be finite and margin >= 0; got theta={theta}, margin={margin}")
+    if points < 101:
+        raise ConfigError(f"points must be at least 101; got {points}")
+    if isinstance(target, str):
+        if target not in TARGETS:
+            raise ConfigError(f"unknown target {target!r}; use one of {', '.join(TARGETS)} or a callable")
+        if target == "relu" and theta != 0.0:
+            raise ConfigError(f"relu has its kink at 0: theta must be 0, got {theta}; use jumprelu for a threshold")
+        name, value = target, _builtin(target, theta)
+        jumps = target == "step" or (target == "jumprelu" and theta != 0.0)
+        if jumps and margin == 0.0 and jump_needs_margin:
+            raise ConfigError(
+                f"{target} jumps at theta={theta}: no rational comes closer than half the jump with margin=0; "
+                "give the half-width of the gap to leave out, for example margin=0.02"
+            )
+    elif callable(target):
+        name, value = getattr(target, "__name__", type(target).__name__), target
+    else:
+        raise ConfigError(f"target must be a name or a callable; got {type(target).__name__}")
+    if abs(theta) + margin >= 1.0:
+        raise ConfigError(f"theta={theta} with margin={margin} leaves no domain on one side of the gap in [-1, 1]")
+
+    low, high = theta - margin, theta + margin
+    pieces = ((-1.0, low), (high, 1.0)) if margin > 0 else ((-1.0, 1.0),)
+    breaks = (theta,)
+    problem = Problem(
+        name, _checked(value, "target"), _weight_function(weight, points), theta, margin, pieces, breaks,
+        np.empty(0), np.empty(0),
+    )
+    # Edges of a gap are ordinary ends of an interval: extrema come no closer than a fraction of the margin.
+    clusters = [around(edge, max(margin * 1e-3, 1e-10)) for edge in {low, high}]
+    laid = np.concatenate([np.linspace(-1.0, 1.0, points), *clusters, np.cos(np.linspace(0, np.pi, 301))])
+    gap = problem.outside(np.concatenate([np.linspace(low, high, 41), around(theta, margin * 1e-3, 20)])) \
+        if margin > 0 else np.empty(0)
+    grid = problem.inside(laid)
+    weights = problem.weight(grid)
+    if np.any(weights < 0) or not np.any(weights > 0):
+        raise ConfigError("weight must be >= 0 and somewhere > 0 on the domain")
+    return Problem(name, problem.value, problem.weight, theta, margin, pieces, breaks, grid, gap)

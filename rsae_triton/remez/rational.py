@@ -1,0 +1,96 @@
+"""A rational function in powers of s = t - centre, and the centre that makes it a safe Pade form.
+
+r = P(s) / Q(s), Q = 1 + sum_{1<=j<=q} b_j s^j. Evaluated elsewhere as P / (1 + |B|), so B must not be negative.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+def horner(coefficients: np.ndarray, s: Any) -> Any:
+    """sum_k coefficients[k] * s**k in the dtype of s (numpy array, torch tensor or number)."""
+    value = s * 0.0 + float(coefficients[-1])
+    for coefficient in coefficients[-2::-1]:
+        value = value * s + float(coefficient)
+    return value
+
+
+def safe_pade(a: np.ndarray, b: np.ndarray, centre: float, t: Any) -> Any:
+    """P(s) / (1 + |B(s)|), s = t - centre, in the dtype of t. a: [p+1]. b: [q], of s^1 .. s^q."""
+    s = t - centre
+    numerator = horner(a, s)
+    return numerator / (1.0 + abs(s * horner(b, s))) if len(b) else numerator
+
+
+def shifted(coefficients: np.ndarray, by: float) -> np.ndarray:
+    """Coefficients of x -> p(x + by): Taylor shift by repeated synthetic division, in extended precision."""
+    c = np.array(coefficients, dtype=np.longdouble)
+    for i in range(len(c) - 1):
+        for k in range(len(c) - 2, i - 1, -1):
+            c[k] += np.longdouble(by) * c[k + 1]
+    return c
+
+
+@dataclass(frozen=True)
+class Rational:
+    """P(s) / Q(s), s = t - centre, plain: Q may be negative somewhere. a: [p+1]; d: [q+1] with d[0] = 1."""
+
+    a: np.ndarray
+    d: np.ndarray
+    centre: float
+
+    def numerator(self, t: np.ndarray) -> np.ndarray:
+        return horner(self.a, t - self.centre)
+
+    def denominator(self, t: np.ndarray) -> np.ndarray:
+        return horner(self.d, t - self.centre)
+
+    def __call__(self, t: np.ndarray) -> np.ndarray:
+        return self.numerator(t) / self.denominator(t)
+
+    def recentred(self, centre: float) -> "Rational":
+        """The same function in powers of t - centre, normalised so that Q(centre) = 1."""
+        by = float(centre) - self.centre
+        a, d = shifted(self.a, by), shifted(self.d, by)
+        return Rational((a / d[0]).astype(np.float64), (d / d[0]).astype(np.float64), float(centre))
+
+    def poles(self) -> np.ndarray:
+        """The roots of Q in t, complex. Leading zeros of Q are dropped by relative size."""
+        # In units u = s * scale with Q's coefficients of one size, as companion matrices like it.
+        used = np.flatnonzero(self.d)
+        d = self.d[: used[-1] + 1]
+        if len(d) < 2:
+            return np.empty(0, complex)
+        scale = abs(d[-1]) ** (1.0 / (len(d) - 1))
+        scaled = d / scale ** np.arange(len(d))
+        return np.polynomial.polynomial.polyroots(scaled) / scale + self.centre
+
+    def lowest(self, points: np.ndarray) -> float:
+        """The minimiser of Q over the interval that `points` (sorted) spans, to full precision."""
+        values = self.denominator(points)
+        i = int(np.argmin(values))
+        low, high = points[max(i - 1, 0)], points[min(i + 1, len(points) - 1)]
+        slope = self.d[1:] * np.arange(1, len(self.d))
+        if len(slope) == 0:
+            return float(points[i])
+        if i in (0, len(points) - 1) and horner(slope, points[i] - self.centre) * (1 if i == 0 else -1) >= 0:
+            return float(points[i])
+        if len(slope) < 2:
+            return float(points[i])
+        # Bisection on Q' cannot leave the bracket; sixty halvings reach the last bit of a double.
+        for _ in range(60):
+            middle = 0.5 * (low + high)
+            if horner(slope, middle - self.centre) < 0:
+                low = middle
+            else:
+                high = middle
+        return float(0.5 * (low + high))
+
+
+def unit_influence(r: Rational, points: np.ndarray, count: int) -> np.ndarray:
+    """s_k = 1 / max |s^k / Q| over points, k < count: a_k / s_k is the most that term k adds to r."""
+    s = points - r.centre
+    powers = np.abs(s)[:, None] ** np.arange(count)
+    return 1.0 / np.max(powers / np.abs(r.denominator(points))[:, None], axis=0)
