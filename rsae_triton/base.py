@@ -92,9 +92,7 @@ class SparseAutoencoder(nn.Module, abc.ABC):
 
     def _check_last(self, tensor: Tensor, name: str, size_name: str, size: int) -> None:
         if tensor.dim() == 0 or tensor.shape[-1] != size:
-            raise ShapeError(
-                f"{name} has shape {tuple(tensor.shape)}; its last dimension must be {size_name}={size}"
-            )
+            raise ShapeError(f"{name} has shape {tuple(tensor.shape)}; its last dimension must be {size_name}={size}")
 
     # -- weights
 
@@ -164,9 +162,7 @@ class SparseAutoencoder(nn.Module, abc.ABC):
         for name, tensor in weights.items():
             if not bool(torch.isfinite(tensor).all()):
                 bad = int((~torch.isfinite(tensor)).sum())
-                raise NumericsError(
-                    f"{name} holds {bad} NaN or infinite values; nothing was written to {folder}"
-                )
+                raise NumericsError(f"{name} holds {bad} NaN or infinite values; nothing was written to {folder}")
         folder.mkdir(parents=True, exist_ok=True)
         _write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(weights, path))
         text = json.dumps(self.config(), indent=2, sort_keys=True)
@@ -209,9 +205,7 @@ class SparseAutoencoder(nn.Module, abc.ABC):
                     f"cfg.json implies {tuple(expected[name].shape)}"
                 )
             if not bool(torch.isfinite(tensor).all()):
-                raise NumericsError(
-                    f"{name} in {Path(source) / WEIGHTS_FILE} holds NaN or infinity; the file is bad"
-                )
+                raise NumericsError(f"{name} in {Path(source) / WEIGHTS_FILE} holds NaN or infinity; the file is bad")
         sae.load_state_dict(weights)
         return sae
 

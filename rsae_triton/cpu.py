@@ -79,9 +79,7 @@ class _Compiled:
         except torch._dynamo.exc.BackendCompilerFailed as error:
             cls.works = False
             reason = str(error).strip().splitlines()[0]
-            warnings.warn(
-                f"torch.compile cannot build the CPU gate ({reason}); using the tiled path", stacklevel=4
-            )
+            warnings.warn(f"torch.compile cannot build the CPU gate ({reason}); using the tiled path", stacklevel=4)
             return None
 
 

@@ -90,9 +90,7 @@ class RationalGate(nn.Module):
             if made.shape[1:] == shapes[0][1:] and made.shape[0] == 1 and (1, *shapes[0][1:]) not in shapes:
                 made = made.expand(shapes[0]).clone()
             if tuple(made.shape) not in shapes:
-                raise ShapeError(
-                    f"{name} has shape {tuple(made.shape)}; expected {' or '.join(map(str, shapes))}"
-                )
+                raise ShapeError(f"{name} has shape {tuple(made.shape)}; expected {' or '.join(map(str, shapes))}")
             if not bool(torch.isfinite(made).all()):
                 raise NumericsError(f"{name} holds NaN or infinity; gate parameters must be finite")
             return made
@@ -107,9 +105,7 @@ class RationalGate(nn.Module):
         )
         for name, scale in (("numerator_scale", scale_a), ("denominator_scale", scale_b)):
             if bool((scale <= 0).any()):
-                raise NumericsError(
-                    f"{name} must be positive; got a smallest value of {float(scale.min()):g}"
-                )
+                raise NumericsError(f"{name} must be positive; got a smallest value of {float(scale.min()):g}")
         self.register_buffer("numerator_scale", scale_a)
         self.register_buffer("denominator_scale", scale_b)
         self.alpha = nn.Parameter(tensor("a", a, (groups, p + 1)) / scale_a)
@@ -117,16 +113,12 @@ class RationalGate(nn.Module):
         self.centre = nn.Parameter(tensor("centre", centre, (groups,)))
         scale_in = tensor("input_scale", input_scale, (groups,), (1,), (d_sae,))
         if bool((scale_in <= 0).any()):
-            raise NumericsError(
-                f"input_scale must be positive; got a smallest value of {float(scale_in.min()):g}"
-            )
+            raise NumericsError(f"input_scale must be positive; got a smallest value of {float(scale_in.min()):g}")
         # C_in is trained through its logarithm: it stays positive, and a step is a relative change.
         self.log_input_scale = nn.Parameter(scale_in.log())
         self.output_scale = nn.Parameter(tensor("output_scale", output_scale, (groups,), (1,), (d_sae,)))
         self.threshold = nn.Parameter(tensor("threshold", threshold, (d_sae,)))
-        self.register_buffer(
-            "activity_threshold", tensor("activity_threshold", activity_threshold, (1,), (d_sae,))
-        )
+        self.register_buffer("activity_threshold", tensor("activity_threshold", activity_threshold, (1,), (d_sae,)))
 
     @classmethod
     def from_fit(
@@ -159,9 +151,7 @@ class RationalGate(nn.Module):
                 )
             scale = torch.as_tensor(thresholds, dtype=torch.float32) / fit.theta
             if bool((scale <= 0).any()):
-                raise ConfigError(
-                    "per-feature thresholds of a direct gate must be positive; use form='gated'"
-                )
+                raise ConfigError("per-feature thresholds of a direct gate must be positive; use form='gated'")
             options = {"input_scale": scale, "output_scale": scale, **options}
         elif thresholds is not None:
             options = {"threshold": thresholds, **options}
@@ -193,9 +183,7 @@ class RationalGate(nn.Module):
     def spec(self, hard: bool = True) -> GateSpec:
         """The kind of gate; hard=False asks for the dense rational code (amplitude "rational" always)."""
         amplitude = self.amplitude if hard else "rational"
-        return GateSpec(
-            *self.degree, self.form, self.domain, amplitude, hard, self.backward if hard else "soft"
-        )
+        return GateSpec(*self.degree, self.form, self.domain, amplitude, hard, self.backward if hard else "soft")
 
     def tensors(self) -> GateTensors:
         """Everything per feature: [1, ...] where one set serves all features, [d_sae, ...] otherwise."""
@@ -207,14 +195,10 @@ class RationalGate(nn.Module):
     def forward(self, hidden_pre: Tensor, *, hard: bool = True) -> Tensor:
         """Pre-activations [..., d_sae] -> codes of the same shape, in plain PyTorch (float32 inside)."""
         if hidden_pre.shape[-1:] != (self.d_sae,):
-            raise ShapeError(
-                f"hidden_pre ends in {tuple(hidden_pre.shape[-1:])}; this gate has d_sae={self.d_sae}"
-            )
+            raise ShapeError(f"hidden_pre ends in {tuple(hidden_pre.shape[-1:])}; this gate has d_sae={self.d_sae}")
         rows = hidden_pre.reshape(-1, self.d_sae)
         wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        return (
-            rational_gate(wide, self.tensors(), self.spec(hard))[0].to(rows.dtype).reshape(hidden_pre.shape)
-        )
+        return rational_gate(wide, self.tensors(), self.spec(hard))[0].to(rows.dtype).reshape(hidden_pre.shape)
 
     @torch.no_grad()
     def constrain_(self) -> None:

@@ -62,9 +62,7 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
         if dtype not in _TRITON_DTYPES:
             raise ConfigError(f"backend='triton' computes in float32, bfloat16 or float16, not {dtype}")
     if backend == "cpu" and device.type != "cpu":
-        raise ConfigError(
-            f"backend='cpu' needs tensors on the CPU, these are on {device}; use backend='auto'"
-        )
+        raise ConfigError(f"backend='cpu' needs tensors on the CPU, these are on {device}; use backend='auto'")
     return backend
 
 

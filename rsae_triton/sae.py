@@ -119,9 +119,7 @@ class FusedRationalSAE(SparseAutoencoder):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         p, q = config["degree"]
-        ones = {
-            f"{name}_scale": torch.ones(config.get(f"{name}_scale_groups", 1)) for name in ("input", "output")
-        }
+        ones = {f"{name}_scale": torch.ones(config.get(f"{name}_scale_groups", 1)) for name in ("input", "output")}
         gate = RationalGate(
             config["d_sae"],
             (p, q),
@@ -138,9 +136,7 @@ class FusedRationalSAE(SparseAutoencoder):
         return cls(gate=gate, **cls.common_arguments(config))
 
     @classmethod
-    def from_pretrained(
-        cls, folder: str | Path, device: torch.device | str = "cpu", *, backend: str = "auto"
-    ) -> Self:
+    def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu", *, backend: str = "auto") -> Self:
         """Loads what `save_pretrained` wrote; see `SparseAutoencoder.from_pretrained`."""
         sae = super().from_pretrained(folder, device)
         sae.backend = backend
@@ -150,9 +146,7 @@ class FusedRationalSAE(SparseAutoencoder):
         return f"d_in={self.d_in}, backend={self.backend}"
 
 
-def _initial_gate(
-    d_sae: int, degree: tuple[int, int] | None, form: str, options: dict[str, Any]
-) -> RationalGate:
+def _initial_gate(d_sae: int, degree: tuple[int, int] | None, form: str, options: dict[str, Any]) -> RationalGate:
     if form == "gated" and degree in (None, (2, 2)):
         a, b = smooth_step()
         return RationalGate(d_sae, (2, 2), a, b, form=form, **options)

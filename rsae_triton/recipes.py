@@ -1,0 +1,154 @@
+"""What is minimised: named recipes for teachers and for Rational SAEs, and the controller that holds l0."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from .base import SparseAutoencoder
+from .errors import ConfigError
+from .sae import FusedRationalSAE
+from .teachers import JumpReluSAE, ReluSAE, TopKSAE, keep_largest
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One objective: mse + weight * sparsity.
+
+    Attributes:
+        name: how it is called on the command line.
+        sparsity: "l1" on |z| * ||W_dec row||, "l0" on the (differentiable) number of active features, or "none".
+        weight: of the sparsity term; its start where `target_l0` steers it.
+        target_l0: hold the l0 of the training batches here by steering the weight; None keeps the weight.
+        soft: train on the dense rational code instead of the shipped one (the paper's way; see docs/experiments.md).
+        aux_k: dead features that reconstruct the residual (TopK's auxiliary loss, arXiv:2406.04093), 0 for none.
+        frozen: names of gate parameters that stay as stage 1 left them.
+        lr_scale: learning-rate factor by parameter-name ending.
+    """
+
+    name: str
+    sparsity: str = "l1"
+    weight: float = 1.0
+    target_l0: float | None = None
+    soft: bool = False
+    aux_k: int = 0
+    frozen: tuple[str, ...] = ()
+    lr_scale: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.sparsity not in ("l1", "l0", "none"):
+            raise ConfigError(f"sparsity is {self.sparsity!r}; choose l1, l0 or none")
+        if self.weight < 0 or not math.isfinite(self.weight):
+            raise ConfigError(f"the sparsity weight is {self.weight}; give a number that is not negative")
+        if self.target_l0 is not None and not self.target_l0 > 0:
+            raise ConfigError(f"target_l0 is {self.target_l0}; give a positive number of features")
+
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("relu", "l1", weight=3.0),
+        Recipe("jumprelu", "l0", weight=0.6, lr_scale={"threshold": 10.0}),
+        Recipe("topk", "none", weight=0.0, aux_k=256),
+        # The paper to the letter (section 3.3): every parameter, mse + l1 on the soft code.
+        Recipe("paper", "l1", weight=3.0, soft=True),
+        # Train the code that is shipped: zeros made by the hard gate, gradients by the rational's slope.
+        Recipe("hard", "l0", weight=0.6, lr_scale={"threshold": 10.0}),
+    )
+}
+
+
+def recipe_for(sae: SparseAutoencoder, name: str = "auto") -> Recipe:
+    """The recipe of this name, or the one that fits the SAE.
+
+    Raises:
+        ConfigError: an unknown recipe, or one that this SAE cannot be trained with.
+    """
+    if name == "auto":
+        if isinstance(sae, FusedRationalSAE):
+            name = "hard" if sae.gate.form == "gated" else "paper"
+        elif isinstance(sae, JumpReluSAE):
+            name = "jumprelu"
+        else:
+            name = "topk" if isinstance(sae, TopKSAE) else "relu"
+    if name not in RECIPES:
+        raise ConfigError(f"recipe is {name!r}; choose one of auto, {', '.join(RECIPES)}")
+    recipe = RECIPES[name]
+    rational = isinstance(sae, FusedRationalSAE)
+    if recipe.soft and not rational:
+        raise ConfigError(f"recipe {name!r} trains a rational code; a {sae.architecture} SAE has none")
+    if recipe.sparsity == "l0" and (isinstance(sae, ReluSAE | TopKSAE) or (rational and sae.gate.form == "direct")):
+        raise ConfigError(f"recipe {name!r} needs trainable thresholds; use a gated rational or a JumpReLU SAE")
+    return recipe
+
+
+def holding(recipe: Recipe, target_l0: float | None) -> Recipe:
+    """The recipe with l0 held at `target_l0`, where its sparsity term can do that."""
+    return recipe if target_l0 is None or recipe.sparsity == "none" else replace(recipe, target_l0=target_l0)
+
+
+class SparsityController:
+    """Steers the sparsity weight so that l0 stays at a target.
+
+    Multiplicative integral control on log(l0 / target), on an average over about 20 batches: scale-free, and it
+    cannot turn the weight negative. The weight is kept within a factor 100 of its start, so that an unreachable
+    target shows in the log as a weight at its limit rather than as a loss that has run away.
+    """
+
+    def __init__(self, recipe: Recipe, *, gain: float = 0.05, memory: float = 0.95) -> None:
+        self.target, self.weight = recipe.target_l0, recipe.weight
+        self._low, self._high = recipe.weight / 100, recipe.weight * 100
+        self._gain, self._memory = gain, memory
+        self._average: float | None = None
+
+    def update(self, l0: float) -> float:
+        """Takes one batch's mean l0 and returns the weight for the next."""
+        self._average = l0 if self._average is None else self._memory * self._average + (1 - self._memory) * l0
+        if self.target is not None:
+            error = math.log(max(self._average, 1e-3) / self.target)
+            self.weight = min(max(self.weight * math.exp(self._gain * error), self._low), self._high)
+        return self.weight
+
+
+@dataclass
+class Losses:
+    """The terms of one batch: `total` to differentiate, the rest for the log; z and counts for dead features."""
+
+    total: Tensor
+    mse: Tensor
+    l0: Tensor
+    counts: Tensor
+
+
+def losses(sae: SparseAutoencoder, x: Tensor, recipe: Recipe, weight: float, dead: Tensor | None = None) -> Losses:
+    """mse (mean over tokens of ||x - x_hat||^2) + weight * sparsity (mean over tokens).
+
+    Args:
+        x: [n_tokens, d_in]. weight: of the sparsity term. dead: [d_sae] bool, features for the auxiliary loss.
+    """
+    if recipe.soft:
+        assert isinstance(sae, FusedRationalSAE)
+        z, counts = sae.encode_with_counts(x, hard=False)
+    else:
+        z, counts = sae.encode_with_counts(x)
+    residual = x - sae.decode(z)
+    mse = residual.square().sum(-1).mean()
+    total = mse
+    l0 = counts.sum() / len(x)
+    if recipe.sparsity == "l1":
+        total = total + weight * (z.abs() @ sae.W_dec.norm(dim=1)).mean()
+    elif recipe.sparsity == "l0":
+        total = total + weight * l0
+    if recipe.aux_k and dead is not None and bool(dead.any()):
+        total = total + auxiliary_loss(sae, x, residual.detach(), dead, recipe.aux_k) / 32
+    return Losses(total, mse.detach(), l0.detach(), counts.detach())
+
+
+def auxiliary_loss(sae: SparseAutoencoder, x: Tensor, residual: Tensor, dead: Tensor, k: int) -> Tensor:
+    """How well the k strongest dead features reconstruct what the live ones left (arXiv:2406.04093, app. A.2)."""
+    h = sae.hidden_pre(x)
+    z = keep_largest(h.masked_fill(~dead, -torch.inf), min(k, int(dead.sum()))).relu()
+    return (residual - z @ sae.W_dec).square().sum(-1).mean()
