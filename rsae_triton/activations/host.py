@@ -1,0 +1,323 @@
+"""A language model as this package uses it: residuals out, losses with replaced residuals back."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import difflib
+import hashlib
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch.nn import functional
+
+from rsae_triton.activations import layers as stream
+from rsae_triton.activations.loading import default_dtype, load_model, parse_dtype
+from rsae_triton.errors import ConfigError, ShapeError, SourceError
+
+Library = Literal["auto", "transformer_lens", "transformers"]
+Replace = Callable[[torch.Tensor], torch.Tensor]
+
+# Layer 16 of SmolLM2's 30: behind the middle, where features are least about the token alone.
+_DEFAULT_DEPTH = 0.53
+_RESIDUAL = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
+
+
+class SpliceLoss(NamedTuple):
+    """Of every predicted token, float32 [B, T - 1]: `nll` in nats, and `kl` of the clean from this prediction."""
+
+    nll: torch.Tensor
+    kl: torch.Tensor | None
+
+
+class HostModel:
+    """A causal language model whose activations are read and replaced at named places.
+
+    Places have TransformerLens' names. blocks.L.hook_resid_pre and hook_resid_post are served by the Hugging
+    Face module with either library (the same numbers bit for bit, 8 % faster); any other name needs
+    TransformerLens, whose bridge shares every weight with the module.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, name: str, bridge: Any = None, default_hook: str | None = None
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.bridge = bridge
+        self.name = name
+        config = model.config.get_text_config()
+        self.d_model: int = config.hidden_size
+        self.n_layers: int = len(stream.decoder_layers(model))
+        self.vocab_size: int = config.vocab_size
+        self.max_context: int = getattr(config, "max_position_embeddings", None) or 2**31
+        self._resumable: dict[int, bool] = {}
+        middle = f"blocks.{min(round(_DEFAULT_DEPTH * self.n_layers), self.n_layers - 1)}.hook_resid_pre"
+        self.default_hook: str = middle if default_hook is None else self.resolve_hook(default_hook)
+
+    @property
+    def library(self) -> str:
+        return "transformers" if self.bridge is None else "transformer_lens"
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    @property
+    def bos_token_id(self) -> int:
+        """The token a context begins with: the tokenizer's BOS, else its EOS. ConfigError without either."""
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        raise ConfigError(f"the tokenizer of {self.name!r} has neither a BOS nor an EOS token; use another model")
+
+    def fingerprint(self) -> str:
+        """A digest of the weights (64 values of each parameter), dtype and vocabulary: equal means the same model."""
+        digest = hashlib.sha256(f"{self.dtype}|{len(self.tokenizer)}|{self.bos_token_id}".encode())
+        for name, weight in self.model.named_parameters():
+            flat = weight.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 64)].float().cpu().numpy()
+            digest.update(f"{name}{tuple(weight.shape)}".encode() + sample.tobytes())
+        return digest.hexdigest()
+
+    # --- places -----------------------------------------------------------------------------------------------
+
+    def hook_names(self) -> list[str]:
+        """Every name `resolve_hook` accepts."""
+        residual = [f"blocks.{layer}.hook_resid_{side}" for layer in range(self.n_layers) for side in ("pre", "post")]
+        return residual if self.bridge is None else list(dict.fromkeys([*residual, *self.bridge.hook_dict]))
+
+    def resolve_hook(self, hook_name: str | None = None) -> str:
+        """`hook_name` itself, or the default for None. ConfigError, with near matches, when there is no such place."""
+        if hook_name is None:
+            return self.default_hook
+        names = self.hook_names()
+        if hook_name in names:
+            return hook_name
+        near = difflib.get_close_matches(hook_name, names, n=3)
+        if layer := re.match(r"blocks\.(\d+)\.", hook_name):
+            if int(layer[1]) >= self.n_layers:
+                near = [f"blocks.{self.n_layers - 1}.hook_resid_post"]
+                raise ConfigError(
+                    f"no hook {hook_name!r}: {self.name!r} has {self.n_layers} layers, 0 to {self.n_layers - 1}; "
+                    f"the last place is {near[0]}"
+                )
+            if self.bridge is None:
+                near = [f"blocks.{layer[1]}.hook_resid_{side}" for side in ("pre", "post")]
+        hint = f"did you mean {' or '.join(near)}?" if near else f"try {self.default_hook}"
+        absent = " (without transformer_lens only hook_resid_pre and hook_resid_post exist)" if not self.bridge else ""
+        raise ConfigError(f"no hook {hook_name!r} in {self.name!r}{absent}; {hint}")
+
+    def hook_width(self, hook_name: str | None = None) -> int:
+        """d_in at a place: the width of what `residual` returns there."""
+        tokens = torch.tensor([[self.bos_token_id] * 2], device=self.device)
+        return self.residual(tokens, hook_name).shape[-1]
+
+    # --- reading and replacing --------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def residual(self, tokens: torch.Tensor, hook_name: str | None = None) -> torch.Tensor:
+        """The activations [B, T, d] at `hook_name` for `tokens` [B, T], in host units and the host's dtype.
+
+        The forward pass stops there. Activations with several trailing axes (heads) are flattened into d.
+        """
+        name = self.resolve_hook(hook_name)
+        tokens = self._check_tokens(tokens)
+        depth = self._depth(name)
+        if depth is not None:
+            return stream.read(self.model, tokens, depth)
+        found: list[torch.Tensor] = []
+
+        def take(value: torch.Tensor) -> None:
+            found.append(value)
+            raise _Enough
+
+        with contextlib.suppress(_Enough):
+            self._run_bridge(tokens, name, take)
+        return found[0]
+
+    def next_token_loss(
+        self, tokens: torch.Tensor, hook_name: str | None = None, replace: Replace | None = None
+    ) -> torch.Tensor:
+        """Negative log likelihood [B, T - 1], float32 nats, of `tokens`[:, 1:] given what stands before each.
+
+        `replace` maps the UNSCALED residual [B, T, d], in host units, BOS position included, to what shall stand
+        in its place (None: the clean model). The BOS position is the caller's affair: it is ~100x as long
+        as the others and no SAE has seen it, so a replacement should hand positions that hold BOS through unchanged.
+        """
+        return self.splice(tokens, hook_name, {"": replace})[""].nll
+
+    @torch.inference_mode()
+    def splice(
+        self,
+        tokens: torch.Tensor,
+        hook_name: str | None,
+        replacements: Mapping[str, Replace | None],
+        *,
+        kl: bool = False,
+    ) -> dict[str, SpliceLoss]:
+        """`next_token_loss` under several replacements at once; the layers before the hook run only once.
+
+        Returns one SpliceLoss per replacement, in order. `kl` also gives KL(clean || replaced) per token.
+        """
+        name = self.resolve_hook(hook_name)
+        tokens = self._check_tokens(tokens)
+        if tokens.shape[1] < 2:
+            raise ShapeError(f"tokens of shape {tuple(tokens.shape)} predict nothing; give at least 2 per row")
+        depth = self._depth(name)
+        resid = None
+        if depth is not None and self._can_resume(tokens, depth):
+            resid = stream.read(self.model, tokens, depth)
+        clean = self._logits(tokens, name, None, resid) if kl else None
+        losses = {}
+        for key, replace in replacements.items():
+            logits = clean if clean is not None and replace is None else self._logits(tokens, name, replace, resid)
+            losses[key] = _token_losses(logits, tokens, clean)
+        return losses
+
+    def _logits(
+        self, tokens: torch.Tensor, name: str, replace: Replace | None, resid: torch.Tensor | None
+    ) -> torch.Tensor:
+        def checked(value: torch.Tensor) -> torch.Tensor:
+            if replace is None:
+                return value
+            new = replace(value.clone())  # a caller may write into what it is handed
+            if new.shape != value.shape:
+                raise ShapeError(f"replace returned {tuple(new.shape)} for a residual of {tuple(value.shape)}; keep it")
+            return new.to(value.device, value.dtype)
+
+        depth = self._depth(name)
+        if depth is None:
+            return self._run_bridge(tokens, name, checked)
+        if resid is None:
+            return stream.replaced(self.model, tokens, depth, checked)
+        return stream.resumed(self.model, tokens, depth, checked(resid))
+
+    def _can_resume(self, tokens: torch.Tensor, depth: int) -> bool:
+        """Whether later layers see earlier ones through the residual stream alone: tried once, on one sequence."""
+        if depth not in self._resumable:
+            one = tokens[:1]
+            whole = self.model(input_ids=one, use_cache=False).logits.float()
+            try:
+                part = stream.resumed(self.model, one, depth, stream.read(self.model, one, depth)).float()
+                self._resumable[depth] = torch.allclose(part, whole, rtol=1e-2, atol=1e-2)
+            except (TypeError, AttributeError, KeyError, IndexError, RuntimeError):
+                self._resumable[depth] = False
+        return self._resumable[depth]
+
+    def _run_bridge(self, tokens: torch.Tensor, name: str, function: Callable[[torch.Tensor], Any]) -> torch.Tensor:
+        """Logits of a bridge's forward pass with the activation at `name`, as [B, T, d], put through `function`."""
+        ran = False
+
+        def hook(value: Any, hook: Any) -> Any:
+            nonlocal ran
+            ran = True
+            if not isinstance(value, torch.Tensor) or value.dim() < 3 or value.shape[:2] != tokens.shape:
+                raise ConfigError(
+                    f"{name} holds no [batch, token, width] activations; choose a residual, mlp or z hook"
+                )
+            new = function(value.flatten(2))
+            return new.view_as(value)
+
+        try:
+            logits = self.bridge.run_with_hooks(tokens, fwd_hooks=[(name, hook)], return_type="logits")
+        except (ConfigError, ShapeError, _Enough):
+            raise
+        except (AssertionError, KeyError, ValueError) as error:
+            if ran:
+                raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+            raise ConfigError(f"{name} cannot be hooked ({reason}); try {self.default_hook}") from error
+        if not ran:
+            raise ConfigError(f"{name} is never computed in {self.name!r}; try {self.default_hook}")
+        return logits
+
+    def _depth(self, name: str) -> int | None:
+        match = _RESIDUAL.fullmatch(name)
+        return int(match[1]) + (match[2] == "post") if match else None
+
+    def _check_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        if tokens.dim() != 2 or tokens.is_floating_point():
+            raise ShapeError(f"tokens have shape {tuple(tokens.shape)}, {tokens.dtype}; give integers [batch, token]")
+        if tokens.shape[1] > self.max_context:
+            raise ConfigError(
+                f"{tokens.shape[1]} tokens are a longer context than {self.name!r} takes; use at most {self.max_context}"
+            )
+        return tokens.to(self.device, torch.long)
+
+
+class _Enough(Exception):  # noqa: N818  (a signal that ends the forward pass, not an error)
+    pass
+
+
+def _token_losses(logits: torch.Tensor, tokens: torch.Tensor, clean: torch.Tensor | None) -> SpliceLoss:
+    """Row by row: float32 log-probabilities of a whole batch would take gigabytes."""
+    nlls, kls = [], []
+    for row, targets in enumerate(tokens[:, 1:]):
+        log_p = functional.log_softmax(logits[row, :-1].float(), dim=-1)
+        nlls.append(-log_p.gather(1, targets[:, None]).squeeze(1))
+        if clean is not None:
+            log_clean = functional.log_softmax(clean[row, :-1].float(), dim=-1)
+            kls.append((log_clean.exp() * (log_clean - log_p)).sum(-1))
+    return SpliceLoss(torch.stack(nlls), torch.stack(kls) if kls else None)
+
+
+def load_host(
+    name: str = "smollm2",
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    library: Library = "auto",
+    hook_name: str | None = None,
+) -> HostModel:
+    """Load a causal language model: "smollm2" (embedded default), a .gguf file, a model folder, or a hub id.
+
+    `device` defaults to CUDA where it is, `dtype` to bfloat16 where the hardware multiplies it. `hook_name`
+    becomes the default place. Raises SourceError for a model that cannot be had, ConfigError for a bad
+    option or place.
+    """
+    if library not in ("auto", "transformer_lens", "transformers"):
+        raise ConfigError(f"library={library!r} is unknown; choose auto, transformer_lens or transformers")
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ConfigError(f"device {device!r} is unknown; choose cpu or cuda") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {device!r} is asked for, but torch sees no CUDA device; use device='cpu'")
+    model, tokenizer = load_model(str(name), place, parse_dtype(dtype) if dtype else default_dtype(place))
+    bridge = None if library == "transformers" else _boot_bridge(model, tokenizer, str(name), library)
+    return HostModel(model, tokenizer, str(name), bridge, hook_name)
+
+
+def _boot_bridge(model: Any, tokenizer: Any, name: str, library: Library) -> Any:
+    """A TransformerBridge over a twin of `model`: the bridge rewires the module it is given, so it gets its own,
+    with the same parameters."""
+    try:
+        from transformer_lens.model_bridge import TransformerBridge
+    except ImportError as error:
+        if library == "auto":
+            return None
+        raise SourceError(
+            "library='transformer_lens' needs that package; install it with: pip install 'rsae-triton[host]'"
+        ) from error
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    try:
+        return TransformerBridge.boot_transformers(
+            name,
+            hf_model=copy.deepcopy(model, shared),
+            tokenizer=tokenizer,
+            device=str(next(model.parameters()).device),
+            dtype=next(model.parameters()).dtype,
+        )
+    except Exception as error:  # an architecture it has no adapter for, in one of many ways
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        if library == "transformer_lens":
+            raise SourceError(f"TransformerLens cannot run {name!r} ({reason}); use library='transformers'") from error
+        warnings.warn(f"TransformerLens cannot run {name!r} ({reason}); using transformers alone", stacklevel=3)
+        return None

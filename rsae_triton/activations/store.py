@@ -1,0 +1,210 @@
+"""Activations on disk: a folder of safetensors shards with a manifest that is written last."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from rsae_triton.errors import ConfigError, FormatError
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+# Above this a checksum of every shard would take longer than opening should; sizes are compared instead.
+_VERIFY_BYTES = 2 << 30
+
+
+class Sequences(NamedTuple):
+    """Whole contexts, for losses and snippets: `tokens` and `documents` int64 [n_sequences, context]; `counted`
+    bool [n_sequences, context - 1] is False where the token to predict is a BOS between two documents."""
+
+    tokens: torch.Tensor
+    documents: torch.Tensor
+    counted: torch.Tensor
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as handle:
+        digest = hashlib.sha256()
+        while block := handle.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class ActivationStore:
+    """Rows of activations in SAE units (mean norm sqrt(d_in) on the training tokens) and where each came from.
+
+    Open one with `ActivationStore(folder)`; `extract` makes them. Raises FormatError, naming the file and the
+    folder to delete, when something is missing, foreign or corrupt. `verify` compares every checksum (default:
+    only in stores below 2 GiB).
+    """
+
+    def __init__(self, folder: str | Path, *, verify: bool | None = None) -> None:
+        self.folder = Path(folder)
+        try:
+            self.manifest: dict[str, Any] = json.loads((self.folder / MANIFEST).read_text())
+        except FileNotFoundError as error:
+            raise FormatError(
+                f"{self.folder} holds no {MANIFEST}, so it is no activation store; check the path"
+            ) from error
+        except (OSError, ValueError) as error:
+            raise self._broken(MANIFEST, "cannot be read") from error
+        if not isinstance(self.manifest, dict) or self.manifest.get("schema") != SCHEMA:
+            raise self._broken(MANIFEST, f"is not of schema {SCHEMA}")
+        try:
+            self.d_in = int(self.manifest["d_in"])
+            self.n_tokens = int(self.manifest["n_tokens"])
+            self.scale = float(self.manifest["scale"])
+            self._check_files(verify)
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, FormatError):
+                raise
+            raise self._broken(MANIFEST, f"lacks or garbles {error}") from error
+
+    def __repr__(self) -> str:
+        return f"ActivationStore({str(self.folder)!r}, n_tokens={self.n_tokens}, d_in={self.d_in})"
+
+    def __len__(self) -> int:
+        return self.n_tokens
+
+    # --- rows -------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def mean(self) -> torch.Tensor:
+        """The mean row, float32 [d_in], in SAE units."""
+        return self._load(self.manifest["mean_file"])["mean"] * self.scale
+
+    def tensor(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Every row in memory, [n_tokens, d_in], in SAE units."""
+        rows = torch.empty(self.n_tokens, self.d_in, dtype=dtype)
+        start = 0
+        for shard in self._shards:
+            part = shard["activations"]
+            rows[start : start + len(part)] = part.float() * self.scale
+            start += len(part)
+        return rows
+
+    def batches(
+        self,
+        batch_size: int,
+        seed: int = 0,
+        *,
+        epochs: int | None = None,
+        start: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> Iterator[torch.Tensor]:
+        """Batches [batch_size, d_in] of rows in SAE units, shuffled anew each epoch, for ever or for `epochs`.
+
+        Batch number i is the same whenever seed and batch_size are: `start` = number of batches already taken
+        resumes. The rows left over at an epoch's end are skipped (others each epoch).
+        """
+        per_epoch = self.n_tokens // batch_size if batch_size > 0 else 0
+        if per_epoch == 0:
+            raise ConfigError(f"batch_size={batch_size} does not fit {self.n_tokens} rows; choose 1 to {self.n_tokens}")
+        epoch, first = divmod(start, per_epoch)
+        while epochs is None or epoch < epochs:
+            generator = torch.Generator().manual_seed(mix_seed(seed, epoch))
+            order = torch.randperm(self.n_tokens, generator=generator)
+            for number in range(first, per_epoch):
+                rows = self._gather(order[number * batch_size : (number + 1) * batch_size])
+                yield (rows.to(device).float() * self.scale).to(dtype)
+            epoch, first = epoch + 1, 0
+
+    def _gather(self, rows: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(len(rows), self.d_in, dtype=self._shards[0]["activations"].dtype)
+        shard_of = torch.searchsorted(self._ends, rows, right=True)
+        for number in shard_of.unique().tolist():
+            here = (shard_of == number).nonzero().squeeze(1)
+            begin = int(self._ends[number - 1]) if number else 0
+            out[here] = self._shards[number]["activations"][rows[here] - begin]
+        return out
+
+    # --- where rows come from ---------------------------------------------------------------------------------
+
+    @cached_property
+    def tokens(self) -> torch.Tensor:
+        """The token each row stands at, int64 [n_tokens]."""
+        return self._column("tokens")
+
+    @cached_property
+    def documents(self) -> torch.Tensor:
+        """The row's document, int64 [n_tokens]: an index into `document_info`."""
+        return self._column("documents")
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """The row's position in its context, int64 [n_tokens]; 0 is BOS and never kept."""
+        return self._column("positions")
+
+    @cached_property
+    def contexts(self) -> torch.Tensor:
+        """The row's context, int64 [n_tokens]: an index into `sequences`, as far as they are kept."""
+        return self._column("contexts")
+
+    @cached_property
+    def sequences(self) -> Sequences:
+        """The first contexts the rows were read from (all of them in a store of held-out text)."""
+        loaded = self._load(self.manifest["sequences_file"])
+        tokens = loaded["tokens"].long()
+        return Sequences(tokens, loaded["documents"].long(), tokens[:, 1:] != self.manifest["bos_token_id"])
+
+    @cached_property
+    def document_info(self) -> list[dict[str, Any]]:
+        """Of every document: source, title, group, labels."""
+        lines = (self.folder / self.manifest["documents_file"]).read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    def labels(self, name: str) -> list[str | None]:
+        """The label `name` ("source", "author", "party", ...) of every document, None where it has none."""
+        return [info["labels"].get(name) for info in self.document_info]
+
+    # --- files ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _shards(self) -> list[dict[str, torch.Tensor]]:
+        # load_file maps the files into memory, so this costs nothing until rows are read.
+        return [self._load(shard["file"]) for shard in self.manifest["shards"]]
+
+    @cached_property
+    def _ends(self) -> torch.Tensor:
+        return torch.tensor([shard["rows"] for shard in self.manifest["shards"]]).cumsum(0)
+
+    def _column(self, name: str) -> torch.Tensor:
+        return torch.cat([shard[name] for shard in self._shards]).long()
+
+    def _load(self, file: str) -> dict[str, torch.Tensor]:
+        try:
+            return load_file(self.folder / file)
+        except (OSError, SafetensorError) as error:
+            raise self._broken(file, "cannot be read") from error
+
+    def _check_files(self, verify: bool | None) -> None:
+        files: dict[str, dict[str, Any]] = self.manifest["files"]
+        if verify is None:
+            verify = sum(entry["bytes"] for entry in files.values()) <= _VERIFY_BYTES
+        for file, entry in files.items():
+            path = self.folder / file
+            if not path.is_file():
+                raise self._broken(file, "is missing")
+            if path.stat().st_size != entry["bytes"]:
+                raise self._broken(file, f"has {path.stat().st_size} bytes instead of {entry['bytes']}")
+            if verify and file_sha256(path) != entry["sha256"]:
+                raise self._broken(file, "does not have the checksum in the manifest")
+        if sum(shard["rows"] for shard in self.manifest["shards"]) != self.n_tokens:
+            raise self._broken(MANIFEST, "counts other rows than its shards")
+
+    def _broken(self, file: str, what: str) -> FormatError:
+        return FormatError(f"{self.folder / file} {what}; delete the folder {self.folder} and extract again")
+
+
+def mix_seed(seed: int, number: int) -> int:
+    """A seed for the `number`-th part of what `seed` determines; neighbouring seeds share none."""
+    return int.from_bytes(hashlib.sha256(f"{seed}|{number}".encode()).digest()[:7], "little")

@@ -1,0 +1,287 @@
+"""Writing one activation store: forward passes to shards, the manifest last, and going on after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+from safetensors.torch import load_file, save_file
+
+from rsae_triton.activations.documents import Document
+from rsae_triton.activations.host import HostModel
+from rsae_triton.activations.packing import Contexts, pack
+from rsae_triton.activations.store import MANIFEST, file_sha256, mix_seed
+from rsae_triton.errors import FormatError, NumericsError
+
+_PROGRESS = "progress.json"
+_SHARD_BYTES = 64 << 20  # half a minute of extraction on two cores: what a killed run loses at most
+_MEDIAN_CONTEXTS = 64  # the median norm is taken on the first 64 contexts
+_KEPT_SEQUENCES = 2048
+
+
+class _Block(NamedTuple):
+    """A batch of contexts with the residuals [B, T, d] read from them; `norms` float32, `is_bos` [B, T]."""
+
+    residual: torch.Tensor
+    norms: torch.Tensor
+    tokens: torch.Tensor
+    documents: torch.Tensor
+    is_bos: torch.Tensor
+
+
+class _Pending:
+    """Rows on their way into the next shard."""
+
+    def __init__(self, contexts: int) -> None:
+        self.contexts = contexts
+        self.rows = self.bytes = self.bos_dropped = self.outliers_dropped = 0
+        self.norm_sum = 0.0
+        self._columns: dict[str, list[torch.Tensor]] = {}
+
+    def add(self, block: _Block, limit: float | None, dtype: torch.dtype, room: int) -> int:
+        """Take at most `room` rows of `block`; returns how many were kept."""
+        outlier = torch.zeros_like(block.is_bos) if limit is None else (block.norms > limit) & ~block.is_bos
+        keep = (~block.is_bos & ~outlier).nonzero()[:room]
+        row, position = keep.unbind(1)
+        # The block's counts are of what was read up to the last kept row, so that rates are rates of one text.
+        self.bos_dropped += int(block.is_bos.sum())
+        self.outliers_dropped += int(outlier.sum())
+        self.norm_sum += float(block.norms[row, position].double().sum())
+        on_device = keep.to(block.residual.device).unbind(1)
+        for name, column in {
+            "activations": block.residual[on_device].to(dtype).cpu(),
+            "tokens": block.tokens[row, position],
+            "documents": block.documents[row, position],
+            "positions": position.int(),
+            "contexts": (row + self.contexts).int(),
+        }.items():
+            self._columns.setdefault(name, []).append(column)
+        self.contexts += len(block.tokens)
+        self.rows += len(keep)
+        self.bytes += self._columns["activations"][-1].nbytes
+        return len(keep)
+
+    def tensors(self, seed: int) -> dict[str, torch.Tensor]:
+        """The columns in one random order of rows, and the float64 sum of the activations [d_in]."""
+        order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(seed))
+        tensors = {name: torch.cat(parts)[order] for name, parts in self._columns.items()}
+        return tensors | {"sum": tensors["activations"].sum(0, dtype=torch.float64)}
+
+
+@dataclass
+class _Shard:
+    """What is known of a finished shard; `contexts` counts those read up to its end."""
+
+    file: str
+    rows: int
+    bytes: int
+    sha256: str
+    norm_sum: float
+    bos_dropped: int
+    outliers_dropped: int
+    contexts: int
+
+
+@dataclass
+class Extraction:
+    """One extraction into the folder `partial`."""
+
+    host: HostModel
+    documents: Sequence[Document]
+    identity: dict[str, Any]
+    dtype: torch.dtype
+    batch: int
+    partial: Path
+
+    def write_shards(self, progress: bool) -> dict[str, Any]:
+        """Write what is missing of the shards; returns the state that `progress.json` also holds."""
+        state = self._resume()
+        shards: list[_Shard] = state["shards"]
+        wanted = self.identity["requested_tokens"]
+        done = sum(shard.rows for shard in shards)
+        skip = shards[-1].contexts if shards else 0
+        blocks = self._blocks(skip)
+        pending = _Pending(skip)
+        with _bar(progress, f"activations ({self.identity['split']})", wanted, done) as advance:
+            if state["median_norm"] is None:
+                head = list(islice(blocks, -(-_MEDIAN_CONTEXTS // self.batch)))
+                if head:
+                    state["norm_limit"], state["median_norm"] = self._norm_limit(head)
+                blocks = chain(head, blocks)
+            for block in blocks:
+                kept = pending.add(block, state["norm_limit"], self.dtype, wanted - done)
+                done += kept
+                advance(kept)
+                if pending.bytes >= _SHARD_BYTES or done == wanted:
+                    self._save(state, pending)
+                    pending = _Pending(pending.contexts)
+                if done == wanted:
+                    break
+        if pending.rows:
+            self._save(state, pending)
+        if not done:
+            context = self.identity["context"]
+            raise FormatError(f"the text fills no context of {context} tokens; give more text or a smaller context")
+        if done < wanted:
+            warnings.warn(
+                f"the {self.identity['split']} text ended after {done} of {wanted} tokens; give more text for more",
+                stacklevel=4,
+            )
+        return state
+
+    def finish(self, state: dict[str, Any], key: str) -> None:
+        """Write everything beside the shards, the manifest last."""
+        shards: list[_Shard] = state["shards"]
+        rows = sum(shard.rows for shard in shards)
+        total = torch.zeros(0, dtype=torch.float64)
+        sources: Counter[str] = Counter()
+        for shard in shards:
+            loaded = load_file(self.partial / shard.file)
+            total = loaded["sum"] if not len(total) else total + loaded["sum"]
+            counts = torch.bincount(loaded["documents"].long(), minlength=len(self.documents))
+            for index in counts.nonzero().squeeze(1).tolist():
+                sources[self.documents[index].source] += int(counts[index])
+        mean_norm = sum(shard.norm_sum for shard in shards) / rows
+        if mean_norm == 0:
+            raise NumericsError(f"all activations at {self.identity['hook_name']} are zero; choose another hook")
+        units = self.identity["units"]
+        save_file({"mean": (total / rows).float()}, self.partial / "mean.safetensors")
+        packed = pack(self.documents, self.host, self.identity["context"], 64, self.identity["seed"])
+        kept = min(shards[-1].contexts, _KEPT_SEQUENCES)
+        some = list(islice(packed, -(-kept // 64)))
+        columns = {name: [torch.from_numpy(getattr(one, name)) for one in some] for name in Contexts._fields}
+        save_file(
+            {name: torch.cat(parts)[:kept] for name, parts in columns.items()}, self.partial / "sequences.safetensors"
+        )
+        with open(self.partial / "documents.jsonl", "w", encoding="utf-8") as handle:
+            for document in self.documents:
+                info = {name: getattr(document, name) for name in ("source", "title", "group", "labels")}
+                handle.write(json.dumps(info) + "\n")
+        files = {shard.file: {"bytes": shard.bytes, "sha256": shard.sha256} for shard in shards}
+        for name in ("mean.safetensors", "sequences.safetensors", "documents.jsonl"):
+            path = self.partial / name
+            files[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        manifest = {
+            **self.identity,
+            "key": key,
+            "model": self.host.name,
+            "tokenizer": type(self.host.tokenizer).__name__,
+            "bos_token_id": self.host.bos_token_id,
+            "d_in": len(total),
+            "n_tokens": rows,
+            "n_documents": len(self.documents),
+            "scale": units["scale"] if units else len(total) ** 0.5 / mean_norm,
+            "mean_norm": mean_norm,
+            "median_norm": state["median_norm"],
+            "norm_limit": state["norm_limit"],
+            "outliers_dropped": sum(shard.outliers_dropped for shard in shards),
+            "bos_dropped": sum(shard.bos_dropped for shard in shards),
+            "sources": dict(sources),
+            "mean_file": "mean.safetensors",
+            "sequences_file": "sequences.safetensors",
+            "documents_file": "documents.jsonl",
+            "shards": [{"file": shard.file, "rows": shard.rows} for shard in shards],
+            "files": files,
+            "library": self.host.library,
+            "versions": {name: _version(name) for name in ("torch", "transformers", "transformer-lens")},
+        }
+        _write_json(self.partial / MANIFEST, manifest)
+        (self.partial / _PROGRESS).unlink()
+
+    def _blocks(self, skip: int) -> Iterator[_Block]:
+        """Contexts with their residuals, from context number `skip` on."""
+        seen = 0
+        for contexts in pack(self.documents, self.host, self.identity["context"], self.batch, self.identity["seed"]):
+            new = Contexts(*(column[max(0, skip - seen) :] for column in contexts))
+            seen += len(contexts.tokens)
+            if not len(new.tokens):
+                continue
+            tokens = torch.from_numpy(new.tokens)
+            residual = self.host.residual(tokens, self.identity["hook_name"])
+            norms = residual.float().norm(dim=-1)
+            if not torch.isfinite(norms).all():
+                raise NumericsError(
+                    f"{self.identity['hook_name']} holds NaN or infinity in {self.host.dtype}; "
+                    "load the host with dtype='float32' or 'bfloat16'"
+                )
+            is_bos = tokens == self.host.bos_token_id
+            yield _Block(residual, norms.cpu(), tokens, torch.from_numpy(new.documents), is_bos)
+
+    def _norm_limit(self, head: list[_Block]) -> tuple[float | None, float]:
+        """`(limit, median)` of the norms on `head`; the limit of the given units, if there are any."""
+        norms = torch.cat([block.norms for block in head])[:_MEDIAN_CONTEXTS]
+        is_bos = torch.cat([block.is_bos for block in head])[:_MEDIAN_CONTEXTS]
+        median = float(norms[~is_bos].median())
+        factor = self.identity["drop_outliers"]
+        if self.identity["units"]:
+            return self.identity["units"]["norm_limit"], median
+        return (None if factor is None else factor * median), median
+
+    def _save(self, state: dict[str, Any], pending: _Pending) -> None:
+        number = len(state["shards"])
+        file = f"shard-{number:05d}.safetensors"
+        tensors = pending.tensors(mix_seed(self.identity["seed"], number))
+        temporary = self.partial / f".{file}.tmp"
+        save_file(tensors, temporary)
+        state["shards"].append(
+            _Shard(file, pending.rows, temporary.stat().st_size, file_sha256(temporary), pending.norm_sum,
+                   pending.bos_dropped, pending.outliers_dropped, pending.contexts)
+        )  # fmt: skip
+        os.replace(temporary, self.partial / file)
+        _write_json(self.partial / _PROGRESS, {**state, "shards": [asdict(shard) for shard in state["shards"]]})
+
+    def _resume(self) -> dict[str, Any]:
+        """The state a killed run left, if its shards are whole; else a new one in an empty folder."""
+        try:
+            state = json.loads((self.partial / _PROGRESS).read_text())
+            state["shards"] = [_Shard(**shard) for shard in state["shards"]]
+            if state["identity"] == self.identity and all(
+                file_sha256(self.partial / shard.file) == shard.sha256 for shard in state["shards"]
+            ):
+                return state
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        return {"identity": self.identity, "norm_limit": None, "median_norm": None, "shards": []}
+
+
+class _TokensPerSecond(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed or 0:.0f} tokens/s")
+
+
+@contextmanager
+def _bar(show: bool, label: str, total: int, done: int) -> Iterator[Callable[[int], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _TokensPerSecond(),
+               TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), disable=not show) as progress:
+        task = progress.add_task(label, total=total, completed=done)
+        yield lambda rows: progress.advance(task, rows)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1))
+    os.replace(temporary, path)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
