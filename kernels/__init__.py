@@ -1,4 +1,18 @@
 """Triton device code of rsae_triton, one file per kernel. Imports nothing of `rsae_triton`.
 
-Installed as the package `rsae_triton.kernels` (setup.py maps the folder).
+Installed as the package `rsae_triton.kernels` (setup.py maps the folder). docs/kernels.md has the formulas,
+the orientation and the table of what the compiler makes of each kernel.
+
+    encode_forward      x_c, W_enc, b_enc -> z [d_sae, n_tokens]: matrix product with the gate as its epilogue
+    rational_forward    h -> z, pointwise, for a matrix product made elsewhere
+    rational_backward   h, dz -> dh and every gradient of the gate, in one pass, bit-reproducible
+
+Every [d_sae, n_tokens] tensor is feature-major: the tokens of one feature are contiguous.
 """
+
+from .encode_forward import encode_forward
+from .interpreter import INTERPRETED
+from .rational_backward import GateGrads, rational_backward
+from .rational_forward import rational_forward
+
+__all__ = ["INTERPRETED", "GateGrads", "encode_forward", "rational_backward", "rational_forward"]

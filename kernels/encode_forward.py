@@ -1,0 +1,150 @@
+"""Fused encoder: z = gate(W_enc^T x_c^T + b_enc), a tiled matrix product with the whole gate as its epilogue.
+
+The pre-activation stays in the float32 accumulator until the gate has been applied; it reaches memory only
+when it is asked for. Feature-major: a thread of the accumulator owns few features and many tokens, so it needs
+few sets of coefficients and sums activity over tokens without leaving its registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import matmul_tile
+from .launch import capability, dot_precision, launching_on, pack_gate
+from .rational import gate_forward, load_coefficients
+
+
+@triton.jit
+def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and right half of a [ROWS, COLUMNS] tile."""
+    pairs = tl.reshape(tile, (ROWS, 2, COLUMNS // 2))
+    return tl.split(tl.permute(pairs, (0, 2, 1)))
+
+
+@triton.jit
+def _epilogue(
+    value, z, h, n0, n_tokens, f_offsets, f_mask, theta, activity, c,
+    P: tl.constexpr, Q: tl.constexpr,
+    GATED: tl.constexpr, CLAMP: tl.constexpr, IDENTITY: tl.constexpr, HARD: tl.constexpr,
+    SAVE_H: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Gate and store a part of the tile, value [BLOCK_F, COLUMNS]; returns its activity counts [BLOCK_F]."""
+    n = n0 + tl.arange(0, COLUMNS)[None, :]
+    mask = f_mask & (n < n_tokens)
+    if SAVE_H:
+        tl.store(h + f_offsets + n, value.to(h.dtype.element_ty), mask=mask)
+    code, active = gate_forward(value, theta, activity, c, P, Q, GATED, CLAMP, IDENTITY, HARD)
+    tl.store(z + f_offsets + n, code.to(z.dtype.element_ty), mask=mask)
+    return tl.sum(tl.where(mask, active, 0.0), axis=1)
+
+
+@triton.jit
+def encode_forward_kernel(
+    x, w, z, h, counts, coefficients, rows,
+    n_features, n_tokens, d_in, stride_xn, stride_xd, stride_wd, stride_wf,
+    P: tl.constexpr, Q: tl.constexpr,
+    GATED: tl.constexpr, CLAMP: tl.constexpr, IDENTITY: tl.constexpr, HARD: tl.constexpr,
+    SAVE_H: tl.constexpr, SHARED: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SUB: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: the [BLOCK_F, BLOCK_N] tile of z. counts [n_token_blocks, n_features] float32.
+
+    The gate is evaluated in SUB (1, 2 or 4) parts, so that the accumulator and the intermediates of Horner's
+    rule are not all alive at once.
+    """
+    # Programs that run at the same time form GROUP feature blocks by many token blocks: both inputs stay in L2.
+    feature_blocks, token_blocks = tl.cdiv(n_features, BLOCK_F), tl.cdiv(n_tokens, BLOCK_N)
+    per_group = GROUP * token_blocks
+    first = tl.program_id(0) // per_group * GROUP
+    height = tl.minimum(feature_blocks - first, GROUP)
+    within = tl.program_id(0) % per_group
+    f_block, n_block = first + within % height, within // height
+
+    f0, n0 = f_block.to(tl.int64) * BLOCK_F, n_block.to(tl.int64) * BLOCK_N
+    f_local, n_local, d = tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    f_in, n_in = f_local < n_features - f0, n_local < n_tokens - n0
+    w_tile = w + f0 * stride_wf + f_local[:, None] * stride_wf + d[None, :] * stride_wd
+    x_tile = x + n0 * stride_xn + n_local[None, :] * stride_xn + d[:, None] * stride_xd
+    value = tl.zeros((BLOCK_F, BLOCK_N), tl.float32)
+    for d0 in range(0, d_in, BLOCK_D):
+        w_part = tl.load(w_tile, mask=f_in[:, None] & (d[None, :] < d_in - d0), other=0.0)
+        x_part = tl.load(x_tile, mask=n_in[None, :] & (d[:, None] < d_in - d0), other=0.0)
+        value = tl.dot(w_part, x_part, value, input_precision=PRECISION)
+        w_tile += BLOCK_D * stride_wd
+        x_tile += BLOCK_D * stride_xd
+
+    # After the loop: the coefficients must not hold registers while the accumulator is being made.
+    f, f_mask = f0 + f_local[:, None], f_in[:, None]
+    c = load_coefficients(coefficients, f, f_mask, n_features, P + Q + 4, SHARED)
+    theta = tl.load(rows + f, mask=f_mask, other=0.0)
+    activity = tl.load(rows + n_features + f, mask=f_mask, other=0.0)
+    value += tl.load(rows + 2 * n_features + f, mask=f_mask, other=0.0)
+    f_offsets = f * n_tokens
+    if SUB == 1:
+        count = _epilogue(value, z, h, n0, n_tokens, f_offsets, f_mask, theta, activity, c,
+                          P, Q, GATED, CLAMP, IDENTITY, HARD, SAVE_H, BLOCK_N)  # fmt: skip
+    else:
+        PART: tl.constexpr = BLOCK_N // SUB
+        count = tl.zeros((BLOCK_F,), tl.float32)
+        parts = _halves(value, BLOCK_F, BLOCK_N)
+        if SUB == 4:
+            left, right = _halves(parts[0], BLOCK_F, BLOCK_N // 2), _halves(parts[1], BLOCK_F, BLOCK_N // 2)
+            parts = (left[0], left[1], right[0], right[1])
+        for i in tl.static_range(SUB):
+            count += _epilogue(parts[i], z, h, n0 + i * PART, n_tokens, f_offsets, f_mask, theta, activity, c,
+                               P, Q, GATED, CLAMP, IDENTITY, HARD, SAVE_H, PART)  # fmt: skip
+    tl.store(counts + n_block.to(tl.int64) * n_features + f0 + f_local, count, mask=f_in)
+
+
+def encode_forward(
+    x_c: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    gate: Sequence[Tensor],
+    *,
+    p: int,
+    q: int,
+    gated: bool,
+    clamp: bool,
+    identity: bool,
+    hard: bool,
+    save_h: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """x_c [n_tokens, d_in], W_enc [d_in, n_features] of one dtype and any strides, b_enc [n_features]
+    -> z_fm [n_features, n_tokens] in that dtype, h_fm (in dtype save_h, or None), counts [n_features].
+
+    gate: the seven tensors of `launch.pack_gate`. The gate and its activity counts (float32) see the float32
+    accumulator, before any rounding to z's or h's dtype.
+    """
+    (n_tokens, d_in), n_features = x_c.shape, W_enc.shape[1]
+    if W_enc.shape[0] != d_in or b_enc.shape != (n_features,) or gate[5].shape != (n_features,):
+        raise ValueError(
+            f"x_c {tuple(x_c.shape)}, W_enc {tuple(W_enc.shape)}, b_enc {tuple(b_enc.shape)} and threshold "
+            f"{tuple(gate[5].shape)} do not fit: [n, d_in], [d_in, d_sae], [d_sae] and [d_sae] are wanted"
+        )
+    if x_c.dtype != W_enc.dtype:
+        raise ValueError(f"x_c is {x_c.dtype} and W_enc {W_enc.dtype}; give both the same dtype")
+    z_fm = x_c.new_empty((n_features, n_tokens))
+    h_fm = None if save_h is None else torch.empty_like(z_fm, dtype=save_h)
+    if z_fm.numel() == 0:
+        return z_fm, h_fm, x_c.new_zeros(n_features, dtype=torch.float32)
+    packed = pack_gate(gate, p, q, b_enc)
+    tile = matmul_tile(capability(x_c), x_c.dtype, p, q, packed.shared)
+    token_blocks = triton.cdiv(n_tokens, tile.tokens)
+    counts = x_c.new_empty((token_blocks, n_features), dtype=torch.float32)
+    with launching_on(x_c):
+        encode_forward_kernel[(triton.cdiv(n_features, tile.features) * token_blocks,)](
+            x_c, W_enc, z_fm, z_fm if h_fm is None else h_fm, counts, packed.coefficients, packed.rows,
+            n_features, n_tokens, d_in, *x_c.stride(), *W_enc.stride(),
+            P=p, Q=q, GATED=gated, CLAMP=clamp, IDENTITY=identity, HARD=hard,
+            SAVE_H=h_fm is not None, SHARED=packed.shared,
+            BLOCK_F=tile.features, BLOCK_N=tile.tokens, BLOCK_D=tile.inner, SUB=tile.sub, GROUP=tile.group,
+            PRECISION=dot_precision(x_c.dtype), num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return z_fm, h_fm, counts.sum(0, dtype=torch.float64).float()

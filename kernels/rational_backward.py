@@ -1,0 +1,169 @@
+"""Pointwise backward: h, dz [n_features, n_tokens] -> dh and the gradient of every number of the gate.
+
+One pass and no atomics: a program owns a block of features and a run of tokens, keeps each sum in registers
+and writes it once; the runs are added in a fixed order in float64. Two calls agree to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import pointwise_tile
+from .launch import capability, launching_on, pack_gate, split_tokens
+from .rational import gate_backward, load_coefficients
+
+
+class GateGrads(NamedTuple):
+    """Gradients of a gate's tensors, each in its tensor's own shape (summed over features where it is shared)."""
+
+    a: Tensor
+    b: Tensor
+    centre: Tensor
+    input_scale: Tensor
+    output_scale: Tensor
+    threshold: Tensor
+    b_enc: Tensor
+
+
+@triton.jit
+def accumulate(sums, u, v, s, e, dt, t, last, P: tl.constexpr, Q: tl.constexpr):
+    """Adds one tile's terms to the tuple of sums, over the axis that a thread holds whole."""
+    new = ()
+    power = tl.full(s.shape, 1.0, tl.float32)
+    for i in tl.static_range(P + 1):
+        new = new + (sums[i] + tl.sum(u * power, axis=2),)  # noqa: RUF005 (no starred tuples in Triton)
+        power = power * s
+    power = s
+    for j in tl.static_range(Q):
+        new = new + (sums[P + 1 + j] + tl.sum(v * power, axis=2),)  # noqa: RUF005
+        power = power * s
+    new = new + (sums[P + Q + 1] + tl.sum(e, axis=2),)  # noqa: RUF005
+    new = new + (sums[P + Q + 2] + tl.sum(dt, axis=2),)  # noqa: RUF005
+    new = new + (sums[P + Q + 3] + tl.sum(dt * t, axis=2),)  # noqa: RUF005
+    return new + (sums[P + Q + 4] + tl.sum(last, axis=2),)  # noqa: RUF005
+
+
+@triton.jit
+def rational_backward_kernel(
+    h, dz, dh, dcounts, partial, coefficients, rows, n_features, n_tokens, split_size,
+    P: tl.constexpr, Q: tl.constexpr,
+    GATED: tl.constexpr, CLAMP: tl.constexpr, IDENTITY: tl.constexpr, HARD: tl.constexpr,
+    RATIONAL_BACKWARD: tl.constexpr, HAS_DCOUNTS: tl.constexpr,
+    SHARED: tl.constexpr, BLOCK_F: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_F features, split_size tokens. Tile as in `rational_forward_kernel`.
+
+    partial [n_splits, P+Q+5, n_features] float32: sums of u s^i, v s^j, e, dt, dt t and, last, of dh (gated)
+    or gain (direct, whose sum of dh is that of dt over C_in). dh may be dz itself.
+    """
+    f0 = tl.program_id(0).to(tl.int64) * BLOCK_F
+    f_local = tl.arange(0, BLOCK_F)[:, None, None]
+    f, f_mask = f0 + f_local, f_local < n_features - f0
+    # Before the loop, by hand: Triton does not move loads past the store of dh.
+    c = load_coefficients(coefficients, f, f_mask, n_features, P + Q + 4, SHARED)
+    theta = tl.load(rows + f, mask=f_mask, other=0.0)
+    activity = tl.load(rows + n_features + f, mask=f_mask, other=0.0)
+    dcount_f = tl.zeros((BLOCK_F, 1, 1), tl.float32)
+    if HAS_DCOUNTS:
+        dcount_f = tl.load(dcounts + f, mask=f_mask, other=0.0)
+
+    lane, vector = tl.arange(0, LANES)[None, :, None], tl.arange(0, VECTOR)[None, None, :]
+    tile = f_local.to(tl.int64) * n_tokens + lane * VECTOR + vector
+    base = f0 * n_tokens
+    start = tl.program_id(1) * split_size
+    sums = ()
+    for _ in tl.static_range(P + Q + 5):
+        sums = sums + (tl.zeros((BLOCK_F, LANES), tl.float32),)  # noqa: RUF005
+    for n0 in range(start, tl.minimum(start + split_size, n_tokens), LANES * VECTOR):
+        mask = f_mask & (lane * VECTOR + vector < n_tokens - n0)
+        value = tl.load(h + base + n0 + tile, mask=mask, other=0.0).to(tl.float32)
+        # Beyond the last token g is 0, and h = theta keeps what g multiplies finite.
+        value = tl.where(mask, value, theta)
+        g = tl.load(dz + base + n0 + tile, mask=mask, other=0.0).to(tl.float32)
+        dcount = tl.where(mask, dcount_f, 0.0)
+        dvalue, dt, u, v, e, t, s, last = gate_backward(
+            value, g, dcount, theta, activity, c, P, Q, GATED, CLAMP, IDENTITY, HARD, RATIONAL_BACKWARD
+        )
+        tl.store(dh + base + n0 + tile, dvalue.to(dh.dtype.element_ty), mask=mask)
+        if GATED:
+            last = dvalue
+        sums = accumulate(sums, u, v, s, e, dt, t, last, P, Q)
+    f_local = tl.arange(0, BLOCK_F)
+    row = partial + tl.program_id(1).to(tl.int64) * (P + Q + 5) * n_features + f0
+    for k in tl.static_range(P + Q + 5):
+        tl.store(row + f_local, tl.sum(sums[k], axis=1), mask=f_local < n_features - f0)
+        row += n_features
+
+
+def rational_backward(
+    h_fm: Tensor,
+    dz_fm: Tensor,
+    dcounts: Tensor | None,
+    gate: Sequence[Tensor],
+    *,
+    p: int,
+    q: int,
+    gated: bool,
+    clamp: bool,
+    identity: bool,
+    hard: bool,
+    backward_rational: bool,
+    inplace: bool = False,
+) -> tuple[Tensor, GateGrads]:
+    """h_fm, dz_fm [n_features, n_tokens] -> dh_fm in dz's dtype, and the gate's gradients in float32.
+
+    dcounts [n_features] or None: gradient of the activity counts, which the gated form alone has. gate: the
+    seven tensors of `launch.pack_gate`. inplace: dh may overwrite dz (a dz whose tokens are not contiguous is
+    copied, and then the copy is overwritten, so take dh from what is returned).
+    """
+    n_features, n_tokens = h_fm.shape
+    if dz_fm.shape != h_fm.shape:
+        raise ValueError(f"dz {tuple(dz_fm.shape)} does not fit h {tuple(h_fm.shape)}")
+    packed = pack_gate(gate, p, q)
+    h_fm, dz_given = h_fm.contiguous(), dz_fm
+    dz_fm = dz_fm.contiguous()
+    dh_fm = dz_fm if inplace or dz_fm is not dz_given else torch.empty_like(dz_fm)
+    tile = pointwise_tile(capability(h_fm), h_fm.dtype, p, q, packed.shared)
+    blocks = triton.cdiv(n_features, tile.features)
+    split = split_tokens(n_tokens, blocks, tile.lanes * tile.vector)
+    partial = h_fm.new_empty((split.count, p + q + 5, n_features), dtype=torch.float32)
+    if h_fm.numel() > 0:
+        counted = gated and dcounts is not None
+        with launching_on(h_fm):
+            rational_backward_kernel[(blocks, split.count)](
+                h_fm, dz_fm, dh_fm, dcounts.float().contiguous() if counted else packed.rows, partial,
+                packed.coefficients, packed.rows, n_features, n_tokens, split.tokens,
+                P=p, Q=q, GATED=gated, CLAMP=clamp, IDENTITY=identity, HARD=hard,
+                RATIONAL_BACKWARD=backward_rational, HAS_DCOUNTS=counted, SHARED=packed.shared,
+                BLOCK_F=tile.features, LANES=tile.lanes, VECTOR=tile.vector,
+                num_warps=tile.warps, num_stages=1,
+            )  # fmt: skip
+    return dh_fm, _finish(partial.sum(0, dtype=torch.float64), gate, p, q, gated)
+
+
+def _finish(sums: Tensor, gate: Sequence[Tensor], p: int, q: int, gated: bool) -> GateGrads:
+    """From the sums [p+q+5, n_features] in float64 to gradients, folded to as many sets as each tensor has."""
+    da, db, (de, ddt, ddt_t, dlast) = sums[: p + 1], sums[p + 1 : p + 1 + q], sums[p + 1 + q :]
+    input_scale = gate[3].detach().double()
+    dtheta = -ddt / input_scale
+
+    def fold(gradient: Tensor, like: Tensor) -> Tensor:
+        if like.shape[0] == 1:
+            gradient = gradient.sum(-1, keepdim=True)
+        return gradient.t().float().contiguous() if gradient.dim() == 2 else gradient.float()
+
+    return GateGrads(
+        a=fold(da, gate[0]),
+        b=fold(db, gate[1]),
+        centre=fold(-de, gate[2]),
+        input_scale=fold(-ddt_t / input_scale, gate[3]),
+        output_scale=fold(torch.zeros_like(dlast) if gated else dlast, gate[4]),
+        threshold=dtheta.float(),
+        b_enc=(dlast if gated else -dtheta).float(),
+    )
