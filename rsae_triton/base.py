@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .errors import ConfigError, FormatError, NumericsError, ShapeError
 
@@ -88,7 +89,11 @@ class SparseAutoencoder(nn.Module, abc.ABC):
     def hidden_pre(self, x: Tensor) -> Tensor:
         """Activations [..., d_in] -> pre-activations h [..., d_sae]."""
         self._check_last(x, "x", "d_in", self.d_in)
-        return (x - self.b_dec if self.apply_b_dec_to_input else x) @ self.W_enc + self.b_enc
+        if not self.apply_b_dec_to_input:
+            return x @ self.W_enc + self.b_enc
+        if torch.is_autocast_enabled(x.device.type) or x.requires_grad:
+            return (x - self.b_dec) @ self.W_enc + self.b_enc
+        return _CentredLinear.apply(x, self.W_enc, self.b_enc, self.b_dec)
 
     def _check_last(self, tensor: Tensor, name: str, size_name: str, size: int) -> None:
         if tensor.dim() == 0 or tensor.shape[-1] != size:
@@ -97,9 +102,9 @@ class SparseAutoencoder(nn.Module, abc.ABC):
     # -- weights
 
     @torch.no_grad()
-    def normalize_decoder_(self) -> None:
-        """Scales every decoder row to unit norm (rows of zeros are left)."""
-        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
+    def scale_decoder_rows_(self, norms: Tensor) -> None:
+        """Gives every decoder row the norm in `norms` [d_sae, 1] (rows of zeros are left)."""
+        self.W_dec.mul_(norms / self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
 
     @torch.no_grad()
     def constrain_(self) -> None:
@@ -208,6 +213,24 @@ class SparseAutoencoder(nn.Module, abc.ABC):
                 raise NumericsError(f"{name} in {Path(source) / WEIGHTS_FILE} holds NaN or infinity; the file is bad")
         sae.load_state_dict(weights)
         return sae
+
+
+class _CentredLinear(torch.autograd.Function):
+    """(x - b_dec) @ W_enc + b_enc for an x without gradient: that of b_dec is a mat-vec, not a third GEMM."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
+        centred = (x - b_dec).reshape(-1, x.shape[-1])
+        ctx.save_for_backward(centred, W_enc)
+        return torch.addmm(b_enc, centred, W_enc).reshape(*x.shape[:-1], W_enc.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:
+        centred, W_enc = ctx.saved_tensors
+        dh = grads[0].reshape(-1, W_enc.shape[1])
+        db_enc = dh.sum(0)
+        return None, centred.t() @ dh, db_enc, -(W_enc @ db_enc)
 
 
 def parse_dtype(name: str) -> torch.dtype:

@@ -187,10 +187,15 @@ class RationalGate(nn.Module):
 
     def tensors(self) -> GateTensors:
         """Everything per feature: [1, ...] where one set serves all features, [d_sae, ...] otherwise."""
-        sets = [self.numerator(), self.denominator(), self.centre, self.input_scale, self.output_scale]
-        if any(len(one) > 1 for one in sets):
-            sets = [one.repeat_interleave(self.d_sae // len(one), dim=0) for one in sets]
-        return GateTensors(*sets, self.threshold, self.activity_threshold.expand(self.d_sae))
+        a, b = self.numerator(), self.denominator()
+        centre: Tensor = self.centre
+        scale_in, scale_out = self.input_scale, self.output_scale.view(-1)
+        if any(len(one) > 1 for one in (a, scale_in, scale_out)):
+            a, b, centre, scale_in, scale_out = (
+                one.repeat_interleave(self.d_sae // len(one), dim=0) for one in (a, b, centre, scale_in, scale_out)
+            )
+        activity = self.activity_threshold.expand(self.d_sae)
+        return GateTensors(a, b, centre, scale_in, scale_out, self.threshold, activity)
 
     def forward(self, hidden_pre: Tensor, *, hard: bool = True) -> Tensor:
         """Pre-activations [..., d_sae] -> codes of the same shape, in plain PyTorch (float32 inside)."""

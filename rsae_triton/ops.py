@@ -115,7 +115,6 @@ class _RationalEncode(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @torch.compiler.disable
     def backward(ctx: Any, dz: Tensor | None, dcounts: Tensor | None) -> Any:
         x, W_enc, b_dec, h, *tensors = ctx.saved_tensors
         gate, spec = GateTensors(*tensors), ctx.spec

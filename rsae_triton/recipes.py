@@ -77,10 +77,10 @@ def recipe_for(sae: SparseAutoencoder, name: str = "auto") -> Recipe:
     if name not in RECIPES:
         raise ConfigError(f"recipe is {name!r}; choose one of auto, {', '.join(RECIPES)}")
     recipe = RECIPES[name]
-    rational = isinstance(sae, FusedRationalSAE)
-    if recipe.soft and not rational:
+    if recipe.soft and not isinstance(sae, FusedRationalSAE):
         raise ConfigError(f"recipe {name!r} trains a rational code; a {sae.architecture} SAE has none")
-    if recipe.sparsity == "l0" and (isinstance(sae, ReluSAE | TopKSAE) or (rational and sae.gate.form == "direct")):
+    direct = isinstance(sae, FusedRationalSAE) and sae.gate.form == "direct"
+    if recipe.sparsity == "l0" and (isinstance(sae, ReluSAE | TopKSAE) or direct):
         raise ConfigError(f"recipe {name!r} needs trainable thresholds; use a gated rational or a JumpReLU SAE")
     return recipe
 

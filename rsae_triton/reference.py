@@ -51,9 +51,9 @@ class GateSpec:
     backward: str = "soft"
 
     def __post_init__(self) -> None:
-        for name, value in (("numerator degree", self.p), ("denominator degree", self.q)):
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_DEGREE:
-                raise ConfigError(f"{name} is {value!r}; give an integer from 0 to {MAX_DEGREE}")
+        for name, degree in (("numerator degree", self.p), ("denominator degree", self.q)):
+            if isinstance(degree, bool) or not isinstance(degree, int) or not 0 <= degree <= MAX_DEGREE:
+                raise ConfigError(f"{name} is {degree!r}; give an integer from 0 to {MAX_DEGREE}")
         for name, value, allowed in (
             ("form", self.form, FORMS),
             ("domain", self.domain, DOMAINS),

@@ -80,7 +80,8 @@ class FusedRationalSAE(SparseAutoencoder):
         """As `encode`, with the differentiable activity counts [d_sae] (float32)."""
         self._check_last(x, "x", "d_in", self.d_in)
         rows = x.reshape(-1, self.d_in)
-        W_enc, b_enc = self.W_enc, self.b_enc
+        W_enc: Tensor = self.W_enc
+        b_enc: Tensor = self.b_enc
         b_dec = self.b_dec if self.apply_b_dec_to_input else None
         if torch.is_autocast_enabled(x.device.type):
             # The matrix product in the autocast dtype; x - b_dec before it and the gate after it in float32.
@@ -119,7 +120,6 @@ class FusedRationalSAE(SparseAutoencoder):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         p, q = config["degree"]
-        ones = {f"{name}_scale": torch.ones(config.get(f"{name}_scale_groups", 1)) for name in ("input", "output")}
         gate = RationalGate(
             config["d_sae"],
             (p, q),
@@ -131,7 +131,8 @@ class FusedRationalSAE(SparseAutoencoder):
             amplitude=config["amplitude"],
             backward=config["backward"],
             activity_threshold=torch.zeros(config.get("activity_threshold_groups", 1)),
-            **ones,
+            input_scale=torch.ones(config.get("input_scale_groups", 1)),
+            output_scale=torch.ones(config.get("output_scale_groups", 1)),
         )
         return cls(gate=gate, **cls.common_arguments(config))
 
@@ -151,5 +152,5 @@ def _initial_gate(d_sae: int, degree: tuple[int, int] | None, form: str, options
         a, b = smooth_step()
         return RationalGate(d_sae, (2, 2), a, b, form=form, **options)
     if form == "gated":
-        return RationalGate.from_fit(fit_gate("step", degree, margin=0.1), d_sae, form=form, **options)
+        return RationalGate.from_fit(fit_gate("step", degree or (2, 2), margin=0.1), d_sae, form=form, **options)
     return RationalGate.from_fit(fit_gate("relu", degree or (3, 2)), d_sae, form=form, **options)

@@ -65,6 +65,7 @@ def train(
     lr: float = 3e-4,
     warmup: int | None = None,
     decay: float = 0.2,
+    sparsity_warmup: int = 0,
     clip: float = 1.0,
     seed: int = 0,
     dead_after: int = 10_000,
@@ -72,7 +73,10 @@ def train(
     label: str | None = None,
     progress: bool = True,
 ) -> TrainLog:
-    """Trains every parameter of `sae` in place: mse + weight * sparsity, decoder rows at unit norm.
+    """Trains every parameter of `sae` in place: mse + weight * sparsity.
+
+    The norm of every decoder row stays what it is: a free norm evades the l1 penalty, for a Rational SAE and its
+    teacher alike.
 
     Args:
         sae: a teacher, a control or a Rational SAE. activations: [n_tokens, d_in], or an `ActivationStore`.
@@ -81,6 +85,8 @@ def train(
         target_l0: hold l0 here by steering the sparsity weight (recipes that have one).
         lr: of Adam; warmed up linearly over `warmup` steps (steps // 20 when None) and brought to zero linearly
             over the last `decay` of the run.
+        sparsity_warmup: steps over which the sparsity weight rises from zero; for training from scratch, where
+            the full weight on an untrained code kills features.
         clip: largest norm of the gradient. seed: of the order of batches, nothing else is random.
         dead_after: tokens without activity after which a feature counts as dead.
         log_every: steps between entries of the log. label: shown beside the progress bar.
@@ -119,16 +125,18 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _schedule(step, steps, warmup, decay))
     controller = SparsityController(recipe)
     idle = torch.zeros(sae.d_sae, device=sae.W_dec.device)
+    norms = sae.W_dec.detach().norm(dim=1, keepdim=True)
     good = _snapshot(sae)
     started = time.perf_counter()
     with _progress(label or f"training ({recipe.name})", steps, batch_size, progress) as advance, _frozen(sae, recipe):
         for step in range(steps):
             x = next(batches).to(device=sae.W_dec.device, dtype=sae.W_dec.dtype)
             dead = idle > dead_after
-            terms = losses(sae, x, recipe, controller.weight, dead if recipe.aux_k else None)
+            ramp = min(1.0, step / sparsity_warmup) if sparsity_warmup else 1.0
+            terms = losses(sae, x, recipe, ramp * controller.weight, dead if recipe.aux_k else None)
             optimizer.zero_grad(set_to_none=True)
             terms.total.backward()
-            _remove_radial_gradient(sae)
+            _remove_radial_gradient(sae.W_dec)
             norm = nn.utils.clip_grad_norm_([p for p in sae.parameters() if p.requires_grad], clip)
             logged = step % log_every == 0 or step == steps - 1
             if logged:
@@ -138,14 +146,16 @@ def train(
                 good = _snapshot(sae)
             optimizer.step()
             schedule.step()
-            sae.normalize_decoder_()
+            sae.scale_decoder_rows_(norms)
             sae.constrain_()
             idle = torch.where(terms.counts > 0, 0.0, idle + len(x))
-            weight = controller.update(float(terms.l0))
+            if ramp == 1.0:
+                controller.update(float(terms.l0))
             if logged:
-                for name, value in (("step", step), ("mse", float(terms.mse)), ("l0", float(terms.l0))):
-                    getattr(log, name).append(value)
-                log.weight.append(weight)
+                log.step.append(step)
+                log.mse.append(float(terms.mse))
+                log.l0.append(float(terms.l0))
+                log.weight.append(ramp * controller.weight)
                 log.dead.append(int(dead.sum()))
             advance(log)
     log.seconds = time.perf_counter() - started
@@ -170,11 +180,12 @@ def _schedule(step: int, steps: int, warmup: int, decay: float) -> float:
     return min(up, (steps - step) / max(1.0, decay * steps))
 
 
-def _remove_radial_gradient(sae: SparseAutoencoder) -> None:
+def _remove_radial_gradient(W_dec: nn.Parameter) -> None:
     """Drops the part of the decoder's gradient along its rows: their norm is fixed, Adam must not chase it."""
-    grad, rows = sae.W_dec.grad, sae.W_dec.detach()
+    grad, rows = W_dec.grad, W_dec.detach()
     if grad is not None:
-        grad.sub_((grad * rows).sum(1, keepdim=True) * rows)
+        along = (grad * rows).sum(1, keepdim=True) / rows.square().sum(1, keepdim=True).clamp_min(1e-12)
+        grad.addcmul_(along, rows, value=-1)
 
 
 def _snapshot(sae: SparseAutoencoder) -> dict[str, Tensor]:
