@@ -67,19 +67,21 @@ def _local(path: Path) -> Iterator[Document]:
         # A file outside a folder forms its family with the other files named beside it.
         source = path.name if path.is_dir() else path.stem
         family = f"folder {path.name}" if path.is_dir() else "files"
+        # Relative names, so that a moved folder is still the same corpus.
+        group = f"{family}/{file.relative_to(path) if path.is_dir() else file.name}"
         if file.suffix.lower() == ".jsonl":
-            yield from _json_lines(file, text, source, family)
+            yield from _json_lines(file, text, source, group)
         else:
-            yield Document(strip_gutenberg(text), source, file.stem, {}, f"{family}/{file}")
+            yield Document(strip_gutenberg(text), source, file.stem, {}, group)
 
 
-def _json_lines(file: Path, text: str, source: str, family: str) -> Iterator[Document]:
-    for number, line in enumerate(text.splitlines(), 1):
+def _json_lines(file: Path, text: str, source: str, group: str) -> Iterator[Document]:
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            yield _row(row, source, f"{file.stem} line {number}", f"{family}/{file}:{number}")
+            yield _row(row, source, f"{file.stem} line {number}", f"{group}:{number}")
         except (json.JSONDecodeError, KeyError, AttributeError) as error:
             raise FormatError(
                 f'{file} line {number} is not a JSON object with a "text" field; correct or remove it'

@@ -55,7 +55,8 @@ class HostModel:
         self.max_context: int = getattr(config, "max_position_embeddings", None) or 2**31
         self._resumable: dict[int, bool] = {}
         middle = f"blocks.{min(round(_DEFAULT_DEPTH * self.n_layers), self.n_layers - 1)}.hook_resid_pre"
-        self.default_hook: str = middle if default_hook is None else self.resolve_hook(default_hook)
+        self.default_hook: str = middle  # what resolve_hook suggests, while the one asked for is looked up
+        self.default_hook = self.resolve_hook(default_hook)
 
     @property
     def library(self) -> str:
@@ -247,7 +248,7 @@ class HostModel:
             raise ShapeError(f"tokens have shape {tuple(tokens.shape)}, {tokens.dtype}; give integers [batch, token]")
         if tokens.shape[1] > self.max_context:
             raise ConfigError(
-                f"{tokens.shape[1]} tokens are a longer context than {self.name!r} takes; use at most {self.max_context}"
+                f"{tokens.shape[1]} tokens are a longer context than {self.name!r} takes; use {self.max_context}"
             )
         return tokens.to(self.device, torch.long)
 

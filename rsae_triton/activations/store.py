@@ -17,8 +17,9 @@ from rsae_triton.errors import ConfigError, FormatError
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-# Above this a checksum of every shard would take longer than opening should; sizes are compared instead.
-_VERIFY_BYTES = 2 << 30
+# Up to here a store is checksummed when it is opened and held in memory when it is read at random. Beyond, sizes
+# are compared, and rows come from the mapped files.
+_SMALL_BYTES = 2 << 30
 
 
 class Sequences(NamedTuple):
@@ -118,7 +119,14 @@ class ActivationStore:
                 yield (rows.to(device).float() * self.scale).to(dtype)
             epoch, first = epoch + 1, 0
 
+    @cached_property
+    def _resident(self) -> torch.Tensor | None:
+        parts = [shard["activations"] for shard in self._shards]
+        return torch.cat(parts) if sum(part.nbytes for part in parts) <= _SMALL_BYTES else None
+
     def _gather(self, rows: torch.Tensor) -> torch.Tensor:
+        if self._resident is not None:
+            return self._resident[rows]
         out = torch.empty(len(rows), self.d_in, dtype=self._shards[0]["activations"].dtype)
         shard_of = torch.searchsorted(self._ends, rows, right=True)
         for number in shard_of.unique().tolist():
@@ -189,7 +197,7 @@ class ActivationStore:
     def _check_files(self, verify: bool | None) -> None:
         files: dict[str, dict[str, Any]] = self.manifest["files"]
         if verify is None:
-            verify = sum(entry["bytes"] for entry in files.values()) <= _VERIFY_BYTES
+            verify = sum(entry["bytes"] for entry in files.values()) <= _SMALL_BYTES
         for file, entry in files.items():
             path = self.folder / file
             if not path.is_file():
