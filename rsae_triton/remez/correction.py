@@ -60,6 +60,8 @@ def correct(
         bound = np.concatenate([1 - e[:, 0], 1 + e[:, 0], keep, grow])
         cost = np.zeros(rows.shape[1] + 1)
         cost[-1] = 1.0
+        if not np.all(np.isfinite(rows)):
+            raise ConvergenceError(f"powers of s overflow; largest error so far {size:.6g}")
         answer = linprog(
             cost, A_ub=np.column_stack([rows, y]), b_ub=bound, bounds=[(None, None)] * len(cost), method="highs-ds",
         )

@@ -5,18 +5,25 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rsae_triton.errors import ConfigError
-from rsae_triton.remez.extrema import alternation, find_peaks, near_poles
+from rsae_triton.errors import ConfigError, ConvergenceError
+from rsae_triton.remez.bound import program_bound
+from rsae_triton.remez.extrema import Peaks, alternation, find_peaks, near_poles
 from rsae_triton.remez.gatefit import GateFit
+from rsae_triton.remez.least_squares import checked_samples, density, solve_squares
 from rsae_triton.remez.minimax import solve
 from rsae_triton.remez.problem import MAX_DEGREE, Problem, Target, Weight, make_problem
 from rsae_triton.remez.rational import Rational, safe_pade, unit_influence
 
+METHODS = ("minimax", "least_squares")
+ALMOST = 0.999  # an alternation that proves less than this is helped by a linear program
+REQUIRED = 0.99  # a minimax fit whose bracket is wider than this is refused
+AUTO_TOL = 1e-3
+
 
 def parse_degree(degree: str | Sequence[int]) -> tuple[int, int]:
     """(p, q) from a pair or from text like "9,8". Raises ConfigError unless 0 <= p, q <= 12."""
-    parts = degree.split(",") if isinstance(degree, str) else list(degree)
     try:
+        parts = degree.split(",") if isinstance(degree, str) else list(degree)
         p, q = (int(part) for part in parts)
         exact = all(int(part) == float(part) for part in parts)
     except (TypeError, ValueError):
@@ -26,8 +33,104 @@ def parse_degree(degree: str | Sequence[int]) -> tuple[int, int]:
     return p, q
 
 
+def fit_gate(
+    target: Target, degree: str | Sequence[int], *, theta: float = 0.0, margin: float = 0.0,
+    weight: Weight | None = None, method: str = "minimax", points: int = 4001, tol: float | None = None,
+    samples: np.ndarray | None = None,
+) -> GateFit:
+    """The best rational gate of type `degree` = (p, q) for a target on [-1, 1], with its certificate.
+
+    target: "relu" max(t, 0); "step" H(t - theta); "jumprelu" t * H(t - theta); or a vectorised callable.
+    degree: (p, q) or "p,q", each 0 to 12, or "auto": (12, 12) as the limit of a search, see `tol`.
+    theta, margin: |t - theta| < margin is left out of the fit (poles are kept out there too). A jump needs
+    margin > 0 for "minimax". weight: a function of t, or [points] values on the even grid; "minimax" minimises
+    max weight * |error|, "least_squares" the sum of weight * error^2.
+    points: size of the even grid; extrema are refined between its points. samples: pre-activations t, any
+    shape, clipped to [-1, 1]; "least_squares" fits them in place of the grid, and `mse` is taken on them.
+    tol: return the first of the types (1,0), (3,2), (5,4), ... up to `degree` with error <= tol ("minimax") or
+    mse <= tol ("least_squares"); 1e-3 where degree is "auto".
+
+    An odd q is fitted as q - 1, with b_q = 0: an odd denominator has a real root, and the centre that makes
+    the safe Pade form exact is then often an end of [-1, 1], where powers of s are useless in float32.
+
+    "minimax" is differential correction (Barrodale, Powell & Roberts 1972) with exchange; its lower bound is
+    de la Vallee-Poussin's, or where the error alternates too little an infeasible linear program. It holds for
+    all rationals of type (p, q), q rounded down to even, that have no pole in [-1, 1].
+
+    Raises ConfigError for arguments that cannot be used (and a tol that no type up to `degree` meets),
+    NumericsError for a target, weight or samples that are not finite, ConvergenceError with the best bracket
+    when "minimax" ends with lower_bound < 0.99 * error.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"unknown method {method!r}; use one of {', '.join(METHODS)}")
+    auto = isinstance(degree, str) and degree == "auto"
+    limit = (MAX_DEGREE, MAX_DEGREE) if auto else parse_degree(degree)
+    problem = make_problem(target, theta, margin, weight, points)
+    if method == "minimax" and not problem.solvable:
+        raise ConfigError(
+            f"{target} jumps at theta={theta}: no rational comes closer than half the jump with margin=0; "
+            "give the half-width of the gap to leave out, for example margin=0.02"
+        )
+    if samples is not None:
+        samples = checked_samples(samples)
+    if tol is None and auto:
+        tol = AUTO_TOL
+    if tol is None:
+        return _fit(problem, *limit, method, points, samples, weight is not None)
+    if not tol > 0:
+        raise ConfigError(f"tol must be positive; got {tol}")
+    reached = []
+    for p, q in ladder(*limit):
+        fit = _fit(problem, p, q, method, points, samples, weight is not None)
+        reached.append(fit.error if method == "minimax" else fit.mse)
+        if reached[-1] <= tol:
+            return fit
+    raise ConfigError(f"no type up to {limit} reaches tol={tol:g}; the best has {min(reached):.6g}: raise tol or degree")
+
+
+def ladder(p: int, q: int) -> list[tuple[int, int]]:
+    """The types tried for a `tol`: (k + 1, k) for even k as far as (p, q) allows, then (p, q) itself."""
+    steps = [(min(k + 1, p), k) for k in range(0, q + 1, 2)]
+    return list(dict.fromkeys([*steps, (p, q)]))
+
+
+def _fit(
+    problem: Problem, p: int, q: int, method: str, points: int, samples: np.ndarray | None, weighted: bool
+) -> GateFit:
+    started = time.perf_counter()
+    even = q - q % 2
+    if method == "minimax":
+        solution = solve(problem, p, even)
+        r, n_lps = solution.r, solution.n_lps
+    else:
+        r, n_lps = solve_squares(problem, p, even, *density(problem, samples, points))
+    hull = np.union1d(problem.grid, problem.gap)
+    r = centred(r, hull)
+
+    def gate(t: np.ndarray) -> np.ndarray:
+        return safe_pade(r.a, r.d[1:], r.centre, t)
+
+    peaks = find_peaks(problem, gate, near_poles(r, problem))
+    bound, reference, certificate = certify(problem, r, peaks, with_program=method == "minimax")
+    if method == "minimax" and certificate != "rounding" and bound < REQUIRED * peaks.largest:
+        raise ConvergenceError(
+            f"no optimal rational of type ({p}, {q}) for {problem.name} was found: the least error lies in "
+            f"[{bound:.6g}, {peaks.largest:.6g}]; use another degree (p near q or above) or a wider margin"
+        )
+    t = problem.inside(np.linspace(-1.0, 1.0, points)) if samples is None else samples
+    b, scales = np.zeros(q), unit_influence(r, hull, q + 1)[1:]
+    b[:even] = r.d[1:]
+    return GateFit(
+        a=r.a, b=b, centre=r.centre, degree=(p, q), target=problem.name, theta=problem.theta, margin=problem.margin,
+        error=peaks.largest, lower_bound=bound, reference=reference,
+        mse=float(np.mean((problem.value(t) - gate(t)) ** 2)), numerator_scale=unit_influence(r, hull, p + 1),
+        denominator_scale=scales, n_lps=n_lps, seconds=time.perf_counter() - started, method=method,
+        certificate=certificate, weighted=weighted, problem=problem,
+    )
+
+
 def centred(r: Rational, hull: np.ndarray) -> Rational:
-    """r about the point that makes Q >= 1 wherever it is evaluated: the lowest point of Q on [-1, 1]."""
+    """r about the lowest point of Q on [-1, 1]: there Q = 1 + B has B >= 0, and the safe Pade form is exact."""
     if not np.any(r.d[1:]):
         return r.recentred(0.0)  # a polynomial: powers about the middle are the best conditioned
     centre = r.lowest(hull)
@@ -39,44 +142,16 @@ def centred(r: Rational, hull: np.ndarray) -> Rational:
     return r
 
 
-def fit_gate(
-    target: Target, degree: str | Sequence[int], *, theta: float = 0.0, margin: float = 0.0,
-    weight: Weight | None = None, method: str = "minimax", points: int = 4001, tol: float | None = None,
-    samples: np.ndarray | None = None,
-) -> GateFit:
-    """Fits a rational gate of type (p, q) to a target on [-1, 1]."""
-    started = time.perf_counter()
-    p, q = parse_degree(degree)
-    problem = make_problem(target, theta, margin, weight, points)
-    if method != "minimax":
-        raise ConfigError(f"unknown method {method!r}; use minimax")
-    solution = solve(problem, p, q - q % 2)
-    return finished(problem, solution.r, q, method, points, samples, solution.n_lps, started)
-
-
-def finished(
-    problem: Problem, r: Rational, q: int, method: str, points: int, samples: np.ndarray | None, n_lps: int,
-    started: float,
-) -> GateFit:
-    """The GateFit of r: centred, measured and certified in the form in which it will be evaluated."""
-    hull = np.union1d(problem.grid, problem.gap)
-    r = centred(r, hull)
-    p, q_even = len(r.a) - 1, len(r.d) - 1
-    r = Rational(r.a, np.concatenate([r.d, np.zeros(q - q_even)]), r.centre)
-
-    def gate(t: np.ndarray) -> np.ndarray:
-        return safe_pade(r.a, r.d[1:], r.centre, t)
-
-    peaks = find_peaks(problem, gate, near_poles(r, problem))
-    chosen = alternation(peaks, p + q_even + 2)
-    even = problem.inside(np.linspace(-1.0, 1.0, points)) if samples is None else samples
-    return GateFit(
-        a=r.a, b=r.d[1:], centre=r.centre, degree=(p, q), target=problem.name, theta=problem.theta,
-        margin=problem.margin, error=peaks.largest,
-        lower_bound=0.0 if chosen is None else float(np.min(np.abs(peaks.error[chosen]))),
-        reference=np.empty(0) if chosen is None else peaks.t[chosen],
-        mse=float(np.mean((problem.value(even) - gate(even)) ** 2)),
-        numerator_scale=unit_influence(r, hull, p + 1), denominator_scale=unit_influence(r, hull, q + 1)[1:],
-        n_lps=n_lps, seconds=time.perf_counter() - started, method=method,
-        problem=problem, certificate="none" if chosen is None else "alternation",
-    )
+def certify(problem: Problem, r: Rational, peaks: Peaks, *, with_program: bool) -> tuple[float, np.ndarray, str]:
+    """(lower bound, reference points, kind of proof) for the errors `peaks` of the function as evaluated."""
+    count = len(r.a) + len(r.d)  # p + q + 2
+    chosen = alternation(peaks, count)
+    bound = 0.0 if chosen is None else float(np.min(np.abs(peaks.error[chosen])))
+    reference = np.empty(0) if chosen is None else peaks.t[chosen]
+    if peaks.largest <= problem.rounding:
+        return bound, reference, "rounding"
+    if with_program and bound < ALMOST * peaks.largest:
+        proved, support = program_bound(problem, r, np.union1d(problem.grid[::10], peaks.t))
+        if proved > bound:
+            return proved, support, "program"
+    return bound, reference, "none" if chosen is None else "alternation"

@@ -1,8 +1,8 @@
 """The minimax solver: differential correction on a growing set of points, started from clustered poles."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import dataclass, replace
+from itertools import islice, product
 
 import numpy as np
 
@@ -10,27 +10,34 @@ from rsae_triton.errors import ConvergenceError
 from rsae_triton.remez.correction import correct
 from rsae_triton.remez.extrema import alternation, find_peaks, near_poles
 from rsae_triton.remez.problem import Problem
-from rsae_triton.remez.rational import Rational, unit_influence
+from rsae_triton.remez.rational import Rational, powers, unit_influence
 
 CLOSE = 1e-6  # stop where the alternation proves the error optimal to this relative accuracy
-STEPS = 40  # differential-correction steps from one start; 8 to 20 are usual
+STEPS = 60  # differential-correction steps from one start; 8 to 20 are usual
 # Points beyond [-1, 1] where some attempts keep Q positive too: a pole there is allowed but can mislead them.
 FAR = 1.0 + np.geomspace(1e-3, 1e4, 40)
 FAR = np.concatenate([-FAR[::-1], FAR])
 
+ENOUGH = 400  # linear programs after which no further start is tried
+NEAR = 0.999  # a bracket this narrow needs no further start
+
 
 @dataclass(frozen=True)
 class Solution:
-    """r with its largest error on the domain and the lower bound its alternation proves (0: none)."""
+    """r with its largest error on the domain and the lower bound its alternation proves (0: none).
+
+    rounding: errors up to this need no proof.
+    """
 
     r: Rational
     error: float
     bound: float
     n_lps: int
+    rounding: float
 
     @property
-    def certified(self) -> bool:
-        return self.error <= self.bound * (1 + 10 * CLOSE)
+    def optimal(self) -> bool:
+        return self.error <= max(self.bound * (1 + 10 * CLOSE), self.rounding)
 
 
 def poles_at(distances: np.ndarray, problem: Problem, p: int, q: int) -> Rational:
@@ -42,7 +49,7 @@ def poles_at(distances: np.ndarray, problem: Problem, p: int, q: int) -> Rationa
     r = Rational(np.zeros(p + 1), d, problem.theta)
     t = problem.grid
     scales = unit_influence(r, t, p + 1)
-    columns = (t - r.centre)[:, None] ** np.arange(p + 1) * scales / r.denominator(t)[:, None]
+    columns = powers(t - r.centre, p + 1) * scales / r.denominator(t)[:, None]
     weight = problem.weight(t)
     a = np.linalg.lstsq(columns * weight[:, None], problem.value(t) * weight, rcond=None)[0]
     return Rational(a * scales, d, problem.theta)
@@ -71,22 +78,22 @@ def _first_points(problem: Problem, count: int) -> np.ndarray:
     return problem.inside(np.concatenate([low + (high - low) * lobes for low, high in problem.pieces]))
 
 
-def _descend(problem: Problem, r: Rational, far: np.ndarray) -> Solution:
+def _descend(problem: Problem, r: Rational, far: np.ndarray, patience: int = 4) -> Solution:
     p, q = len(r.a) - 1, len(r.d) - 1
     hull = np.union1d(problem.grid, problem.gap)
     active = _first_points(problem, 3 * (p + q + 2))
     guards = np.union1d(problem.gap[::4], far)
-    best, n_lps, idle = Solution(r, np.inf, 0.0, 0), 0, 0
-    floor = 1e-14 * (1.0 + float(np.max(np.abs(problem.value(problem.grid)))))
+    rounding = problem.rounding
+    best, n_lps, idle = Solution(r, np.inf, 0.0, 0, rounding), 0, 0
     for _ in range(STEPS):
         peaks = find_peaks(problem, r, near_poles(r, problem))
         chosen = alternation(peaks, p + q + 2)
         bound = 0.0 if chosen is None else float(np.min(np.abs(peaks.error[chosen])))
         idle = 0 if peaks.largest < best.error * (1 - CLOSE) else idle + 1
-        best = Solution(
-            r if peaks.largest < best.error else best.r, min(peaks.largest, best.error), max(bound, best.bound), n_lps
-        )
-        if best.certified or best.error <= floor or idle >= 4:
+        if peaks.largest < best.error:
+            best = replace(best, r=r, error=peaks.largest)
+        best = replace(best, bound=max(bound, best.bound), n_lps=n_lps)
+        if best.optimal or idle >= patience:
             break
         active = problem.inside(np.concatenate([active, peaks.t]))
         try:
@@ -97,23 +104,41 @@ def _descend(problem: Problem, r: Rational, far: np.ndarray) -> Solution:
         centre = r.lowest(hull)
         if -1 < centre < 1:
             r = r.recentred(centre)
-    return Solution(best.r, best.error, best.bound, n_lps)
+    return replace(best, n_lps=n_lps)
 
 
-def solve(problem: Problem, p: int, q: int) -> Solution:
+def _attempts(problem: Problem, p: int, q: int, spent: int) -> Iterator[Solution]:
+    attempts = product((np.empty(0), FAR), starts(problem, p, q))
+    for far, start in islice(attempts, 2):
+        yield _descend(problem, start, far)
+    # What is left are types with q far above p, where poles wander. The next smaller type with zeros added is
+    # a feasible start, and makes sure that more coefficients never do worse.
+    for p_less, q_less in ((p, q - 2), (p - 1, q)):
+        if p_less >= 0 and q_less >= 0:
+            less = solve(problem, p_less, q_less, spent)
+            spent += less.n_lps
+            a, d = np.zeros(p + 1), np.zeros(q + 1)
+            a[: p_less + 1], d[: q_less + 1] = less.r.a, less.r.d
+            found = _descend(problem, Rational(a, d, less.r.centre), np.empty(0), patience=15)
+            yield replace(found, n_lps=found.n_lps + less.n_lps)
+    for far, start in attempts:
+        yield _descend(problem, start, far)
+
+
+def solve(problem: Problem, p: int, q: int, spent: int = 0) -> Solution:
     """The best rational of type (p, q) with Q > 0 on [-1, 1], the gap included.
 
-    Raises ConvergenceError when no start leads anywhere.
+    spent: linear programs already solved on the way here, counted against the limit. Raises ConvergenceError when no start leads anywhere.
     """
-    best: Solution | None = None
-    n_lps = 0
-    for far, start in product((np.empty(0), FAR), starts(problem, p, q)):
-        found = _descend(problem, start, far)
+    best, n_lps, tries = None, 0, 0
+    for found in _attempts(problem, p, q, spent):
         n_lps += found.n_lps
         if best is None or found.error < best.error:
-            best = found
-        if found.certified:
+            best = found if best is None else replace(found, bound=max(found.bound, best.bound))
+        # The first two starts may go on to the last digit; later ones only help where nothing was proved yet.
+        tries += 1
+        if found.optimal or spent + n_lps > ENOUGH or (tries >= 2 and best.error * NEAR <= best.bound):
             break
     if best is None or not np.isfinite(best.error):
         raise ConvergenceError(f"no start of type ({p}, {q}) led to a finite error")
-    return Solution(best.r, best.error, best.bound, n_lps)
+    return replace(best, n_lps=n_lps)

@@ -27,7 +27,7 @@ def _problem(fit: "GateFit") -> Problem | None:
     if fit.problem is not None:
         return fit.problem
     if fit.target in TARGETS and not fit.weighted:
-        return make_problem(fit.target, fit.theta, fit.margin, jump_needs_margin=False)
+        return make_problem(fit.target, fit.theta, fit.margin)
     return None
 
 

@@ -35,6 +35,17 @@ class Problem:
     grid: np.ndarray
     gap: np.ndarray
 
+    @property
+    def solvable(self) -> bool:
+        """False for a jump without a gap: no rational comes closer than half the jump, and many do as well."""
+        jumps = self.name == "step" or (self.name == "jumprelu" and self.theta != 0.0)
+        return not jumps or self.margin > 0
+
+    @property
+    def rounding(self) -> float:
+        """Errors up to this are rounding of float64 sums: nothing is left to gain or to prove."""
+        return 1e-12 * float(np.max(self.weight(self.grid) * (np.abs(self.value(self.grid)) + 1e-3)))
+
     def inside(self, t: np.ndarray) -> np.ndarray:
         """The points of t that lie in the domain, sorted and without repetition."""
         t = np.unique(t)
@@ -93,13 +104,12 @@ def around(centre: float, nearest: float, count: int = 60) -> np.ndarray:
 
 
 def make_problem(
-    target: Target, theta: float = 0.0, margin: float = 0.0, weight: Weight | None = None, points: int = 4001,
-    *, jump_needs_margin: bool = True,
+    target: Target, theta: float = 0.0, margin: float = 0.0, weight: Weight | None = None, points: int = 4001
 ) -> Problem:
     """Checks the arguments of `fit_gate` and lays the grid.
 
-    Raises ConfigError for an unknown target, a jump without a margin, a gap that leaves no domain on one
-    side, a weight that is not positive; NumericsError where target or weight is not finite.
+    Raises ConfigError for an unknown target, a gap that leaves no domain on one side, a weight that is negative
+    or nowhere positive; NumericsError where target or weight is not finite.
     """
     theta, margin = float(theta), float(margin)
     if not (np.isfinite(theta) and np.isfinite(margin)) or margin < 0:
@@ -112,12 +122,6 @@ def make_problem(
         if target == "relu" and theta != 0.0:
             raise ConfigError(f"relu has its kink at 0: theta must be 0, got {theta}; use jumprelu for a threshold")
         name, value = target, _builtin(target, theta)
-        jumps = target == "step" or (target == "jumprelu" and theta != 0.0)
-        if jumps and margin == 0.0 and jump_needs_margin:
-            raise ConfigError(
-                f"{target} jumps at theta={theta}: no rational comes closer than half the jump with margin=0; "
-                "give the half-width of the gap to leave out, for example margin=0.02"
-            )
     elif callable(target):
         name, value = getattr(target, "__name__", type(target).__name__), target
     else:

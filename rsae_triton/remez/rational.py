@@ -17,6 +17,11 @@ def horner(coefficients: np.ndarray, s: Any) -> Any:
     return value
 
 
+def powers(s: np.ndarray, count: int) -> np.ndarray:
+    """s^0 .. s^(count-1), [n, count]."""
+    return np.vander(s, count, increasing=True)
+
+
 def safe_pade(a: np.ndarray, b: np.ndarray, centre: float, t: Any) -> Any:
     """P(s) / (1 + |B(s)|), s = t - centre, in the dtype of t. a: [p+1]. b: [q], of s^1 .. s^q."""
     s = t - centre
@@ -68,19 +73,18 @@ class Rational:
         return np.polynomial.polynomial.polyroots(scaled) / scale + self.centre
 
     def lowest(self, points: np.ndarray) -> float:
-        """The minimiser of Q over the interval that `points` (sorted) spans, to full precision."""
-        values = self.denominator(points)
-        i = int(np.argmin(values))
-        low, high = points[max(i - 1, 0)], points[min(i + 1, len(points) - 1)]
+        """The minimiser of Q over the interval that `points` [n] (sorted) spans, to the last bit."""
+        if not np.any(self.d[1:]):
+            return float(points[len(points) // 2])
         slope = self.d[1:] * np.arange(1, len(self.d))
-        if len(slope) == 0:
-            return float(points[i])
-        if i in (0, len(points) - 1) and horner(slope, points[i] - self.centre) * (1 if i == 0 else -1) >= 0:
-            return float(points[i])
-        if len(slope) < 2:
-            return float(points[i])
-        # Bisection on Q' cannot leave the bracket; sixty halvings reach the last bit of a double.
-        for _ in range(60):
+        slopes = horner(slope, points - self.centre)
+        i = int(np.argmin(self.denominator(points)))
+        # Near a flat minimum Q is constant to rounding; the sign of its slope still says on which side we are.
+        falling, rising = np.flatnonzero(slopes[: i + 1] < 0), np.flatnonzero(slopes[i:] > 0)
+        if len(falling) == 0 or len(rising) == 0:
+            return float(points[0] if len(falling) == 0 else points[-1])
+        low, high = points[falling[-1]], points[i + rising[0]]
+        for _ in range(80):
             middle = 0.5 * (low + high)
             if horner(slope, middle - self.centre) < 0:
                 low = middle
@@ -92,5 +96,4 @@ class Rational:
 def unit_influence(r: Rational, points: np.ndarray, count: int) -> np.ndarray:
     """s_k = 1 / max |s^k / Q| over points, k < count: a_k / s_k is the most that term k adds to r."""
     s = points - r.centre
-    powers = np.abs(s)[:, None] ** np.arange(count)
-    return 1.0 / np.max(powers / np.abs(r.denominator(points))[:, None], axis=0)
+    return 1.0 / np.max(powers(np.abs(s), count) / np.abs(r.denominator(points))[:, None], axis=0)

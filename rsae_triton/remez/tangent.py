@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rsae_triton.remez.rational import Rational, unit_influence
+from rsae_triton.remez.rational import Rational, powers, unit_influence
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Tangent:
         """(d, q), each [n, p+q+1]: what one unit of each coordinate does at the points t."""
         r, s = self.base, t - self.base.centre
         n_a, n_d = len(r.a), len(r.d)
-        powers = s[:, None] ** np.arange(max(n_a, n_d)) / r.denominator(t)[:, None]
-        q = powers[:, 1:n_d] @ self.basis[n_a:]
-        return powers[:, :n_a] @ self.basis[:n_a] - r(t)[:, None] * q, q
+        terms = powers(s, max(n_a, n_d)) / r.denominator(t)[:, None]
+        q = terms[:, 1:n_d] @ self.basis[n_a:]
+        return terms[:, :n_a] @ self.basis[:n_a] - r(t)[:, None] * q, q
 
     def moved(self, u: np.ndarray) -> Rational:
         """The rational after the step u (centre kept)."""
@@ -49,8 +49,7 @@ def tangent(r: Rational, t: np.ndarray, weight: np.ndarray, hull: np.ndarray, si
     scales = np.concatenate([unit_influence(r, hull, n_a), unit_influence(r, hull, n_d)[1:]])
     s = t - r.centre
     over = weight / r.denominator(t)
-    columns = np.concatenate(
-        [s[:, None] ** np.arange(n_a), -r(t)[:, None] * s[:, None] ** np.arange(1, n_d)], axis=1
-    ) * over[:, None] * scales
+    terms = powers(s, max(n_a, n_d)) * over[:, None]
+    columns = np.concatenate([terms[:, :n_a], -r(t)[:, None] * terms[:, 1:n_d]], axis=1) * scales
     _, singular, rotation = np.linalg.svd(columns / (size * np.sqrt(len(t))), full_matrices=False)
     return Tangent(r, scales[:, None] * rotation.T / np.maximum(singular, floor))
