@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 import zipfile
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,14 @@ def gguf_model(path: Path) -> Path:
 
 
 def _folder(name: str, identity: str) -> Path:
-    return cache_dir() / "models" / f"{name}-{identity[:16]}"
+    # Config and tokenizer files of one major version of transformers mean something else, or nothing, to another.
+    try:
+        major = metadata.version("transformers").split(".")[0]
+    except metadata.PackageNotFoundError as error:
+        raise SourceError(
+            "a host model needs the package `transformers`; install it with: pip install 'rsae-triton[host]'"
+        ) from error
+    return cache_dir() / "models" / f"{name}-{identity[:16]}-transformers{major}"
 
 
 def _dequantise(gguf: Path, folder: Path) -> Path:
@@ -61,12 +69,8 @@ def _dequantise(gguf: Path, folder: Path) -> Path:
 
 
 def _write_folder(gguf: Path, folder: Path) -> None:
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError as error:
-        raise SourceError(
-            "a host model needs the package `transformers`; install it with: pip install 'rsae-triton[host]'"
-        ) from error
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     try:
         import gguf as _  # noqa: F401  (transformers' reader needs it)
     except ImportError as error:

@@ -122,7 +122,7 @@ class HostModel:
 
     # --- reading and replacing --------------------------------------------------------------------------------
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def residual(self, tokens: torch.Tensor, hook_name: str | None = None) -> torch.Tensor:
         """The activations [B, T, d] at `hook_name` for `tokens` [B, T], in host units and the host's dtype.
 
@@ -154,7 +154,7 @@ class HostModel:
         """
         return self.splice(tokens, hook_name, {"": replace})[""].nll
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def splice(
         self,
         tokens: torch.Tensor,

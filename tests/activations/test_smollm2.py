@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
@@ -19,18 +17,12 @@ TEXT = (
 
 
 @pytest.fixture(scope="module")
-def smollm2(tmp_path_factory):
-    """The real cache if there is one, so that the model is fetched and dequantised once per machine."""
-    shared = os.environ.get("RSAE_TEST_CACHE")
-    with pytest.MonkeyPatch.context() as patch:
-        if shared:
-            patch.setenv("RSAE_CACHE", shared)
-        else:
-            patch.delenv("RSAE_CACHE", raising=False)
-        try:
-            return load_host("smollm2", dtype="float32", device="cpu")
-        except SourceError as error:
-            pytest.skip(f"SmolLM2 cannot be fetched: {error}")
+def smollm2():
+    """From the user's own cache, so that the model is fetched and dequantised once per machine."""
+    try:
+        return load_host("smollm2", dtype="float32", device="cpu")
+    except SourceError as error:
+        pytest.skip(f"SmolLM2 cannot be fetched: {error}")
 
 
 def test_smollm2_predicts_english_and_has_the_shape_it_should(smollm2):
