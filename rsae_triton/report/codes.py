@@ -1,0 +1,84 @@
+"""Codes of held-out activations, kept sparse: computed once, then read by every plot and snippet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor
+
+from ..base import SparseAutoencoder
+from ..errors import ShapeError
+from ..evaluate.reconstruction import CHUNK
+
+MAX_TOKENS = 20_000
+CURVE = np.linspace(0.25, 1.0, 10)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The shipped code of x: `z` sparse [n_tokens, d_sae]; W_dec [d_sae, d_in] and b_dec [d_in], all float32."""
+
+    z: sparse.csr_array
+    W_dec: np.ndarray
+    b_dec: np.ndarray
+
+    @property
+    def l0(self) -> float:
+        """Mean number of active features per token."""
+        return self.z.nnz / self.z.shape[0]
+
+    def firing_frequency(self) -> np.ndarray:
+        """The fraction of tokens on which each feature is active, [d_sae]."""
+        return np.bincount(self.z.indices, minlength=self.z.shape[1]) / self.z.shape[0]
+
+    def feature(self, index: int) -> np.ndarray:
+        """One feature's code on every token, [n_tokens]."""
+        return self.z[:, [index]].toarray()[:, 0]
+
+
+def subset(n_tokens: int, seed: int, limit: int = MAX_TOKENS) -> Tensor:
+    """Up to `limit` of n_tokens row numbers, in order; drawn with `seed` where there are more."""
+    if n_tokens <= limit:
+        return torch.arange(n_tokens)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(n_tokens, generator=generator)[:limit].sort().values
+
+
+@torch.no_grad()
+def encode_sparse(sae: SparseAutoencoder, x: Tensor) -> Codes:
+    """The shipped code of x [n_tokens, d_in].
+
+    Raises:
+        ShapeError: x is not two-dimensional, of another width, or empty.
+    """
+    if x.dim() != 2 or x.shape[1] != sae.d_in or len(x) == 0:
+        raise ShapeError(f"x has shape {tuple(x.shape)}; give held-out activations [n_tokens, d_in={sae.d_in}]")
+    parts = []
+    for rows in x.split(CHUNK):
+        z = sae.encode(rows.to(device=sae.W_dec.device, dtype=sae.W_dec.dtype))
+        parts.append(sparse.csr_array(z.float().cpu().numpy()))
+    decoder, bias = (tensor.detach().float().cpu().numpy() for tensor in (sae.W_dec, sae.b_dec))
+    return Codes(sparse.csr_array(sparse.vstack(parts)), decoder, bias)
+
+
+def mse_against_l0(codes: Codes, x: Tensor, fractions: np.ndarray = CURVE) -> tuple[np.ndarray, np.ndarray]:
+    """What remains of a code when its threshold is raised: (l0, mse), one of each per fraction of its own l0.
+
+    The threshold is on |z| * ||W_dec row||, as everywhere. Entries are added from the strongest to the weakest, so
+    that all points together cost one sparse decoding.
+    """
+    entries = codes.z.tocoo()
+    order = np.argsort(-np.abs(entries.data) * np.linalg.norm(codes.W_dec, axis=1)[entries.col], kind="stable")
+    residual = x.float().cpu().numpy() - codes.b_dec
+    ends = np.round(fractions * len(order)).astype(int)
+    mse, start = [], 0
+    for end in ends:
+        new = order[start:end]
+        part = sparse.csr_array((entries.data[new], (entries.row[new], entries.col[new])), shape=codes.z.shape)
+        residual -= part @ codes.W_dec
+        mse.append(float(np.square(residual, dtype=np.float64).sum(1).mean()))
+        start = end
+    return ends / len(residual), np.array(mse)

@@ -1,0 +1,153 @@
+"""What metrics.json says, in words and rows: formatting, the best of each column, the headline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .style import NAMES, ROLES
+
+DASH = "–"
+# Two codes are at one l0 when they differ by less than this fraction of it.
+L0_TOLERANCE = 0.01
+Scores = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One score. better: -1 where low is good, 1 where high is good, 0 where neither."""
+
+    key: str
+    label: str
+    digits: str
+    better: int
+    meaning: str
+
+
+COLUMNS = (
+    Column("mse", "mse", "#.4g", -1, "squared error of the reconstruction, summed over d_in, mean over tokens"),
+    Column("fvu", "fvu", ".4f", -1, "fraction of variance unexplained: mse over the variance around the mean"),
+    Column("cosine", "cosine", ".4f", 1, "cosine of activation and reconstruction"),
+    Column("l0", "l0", ".2f", 0, "features active per token"),
+    Column("l1", "l1", "#.4g", 0, "sum of code times decoder norm per token"),
+    Column("alive_fraction", "alive", ".1%", 1, "features active on at least one held-out token"),
+    Column("delta_ce", "Δ ce", ".4f", -1, "what the reconstruction costs the language model, in nats per token"),
+    Column("loss_recovered", "recovered", ".2%", 1, "of the loss that setting the activation to zero costs"),
+    Column("loss_recovered_mean", "rec. (mean)", ".2%", 1, "of the loss that setting it to its mean costs"),
+)
+
+
+def number(scores: Scores, key: str) -> float:
+    """The score, or NaN where it is missing, None or not a number."""
+    value = scores.get(key)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+
+
+def text(value: float, digits: str) -> str:
+    """The number in the given format, an en dash for NaN and infinity, a true minus sign."""
+    return format(value, digits).replace("-", "−").replace("%", "\u00a0%") if math.isfinite(value) else DASH
+
+
+def interval(scores: Scores) -> str:
+    """The 95\u00a0% interval of delta_ce, or nothing."""
+    low, high = number(scores, "delta_ce_low"), number(scores, "delta_ce_high")
+    return f"{text(low, '.4f')} to {text(high, '.4f')}" if math.isfinite(low) and math.isfinite(high) else ""
+
+
+def best(metrics: Mapping[str, Any], column: Column) -> str | None:
+    """Which of rsae and control is better in a column; None where they look equal or one is missing."""
+    values = {role: number(metrics.get(role) or {}, column.key) for role in ("rsae", "control")}
+    if not column.better or not all(map(math.isfinite, values.values())):
+        return None
+    if text(values["rsae"], column.digits) == text(values["control"], column.digits):
+        return None
+    return max(values, key=lambda role: column.better * values[role])
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number as shown, the interval under it, and whether it is the better of rsae and control."""
+
+    text: str
+    interval: str
+    best: bool
+
+
+def rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, list[Cell]]]:
+    """Per code (role, name, cells in the order of COLUMNS)."""
+    winners = [best(metrics, column) for column in COLUMNS]
+    table = []
+    for role in ROLES:
+        scores = metrics.get(role) or {}
+        cells = [
+            Cell(
+                text(number(scores, column.key), column.digits),
+                interval(scores) if column.key == "delta_ce" else "",
+                winner == role,
+            )
+            for column, winner in zip(COLUMNS, winners, strict=True)
+        ]
+        table.append((role, NAMES[role], cells))
+    return table
+
+
+def headline(metrics: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """Who wins at equal l0, in one sentence, and what to know about it, a sentence each.
+
+    Args:
+        metrics: metrics.json; missing parts are said to be missing.
+    """
+    matched = metrics.get("matched_l0") or {}
+    rsae, control, teacher = (matched.get(role) or {} for role in ("rsae", "control", "teacher"))
+    ours, theirs = number(rsae, "mse"), number(control, "mse")
+    if not (math.isfinite(ours) and math.isfinite(theirs) and theirs > 0):
+        return "RSAE and control cannot be compared: at least one has no finite mse at equal l0.", []
+    l0_ours, l0_theirs = number(rsae, "l0"), number(control, "l0")
+    equal = abs(l0_ours - l0_theirs) <= L0_TOLERANCE * max(l0_ours, l0_theirs)
+    where = f"At equal l0 ({l0_ours:.1f} features per token)"
+    if not equal:
+        where = f"At unequal l0 (RSAE {text(l0_ours, '.1f')}, control {text(l0_theirs, '.1f')})"
+    change = (theirs - ours) / theirs
+    numbers = f"mse {text(ours, '#.4g')} against {text(theirs, '#.4g')}"
+    if abs(change) < 0.0005:
+        sentence = f"{where} RSAE and control reconstruct equally well: {numbers}."
+    elif change > 0:
+        sentence = f"{where} the RSAE wins: its error is {text(change, '.1%')} below the control's ({numbers})."
+    else:
+        sentence = f"{where} the control wins: the RSAE's error is {text(-change, '.1%')} above it ({numbers})."
+    notes = [] if equal else [_unequal(l0_ours, l0_theirs, ours, theirs)]
+    notes += _against_teacher(ours, number(teacher, "mse"))
+    notes += _downstream(rsae, control)
+    notes.append(
+        "The control is the teacher itself, fine-tuned for as many steps on the same batches. All numbers come from "
+        "one run and from text that no training has seen; another seed would give somewhat different ones."
+    )
+    return sentence, notes
+
+
+def _unequal(l0_ours: float, l0_theirs: float, ours: float, theirs: float) -> str:
+    if not math.isfinite(l0_ours + l0_theirs):
+        return "An l0 is missing, so this is no comparison at equal sparsity."
+    if (ours < theirs) == (l0_ours < l0_theirs):
+        return "The winner uses fewer features, so the comparison holds all the more."
+    return "The winner uses more features, so this does not settle which code is better."
+
+
+def _against_teacher(ours: float, teacher: float) -> list[str]:
+    if not (math.isfinite(teacher) and teacher > 0):
+        return []
+    change = (teacher - ours) / teacher
+    word = "lower" if change >= 0 else "higher"
+    return [f"Against the teacher as it was, the RSAE's error is {text(abs(change), '.1%')} {word}."]
+
+
+def _downstream(rsae: Scores, control: Scores) -> list[str]:
+    ours, theirs = number(rsae, "delta_ce"), number(control, "delta_ce")
+    if not (math.isfinite(ours) and math.isfinite(theirs)):
+        return []
+    sentence = f"In the language model it costs {text(ours, '.4f')} nats per token, the control {text(theirs, '.4f')}"
+    low = max(number(one, "delta_ce_low") for one in (rsae, control))
+    high = min(number(one, "delta_ce_high") for one in (rsae, control))
+    return [sentence + ("; their 95\u00a0% intervals overlap." if low <= high else ".")]

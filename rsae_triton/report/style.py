@@ -1,0 +1,27 @@
+"""How the four codes look and are called, in plots and tables alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+ROLES = ("teacher", "init", "rsae", "control")
+NAMES = {"teacher": "teacher", "init": "RSAE, stage 1", "rsae": "RSAE", "control": "control"}
+
+# For a white background; page.html holds the same names for a dark one. No two values may be equal: the SVG
+# writer finds colours by value.
+COLOURS = {
+    "ink": "#24292e",
+    "grid": "#d5d9de",
+    "fill": "#dfe3e8",
+    "teacher": "#6b7480",
+    "init": "#a87500",
+    "rsae": "#0b63ce",
+    "control": "#c4361c",
+}
+# Told apart without colour, too.
+DASHES: dict[str, Any] = {"teacher": (0, (5, 2)), "init": (0, (1, 1.5)), "rsae": "-", "control": (0, (6, 2, 1, 2))}
+
+
+def line(role: str, **options: Any) -> dict[str, Any]:
+    """Keyword arguments of a line that shows the code `role`."""
+    return {"color": COLOURS[role], "linestyle": DASHES[role], "linewidth": 1.6, "label": NAMES[role], **options}
