@@ -85,7 +85,7 @@ def fit_gate(
         reached.append(fit.error if method == "minimax" else fit.mse)
         if reached[-1] <= tol:
             return fit
-    raise ConfigError(f"no type up to {limit} reaches tol={tol:g}; the best has {min(reached):.6g}: raise tol or degree")
+    raise ConfigError(f"no type up to {limit} reaches tol={tol:g}; the best has {min(reached):.6g}; raise either")
 
 
 def ladder(p: int, q: int) -> list[tuple[int, int]]:

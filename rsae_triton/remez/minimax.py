@@ -18,7 +18,7 @@ STEPS = 60  # differential-correction steps from one start; 8 to 20 are usual
 FAR = 1.0 + np.geomspace(1e-3, 1e4, 40)
 FAR = np.concatenate([-FAR[::-1], FAR])
 
-ENOUGH = 400  # linear programs after which no further start is tried
+ENOUGH = 250  # linear programs after which no further start is tried
 NEAR = 0.999  # a bracket this narrow needs no further start
 
 
@@ -128,15 +128,15 @@ def _attempts(problem: Problem, p: int, q: int, spent: int) -> Iterator[Solution
 def solve(problem: Problem, p: int, q: int, spent: int = 0) -> Solution:
     """The best rational of type (p, q) with Q > 0 on [-1, 1], the gap included.
 
-    spent: linear programs already solved on the way here, counted against the limit. Raises ConvergenceError when no start leads anywhere.
+    spent: linear programs already solved on the way here, counted against the limit.
+    Raises ConvergenceError when no start leads anywhere.
     """
-    best, n_lps, tries = None, 0, 0
-    for found in _attempts(problem, p, q, spent):
+    best, n_lps = None, 0
+    for tries, found in enumerate(_attempts(problem, p, q, spent), start=1):
         n_lps += found.n_lps
         if best is None or found.error < best.error:
             best = found if best is None else replace(found, bound=max(found.bound, best.bound))
         # The first two starts may go on to the last digit; later ones only help where nothing was proved yet.
-        tries += 1
         if found.optimal or spent + n_lps > ENOUGH or (tries >= 2 and best.error * NEAR <= best.bound):
             break
     if best is None or not np.isfinite(best.error):

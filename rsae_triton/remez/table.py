@@ -1,0 +1,68 @@
+"""The table of fitted gates that ships with the package: certified once, read without solving anything.
+
+`rebuild_table` makes it from nothing but `ENTRIES`; a test refits some entries and re-measures all.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+from rsae_triton.errors import FormatError
+from rsae_triton.remez.fit import fit_gate, parse_degree
+from rsae_triton.remez.gatefit import GateFit
+
+PATH = Path(__file__).with_name("table.json")
+FORMAT = 1
+
+# (target, degree, theta, margin). The paper's degrees are (3, 2) for ReLU and (9, 8) for jumps.
+LADDER = ((3, 2), (5, 4), (7, 6), (9, 8))
+ENTRIES: tuple[tuple[str, tuple[int, int], float, float], ...] = (
+    *(("relu", degree, 0.0, 0.0) for degree in (*LADDER, (11, 10))),
+    *(("step", degree, 0.0, margin) for margin in (0.1, 0.05, 0.02, 0.01) for degree in LADDER),
+    *(("jumprelu", degree, theta, margin) for theta in (0.05, 0.1, 0.2, 0.4) for margin in (0.05, 0.02)
+      for degree in ((5, 4), (9, 8)) if theta > margin),
+)
+
+
+def read_table(path: str | Path = PATH) -> tuple[GateFit, ...]:
+    """The fits of a table file. Raises FormatError for a file that is missing or no such table."""
+    try:
+        plain = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FormatError(f"cannot read the gate table {path}: {error}; rebuild it with `rebuild`") from error
+    if not isinstance(plain, dict) or plain.get("format") != FORMAT or not isinstance(plain.get("fits"), list):
+        raise FormatError(f"{path} is not a gate table of format {FORMAT}; rebuild it with `rebuild`")
+    return tuple(GateFit.from_dict(fit) for fit in plain["fits"])
+
+
+@cache
+def shipped() -> tuple[GateFit, ...]:
+    """The shipped table, read once."""
+    return read_table()
+
+
+def shipped_gate(
+    target: str, degree: str | Sequence[int], *, theta: float = 0.0, margin: float = 0.0
+) -> GateFit | None:
+    """The shipped fit for exactly these arguments of `fit_gate`, or None."""
+    key = (target, parse_degree(degree), float(theta), float(margin))
+    for fit in shipped():
+        if (fit.target, fit.degree, fit.theta, fit.margin) == key:
+            return fit
+    return None
+
+
+def rebuild_table(path: str | Path = PATH, progress: Callable[[GateFit], None] = lambda fit: None) -> list[GateFit]:
+    """Fits every entry and writes the table, one fit a line. progress is called after each fit."""
+    fits = []
+    for target, degree, theta, margin in ENTRIES:
+        fits.append(fit_gate(target, degree, theta=theta, margin=margin))
+        progress(fits[-1])
+    lines = ",\n".join(json.dumps(fit.to_dict()) for fit in fits)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")  # an interrupted rebuild must not leave half a table
+    partial.write_text(f'{{"format": {FORMAT}, "fits": [\n{lines}\n]}}\n', encoding="utf-8")
+    partial.replace(path)
+    return fits

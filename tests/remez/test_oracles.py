@@ -1,0 +1,108 @@
+"""fit_gate against theory that shares no code with it: Zolotarev's closed form, symmetries, monotonicity."""
+
+import numpy as np
+import pytest
+from scipy.special import ellipj, ellipkm1
+
+from rsae_triton.errors import ConvergenceError
+from rsae_triton.remez import fit_gate
+
+
+def zolotarev_step_error(p: int, q: int, margin: float) -> float:
+    """E_{p,q} of the Heaviside function on [-1, -margin] u [margin, 1], q even, p >= q (H = (1 + sign) / 2 needs p >= q).
+
+    Half the error of the best odd approximant to sign(x): M x prod (x^2 + c_{2l}) / (x^2 + c_{2l-1}),
+    c_l = margin^2 sn^2(l K' / n) / cn^2(l K' / n) (Zolotarev 1877; Akhiezer, Elements of elliptic functions).
+    """
+    n = q + 1 if p >= q + 1 else q
+    quarter = ellipkm1(margin**2)
+    sn, cn, _, _ = ellipj(np.arange(1, n) * quarter / n, 1 - margin**2)
+    c = margin**2 * sn**2 / cn**2
+    x = np.concatenate([np.geomspace(margin, 1, 200_001), [1.0]])
+    r = x.copy()
+    for value in c[1::2]:
+        r *= x**2 + value
+    for value in c[0::2]:
+        r /= x**2 + value
+    return 0.5 * (r.max() - r.min()) / (r.max() + r.min())
+
+
+@pytest.mark.parametrize("degree", [(3, 2), (2, 2), (4, 4), (5, 4), (6, 4), (7, 6), (8, 8), (9, 8), (11, 10)])
+@pytest.mark.parametrize("margin", [0.3, 0.05, 0.003])
+def test_the_step_is_zolotarevs(degree, margin):
+    optimum = zolotarev_step_error(*degree, margin)
+    fit = fit_gate("step", degree, margin=margin)
+    assert fit.error == pytest.approx(optimum, rel=1e-3)
+    assert fit.lower_bound <= optimum * (1 + 1e-6) <= fit.error * (1 + 2e-6)
+
+
+def test_the_oracle_knows_a_published_number():
+    assert zolotarev_step_error(9, 8, 0.1) == pytest.approx(1.17130109e-5, rel=1e-6)
+
+
+@pytest.mark.parametrize("n", [2, 4, 6])
+def test_relu_is_half_the_absolute_value(n):
+    """max(t, 0) = (t + |t|) / 2, so E_{n+1,n}(relu) = E_{n,n}(|t|) / 2."""
+    assert fit_gate("relu", (n + 1, n)).error == pytest.approx(fit_gate(np.abs, (n, n)).error / 2, rel=1e-5)
+
+
+def test_mirroring_the_target_mirrors_the_fit():
+    """step(t; theta) + step(-t; -theta) = 1 away from the jump."""
+    here = fit_gate("step", (5, 4), theta=0.3, margin=0.05)
+    there = fit_gate("step", (5, 4), theta=-0.3, margin=0.05)
+    t = np.concatenate([np.linspace(-1, 0.25, 500), np.linspace(0.35, 1, 500)])
+    assert here.error == pytest.approx(there.error, rel=1e-5)
+    np.testing.assert_allclose(here(t) + there(-t), 1.0, atol=1e-3 * here.error)
+
+
+@pytest.mark.parametrize(
+    ("target", "theta", "margin"), [("relu", 0.0, 0.0), ("step", 0.2, 0.05), ("jumprelu", 0.1, 0.05)]
+)
+def test_more_coefficients_never_do_worse(target, theta, margin):
+    error = {
+        (p, q): fit_gate(target, (p, q), theta=theta, margin=margin).error for p in range(1, 7) for q in range(0, 6)
+    }
+    for (p, q), value in error.items():
+        for larger in ((p + 1, q), (p, q + 1)):
+            assert error.get(larger, 0.0) <= value * (1 + 1e-5), (p, q, larger)
+
+
+def test_an_odd_denominator_is_the_even_one_below():
+    odd, even = (fit_gate("jumprelu", (4, q), theta=0.2, margin=0.05) for q in (3, 2))
+    assert odd.b.shape == odd.denominator_scale.shape == (3,)
+    assert odd.b[2] == 0.0
+    np.testing.assert_array_equal(odd.b[:2], even.b)
+    np.testing.assert_array_equal(odd.a, even.a)
+
+
+@pytest.mark.slow
+def test_two_hundred_random_gates_are_certified():
+    rng = np.random.default_rng(20_260_614)
+    for _ in range(200):
+        target = rng.choice(["relu", "step", "jumprelu"]).item()
+        p = int(rng.integers(1, 13))
+        degree = (p, int(rng.integers(0, min(12, p + 4) + 1)))
+        theta, margin = float(rng.uniform(-0.7, 0.7)), float(10 ** rng.uniform(-3, -0.7))
+        if target == "relu":
+            theta = margin = 0.0
+        fit = fit_gate(target, degree, theta=theta, margin=margin)
+        assert fit.ratio > 0.999, fit
+        t = np.linspace(-1, 1, 20_011)
+        t = t[np.abs(t - theta) >= margin]
+        truth = np.where(t > theta, 1.0 if target == "step" else t, 0.0)
+        assert np.max(np.abs(fit(t) - truth)) <= fit.error * (1 + 1e-6), fit
+        # No pole between -1 and 1, the gap included: B >= 0 there, so that the safe form is P / Q itself.
+        s = np.linspace(-1, 1, 20_011) - fit.centre
+        b = np.polynomial.polynomial.polyval(s, np.concatenate([[0.0], fit.b]))
+        assert np.all(b >= -1e-9 * np.max(np.abs(b), initial=1.0)), fit
+        assert fit.degree[1] < 2 or fit.b[0] == 0.0 or abs(fit.centre) == 1.0, fit
+
+
+def test_a_type_that_is_not_solved_is_refused_with_its_bracket():
+    """A constant over a polynomial of degree 12 at a steep jump: the hardest type there is. Proved or refused."""
+    try:
+        fit = fit_gate("step", (0, 12), theta=0.2, margin=0.001)
+    except ConvergenceError as error:
+        assert "lies in [" in str(error)
+    else:
+        assert fit.ratio >= 0.99
