@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -136,8 +138,6 @@ def test_dequantising_is_all_or_nothing(cache, tmp_path, monkeypatch, llama):
 
 
 def test_without_transformer_lens_auto_is_transformers(llama, monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "transformer_lens.model_bridge", None)
     assert load_host(str(llama)).library == "transformers"
     with pytest.raises(SourceError, match="pip install"):
@@ -314,3 +314,12 @@ def test_tokens_are_checked(host):
         host.next_token_loss(torch.ones(2, 1, dtype=torch.long))
     with pytest.raises(ConfigError, match="longer context"):
         host.residual(torch.ones(1, 65, dtype=torch.long))
+
+
+def test_importing_the_package_loads_no_optional_library():
+    code = (
+        "import sys, rsae_triton.activations; "
+        "print(sorted({'transformers', 'transformer_lens', 'datasets', 'gguf', 'pooch'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
