@@ -169,9 +169,9 @@ class SparseAutoencoder(nn.Module, abc.ABC):
                 bad = int((~torch.isfinite(tensor)).sum())
                 raise NumericsError(f"{name} holds {bad} NaN or infinite values; nothing was written to {folder}")
         folder.mkdir(parents=True, exist_ok=True)
-        _write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(weights, path))
+        write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(weights, path))
         text = json.dumps(self.config(), indent=2, sort_keys=True)
-        _write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(text + "\n"))
+        write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(text + "\n"))
         return folder
 
     @classmethod
@@ -264,7 +264,7 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise FormatError(f"{weights_path} is truncated or not a safetensors file ({error})") from error
 
 
-def _write_atomically(path: Path, write: Any) -> None:
+def write_atomically(path: Path, write: Any) -> None:
     """Writes beside `path` and renames: a killed run leaves the old file or the new one, never half of one."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)

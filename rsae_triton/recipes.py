@@ -93,15 +93,18 @@ def holding(recipe: Recipe, target_l0: float | None) -> Recipe:
 class SparsityController:
     """Steers the sparsity weight so that l0 stays at a target.
 
-    Multiplicative integral control on log(l0 / target), on an average over about 20 batches: scale-free, and it
-    cannot turn the weight negative. The weight is kept within a factor 100 of its start, so that an unreachable
-    target shows in the log as a weight at its limit rather than as a loss that has run away.
+    Proportional-integral control of log(weight) on log(l0 / target), averaged over about 10 batches: scale-free,
+    and never negative. Thresholds integrate the weight themselves, so that integral control alone would swing.
+    The integral part stays within a factor 100 of its start: a target that cannot be reached shows in the log as a
+    weight at its limit, not as a loss that runs away.
     """
 
-    def __init__(self, recipe: Recipe, *, gain: float = 0.05, memory: float = 0.95) -> None:
+    def __init__(
+        self, recipe: Recipe, *, proportional: float = 3.0, integral: float = 0.02, memory: float = 0.9
+    ) -> None:
         self.target, self.weight = recipe.target_l0, recipe.weight
-        self._low, self._high = recipe.weight / 100, recipe.weight * 100
-        self._gain, self._memory = gain, memory
+        self._base, self._low, self._high = recipe.weight, recipe.weight / 100, recipe.weight * 100
+        self._proportional, self._integral, self._memory = proportional, integral, memory
         self._average: float | None = None
 
     def update(self, l0: float) -> float:
@@ -109,7 +112,8 @@ class SparsityController:
         self._average = l0 if self._average is None else self._memory * self._average + (1 - self._memory) * l0
         if self.target is not None:
             error = math.log(max(self._average, 1e-3) / self.target)
-            self.weight = min(max(self.weight * math.exp(self._gain * error), self._low), self._high)
+            self._base = min(max(self._base * math.exp(self._integral * error), self._low), self._high)
+            self.weight = self._base * math.exp(self._proportional * max(-1.0, min(1.0, error)))
         return self.weight
 
 

@@ -1,0 +1,43 @@
+"""`rsae ...`: every command is a documented dataclass or function; errors a person can mend take one line."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from tyro.extras import SubcommandApp
+
+from .demo import Demo, run
+from .errors import RsaeError
+from .remez import commands as gates
+
+
+def demo(config: Annotated[Demo, tyro.conf.arg(name="")]) -> None:
+    run(config)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; 0 when it worked, 2 after an error that its one line explains."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    app, gate_app = SubcommandApp(), SubcommandApp()
+    app.command(name="demo")(demo)
+    gate_app.command(name="fit")(gates.fit)
+    gate_app.command(name="show")(gates.show)
+    gate_app.command(name="rebuild")(gates.rebuild)
+    app.command(gate_app, name="gates", help="Fit rational gates, with proof.")
+    try:
+        app.cli(args=[one for one in arguments if one != "--debug"], prog="rsae")
+    except RsaeError as error:
+        if debug:
+            raise
+        message = " ".join(str(error).split())
+        Console(stderr=True, soft_wrap=True).print(f"[red]rsae:[/red] {escape(message)}", highlight=False)
+        return 2
+    except KeyboardInterrupt:
+        print("rsae: interrupted; what was finished is cached, run the same command to go on", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,311 @@
+"""Stage 1: a pretrained SAE becomes a Rational SAE that computes the same code, ready to be trained on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .base import SparseAutoencoder
+from .calibrate import Calibration, Histogram, calibrate, histogram
+from .errors import ConfigError, NumericsError, ShapeError
+from .gate import RationalGate, smooth_step
+from .reference import rational
+from .remez import GateFit, fit_gate
+from .sae import FusedRationalSAE
+from .teachers import JumpReluSAE, ReluSAE, TopKSAE
+
+DIRECT_LADDER = ((3, 2), (5, 4), (7, 6), (9, 8))
+# A direct JumpReLU is fitted with its jump at THETA of the clip, so that codes up to 1 / THETA thresholds are covered.
+HISTOGRAM_TOKENS = 2048
+THETA, MARGIN = 0.1, 0.02
+# A gated step is fitted with a wider gap: its place and sharpness are set by theta and C_in.
+STEP_MARGIN = 0.1
+# C_in of the gated form, in units of h (activations have mean norm sqrt(d_in)); chosen in docs/experiments.md.
+GATE_WIDTH = {"standard": 0.5, "jumprelu": 0.25, "topk": 0.25}
+
+
+@dataclass(frozen=True)
+class StageOne:
+    """What stage 1 did; kept in the SAE's metadata under "stage1".
+
+    form, degree: of the gate. error, lower_bound: the minimax fit and its certificate (on [-1, 1]).
+    relative_error: ||z - z_teacher|| / ||z_teacher|| over the sample's codes. initial_relative_error: before the
+    calibration. activity_threshold: of the direct form. teacher_l0, l0: on the sample of n_tokens.
+    """
+
+    form: str
+    degree: tuple[int, int]
+    error: float | None
+    lower_bound: float | None
+    relative_error: float
+    initial_relative_error: float | None
+    activity_threshold: float
+    teacher_l0: float
+    l0: float
+    n_tokens: int
+
+    @property
+    def summary(self) -> str:
+        fitted = "" if self.error is None else f", minimax error {self.error:.3g} (proved >= {self.lower_bound:.3g})"
+        return (
+            f"{self.form} {self.degree}{fitted}; code within {100 * self.relative_error:.2f} % of the teacher's, "
+            f"l0 {self.l0:.2f} against {self.teacher_l0:.2f}"
+        )
+
+
+def upgrade(
+    teacher: SparseAutoencoder,
+    activations: Tensor | Any,
+    *,
+    form: str = "auto",
+    degree: str | tuple[int, int] = "auto",
+    coefficients: str | int = "shared",
+    tolerance: float = 0.008,
+    n_tokens: int = 8192,
+    backend: str = "auto",
+    seed: int = 0,
+) -> FusedRationalSAE:
+    """Turns a teacher into a Rational SAE: weights copied bit for bit, the gate fitted and calibrated.
+
+    Args:
+        teacher: a ReLU, JumpReLU or TopK SAE. A TopK gate looks at a whole token; each feature gets the fixed
+            threshold at which it fires as often as it does in the teacher.
+        activations: [n, d_in] in the teacher's units, or an `ActivationStore`.
+        form: "gated" (z = h * r, zeros by thresholds; "auto") or "direct" (the paper's z = r).
+        degree: (p, q), "p,q", or "auto": the smallest of the ladder whose code is within `tolerance` (direct);
+            the smooth step of type (2, 2) (gated).
+        coefficients: "shared", "per_feature", or a number of groups.
+        tolerance: relative error of the code that degree="auto" accepts.
+        n_tokens: how many activations to calibrate on. backend: of the result. seed: of the sample.
+
+    Returns:
+        The Rational SAE; metadata["stage1"] says how well it reproduces its teacher (`StageOne`).
+
+    Raises:
+        ShapeError, NumericsError: activations that do not fit or are not finite. ConfigError: a bad setting, or a
+            teacher of a kind that has no gate to fit.
+    """
+    if not isinstance(teacher, ReluSAE | JumpReluSAE | TopKSAE):
+        raise ConfigError(f"a {type(teacher).__name__} cannot be upgraded; teachers are ReLU, JumpReLU and TopK SAEs")
+    if form not in ("auto", "gated", "direct"):
+        raise ConfigError(f"form is {form!r}; choose auto, gated or direct")
+    x = sample(activations, teacher, n_tokens, seed)
+    with torch.no_grad():
+        h, z = teacher.hidden_pre(x), teacher.encode(x)
+    if not bool(torch.isfinite(h).all()):
+        raise NumericsError("the teacher's pre-activations are not finite; its weights or the activations are bad")
+    groups = {"shared": 1, "per_feature": teacher.d_sae}.get(str(coefficients), coefficients)
+    if not isinstance(groups, int):
+        raise ConfigError(f"coefficients is {coefficients!r}; choose shared, per_feature or a number of groups")
+    thresholds = teacher_thresholds(teacher, h, z)
+    kind = _direct if form == "direct" else _gated
+    gate, facts = kind(teacher, h, z, thresholds, parse_degree(degree), groups, tolerance)
+    rsae = FusedRationalSAE(
+        teacher.d_in,
+        teacher.d_sae,
+        gate=gate,
+        backend=backend,
+        apply_b_dec_to_input=teacher.apply_b_dec_to_input,
+        dtype=teacher.W_enc.dtype,
+        device=teacher.W_enc.device,
+        metadata=teacher.metadata,
+    )
+    with torch.no_grad():
+        for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+            getattr(rsae, name).copy_(getattr(teacher, name))
+        code = rsae.encode(x)
+        report = StageOne(
+            form=gate.form,
+            degree=gate.degree,
+            relative_error=float((code - z).norm() / z.norm()),
+            activity_threshold=float(gate.activity_threshold.max()),
+            teacher_l0=float((z != 0).sum(1).float().mean()),
+            l0=float((code != 0).sum(1).float().mean()),
+            n_tokens=len(x),
+            **facts,
+        )
+    rsae.metadata["stage1"] = {**asdict(report), "summary": report.summary}
+    return rsae
+
+
+def parse_degree(degree: str | tuple[int, int]) -> tuple[int, int] | None:
+    """(p, q) from a pair or "p,q"; None for "auto"."""
+    if degree == "auto":
+        return None
+    try:
+        p, q = (int(part) for part in (degree.split(",") if isinstance(degree, str) else degree))
+    except ValueError as error:
+        raise ConfigError(f"degree is {degree!r}; give 'auto' or two integers such as 9,8") from error
+    return p, q
+
+
+def sample(activations: Tensor | Any, teacher: SparseAutoencoder, n_tokens: int, seed: int) -> Tensor:
+    """n_tokens rows to calibrate on, in the teacher's dtype and on its device."""
+    x = activations if isinstance(activations, Tensor) else activations.tensor()
+    if x.dim() != 2 or x.shape[1] != teacher.d_in:
+        raise ShapeError(f"activations have shape {tuple(x.shape)}; the teacher takes [n, d_in={teacher.d_in}]")
+    if len(x) == 0:
+        raise ShapeError("there are no activations to calibrate on; give at least a few hundred tokens")
+    chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:n_tokens]
+    x = x[chosen.to(x.device)].to(device=teacher.W_enc.device, dtype=teacher.W_enc.dtype)
+    if not bool(torch.isfinite(x).all()):
+        bad = int((~torch.isfinite(x)).any(1).sum())
+        raise NumericsError(f"{bad} of {len(x)} sampled activations hold NaN or infinity; drop them first")
+    return x
+
+
+def teacher_thresholds(teacher: SparseAutoencoder, h: Tensor, z: Tensor) -> Tensor:
+    """theta_f >= 0 [d_sae]: above it the teacher's feature is active (TopK: as often as it is active)."""
+    if isinstance(teacher, JumpReluSAE):
+        return teacher.threshold.detach().float().clone()
+    if isinstance(teacher, ReluSAE):
+        return torch.zeros(teacher.d_sae, device=h.device)
+    # The m-th largest pre-activation of a feature that fires on m tokens would itself not fire at h > theta, so
+    # the threshold lies halfway to the next; a feature that never fires keeps its largest.
+    fires = (z != 0).sum(0)
+    ranked = torch.cat([h.sort(0, descending=True).values, h.amin(0, keepdim=True)]).float()
+    last = ranked.gather(0, (fires - 1).clamp_min(0).unsqueeze(0)).squeeze(0)
+    following = ranked.gather(0, fires.unsqueeze(0)).squeeze(0)
+    return torch.where(fires > 0, (last + following) / 2, last).clamp_min(0)
+
+
+def _gated(
+    teacher: SparseAutoencoder,
+    h: Tensor,
+    z: Tensor,
+    thresholds: Tensor,
+    degree: tuple[int, int] | None,
+    groups: int,
+    tolerance: float,
+) -> tuple[RationalGate, dict[str, Any]]:
+    """z = h * r where h > theta_f, r a smooth step that is 1/2 at theta and 1 from theta + C_in on.
+
+    C_in is the largest width, up to the family's own, at which the codes stay within `tolerance` of the
+    teacher's: the wider the step, the more pre-activations near theta have a slope to be trained by.
+    """
+    fit = None if degree in (None, (2, 2)) else fit_gate("step", degree, margin=STEP_MARGIN)
+    a, b = smooth_step() if fit is None else (fit.a, fit.b)
+    # Widths are compared by the step's slope at theta, which is 1 / C_in for the smooth step.
+    slope = 1.0 if fit is None else _slope_at_zero(fit)
+    options = (
+        {} if fit is None else {"numerator_scale": fit.numerator_scale, "denominator_scale": fit.denominator_scale}
+    )
+    gate = RationalGate(
+        teacher.d_sae,
+        (2, 2) if fit is None else fit.degree,
+        a,
+        b,
+        groups=groups,
+        form="gated",
+        backward="rational",
+        centre=0.0 if fit is None else fit.centre,
+        threshold=thresholds,
+        numerator_scale=None if fit is None else fit.numerator_scale,
+        denominator_scale=None if fit is None else fit.denominator_scale,
+    ).to(h.device)
+    centre = float(gate.centre[0].detach())
+    widest = GATE_WIDTH[teacher.architecture]
+    active = (h > thresholds) & (z != 0)
+    value = h[active].double()
+    above, norm = value - thresholds.expand_as(h)[active], value.norm()
+    a64, b64 = (one[:1].detach().double() for one in (gate.numerator(), gate.denominator()))
+
+    def error(width: float) -> float:
+        s = (above / (slope * width)).clamp(-1, 1) - centre
+        return float((value * (rational(s[:, None], a64, b64)[:, 0] - 1)).norm() / norm)
+
+    width = widest
+    if error(widest) > tolerance:
+        low, high = 0.0, widest
+        for _ in range(30):
+            middle = (low + high) / 2
+            low, high = (middle, high) if error(middle) <= tolerance else (low, middle)
+        if low == 0:
+            raise NumericsError(
+                f"a step of degree {gate.degree} cannot reproduce the teacher's code to {tolerance:g} at any width; "
+                "raise tolerance or the degree"
+            )
+        width = low
+    with torch.no_grad():
+        gate.log_input_scale.fill_(float(np.log(slope * width)))
+    return gate, {
+        "error": None if fit is None else fit.error,
+        "lower_bound": None if fit is None else fit.lower_bound,
+        "initial_relative_error": error(widest),
+    }
+
+
+def _slope_at_zero(fit: GateFit) -> float:
+    step = 1e-6
+    return float((fit(np.array(step)) - fit(np.array(-step))) / (2 * step))
+
+
+def _direct(
+    teacher: SparseAutoencoder,
+    h: Tensor,
+    z: Tensor,
+    thresholds: Tensor,
+    degree: tuple[int, int] | None,
+    groups: int,
+    tolerance: float,
+) -> tuple[RationalGate, dict[str, Any]]:
+    """z = C_out * (r(h / C_in) + tail): the minimax fit of the teacher's gate, calibrated; thresholds by C_in."""
+    jump = not isinstance(teacher, ReluSAE)
+    if jump and bool((thresholds <= 0).any()):
+        # A feature without a threshold of its own is a ReLU; the smallest positive one is the closest jump.
+        thresholds = thresholds.clamp_min(max(float(thresholds[thresholds > 0].min()), 1e-3))
+    scale = thresholds / THETA if jump else torch.ones_like(thresholds)
+    # In units of the feature's own scale; an error there counts scale^2 in the code.
+    h, z = h[:HISTOGRAM_TOKENS], z[:HISTOGRAM_TOKENS]
+    value, target = (h / scale).flatten().double().cpu().numpy(), (z / scale).flatten().double().cpu().numpy()
+    weight = scale.square().expand_as(h).flatten().double().cpu().numpy()
+    data = histogram(value, target, target != 0, weight)
+    best: tuple[Calibration, GateFit, float] | None = None
+    for candidate in DIRECT_LADDER if degree is None else (degree,):
+        fit = fit_gate("jumprelu", candidate, theta=THETA, margin=MARGIN) if jump else fit_gate("relu", candidate)
+        best = min(
+            (_calibrated(fit, data, c) for c in _input_scales(data, jump)), key=lambda one: one[0].relative_error
+        )
+        if best[0].relative_error <= tolerance:
+            break
+    assert best is not None
+    calibration, fit, c_in = best
+    gate = RationalGate(
+        teacher.d_sae,
+        fit.degree,
+        calibration.a,
+        calibration.b,
+        groups=groups,
+        form="direct",
+        centre=fit.centre,
+        input_scale=scale * c_in if jump else c_in,
+        output_scale=scale * c_in if jump else c_in,
+        numerator_scale=fit.numerator_scale,
+        denominator_scale=fit.denominator_scale,
+    ).to(h.device)
+    with torch.no_grad():
+        # A threshold below all that are active, l0 as in the teacher: ranked in numpy, kthvalue is slow on millions.
+        strengths = gate(h, hard=False).abs().flatten().cpu().numpy()
+        rank = max(0, len(strengths) - int((z != 0).sum()) - 1)
+        gate.activity_threshold.fill_(float(np.partition(strengths, rank)[rank]))
+    return gate, {
+        "error": fit.error,
+        "lower_bound": fit.lower_bound,
+        "initial_relative_error": calibration.initial_relative_error,
+    }
+
+
+def _input_scales(data: Histogram, jump: bool) -> list[float]:
+    """C_in to try: a jump's is set by its threshold, a ReLU's by how far the pre-activations reach."""
+    if jump:
+        return [1.0]
+    reach = np.abs(data.value).max()
+    return [float(reach * share) for share in (1.0, 0.5, 0.25, 0.125)]
+
+
+def _calibrated(fit: GateFit, data: Histogram, input_scale: float) -> tuple[Calibration, GateFit, float]:
+    return calibrate(fit, data, input_scale, tail=True), fit, input_scale

@@ -1,0 +1,192 @@
+"""Every backend against float64 autograd of the reference, for every differentiable output."""
+
+import itertools
+
+import pytest
+import torch
+
+from rsae_triton import ops
+from rsae_triton.errors import ConfigError
+from rsae_triton.reference import GateSpec, GateTensors, rational_gate
+
+N, D, F = 37, 11, 24
+KINDS = [
+    ("direct", "rational", True, "soft"),
+    ("direct", "rational", True, "rational"),
+    ("direct", "rational", False, "soft"),
+    ("gated", "rational", True, "soft"),
+    ("gated", "rational", True, "rational"),
+    ("gated", "rational", False, "soft"),
+    ("gated", "identity", True, "rational"),
+    ("gated", "identity", True, "soft"),
+]
+NAMES = ["z", "counts", "x", "W_enc", "b_enc", "b_dec", "a", "b", "centre", "input_scale", "output_scale", "threshold"]
+
+
+def inputs(p: int, q: int, sets: int, seed: int = 0, tokens: int = N) -> tuple[list[torch.Tensor], torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    tensors = [normal(tokens, D), normal(D, F) / 3, normal(F) / 10, normal(D) / 10, normal(sets, p + 1)]
+    tensors += [normal(sets, q) / 2, normal(sets) / 10, normal(sets).abs() + 0.5, normal(sets), normal(F).abs() / 5]
+    return tensors, torch.full((F,), 0.3, dtype=torch.float64)
+
+
+def outputs_and_gradients(tensors, activity, spec, backend, dtype):
+    """z, counts, and the gradients of a random linear function of both (counts only where they have one)."""
+    leaves = [one.to(dtype).requires_grad_() for one in tensors]
+    # The gate stays float32 at least, whatever the dtype of the matrix product.
+    wide = torch.promote_types(dtype, torch.float32)
+    gate = GateTensors(*(one.to(wide) for one in leaves[4:]), activity.to(wide))
+    z, counts = ops.rational_encode(*leaves[:4], gate, spec, backend)
+    generator = torch.Generator().manual_seed(9)
+    total = (z.double() * torch.randn(z.shape, dtype=torch.float64, generator=generator)).sum()
+    if spec.form == "gated":
+        total = total + (counts.double() * torch.randn(F, dtype=torch.float64, generator=generator)).sum()
+    gradients = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+    return [z.detach(), counts.detach(), *gradients]
+
+
+def relative(value: torch.Tensor, truth: torch.Tensor) -> float:
+    if truth.numel() == 0:
+        return 0.0
+    return float((value.double() - truth).norm() / truth.norm().clamp_min(1))
+
+
+def check(spec, sets, backend, dtype, tolerance, tokens=N, slack=1.5):
+    """The backend's error must not exceed eager torch's in the same dtype, times `slack`, plus the tolerance."""
+    tensors, activity = inputs(spec.p, spec.q, sets, tokens=tokens)
+    rounded = [one.to(dtype).double() for one in tensors]
+    truth = outputs_and_gradients(rounded, activity, spec, "eager", torch.float64)
+    ours = outputs_and_gradients(rounded, activity, spec, backend, dtype)
+    eager = outputs_and_gradients(rounded, activity, spec, "eager", dtype)
+    for name, value, same, true in zip(NAMES, ours, eager, truth, strict=True):
+        assert value.shape == true.shape, name
+        assert relative(value, true) <= slack * relative(same, true) + tolerance, (name, spec)
+
+
+@pytest.mark.parametrize("domain", ["clamp", "free"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_cpu_gradients_are_exact_in_float64(kind, domain, monkeypatch):
+    monkeypatch.setenv("RSAE_CPU_ENGINE", "tiled")
+    form, amplitude, hard, backward = kind
+    for (p, q), sets in itertools.product([(0, 0), (1, 0), (0, 2), (3, 2), (5, 4), (9, 8), (12, 12)], [1, F]):
+        spec = GateSpec(p, q, form, domain, amplitude, hard, backward)
+        check(spec, sets, "cpu", torch.float64, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_cpu_is_as_accurate_as_eager(kind, dtype, monkeypatch):
+    monkeypatch.setenv("RSAE_CPU_ENGINE", "tiled")
+    form, amplitude, hard, backward = kind
+    for sets in (1, F):
+        spec = GateSpec(5, 4, form, "clamp", amplitude, hard, backward)
+        check(spec, sets, "cpu", dtype, 2e-6 if dtype == torch.float32 else 8e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [KINDS[1], KINDS[4], KINDS[6]])
+def test_inductor_engine_agrees(kind, monkeypatch):
+    monkeypatch.setenv("RSAE_CPU_ENGINE", "inductor")
+    form, amplitude, hard, backward = kind
+    spec = GateSpec(3, 2, form, "clamp", amplitude, hard, backward)
+    check(spec, 1, "cpu", torch.float32, 2e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_triton_is_as_accurate_as_eager(kind):
+    if not torch.cuda.is_available() and not ops.interpreting():
+        pytest.skip("neither a GPU nor TRITON_INTERPRET=1")
+    form, amplitude, hard, backward = kind
+    for sets in (1, F):
+        spec = GateSpec(3, 2, form, "clamp", amplitude, hard, backward)
+        check(spec, sets, "triton", torch.float32, 1e-5)
+
+
+def test_tiles_that_split_the_tokens_sum_the_same(monkeypatch):
+    """More tokens than fit one tile: the sums run over several tiles of a row."""
+    from rsae_triton import cpu
+
+    monkeypatch.setenv("RSAE_CPU_ENGINE", "tiled")
+    monkeypatch.setattr(cpu, "TILE", 64)
+    check(GateSpec(3, 2, "direct"), F, "cpu", torch.float64, 1e-12, tokens=201)
+
+
+def test_two_runs_are_bit_equal(monkeypatch):
+    monkeypatch.setenv("RSAE_CPU_ENGINE", "tiled")
+    tensors, activity = inputs(3, 2, 1, tokens=5000)
+    spec = GateSpec(3, 2, "gated", backward="rational")
+    first, second = (outputs_and_gradients(tensors, activity, spec, "cpu", torch.float32) for _ in range(2))
+    assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
+
+
+def test_no_tokens_give_empty_codes_and_zero_gradients():
+    tensors, activity = inputs(3, 2, 1, tokens=0)
+    for value in outputs_and_gradients(tensors, activity, GateSpec(3, 2), "cpu", torch.float32)[1:]:
+        assert not value.any()
+
+
+def test_reference_passes_gradcheck():
+    """The soft derivative is that of the forward: checked by finite differences, away from the kinks."""
+    tensors, activity = inputs(3, 2, F, seed=3)
+    for form in ("direct", "gated"):
+        spec = GateSpec(3, 2, form, hard=False)
+        gate = [one.clone().requires_grad_() for one in tensors[4:]]
+        h = torch.randn(5, F, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+        def code(h, *gate, spec=spec):
+            return rational_gate(h, GateTensors(*gate, activity), spec)[0]
+
+        assert torch.autograd.gradcheck(code, (h, *gate), eps=1e-7, atol=1e-5)
+
+
+def test_double_backward_is_refused():
+    tensors, activity = inputs(3, 2, 1)
+    leaves = [one.float().requires_grad_() for one in tensors]
+    gate = GateTensors(*leaves[4:], activity.float())
+    z, _ = ops.rational_encode(*leaves[:4], gate, GateSpec(3, 2), "cpu")
+    (gradient,) = torch.autograd.grad(z.sum(), leaves[1], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
+
+
+def test_nan_reaches_the_code():
+    tensors, activity = inputs(3, 2, 1)
+    tensors[0][4] = float("nan")
+    gate = GateTensors(*(one.float() for one in tensors[4:]), activity.float())
+    z, _ = ops.rational_encode(*(one.float() for one in tensors[:4]), gate, GateSpec(3, 2, hard=False), "cpu")
+    assert bool(z[4].isnan().all())
+    assert not bool(z[:4].isnan().any())
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "message"),
+    [("gpu", torch.float32, "choose one of"), ("triton", torch.float64, "float32, bfloat16 or float16")],
+)
+def test_backends_that_cannot_work_are_refused(backend, dtype, message):
+    with pytest.raises(ConfigError, match=message):
+        ops.resolve_backend(backend, torch.device("cpu"), dtype)
+
+
+def test_triton_on_cpu_tensors_says_what_to_do(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigError, match="CUDA device"):
+        ops.resolve_backend("triton", torch.device("cpu"), torch.float32)
+
+
+def test_saves_only_h():
+    """Beside the inputs, one [d_sae, n_tokens] tensor lives until the backward pass; eager keeps many."""
+    tensors, activity = inputs(5, 4, 1, tokens=200)
+    sizes: dict[str, int] = {}
+    for backend in ("cpu", "eager"):
+        leaves = [one.float().requires_grad_() for one in tensors]
+        gate = GateTensors(*leaves[4:], activity.float())
+        large = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, large=large: large.append(t) or t, lambda t: t):
+            ops.rational_encode(*leaves[:4], gate, GateSpec(5, 4), backend)
+        sizes[backend] = sum(one.numel() == 200 * F for one in large)
+    assert sizes["cpu"] == 1
+    assert sizes["eager"] >= 10
