@@ -148,6 +148,7 @@ def _downstream(rsae: Scores, control: Scores) -> list[str]:
     if not (math.isfinite(ours) and math.isfinite(theirs)):
         return []
     sentence = f"In the language model it costs {text(ours, '.4f')} nats per token, the control {text(theirs, '.4f')}"
-    low = max(number(one, "delta_ce_low") for one in (rsae, control))
-    high = min(number(one, "delta_ce_high") for one in (rsae, control))
-    return [sentence + ("; their 95\u00a0% intervals overlap." if low <= high else ".")]
+    ends = [[number(one, key) for one in (rsae, control)] for key in ("delta_ce_low", "delta_ce_high")]
+    # A missing end is NaN and decides nothing.
+    overlap = all(map(math.isfinite, ends[0] + ends[1])) and max(ends[0]) <= min(ends[1])
+    return [sentence + ("; their 95\u00a0% intervals overlap." if overlap else ".")]

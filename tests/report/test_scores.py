@@ -1,0 +1,91 @@
+"""What the page and the terminal say about the numbers: who wins, what is missing, what is not comparable."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+from rich.console import Console
+
+from rsae_triton.report import summary_table
+from rsae_triton.report.scores import COLUMNS, best, headline, rows
+
+
+def metrics_of(rsae=60.0, control=64.0, l0=(50.0, 50.0), **downstream):
+    base = {"mse": 70.0, "fvu": 0.3, "cosine": 0.9, "l0": 50.0, "l1": 20.0, "alive_fraction": 0.9, "n_tokens": 100}
+    four = {
+        "teacher": dict(base),
+        "init": dict(base),
+        "rsae": {**base, "mse": rsae, "l0": l0[0], **downstream},
+        "control": {**base, "mse": control, "l0": l0[1], **downstream},
+    }
+    return {**four, "matched_l0": copy.deepcopy(four), "stage1": {"anything": 1}, "meta": None}
+
+
+@pytest.mark.parametrize(
+    ("rsae", "control", "said"),
+    [
+        (60.0, 64.0, "the RSAE wins: its error is 6.2\u00a0% below the control's (mse 60.00 against 64.00)"),
+        (66.0, 60.0, "the control wins: the RSAE's error is 10.0\u00a0% above it (mse 66.00 against 60.00)"),
+        (60.0, 60.01, "reconstruct equally well"),
+    ],
+)
+def test_headline_says_who_wins(rsae, control, said):
+    sentence, _ = headline(metrics_of(rsae, control))
+    assert sentence.startswith("At equal l0 (50.0 features per token)")
+    assert said in sentence
+
+
+@pytest.mark.parametrize(
+    ("l0", "said"), [((45.0, 50.0), "holds all the more"), ((50.0, 45.0), "does not settle which code is better")]
+)
+def test_unequal_l0_is_said(l0, said):
+    sentence, notes = headline(metrics_of(l0=l0))
+    assert sentence.startswith("At unequal l0")
+    assert said in notes[0]
+
+
+def test_teacher_can_be_the_better_one():
+    assert any("14.3\u00a0% higher" in note for note in headline(metrics_of(rsae=80.0))[1])
+
+
+def test_downstream_intervals():
+    metrics = metrics_of(delta_ce=0.04, delta_ce_low=0.03, delta_ce_high=0.05)
+    assert any("intervals overlap" in note for note in headline(metrics)[1])
+    metrics["matched_l0"]["control"].update(delta_ce=0.2, delta_ce_low=0.19, delta_ce_high=0.21)
+    note = next(note for note in headline(metrics)[1] if "nats" in note)
+    assert "overlap" not in note
+    del metrics["matched_l0"]["control"]["delta_ce_low"]
+    assert "overlap" not in next(note for note in headline(metrics)[1] if "nats" in note)
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf, "broken"])
+def test_a_missing_number_is_a_dash_and_decides_nothing(value):
+    metrics = metrics_of()
+    metrics["matched_l0"]["rsae"]["mse"] = metrics["rsae"]["mse"] = value
+    assert "cannot be compared" in headline(metrics)[0]
+    assert best(metrics, COLUMNS[0]) is None
+    assert rows(metrics)[2][2][0].text == "–"
+
+
+def test_best_marks_the_better_direction():
+    metrics = metrics_of()
+    metrics["control"]["cosine"] = 0.95
+    marked = {column.key: best(metrics, column) for column in COLUMNS}
+    assert marked["mse"] == "rsae"
+    assert marked["cosine"] == "control"
+    assert marked["fvu"] is None  # equal
+    assert marked["l0"] is None  # neither direction is better
+
+
+def test_summary_table_fits_a_terminal():
+    console = Console(width=80, record=True, file=None, quiet=False)
+    with console.capture() as capture:
+        console.print(summary_table(metrics_of(delta_ce=-0.04)))
+    text = capture.get()
+    assert "60.00" in text
+    assert "−0.0400" in text
+    assert "the RSAE wins" in text
+    assert "…" not in text
+    console.print(summary_table({}))
