@@ -191,9 +191,6 @@ def _gated(
     a, b = smooth_step() if fit is None else (fit.a, fit.b)
     # Widths are compared by the step's slope at theta, which is 1 / C_in for the smooth step.
     slope = 1.0 if fit is None else _slope_at_zero(fit)
-    options = (
-        {} if fit is None else {"numerator_scale": fit.numerator_scale, "denominator_scale": fit.denominator_scale}
-    )
     gate = RationalGate(
         teacher.d_sae,
         (2, 2) if fit is None else fit.degree,
