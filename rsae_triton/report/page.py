@@ -159,7 +159,7 @@ def _plots(
             "frequency",
             plots.frequency_figure(frequencies, len(x)),
             "How often features fire",
-            f"Number of features by the fraction of {len(x):,} held-out tokens on which they are active.",
+            f"Features by the fraction of {len(x):,} held-out tokens on which they are active; areas are numbers.",
         ),
     ]
     tuned = {role: log for role, log in logs.items() if role != "teacher"}

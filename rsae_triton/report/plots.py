@@ -64,14 +64,16 @@ def frequency_figure(frequencies: Mapping[str, np.ndarray], n_tokens: int) -> An
     """How many features fire how often; frequencies: by role, the fraction of tokens, each [d_sae]."""
     figure = _figure()
     axes = figure.subplots()
-    edges = np.linspace(np.log10(0.7 / n_tokens), 0, 41)
+    # Edges between whole numbers of tokens, or bins that no number falls in would look like a lack of features.
+    tokens = np.unique(np.geomspace(1, n_tokens + 1, 41).round()) - 0.5
+    edges = np.log10(tokens / n_tokens)
     for role, frequency in frequencies.items():
-        count = np.histogram(np.log10(frequency[frequency > 0]), edges)[0]
+        count = np.histogram(np.log10(frequency[frequency > 0]), edges)[0] / np.diff(edges)
         label = f"{NAMES[role]} ({int((frequency == 0).sum())} never)"
         axes.stairs(count, edges, **line(role, label=label))
     axes.xaxis.set_major_locator(_ticker().MaxNLocator(integer=True, nbins=6))
     axes.xaxis.set_major_formatter(_ticker().FuncFormatter(lambda value, _: _power(value)))
-    axes.set(xlabel="fraction of tokens on which a feature is active", ylabel="features")
+    axes.set(xlabel="fraction of tokens on which a feature is active", ylabel="features per factor of ten")
     axes.legend(fontsize="small", frameon=False)
     _finish(axes)
     return figure

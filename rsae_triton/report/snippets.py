@@ -17,6 +17,7 @@ from .gates import thresholds
 N_FEATURES = 8
 N_ROWS = 4
 CONTEXT = 12
+_SPACES = re.compile(" {3,}")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -122,6 +123,7 @@ class _Text:
         self.tokenizer = tokenizer
         self.contexts, self.positions = store.contexts.numpy()[rows], store.positions.numpy()[rows]
         self.tokens, self.documents = store.sequences.tokens.numpy(), store.sequences.documents.numpy()
+        self.counted = store.sequences.counted.numpy()
         self.info = store.document_info
         places = zip(self.contexts.tolist(), self.positions.tolist(), strict=True)
         self.row_at = {place: row for row, place in enumerate(places)}
@@ -141,9 +143,9 @@ class _Text:
         """The token of `row` and its neighbours in the same document, coloured by z [n_tokens]."""
         context, position = int(self.contexts[row]), int(self.positions[row])
         document = self.documents[context, position]
-        # From 1: position 0 is BOS.
+        # Without BOS: it is at position 0, and wherever the prediction of a position is not counted.
         near = range(max(1, position - CONTEXT), min(self.tokens.shape[1], position + CONTEXT + 1))
-        near_here = [p for p in near if self.documents[context, p] == document]
+        near_here = [p for p in near if self.documents[context, p] == document and self.counted[context, p - 1]]
         pieces = _pieces(self.tokenizer, self.tokens[context, near_here].tolist())
         pieces[0] = pieces[0].lstrip()
         largest = float(np.abs(z).max())
@@ -162,7 +164,8 @@ def _pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
         whole = tokenizer.decode(ids[:end]).rstrip("\ufffd")
         pieces.append(whole[len(before) :])
         before = whole if len(whole) > len(before) else before
-    return [_CONTROL.sub("·", piece.replace("\r", "").replace("\n", "⏎ ").replace("\t", " ")) for piece in pieces]
+    lines = (piece.replace("\r", "").replace("\n", "⏎ ").replace("\t", " ") for piece in pieces)
+    return [_CONTROL.sub("·", _SPACES.sub("  ", line)) for line in lines]
 
 
 def _describe(info: list[dict[str, Any]], document: int) -> str:
