@@ -10,6 +10,14 @@ the orientation and the table of what the compiler makes of each kernel.
 Every [d_sae, n_tokens] tensor is feature-major: the tokens of one feature are contiguous.
 """
 
+import triton
+
+if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 3):
+    raise ImportError(
+        f"the kernels keep coefficients in tuples, which Triton knows from 3.3 on; this is {triton.__version__}. "
+        "Upgrade torch to 2.7 or later, or use another backend"
+    )
+
 from .encode_forward import encode_forward
 from .interpreter import INTERPRETED
 from .rational_backward import GateGrads, rational_backward

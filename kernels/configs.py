@@ -32,28 +32,33 @@ class PointwiseTile(NamedTuple):
     warps: int
 
 
-LARGE_DEGREE = 12
-"""From p + q of this on, a gate counts as large: its coefficients crowd the registers of a tile."""
+SPECIALISED = 16
+"""Triton compiles a kernel anew for sizes that this divides, and only then knows that rows are aligned."""
+LARGE_DEGREE = 8
+"""From p + q of this on, a gate per feature counts as large: its coefficients crowd the registers of a tile."""
 
-# generation -> (bytes of an element, large degree and one gate per feature) -> tile
+# generation -> (bytes of an element, large) -> tile. Of the tiles that do not spill, the largest whose epilogue
+# stores whole 32-byte sectors; which of them is fastest has not been measured yet (docs/kernels.md).
 MATMUL = {
     8: {
         (2, False): MatmulTile(128, 128, 32, 2, 8, 4),
-        (2, True): MatmulTile(128, 128, 32, 4, 8, 4),
-        (4, False): MatmulTile(128, 64, 32, 2, 8, 3),
-        (4, True): MatmulTile(128, 64, 32, 2, 8, 3),
+        (2, True): MatmulTile(128, 64, 32, 2, 8, 4),
+        (4, False): MatmulTile(128, 64, 32, 4, 8, 3),
+        (4, True): MatmulTile(128, 64, 32, 4, 8, 3),
     },
     9: {
         (2, False): MatmulTile(128, 128, 64, 2, 8, 4),
-        (2, True): MatmulTile(128, 128, 64, 2, 8, 4),
-        (4, False): MatmulTile(128, 128, 32, 2, 8, 3),
-        (4, True): MatmulTile(128, 128, 32, 2, 8, 3),
-    },
-    10: {
-        (2, False): MatmulTile(128, 128, 64, 2, 8, 4),
         (2, True): MatmulTile(128, 128, 64, 4, 8, 4),
-        (4, False): MatmulTile(128, 128, 32, 2, 8, 3),
-        (4, True): MatmulTile(128, 128, 32, 4, 8, 3),
+        (4, False): MatmulTile(128, 64, 32, 4, 8, 3),
+        (4, True): MatmulTile(128, 64, 32, 4, 8, 3),
+    },
+    # Tensor memory hands eight warps a tile whose token halves belong to different warps, and splitting it would
+    # go through shared memory; four warps hold whole rows.
+    10: {
+        (2, False): MatmulTile(128, 64, 64, 2, 4, 4),
+        (2, True): MatmulTile(128, 64, 64, 4, 4, 4),
+        (4, False): MatmulTile(128, 64, 32, 4, 4, 4),
+        (4, True): MatmulTile(128, 64, 32, 4, 4, 4),
     },
 }
 
@@ -64,12 +69,21 @@ def generation(capability: int) -> int:
     return capability if capability in MATMUL else 8
 
 
-def matmul_tile(capability: int, dtype: torch.dtype, p: int, q: int, shared: bool) -> MatmulTile:
+def matmul_tile(capability: int, dtype: torch.dtype, p: int, q: int, shared: bool, n_tokens: int) -> MatmulTile:
     """The tile of `encode_forward` on a GPU of this major compute capability."""
     large = p + q >= LARGE_DEGREE and not shared
-    return MATMUL[generation(capability)][dtype.itemsize, large]
+    tile = MATMUL[generation(capability)][dtype.itemsize, large]
+    if n_tokens % SPECIALISED:  # codes are stored one by one, each with a pointer of its own
+        tile = tile._replace(tokens=min(tile.tokens, 64), sub=4)
+    return tile
 
 
-def pointwise_tile(capability: int, dtype: torch.dtype, p: int, q: int, shared: bool) -> PointwiseTile:
-    """The tile of the pointwise kernels: one warp to a feature, 16 bytes of h to a thread."""
+def pointwise_tile(dtype: torch.dtype, n_tokens: int) -> PointwiseTile:
+    """The tile of the pointwise kernels: one warp to a feature, 16 bytes of h to a thread.
+
+    Rows that do not start on 16 bytes cannot be read so; then a thread takes single tokens, because spreading
+    a vector over lanes would make every sum of the loop a shuffle.
+    """
+    if n_tokens % SPECIALISED:
+        return PointwiseTile(features=4, lanes=64, vector=1, warps=4)
     return PointwiseTile(features=4, lanes=32, vector=16 // dtype.itemsize, warps=4)

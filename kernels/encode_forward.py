@@ -28,18 +28,21 @@ def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _epilogue(
-    value, z, h, n0, n_tokens, f_offsets, f_mask, theta, activity, c,
+    value, z_tile, h_tile, n_local, n_left, f_mask, theta, activity, c,
     P: tl.constexpr, Q: tl.constexpr,
     GATED: tl.constexpr, CLAMP: tl.constexpr, IDENTITY: tl.constexpr, HARD: tl.constexpr,
-    SAVE_H: tl.constexpr, COLUMNS: tl.constexpr,
+    SAVE_H: tl.constexpr,
 ):  # fmt: skip
-    """Gate and store a part of the tile, value [BLOCK_F, COLUMNS]; returns its activity counts [BLOCK_F]."""
-    n = n0 + tl.arange(0, COLUMNS)[None, :]
-    mask = f_mask & (n < n_tokens)
+    """Gate and store a part of the tile: the columns n_local [1, columns] of it, value [BLOCK_F, columns].
+
+    z_tile, h_tile: pointers to the tile's rows [BLOCK_F, 1]; n_left: tokens from the tile's first one on.
+    Returns how many codes of each feature are active, [BLOCK_F].
+    """
+    mask = f_mask & (n_local < n_left)
     if SAVE_H:
-        tl.store(h + f_offsets + n, value.to(h.dtype.element_ty), mask=mask)
+        tl.store(h_tile + n_local, value.to(h_tile.dtype.element_ty), mask=mask)
     code, active = gate_forward(value, theta, activity, c, P, Q, GATED, CLAMP, IDENTITY, HARD)
-    tl.store(z + f_offsets + n, code.to(z.dtype.element_ty), mask=mask)
+    tl.store(z_tile + n_local, code.to(z_tile.dtype.element_ty), mask=mask)
     return tl.sum(tl.where(mask, active, 0.0), axis=1)
 
 
@@ -85,10 +88,11 @@ def encode_forward_kernel(
     theta = tl.load(rows + f, mask=f_mask, other=0.0)
     activity = tl.load(rows + n_features + f, mask=f_mask, other=0.0)
     value += tl.load(rows + 2 * n_features + f, mask=f_mask, other=0.0)
-    f_offsets = f * n_tokens
+    z_tile, h_tile = z + n0 + f * n_tokens, h + n0 + f * n_tokens
+    n_left = (n_tokens - n0).to(tl.int32)
     if SUB == 1:
-        count = _epilogue(value, z, h, n0, n_tokens, f_offsets, f_mask, theta, activity, c,
-                          P, Q, GATED, CLAMP, IDENTITY, HARD, SAVE_H, BLOCK_N)  # fmt: skip
+        count = _epilogue(value, z_tile, h_tile, tl.arange(0, BLOCK_N)[None, :], n_left, f_mask, theta, activity,
+                          c, P, Q, GATED, CLAMP, IDENTITY, HARD, SAVE_H)  # fmt: skip
     else:
         PART: tl.constexpr = BLOCK_N // SUB
         count = tl.zeros((BLOCK_F,), tl.float32)
@@ -97,8 +101,9 @@ def encode_forward_kernel(
             left, right = _halves(parts[0], BLOCK_F, BLOCK_N // 2), _halves(parts[1], BLOCK_F, BLOCK_N // 2)
             parts = (left[0], left[1], right[0], right[1])
         for i in tl.static_range(SUB):
-            count += _epilogue(parts[i], z, h, n0 + i * PART, n_tokens, f_offsets, f_mask, theta, activity, c,
-                               P, Q, GATED, CLAMP, IDENTITY, HARD, SAVE_H, PART)  # fmt: skip
+            n_part = i * PART + tl.arange(0, PART)[None, :]
+            count += _epilogue(parts[i], z_tile, h_tile, n_part, n_left, f_mask, theta, activity,
+                               c, P, Q, GATED, CLAMP, IDENTITY, HARD, SAVE_H)  # fmt: skip
     tl.store(counts + n_block.to(tl.int64) * n_features + f0 + f_local, count, mask=f_in)
 
 
@@ -135,7 +140,7 @@ def encode_forward(
     if z_fm.numel() == 0:
         return z_fm, h_fm, x_c.new_zeros(n_features, dtype=torch.float32)
     packed = pack_gate(gate, p, q, b_enc)
-    tile = matmul_tile(capability(x_c), x_c.dtype, p, q, packed.shared)
+    tile = matmul_tile(capability(x_c), x_c.dtype, p, q, packed.shared, n_tokens)
     token_blocks = triton.cdiv(n_tokens, tile.tokens)
     counts = x_c.new_empty((token_blocks, n_features), dtype=torch.float32)
     with launching_on(x_c):

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import pointwise_tile
-from .launch import capability, launching_on, pack_gate, split_tokens
+from .launch import launching_on, pack_gate, split_tokens
 from .rational import gate_backward, load_coefficients
 
 
@@ -129,7 +129,7 @@ def rational_backward(
     h_fm, dz_given = h_fm.contiguous(), dz_fm
     dz_fm = dz_fm.contiguous()
     dh_fm = dz_fm if inplace or dz_fm is not dz_given else torch.empty_like(dz_fm)
-    tile = pointwise_tile(capability(h_fm), h_fm.dtype, p, q, packed.shared)
+    tile = pointwise_tile(h_fm.dtype, n_tokens)
     blocks = triton.cdiv(n_features, tile.features)
     split = split_tokens(n_tokens, blocks, tile.lanes * tile.vector)
     partial = h_fm.new_empty((split.count, p + q + 5, n_features), dtype=torch.float32)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import pointwise_tile
-from .launch import capability, launching_on, pack_gate, split_tokens
+from .launch import launching_on, pack_gate, split_tokens
 from .rational import gate_forward, load_coefficients
 
 
@@ -75,7 +75,7 @@ def rational_forward(
     if h_fm.numel() == 0:
         return z_fm, h_fm.new_zeros(n_features, dtype=torch.float32)
     packed = pack_gate(gate, p, q)
-    tile = pointwise_tile(capability(h_fm), h_fm.dtype, p, q, packed.shared)
+    tile = pointwise_tile(h_fm.dtype, n_tokens)
     blocks = triton.cdiv(n_features, tile.features)
     split = split_tokens(n_tokens, blocks, tile.lanes * tile.vector)
     counts = h_fm.new_empty((split.count, n_features), dtype=torch.float32)
