@@ -53,9 +53,7 @@ class Variant(NamedTuple):
     """True: the number of tokens is no multiple of 16, so codes cannot be stored 16 bytes at a time."""
 
     def __str__(self) -> str:
-        kind = (
-            f"{'gated' if self.gated else 'direct'} ({self.p}, {self.q}) {'shared' if self.shared else 'per feature'}"
-        )
+        form, sets = "gated" if self.gated else "direct", "shared" if self.shared else "per feature"
         precision = f" {self.precision}" if self.dtype == torch.float32 and self.kernel == "encode_forward" else ""
         return f"{NAMES[self.dtype]}{precision} {form} ({self.p}, {self.q}) {sets}{' ragged' if self.ragged else ''}"
 

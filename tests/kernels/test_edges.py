@@ -65,6 +65,30 @@ def test_large_arguments_do_not_overflow(domain, device):
     assert all(g.isfinite().all() for g in grads)
 
 
+def test_tokens_that_are_not_there_stay_out_of_the_sums(device):
+    """A free gate far from 0: where h = 0, as in the unused part of a tile, its polynomials overflow."""
+    gate = random_gate(9, 8, 2, 1)._replace(threshold=torch.full((2,), 1e6))
+    h = 1e6 + torch.randn(2, 33)
+    dz = torch.randn(2, 33)
+    spec = GateSpec(9, 8, domain="free", hard=False)
+    truth = oracle(h.T, dz.T, None, gate, spec, torch.float64)
+    dh, grads = rational_backward(h.to(device), dz.to(device), None, to(gate, device), **flags(spec, True))
+    torch.testing.assert_close(dh.T.cpu().double(), truth["dh"], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(grads.a.cpu().double(), truth["da"], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("form", ["direct", "gated"])
+def test_nan_reaches_the_gradients(form, device):
+    """A training loop that looks for NaN in gradients must see it there, clip or no clip."""
+    spec, gate = flags(GateSpec(3, 2, form=form), True), to(random_gate(3, 2, 4, 4), device)
+    h = torch.randn(4, 50, device=device)
+    h[2, 7] = torch.nan
+    _, grads = rational_backward(h, torch.ones_like(h), torch.ones(4, device=device), gate, **spec)
+    for gradient in (grads.a[:, 1:], grads.b):
+        assert gradient[2].isnan().all()
+        assert gradient[[0, 1, 3]].isfinite().all()
+
+
 @pytest.mark.parametrize("shape", [(0, 4, 5), (3, 4, 0), (3, 0, 5)], ids=str)
 def test_nothing_to_do(shape, device):
     n_tokens, d_in, n_features = shape
