@@ -21,7 +21,8 @@ class Recipe:
     Attributes:
         name: how it is called on the command line.
         sparsity: "l1" on |z| * ||W_dec row||, "l0" on the (differentiable) number of active features, or "none".
-        weight: of the sparsity term; its start where `target_l0` steers it.
+        weight: of the sparsity term, in units of the activations' mean norm (l1) or its square (l0), so that it
+            means the same at any scale; its start where `target_l0` steers it.
         target_l0: hold the l0 of the training batches here by steering the weight; None keeps the weight.
         soft: train on the dense rational code instead of the shipped one (the paper's way; see docs/experiments.md).
         aux_k: dead features that reconstruct the residual (TopK's auxiliary loss, arXiv:2406.04093), 0 for none.
@@ -50,13 +51,13 @@ class Recipe:
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        Recipe("relu", "l1", weight=3.0),
-        Recipe("jumprelu", "l0", weight=0.6, lr_scale={"threshold": 10.0}),
+        Recipe("relu", "l1", weight=0.125),
+        Recipe("jumprelu", "l0", weight=0.001, lr_scale={"threshold": 10.0}),
         Recipe("topk", "none", weight=0.0, aux_k=256),
         # The paper to the letter (section 3.3): every parameter, mse + l1 on the soft code.
-        Recipe("paper", "l1", weight=3.0, soft=True),
+        Recipe("paper", "l1", weight=0.125, soft=True),
         # Train the code that is shipped: zeros made by the hard gate, gradients by the rational's slope.
-        Recipe("hard", "l0", weight=0.6, lr_scale={"threshold": 10.0}),
+        Recipe("hard", "l0", weight=0.0008, lr_scale={"threshold": 10.0}),
     )
 }
 
@@ -91,7 +92,7 @@ def holding(recipe: Recipe, target_l0: float | None) -> Recipe:
 
 
 class SparsityController:
-    """Steers the sparsity weight so that l0 stays at a target.
+    """The sparsity weight in the units of the loss, steered so that l0 stays at a target if there is one.
 
     Proportional-integral control of log(weight) on log(l0 / target), averaged over about 10 batches: scale-free,
     and never negative. Thresholds integrate the weight themselves, so that integral control alone would swing.
@@ -100,10 +101,17 @@ class SparsityController:
     """
 
     def __init__(
-        self, recipe: Recipe, *, proportional: float = 3.0, integral: float = 0.02, memory: float = 0.9
+        self,
+        recipe: Recipe,
+        norm: float = 1.0,
+        *,
+        proportional: float = 3.0,
+        integral: float = 0.02,
+        memory: float = 0.9,
     ) -> None:
-        self.target, self.weight = recipe.target_l0, recipe.weight
-        self._base, self._low, self._high = recipe.weight, recipe.weight / 100, recipe.weight * 100
+        """norm: the activations' mean norm."""
+        self.target, self.weight = recipe.target_l0, recipe.weight * (norm if recipe.sparsity == "l1" else norm**2)
+        self._base, self._low, self._high = self.weight, self.weight / 100, self.weight * 100
         self._proportional, self._integral, self._memory = proportional, integral, memory
         self._average: float | None = None
 

@@ -123,7 +123,7 @@ def train(
     optimizer = _optimizer(sae, recipe, lr)
     warmup = steps // 20 if warmup is None else warmup
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _schedule(step, steps, warmup, decay))
-    controller = SparsityController(recipe)
+    controller: SparsityController | None = None
     idle = torch.zeros(sae.d_sae, device=sae.W_dec.device)
     norms = sae.W_dec.detach().norm(dim=1, keepdim=True)
     good = _snapshot(sae)
@@ -131,6 +131,8 @@ def train(
     with _progress(label or f"training ({recipe.name})", steps, batch_size, progress) as advance, _frozen(sae, recipe):
         for step in range(steps):
             x = next(batches).to(device=sae.W_dec.device, dtype=sae.W_dec.dtype)
+            if controller is None:
+                controller = SparsityController(recipe, float(x.float().norm(dim=1).mean()))
             dead = idle > dead_after
             ramp = min(1.0, step / sparsity_warmup) if sparsity_warmup else 1.0
             terms = losses(sae, x, recipe, ramp * controller.weight, dead if recipe.aux_k else None)

@@ -13,7 +13,6 @@ from .base import SparseAutoencoder
 from .calibrate import Calibration, Histogram, calibrate, histogram
 from .errors import ConfigError, NumericsError, ShapeError
 from .gate import RationalGate, smooth_step
-from .reference import rational
 from .remez import GateFit, fit_gate
 from .sae import FusedRationalSAE
 from .teachers import JumpReluSAE, ReluSAE, TopKSAE
@@ -24,8 +23,8 @@ HISTOGRAM_TOKENS = 2048
 THETA, MARGIN = 0.1, 0.02
 # A gated step is fitted with a wider gap: its place and sharpness are set by theta and C_in.
 STEP_MARGIN = 0.1
-# C_in of the gated form, in units of h (activations have mean norm sqrt(d_in)); chosen in docs/experiments.md.
-GATE_WIDTH = {"standard": 0.5, "jumprelu": 0.25, "topk": 0.25}
+# C_in of the gated form, in units of the activations' mean norm; chosen in docs/experiments.md.
+GATE_WIDTH = {"standard": 0.02, "jumprelu": 0.01, "topk": 0.01}
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def upgrade(
     form: str = "auto",
     degree: str | tuple[int, int] = "auto",
     coefficients: str | int = "shared",
-    tolerance: float = 0.008,
+    tolerance: float = 0.006,
     n_tokens: int = 8192,
     backend: str = "auto",
     seed: int = 0,
@@ -79,7 +78,8 @@ def upgrade(
         degree: (p, q), "p,q", or "auto": the smallest of the ladder whose code is within `tolerance` (direct);
             the smooth step of type (2, 2) (gated).
         coefficients: "shared", "per_feature", or a number of groups.
-        tolerance: relative error of the code that degree="auto" accepts.
+        tolerance: largest relative error of the code (direct: what degree="auto" accepts; gated: what limits the
+            width of the step, together with the change of mse, against a code with thresholds but no step).
         n_tokens: how many activations to calibrate on. backend: of the result. seed: of the sample.
 
     Returns:
@@ -103,7 +103,7 @@ def upgrade(
         raise ConfigError(f"coefficients is {coefficients!r}; choose shared, per_feature or a number of groups")
     thresholds = teacher_thresholds(teacher, h, z)
     kind = _direct if form == "direct" else _gated
-    gate, facts = kind(teacher, h, z, thresholds, parse_degree(degree), groups, tolerance)
+    gate, facts = kind(teacher, x, h, z, thresholds, parse_degree(degree), groups, tolerance)
     rsae = FusedRationalSAE(
         teacher.d_in,
         teacher.d_sae,
@@ -175,6 +175,7 @@ def teacher_thresholds(teacher: SparseAutoencoder, h: Tensor, z: Tensor) -> Tens
 
 def _gated(
     teacher: SparseAutoencoder,
+    x: Tensor,
     h: Tensor,
     z: Tensor,
     thresholds: Tensor,
@@ -184,8 +185,9 @@ def _gated(
 ) -> tuple[RationalGate, dict[str, Any]]:
     """z = h * r where h > theta_f, r a smooth step that is 1/2 at theta and 1 from theta + C_in on.
 
-    C_in is the largest width, up to the family's own, at which the codes stay within `tolerance` of the
-    teacher's: the wider the step, the more pre-activations near theta have a slope to be trained by.
+    C_in is the largest width, up to the family's own, at which neither the code's relative error nor the relative
+    change of its mse exceeds `tolerance`: the wider the step, the more pre-activations near theta have a slope to
+    be trained by.
     """
     fit = None if degree in (None, (2, 2)) else fit_gate("step", degree, margin=STEP_MARGIN)
     a, b = smooth_step() if fit is None else (fit.a, fit.b)
@@ -204,21 +206,24 @@ def _gated(
         numerator_scale=None if fit is None else fit.numerator_scale,
         denominator_scale=None if fit is None else fit.denominator_scale,
     ).to(h.device)
-    centre = float(gate.centre[0].detach())
-    widest = GATE_WIDTH[teacher.architecture]
-    active = (h > thresholds) & (z != 0)
-    value = h[active].double()
-    above, norm = value - thresholds.expand_as(h)[active], value.norm()
-    a64, b64 = (one[:1].detach().double() for one in (gate.numerator(), gate.denominator()))
+    x, h = x[:HISTOGRAM_TOKENS], h[:HISTOGRAM_TOKENS]
+    # Against the code with hard thresholds and no step: a TopK teacher's own code differs already in which fire.
+    exact = h * (h > thresholds)
+    with torch.no_grad():
+        mse = (x - teacher.decode(exact)).square().sum()
 
+    @torch.no_grad()
     def error(width: float) -> float:
-        s = (above / (slope * width)).clamp(-1, 1) - centre
-        return float((value * (rational(s[:, None], a64, b64)[:, 0] - 1)).norm() / norm)
+        gate.log_input_scale.fill_(float(np.log(slope * width)))
+        code = gate(h)
+        change = (x - teacher.decode(code)).square().sum() / mse - 1
+        return max(float((code - exact).norm() / exact.norm().clamp_min(1e-12)), abs(float(change)))
 
-    width = widest
-    if error(widest) > tolerance:
+    widest = GATE_WIDTH[teacher.architecture] * float(x.float().norm(dim=1).mean())
+    initial = error(widest)
+    if initial > tolerance:
         low, high = 0.0, widest
-        for _ in range(30):
+        for _ in range(12):
             middle = (low + high) / 2
             low, high = (middle, high) if error(middle) <= tolerance else (low, middle)
         if low == 0:
@@ -226,13 +231,11 @@ def _gated(
                 f"a step of degree {gate.degree} cannot reproduce the teacher's code to {tolerance:g} at any width; "
                 "raise tolerance or the degree"
             )
-        width = low
-    with torch.no_grad():
-        gate.log_input_scale.fill_(float(np.log(slope * width)))
+        error(low)  # leaves the gate at this width
     return gate, {
         "error": None if fit is None else fit.error,
         "lower_bound": None if fit is None else fit.lower_bound,
-        "initial_relative_error": error(widest),
+        "initial_relative_error": initial,
     }
 
 
@@ -243,6 +246,7 @@ def _slope_at_zero(fit: GateFit) -> float:
 
 def _direct(
     teacher: SparseAutoencoder,
+    x: Tensor,
     h: Tensor,
     z: Tensor,
     thresholds: Tensor,
