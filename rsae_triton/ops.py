@@ -8,7 +8,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import warnings
 from types import ModuleType
 from typing import Any
 
@@ -31,9 +33,20 @@ def _kernels() -> ModuleType:
         from .kernels import encode_forward, rational_backward  # noqa: F401
     except ImportError as error:
         raise SourceError(
-            f"backend='triton' needs the package triton >= 3.2 ({error}); install it or use backend='eager'"
+            f"backend='triton' cannot be used ({error}); install triton >= 3.3 (torch >= 2.7) or use backend='eager'"
         ) from error
     return kernels
+
+
+@functools.cache
+def _kernels_import() -> bool:
+    """Whether the kernels can be had; says once why not, because eager PyTorch is many times slower on a GPU."""
+    try:
+        _kernels()
+    except SourceError as error:
+        warnings.warn(f"{error}; backend='auto' falls back to eager PyTorch", stacklevel=4)
+        return False
+    return True
 
 
 def interpreting() -> bool:
@@ -50,7 +63,7 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
     if backend not in BACKENDS:
         raise ConfigError(f"backend is {backend!r}; choose one of {', '.join(BACKENDS)}")
     if backend == "auto":
-        if device.type == "cuda" and dtype in _TRITON_DTYPES:
+        if device.type == "cuda" and dtype in _TRITON_DTYPES and _kernels_import():
             return "triton"
         return "cpu" if device.type == "cpu" else "eager"
     if backend == "triton":

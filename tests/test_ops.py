@@ -177,6 +177,20 @@ def test_triton_on_cpu_tensors_says_what_to_do(monkeypatch):
         ops.resolve_backend("triton", torch.device("cpu"), torch.float32)
 
 
+def test_auto_falls_back_to_eager_where_triton_cannot_be_had(monkeypatch):
+    """torch 2.6 comes with triton 3.2, which the kernels do not compile with: slower, said once, but it works."""
+    from rsae_triton.errors import SourceError
+
+    def missing():
+        raise SourceError("backend='triton' cannot be used (too old)")
+
+    monkeypatch.setattr(ops, "_kernels", missing)
+    ops._kernels_import.cache_clear()
+    with pytest.warns(UserWarning, match="falls back to eager"):
+        assert ops.resolve_backend("auto", torch.device("cuda"), torch.float32) == "eager"
+    ops._kernels_import.cache_clear()
+
+
 def test_saves_only_h():
     """Beside the inputs, one [d_sae, n_tokens] tensor lives until the backward pass; eager keeps many."""
     tensors, activity = inputs(5, 4, 1, tokens=200)
