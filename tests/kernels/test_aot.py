@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+
 from rsae_triton.kernels import configs
 from rsae_triton.kernels.aot import KERNELS, Report, Variant, representative, variants
 

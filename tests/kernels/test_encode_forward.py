@@ -14,8 +14,8 @@ from gate_cases import (
     random_gate,
     to,
 )  # fmt: skip
-from rsae_triton.kernels import configs
 
+from rsae_triton.kernels import configs
 from rsae_triton.reference import GateSpec
 
 # Of the largest code; float32 products go through three TF32 ones on a GPU, and sums have another order.
