@@ -11,7 +11,9 @@ from rsae_triton.remez.problem import Problem
 from rsae_triton.remez.rational import Rational
 from rsae_triton.remez.tangent import tangent
 
-SHARES = (0.9999, 0.999, 0.99, 0.95, 0.9, 0.8, 0.6, 0.4, 0.2, 0.1)
+SHARES = (0.9999, 0.9995, 0.999, 0.99, 0.95, 0.9, 0.8, 0.6, 0.4, 0.2, 0.1)
+
+TOLERANCE = 1e-9
 
 
 def program_bound(problem: Problem, r: Rational, points: np.ndarray) -> tuple[float, np.ndarray]:
@@ -34,14 +36,16 @@ def program_bound(problem: Problem, r: Rational, points: np.ndarray) -> tuple[fl
         excess = np.concatenate([share - e[:, 0], share + e[:, 0]])
         answer = linprog(
             np.append(np.zeros(rows.shape[1]), 1.0),
-            A_ub=np.column_stack([
-                np.concatenate([rows, -q_gap]), np.append(np.full(len(rows), -1.0), np.zeros(len(q_gap)))
-            ]),
-            b_ub=np.append(excess, np.ones(len(q_gap))), bounds=[(None, None)] * (rows.shape[1] + 1),
+            A_ub=np.column_stack(
+                [np.concatenate([rows, -q_gap]), np.append(np.full(len(rows), -1.0), np.zeros(len(q_gap)))]
+            ),
+            b_ub=np.append(excess, np.ones(len(q_gap))),
+            bounds=[(None, None)] * (rows.shape[1] + 1),
             method="highs-ds",
+            options={"primal_feasibility_tolerance": TOLERANCE, "dual_feasibility_tolerance": TOLERANCE},
         )
         # Ten times HiGHS' feasibility tolerance: the least violation any P / Q must have.
-        if answer.x is not None and answer.fun > 1e-6:
+        if answer.x is not None and answer.fun > 10 * TOLERANCE:
             used = np.abs(answer.ineqlin.marginals[: len(rows)]).reshape(2, -1).max(axis=0) > 1e-9
             return share * size, points[used]
     return 0.0, np.empty(0)

@@ -21,13 +21,17 @@ def certificate(fit: GateFit) -> str:
         "alternation": f"the error alternates on {len(fit.reference)} points",
         "program": f"a linear program on {len(fit.reference)} points has no solution",
         "rounding": "the error is rounding",
-        "none": "nothing proves it",
+        "none": "",
     }[fit.certificate]
+    bound = f"{fit.lower_bound:.9g}   ({fit.ratio:.6f} of the error: {proof})"
+    if fit.certificate == "none":
+        bound = "none: nothing proves that this fit is any good"
     lines = [
         f"{fit.target}, degree ({p}, {q}), {fit.method}{where}",
         f"  error        {fit.error:.9g}",
-        f"  lower bound  {fit.lower_bound:.9g}   ({fit.ratio:.6f} of the error: {proof})",
+        f"  lower bound  {bound}",
         f"  mse          {fit.mse:.6g}",
+        f"  in float32   within {fit.float32_error:.2g} of float64 on [-1, 1]",
         f"  centre       {fit.centre:.17g}",
         *(f"  a{i:<3} {value:+.17g}" for i, value in enumerate(fit.a)),
         *(f"  b{j:<3} {value:+.17g}" for j, value in enumerate(fit.b, start=1)),
@@ -48,7 +52,7 @@ def fit(
     degree: str = "9,8",
     theta: float = 0.0,
     margin: float = 0.0,
-    method: Literal["minimax", "least_squares"] = "minimax",
+    method: Literal["minimax", "least_squares", "relaxed_remez"] = "minimax",
     tol: float | None = None,
     points: int = 4001,
     samples: Path | None = None,
@@ -62,7 +66,8 @@ def fit(
         degree: degrees p,q of numerator and denominator, or "auto" to search (see tol).
         theta: the threshold, in the scaled pre-activation.
         margin: half-width of the gap around theta that is left out; a jump needs one.
-        method: minimax: least largest error, with proof; least_squares: least mean squared error.
+        method: minimax: least largest error, with proof; least_squares: least mean squared error; relaxed_remez:
+            the published initialiser (Adam on a penalty), far from optimal, for comparison only.
         tol: search for the smallest degree, up to the one given, with this error (mse for least_squares).
         points: size of the even grid on [-1, 1].
         samples: a .npy file of scaled pre-activations: least_squares fits them, and mse is taken on them.
@@ -71,7 +76,15 @@ def fit(
     """
     values = None if samples is None else _read_samples(samples)
     fitted = fit_gate(
-        target, degree, theta=theta, margin=margin, method=method, tol=tol, points=points, samples=values
+        target,
+        degree,
+        theta=theta,
+        margin=margin,
+        method=method,
+        tol=tol,
+        points=points,
+        samples=values,
+        table=False,
     )
     print(certificate(fitted))
     if plot is not None:
@@ -100,10 +113,18 @@ def show(path: Path = table.PATH) -> None:
     for one in table.read_table(path):
         centre = f"{one.centre:.6g}" if abs(one.centre) > 1e-9 else "0"
         degree = "{},{}".format(*one.degree)
-        print(row(
-            one.target, degree, f"{one.theta:g}", f"{one.margin:g}", f"{one.error:.6g}", f"{one.ratio:.6f}",
-            f"{one.mse:.3g}", centre,
-        ))
+        print(
+            row(
+                one.target,
+                degree,
+                f"{one.theta:g}",
+                f"{one.margin:g}",
+                f"{one.error:.6g}",
+                f"{one.ratio:.6f}",
+                f"{one.mse:.3g}",
+                centre,
+            )
+        )
 
 
 def rebuild(out: Path = table.PATH) -> None:
@@ -112,8 +133,12 @@ def rebuild(out: Path = table.PATH) -> None:
     Args:
         out: where to write it; by default over the shipped one.
     """
+    fits = []
+    for target, degree, theta, margin in table.ENTRIES:
+        fits.append(fit_gate(target, degree, theta=theta, margin=margin, table=False))
+        print(f"{fits[-1]!r}", flush=True)
     try:
-        fits = table.rebuild_table(out, progress=lambda one: print(f"{one!r}", flush=True))
+        table.write_table(fits, out)
     except OSError as error:
         raise ConfigError(f"cannot write the table to {out}: {error}") from error
     print(f"{len(fits)} gates in {out}")

@@ -29,9 +29,7 @@ class Correction:
     guards: np.ndarray
 
 
-def correct(
-    problem: Problem, r: Rational, active: np.ndarray, guards: np.ndarray, far: np.ndarray
-) -> Correction:
+def correct(problem: Problem, r: Rational, active: np.ndarray, guards: np.ndarray, far: np.ndarray) -> Correction:
     """One differential-correction step from r on the points `active` [n]; `guards` [m] only keep Q positive.
 
     far: points beyond [-1, 1], possibly none, where Q is kept positive as well as on [-1, 1].
@@ -63,7 +61,11 @@ def correct(
         if not np.all(np.isfinite(rows)):
             raise ConvergenceError(f"powers of s overflow; largest error so far {size:.6g}")
         answer = linprog(
-            cost, A_ub=np.column_stack([rows, y]), b_ub=bound, bounds=[(None, None)] * len(cost), method="highs-ds",
+            cost,
+            A_ub=np.column_stack([rows, y]),
+            b_ub=bound,
+            bounds=[(None, None)] * len(cost),
+            method="highs-ds",
         )
         if answer.x is None:
             raise ConvergenceError(

@@ -11,32 +11,30 @@ from rsae_triton.remez.extrema import Peaks, alternation, find_peaks, near_poles
 from rsae_triton.remez.gatefit import GateFit
 from rsae_triton.remez.least_squares import checked_samples, density, solve_squares
 from rsae_triton.remez.minimax import solve
-from rsae_triton.remez.problem import MAX_DEGREE, Problem, Target, Weight, make_problem
-from rsae_triton.remez.rational import Rational, safe_pade, unit_influence
+from rsae_triton.remez.problem import MAX_DEGREE, Problem, Target, Weight, make_problem, parse_degree
+from rsae_triton.remez.rational import Rational, float32_error, safe_pade, unit_influence
+from rsae_triton.remez.relaxed import kinks, solve_relaxed
+from rsae_triton.remez.table import shipped_gate
 
-METHODS = ("minimax", "least_squares")
-ALMOST = 0.999  # an alternation that proves less than this is helped by a linear program
-REQUIRED = 0.99  # a minimax fit whose bracket is wider than this is refused
+METHODS = ("minimax", "least_squares", "relaxed_remez")
+ALMOST = 0.9995  # an alternation that proves less than this is helped by a linear program
+REQUIRED = 0.999  # a minimax fit whose bracket is wider than this is refused
 AUTO_TOL = 1e-3
-
-
-def parse_degree(degree: str | Sequence[int]) -> tuple[int, int]:
-    """(p, q) from a pair or from text like "9,8". Raises ConfigError unless 0 <= p, q <= 12."""
-    try:
-        parts = degree.split(",") if isinstance(degree, str) else list(degree)
-        p, q = (int(part) for part in parts)
-        exact = all(int(part) == float(part) for part in parts)
-    except (TypeError, ValueError):
-        exact, p, q = False, -1, -1
-    if not exact or not (0 <= p <= MAX_DEGREE and 0 <= q <= MAX_DEGREE):
-        raise ConfigError(f"degree must be a pair p,q of whole numbers from 0 to {MAX_DEGREE}; got {degree!r}")
-    return p, q
+SINGLE = 3e-6  # an error of evaluation in float32 up to this is no reason to choose another centre
 
 
 def fit_gate(
-    target: Target, degree: str | Sequence[int], *, theta: float = 0.0, margin: float = 0.0,
-    weight: Weight | None = None, method: str = "minimax", points: int = 4001, tol: float | None = None,
+    target: Target,
+    degree: str | Sequence[int],
+    *,
+    theta: float = 0.0,
+    margin: float = 0.0,
+    weight: Weight | None = None,
+    method: str = "minimax",
+    points: int = 4001,
+    tol: float | None = None,
     samples: np.ndarray | None = None,
+    table: bool = True,
 ) -> GateFit:
     """The best rational gate of type `degree` = (p, q) for a target on [-1, 1], with its certificate.
 
@@ -49,6 +47,9 @@ def fit_gate(
     shape, clipped to [-1, 1]; "least_squares" fits them in place of the grid, and `mse` is taken on them.
     tol: return the first of the types (1,0), (3,2), (5,4), ... up to `degree` with error <= tol ("minimax") or
     mse <= tol ("least_squares"); 1e-3 where degree is "auto".
+    method: "minimax"; "least_squares"; or "relaxed_remez", the published initialiser (Adam on a penalty at fixed
+    nodes), kept for comparison: it is far from optimal, takes seconds, and nothing is proved about it.
+    table: return the shipped fit where there is one for exactly these arguments, instead of fitting again.
 
     An odd q is fitted as q - 1, with b_q = 0: an odd denominator has a real root, and the centre that makes
     the safe Pade form exact is then often an end of [-1, 1], where powers of s are useless in float32.
@@ -59,7 +60,7 @@ def fit_gate(
 
     Raises ConfigError for arguments that cannot be used (and a tol that no type up to `degree` meets),
     NumericsError for a target, weight or samples that are not finite, ConvergenceError with the best bracket
-    when "minimax" ends with lower_bound < 0.99 * error.
+    when "minimax" ends with lower_bound < 0.999 * error.
     """
     if method not in METHODS:
         raise ConfigError(f"unknown method {method!r}; use one of {', '.join(METHODS)}")
@@ -75,16 +76,29 @@ def fit_gate(
         samples = checked_samples(samples)
     if tol is None and auto:
         tol = AUTO_TOL
+    table = table and method == "minimax" and weight is None and samples is None and points == 4001
+
+    def one(p: int, q: int) -> GateFit:
+        found = shipped_gate(target, (p, q), theta=theta, margin=margin) if isinstance(target, str) and table else None
+        return found or _fit(problem, p, q, method, points, samples, weight is not None)
+
     if tol is None:
-        return _fit(problem, *limit, method, points, samples, weight is not None)
+        return one(*limit)
     if not tol > 0:
         raise ConfigError(f"tol must be positive; got {tol}")
-    reached = []
+    reached: list[float] = []
+    refused: ConvergenceError | None = None
     for p, q in ladder(*limit):
-        fit = _fit(problem, p, q, method, points, samples, weight is not None)
+        try:
+            fit = one(p, q)
+        except ConvergenceError as error:  # this type has no certified fit; the next may have
+            refused = error
+            continue
         reached.append(fit.error if method == "minimax" else fit.mse)
         if reached[-1] <= tol:
             return fit
+    if not reached and refused is not None:
+        raise refused
     raise ConfigError(f"no type up to {limit} reaches tol={tol:g}; the best has {min(reached):.6g}; raise either")
 
 
@@ -98,60 +112,110 @@ def _fit(
     problem: Problem, p: int, q: int, method: str, points: int, samples: np.ndarray | None, weighted: bool
 ) -> GateFit:
     started = time.perf_counter()
-    even = q - q % 2
+    fitted = q if method == "relaxed_remez" else q - q % 2
+    extra = np.empty(0)
     if method == "minimax":
-        solution = solve(problem, p, even)
+        solution = solve(problem, p, fitted)
         r, n_lps = solution.r, solution.n_lps
+        if np.max(np.abs(r(problem.grid))) <= 1e-9 * solution.error:  # one sign where the target takes both
+            r = Rational(np.zeros(p + 1), np.eye(1, fitted + 1)[0], 0.0)
+    elif method == "least_squares":
+        r, n_lps = solve_squares(problem, p, fitted, *density(problem, samples, points))
     else:
-        r, n_lps = solve_squares(problem, p, even, *density(problem, samples, points))
+        r, n_lps = solve_relaxed(problem, p, q), 0
+        extra = kinks(r, problem)
     hull = np.union1d(problem.grid, problem.gap)
-    r = centred(r, hull)
+    if method != "relaxed_remez":
+        r = centred(r, hull)
 
     def gate(t: np.ndarray) -> np.ndarray:
         return safe_pade(r.a, r.d[1:], r.centre, t)
 
-    peaks = find_peaks(problem, gate, near_poles(r, problem))
-    bound, reference, certificate = certify(problem, r, peaks, with_program=method == "minimax")
+    peaks = find_peaks(problem, gate, np.union1d(near_poles(r, problem), extra))
+    bound, reference, certificate = 0.0, np.empty(0), "none"
+    if np.all(r.denominator(hull) >= 1.0 - 1e-9):  # else the safe form is no rational and no theorem speaks of it
+        bound, reference, certificate = certify(problem, r, peaks, with_program=method == "minimax")
     if method == "minimax" and certificate != "rounding" and bound < REQUIRED * peaks.largest:
         raise ConvergenceError(
             f"no optimal rational of type ({p}, {q}) for {problem.name} was found: the least error lies in "
             f"[{bound:.6g}, {peaks.largest:.6g}]; use another degree (p near q or above) or a wider margin"
         )
     t = problem.inside(np.linspace(-1.0, 1.0, points)) if samples is None else samples
-    b, scales = np.zeros(q), unit_influence(r, hull, q + 1)[1:]
-    b[:even] = r.d[1:]
+    b, scales = np.zeros(q), unit_influence(r, hull, q + 1, safe=True)[1:]
+    b[:fitted] = r.d[1:]
     return GateFit(
-        a=r.a, b=b, centre=r.centre, degree=(p, q), target=problem.name, theta=problem.theta, margin=problem.margin,
-        error=peaks.largest, lower_bound=bound, reference=reference,
-        mse=float(np.mean((problem.value(t) - gate(t)) ** 2)), numerator_scale=unit_influence(r, hull, p + 1),
-        denominator_scale=scales, n_lps=n_lps, seconds=time.perf_counter() - started, method=method,
-        certificate=certificate, weighted=weighted, problem=problem,
+        a=r.a,
+        b=b,
+        centre=r.centre,
+        degree=(p, q),
+        target=problem.name,
+        theta=problem.theta,
+        margin=problem.margin,
+        error=peaks.largest,
+        lower_bound=bound,
+        reference=reference,
+        mse=float(np.mean((problem.value(t) - gate(t)) ** 2)),
+        numerator_scale=unit_influence(r, hull, p + 1, safe=True),
+        denominator_scale=scales,
+        n_lps=n_lps,
+        seconds=time.perf_counter() - started,
+        method=method,
+        certificate=certificate,
+        weighted=weighted,
+        problem=problem,
     )
 
 
 def centred(r: Rational, hull: np.ndarray) -> Rational:
-    """r about the lowest point of Q on [-1, 1]: there Q = 1 + B has B >= 0, and the safe Pade form is exact."""
+    """r about the lowest point of Q on the real line: there Q = 1 + B has B >= 0, and the safe Pade form is exact.
+
+    About the lowest point on [-1, 1] instead where Q has zeros or no minimum beyond, or where powers about its
+    minimum there are too large for float32.
+    """
     if not np.any(r.d[1:]):
         return r.recentred(0.0)  # a polynomial: powers about the middle are the best conditioned
-    centre = r.lowest(hull)
+    here, anywhere = r.lowest(hull), r.lowest_anywhere()
+    near = _about(r, here, stationary=-1.0 < here < 1.0)
+    if anywhere is None or abs(anywhere) < 1.0:
+        return near
+    far = _about(r, anywhere, stationary=True)
+    errors = [float32_error(one.a, one.d[1:], one.centre) for one in (near, far)]
+    return far if errors[1] <= max(errors[0], SINGLE) else near
+
+
+def _about(r: Rational, centre: float, *, stationary: bool) -> Rational:
     r = r.recentred(centre)
-    if -1.0 < centre < 1.0:
-        d = r.d.copy()
-        d[1] = 0.0  # a stationary point: what is left of b_1 is rounding, and would make B change sign
-        r = Rational(r.a, d, centre)
-    return r
+    d = r.d.copy()
+    if stationary:
+        d[1] = 0.0  # what is left of b_1 is rounding, and would make B change sign
+    return Rational(r.a, d, centre)
+
+
+def _needed(r: Rational) -> int:
+    """Alternating points that prove r = P / Q best among all P1 / Q1 of its type (p, q), Q1 > 0.
+
+    P1 Q - P Q1 would have a zero between any two of them, and its degree is at most max(p + deg Q, q + deg P):
+    p + q + 2 points, and fewer where r is of a smaller type itself (its defect).
+    """
+    p, q = len(r.a) - 1, len(r.d) - 1
+    if not np.any(r.a):
+        return p + 2
+    return max(p + int(np.flatnonzero(r.d)[-1]), q + int(np.flatnonzero(r.a)[-1])) + 2
 
 
 def certify(problem: Problem, r: Rational, peaks: Peaks, *, with_program: bool) -> tuple[float, np.ndarray, str]:
     """(lower bound, reference points, kind of proof) for the errors `peaks` of the function as evaluated."""
-    count = len(r.a) + len(r.d)  # p + q + 2
-    chosen = alternation(peaks, count)
+    chosen = alternation(peaks, _needed(r))
     bound = 0.0 if chosen is None else float(np.min(np.abs(peaks.error[chosen])))
     reference = np.empty(0) if chosen is None else peaks.t[chosen]
     if peaks.largest <= problem.rounding:
         return bound, reference, "rounding"
     if with_program and bound < ALMOST * peaks.largest:
-        proved, support = program_bound(problem, r, np.union1d(problem.grid[::10], peaks.t))
+        top = peaks.t[np.abs(peaks.error) > 0.9 * peaks.largest]
+        steps = np.geomspace(1e-6, 1e-2, 20)  # Q may vanish at a peak itself: what proves is close beside it
+        beside = problem.inside((top[:, None] + np.concatenate([-steps, steps])).ravel())
+        points = np.concatenate([problem.grid[::10], peaks.t, beside])
+        proved, support = program_bound(problem, r, np.unique(points))
         if proved > bound:
             return proved, support, "program"
     return bound, reference, "none" if chosen is None else "alternation"

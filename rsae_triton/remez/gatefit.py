@@ -8,7 +8,7 @@ import numpy as np
 
 from rsae_triton.errors import FormatError
 from rsae_triton.remez.problem import Problem
-from rsae_triton.remez.rational import Rational, safe_pade
+from rsae_triton.remez.rational import Rational, float32_error, safe_pade
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,13 +21,15 @@ ARRAYS = ("a", "b", "reference", "numerator_scale", "denominator_scale")
 class GateFit:
     """A fitted gate r(t) = P(s) / (1 + |B(s)|), s = t - centre, on t in [-1, 1].
 
-    a: [p+1], coefficients of s^0 .. s^p. b: [q], of s^1 .. s^q. centre: the minimiser of Q = 1 + B, so B >= 0.
+    a: [p+1], coefficients of s^0 .. s^p. b: [q], of s^1 .. s^q. centre: the minimiser of Q = 1 + B, so B >= 0
+    (not for method "relaxed_remez", whose centre is 0 and whose B changes sign).
     error: max |target - r| (times the weight) over the continuous domain, in float64, in this very form.
     lower_bound: no rational of this degree is closer to the target. reference: [n] points that prove it.
     mse: mean squared error over `samples` where the fit had some, else over the even grid in the domain.
     numerator_scale [p+1], denominator_scale [q]: s_k = 1 / max |s^k / Q|; train a / numerator_scale.
     weighted: error and lower_bound carry a weight. problem: what was fitted; None on a fit read back.
-    certificate: "alternation", "program" or "none": what proves lower_bound. n_lps: linear programs solved.
+    certificate: "alternation", "program", "rounding" or "none": what proves lower_bound; "none" is never a
+    minimax fit. n_lps, seconds: linear programs and time it took (a shipped gate: when the table was made).
     """
 
     a: np.ndarray
@@ -60,6 +62,11 @@ class GateFit:
         return self.lower_bound / self.error if self.error > 0 else 1.0
 
     @property
+    def float32_error(self) -> float:
+        """The largest change on [-1, 1] when r is evaluated in float32: below 1e-6 for every shipped gate."""
+        return float32_error(self.a, self.b, self.centre)
+
+    @property
     def whole_line(self) -> bool:
         """Whether Q = 1 + B stays >= 1 on the whole real line, so that the |B| of the safe form never acts."""
         b = self.b[: np.flatnonzero(self.b)[-1] + 1] if np.any(self.b) else np.empty(0)
@@ -74,9 +81,12 @@ class GateFit:
 
     def __repr__(self) -> str:
         where = f", theta={self.theta:g}, margin={self.margin:g}" if self.theta or self.margin else ""
+        proof = f"lower_bound={self.lower_bound:.6g} ({self.ratio:.6f}, {self.certificate})"
+        if self.certificate == "none":
+            proof = "UNCERTIFIED"
         return (
             f"GateFit({self.target}, degree={self.degree}{where}, method={self.method}: error={self.error:.6g}, "
-            f"lower_bound={self.lower_bound:.6g} ({self.ratio:.6f}, {self.certificate}), mse={self.mse:.4g}, "
+            f"{proof}, mse={self.mse:.4g}, "
             f"centre={self.centre:.6g}, {self.n_lps} LPs, {self.seconds:.2f} s)"
         )
 

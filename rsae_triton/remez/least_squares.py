@@ -48,9 +48,7 @@ def density(problem: Problem, samples: np.ndarray | None, points: int) -> tuple[
             total, _ = np.histogram(kept, edges, weights=kept)
             t, mass = total[mass > 0] / mass[mass > 0], mass[mass > 0].astype(np.float64)
         t = np.concatenate([t, even])
-        mass = np.concatenate([
-            (1 - BACKGROUND) / mass.sum() * mass, np.full_like(even, BACKGROUND / len(even))
-        ])
+        mass = np.concatenate([(1 - BACKGROUND) / mass.sum() * mass, np.full_like(even, BACKGROUND / len(even))])
     return t, mass * problem.weight(t)
 
 

@@ -99,6 +99,7 @@ def _descend(problem: Problem, r: Rational, far: np.ndarray, patience: int = 4) 
         try:
             step = correct(problem, r, active, guards, far)
         except ConvergenceError:
+            n_lps += 1  # a program without an answer counts too: else many of them would not end the search
             break
         n_lps, guards, r = n_lps + step.n_lps, step.guards, step.r
         centre = r.lowest(hull)

@@ -3,7 +3,7 @@
 All functions of this package work on the scaled pre-activation t in [-1, 1] (design: t = (h - theta) / C_in).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,6 +59,19 @@ class Problem:
         if len(self.pieces) < 2:
             return np.empty(0)
         return np.unique(t[(t > self.pieces[0][1]) & (t < self.pieces[1][0])])
+
+
+def parse_degree(degree: str | Sequence[int]) -> tuple[int, int]:
+    """(p, q) from a pair or from text like "9,8". Raises ConfigError unless 0 <= p, q <= 12."""
+    try:
+        parts = degree.split(",") if isinstance(degree, str) else list(degree)
+        p, q = (int(part) for part in parts)
+        exact = all(int(part) == float(part) for part in parts)
+    except (TypeError, ValueError, OverflowError):
+        exact, p, q = False, -1, -1
+    if not exact or not (0 <= p <= MAX_DEGREE and 0 <= q <= MAX_DEGREE):
+        raise ConfigError(f"degree must be a pair p,q of whole numbers from 0 to {MAX_DEGREE}; got {degree!r}")
+    return p, q
 
 
 def _builtin(name: str, theta: float) -> Callable[[np.ndarray], np.ndarray]:
@@ -126,6 +139,8 @@ def make_problem(
         name, value = getattr(target, "__name__", type(target).__name__), target
     else:
         raise ConfigError(f"target must be a name or a callable; got {type(target).__name__}")
+    if abs(theta) > 1.0:
+        raise ConfigError(f"theta must lie in [-1, 1], the scaled pre-activation's range; got {theta}")
     if abs(theta) + margin >= 1.0:
         raise ConfigError(f"theta={theta} with margin={margin} leaves no domain on one side of the gap in [-1, 1]")
 
@@ -133,14 +148,24 @@ def make_problem(
     pieces = ((-1.0, low), (high, 1.0)) if margin > 0 else ((-1.0, 1.0),)
     breaks = (theta,)
     problem = Problem(
-        name, _checked(value, "target"), _weight_function(weight, points), theta, margin, pieces, breaks,
-        np.empty(0), np.empty(0),
+        name,
+        _checked(value, "target"),
+        _weight_function(weight, points),
+        theta,
+        margin,
+        pieces,
+        breaks,
+        np.empty(0),
+        np.empty(0),
     )
     # Edges of a gap are ordinary ends of an interval: extrema come no closer than a fraction of the margin.
     clusters = [around(edge, max(margin * 1e-3, 1e-10)) for edge in {low, high}]
     laid = np.concatenate([np.linspace(-1.0, 1.0, points), *clusters, np.cos(np.linspace(0, np.pi, 301))])
-    gap = problem.outside(np.concatenate([np.linspace(low, high, 41), around(theta, margin * 1e-3, 20)])) \
-        if margin > 0 else np.empty(0)
+    gap = (
+        problem.outside(np.concatenate([np.linspace(low, high, 41), around(theta, margin * 1e-3, 20)]))
+        if margin > 0
+        else np.empty(0)
+    )
     grid = problem.inside(laid)
     weights = problem.weight(grid)
     if np.any(weights < 0) or not np.any(weights > 0):

@@ -1,16 +1,17 @@
 """The table of fitted gates that ships with the package: certified once, read without solving anything.
 
-`rebuild_table` makes it from nothing but `ENTRIES`; a test refits some entries and re-measures all.
+`fit_gate` looks here first. `rsae gates rebuild` makes it from nothing but `ENTRIES`; a test refits some entries
+and re-measures all.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 from rsae_triton.errors import FormatError
-from rsae_triton.remez.fit import fit_gate, parse_degree
 from rsae_triton.remez.gatefit import GateFit
+from rsae_triton.remez.problem import parse_degree
 
 PATH = Path(__file__).with_name("table.json")
 FORMAT = 1
@@ -20,8 +21,13 @@ LADDER = ((3, 2), (5, 4), (7, 6), (9, 8))
 ENTRIES: tuple[tuple[str, tuple[int, int], float, float], ...] = (
     *(("relu", degree, 0.0, 0.0) for degree in (*LADDER, (11, 10))),
     *(("step", degree, 0.0, margin) for margin in (0.1, 0.05, 0.02, 0.01) for degree in LADDER),
-    *(("jumprelu", degree, theta, margin) for theta in (0.05, 0.1, 0.2, 0.4) for margin in (0.05, 0.02)
-      for degree in ((5, 4), (9, 8)) if theta > margin),
+    *(
+        ("jumprelu", degree, theta, margin)
+        for theta in (0.05, 0.1, 0.2, 0.4)
+        for margin in (0.05, 0.02)
+        for degree in ((5, 4), (9, 8))
+        if theta > margin
+    ),
 )
 
 
@@ -53,16 +59,11 @@ def shipped_gate(
     return None
 
 
-def rebuild_table(path: str | Path = PATH, progress: Callable[[GateFit], None] = lambda fit: None) -> list[GateFit]:
-    """Fits every entry and writes the table, one fit a line. progress is called after each fit."""
-    fits = []
-    for target, degree, theta, margin in ENTRIES:
-        fits.append(fit_gate(target, degree, theta=theta, margin=margin))
-        progress(fits[-1])
+def write_table(fits: Sequence[GateFit], path: str | Path = PATH) -> None:
+    """Writes a table file, one fit a line. Raises OSError where it cannot be written."""
     lines = ",\n".join(json.dumps(fit.to_dict()) for fit in fits)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")  # an interrupted rebuild must not leave half a table
     partial.write_text(f'{{"format": {FORMAT}, "fits": [\n{lines}\n]}}\n', encoding="utf-8")
     partial.replace(path)
-    return fits

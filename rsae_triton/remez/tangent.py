@@ -37,8 +37,9 @@ class Tangent:
         return Rational(self.base.a + step[:n_a], d, self.base.centre)
 
 
-def tangent(r: Rational, t: np.ndarray, weight: np.ndarray, hull: np.ndarray, size: float,
-            floor: float = 1e-2) -> Tangent:
+def tangent(
+    r: Rational, t: np.ndarray, weight: np.ndarray, hull: np.ndarray, size: float, floor: float = 1e-2
+) -> Tangent:
     """Coordinates at r for errors of order `size` at the points t [n], with weights [n].
 
     hull: points of [-1, 1] over which powers are scaled. floor: a direction that moves the error by less than

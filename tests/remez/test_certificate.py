@@ -74,7 +74,7 @@ def test_a_worse_function_proves_less_but_nothing_false():
     [("relu", (5, 4), 0.0, 0.0), ("jumprelu", (9, 8), 0.1, 0.02), ("step", (3, 2), -0.4, 0.1)],
 )
 def test_the_linear_program_agrees_with_the_alternation(target, degree, theta, margin):
-    fit = fit_gate(target, degree, theta=theta, margin=margin)
+    fit = fit_gate(target, degree, theta=theta, margin=margin, table=False)
     r = Rational(fit.a, np.concatenate([[1.0], fit.b]), fit.centre)
     problem = make_problem(target, theta, margin)
     proved, support = program_bound(problem, r, np.union1d(problem.grid[::10], fit.reference))
