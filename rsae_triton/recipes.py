@@ -57,7 +57,8 @@ RECIPES = {
         # The paper to the letter (section 3.3): every parameter, mse + l1 on the soft code.
         Recipe("paper", "l1", weight=0.125, soft=True),
         # Train the code that is shipped: zeros made by the hard gate, gradients by the rational's slope.
-        Recipe("hard", "l0", weight=0.0008, lr_scale={"threshold": 10.0}),
+        # The weight starts at three times where it settles: thresholds that rise early leave more steps to use them.
+        Recipe("hard", "l0", weight=0.0017, lr_scale={"threshold": 30.0}),
     )
 }
 

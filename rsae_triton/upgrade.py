@@ -63,7 +63,7 @@ def upgrade(
     form: str = "auto",
     degree: str | tuple[int, int] = "auto",
     coefficients: str | int = "shared",
-    tolerance: float = 0.006,
+    tolerance: float = 0.0085,
     n_tokens: int = 8192,
     backend: str = "auto",
     seed: int = 0,
