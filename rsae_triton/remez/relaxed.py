@@ -1,10 +1,11 @@
 """The published initialiser, "relaxed Remez", for comparison only: Adam on a penalty at fixed nodes.
 
-Chen, Chen, Lai, Zhang & Lu 2018, "Rational neural networks for approximating graph convolution operator on jump
-discontinuities" (ICDM; arXiv:1808.10073), which the RSAE paper names as its initialiser. Loss, optimiser, rates
-and steps are those of the authors' program (github.com/aquastar/RationalGraphNet). Two things differ: Q is the safe
-1 + |B| instead of 1 + B, whose poles could not be returned as a gate, and the seed is fixed. Nothing of Remez'
-exchange is left in it: the nodes never move, so errors between them are not seen and nothing is proved.
+Chen, Chen, Lai, Zhang & Lu, "Rational neural networks for approximating jump discontinuities of graph convolution
+operator", ICDM 2018: the "relaxed Remez" by which the RSAE paper is initialised. Loss, optimiser, rates and steps are
+those of the authors' program (github.com/aquastar/RationalGraphNet), the nodes its Chebyshev option. What differs: Q
+is the safe 1 + |B| instead of 1 + B, whose poles could not be returned as a gate; p and q may differ; the seed is
+fixed. Nothing of Remez' exchange is left in it: the nodes never move, so errors between them are not seen and
+nothing is proved.
 """
 
 import numpy as np
