@@ -44,7 +44,15 @@ class Options:
     teacher: str = "relu"
     steps: int = 400
     seeds: int = 1
-    contenders: tuple[str, ...] = ("control", "rational", "identity", "rectangle", "minimax (8,8)", "per feature")
+    contenders: tuple[str, ...] = (
+        "control",
+        "rational",
+        "identity",
+        "rectangle",
+        "minimax (8,8)",
+        "per feature",
+        "slow thresholds",
+    )
     out: Path = Path("benchmarks/results/gate-forms.json")
 
 
@@ -88,6 +96,10 @@ def contenders(
         "identity": identity,
         "rectangle": rectangle,
         "minimax (8,8)": minimax,
+        "slow thresholds": lambda: (
+            copy.deepcopy(init),
+            replace(hard, weight=0.0008, lr_scale={"threshold": 10.0}),
+        ),
         "per feature": lambda: (upgrade(teacher, x, coefficients="per_feature"), hard),
     }
 
