@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 help:
 	@echo "make demo   upgrade an SAE of SmolLM2-135M, beside a fair control -> out/demo/report.html"
 	@echo "make test   lint, types and every test that needs no GPU"
-	@echo "make bench  benchmarks that run on a CPU"
+	@echo "make bench  gate fits against other methods; which gate and recipe beats the control"
 	@echo "make aot    compile every kernel configuration for sm_80, sm_90, sm_100 and print the table"
 
 # constraints.txt pins what was tested; torch first, so that nothing else can pull another build of it.
@@ -34,7 +34,8 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED)
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python benchmarks/bench_gates.py
+	$(BIN)/python benchmarks/gate_forms.py
 
 aot: $(INSTALLED)
 	$(BIN)/python -m rsae_triton.kernels.aot

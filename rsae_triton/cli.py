@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -37,6 +38,10 @@ def main(arguments: list[str] | None = None) -> int:
         message = " ".join(str(error).split())
         Console(stderr=True, soft_wrap=True).print(f"[red]rsae:[/red] {escape(message)}", highlight=False)
         return 2
+    except BrokenPipeError:
+        # Whoever read our output (head, a pager) has seen enough; a flush at exit must not complain either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("rsae: interrupted; what was finished is cached, run the same command to go on", file=sys.stderr)
         return 130
