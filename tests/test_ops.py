@@ -148,7 +148,7 @@ def test_double_backward_is_refused():
     leaves = [one.float().requires_grad_() for one in tensors]
     gate = GateTensors(*leaves[4:], activity.float())
     z, _ = ops.rational_encode(*leaves[:4], gate, GateSpec(3, 2), "cpu")
-    (gradient,) = torch.autograd.grad(z.sum(), leaves[1], create_graph=True)
+    (gradient,) = torch.autograd.grad(z.square().sum(), leaves[1], create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         gradient.sum().backward()
 

@@ -18,7 +18,7 @@ FAMILIES = {
 
 @pytest.fixture(scope="module")
 def teachers():
-    from conftest import sparse_activations
+    from synthetic import sparse_activations
 
     x = sparse_activations()
     made = {}
