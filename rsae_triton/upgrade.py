@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -56,6 +56,15 @@ class StageOne:
         )
 
 
+class Sample(NamedTuple):
+    """What stage 1 looks at: activations x [n, d_in], the teacher's h and z [n, d_sae], its thresholds [d_sae]."""
+
+    x: Tensor
+    h: Tensor
+    z: Tensor
+    thresholds: Tensor
+
+
 def upgrade(
     teacher: SparseAutoencoder,
     activations: Tensor | Any,
@@ -101,9 +110,9 @@ def upgrade(
     groups = {"shared": 1, "per_feature": teacher.d_sae}.get(str(coefficients), coefficients)
     if not isinstance(groups, int):
         raise ConfigError(f"coefficients is {coefficients!r}; choose shared, per_feature or a number of groups")
-    thresholds = teacher_thresholds(teacher, h, z)
     kind = _direct if form == "direct" else _gated
-    gate, facts = kind(teacher, x, h, z, thresholds, parse_degree(degree), groups, tolerance)
+    seen = Sample(x, h, z, teacher_thresholds(teacher, h, z))
+    gate, facts = kind(teacher, seen, parse_degree(degree), groups, tolerance)
     rsae = FusedRationalSAE(
         teacher.d_in,
         teacher.d_sae,
@@ -174,14 +183,7 @@ def teacher_thresholds(teacher: SparseAutoencoder, h: Tensor, z: Tensor) -> Tens
 
 
 def _gated(
-    teacher: SparseAutoencoder,
-    x: Tensor,
-    h: Tensor,
-    z: Tensor,
-    thresholds: Tensor,
-    degree: tuple[int, int] | None,
-    groups: int,
-    tolerance: float,
+    teacher: SparseAutoencoder, seen: Sample, degree: tuple[int, int] | None, groups: int, tolerance: float
 ) -> tuple[RationalGate, dict[str, Any]]:
     """z = h * r where h > theta_f, r a smooth step that is 1/2 at theta and 1 from theta + C_in on.
 
@@ -202,13 +204,13 @@ def _gated(
         form="gated",
         backward="rational",
         centre=0.0 if fit is None else fit.centre,
-        threshold=thresholds,
+        threshold=seen.thresholds,
         numerator_scale=None if fit is None else fit.numerator_scale,
         denominator_scale=None if fit is None else fit.denominator_scale,
-    ).to(h.device)
-    x, h = x[:HISTOGRAM_TOKENS], h[:HISTOGRAM_TOKENS]
+    ).to(seen.h.device)
+    x, h = seen.x[:HISTOGRAM_TOKENS], seen.h[:HISTOGRAM_TOKENS]
     # Against the code with hard thresholds and no step: a TopK teacher's own code differs already in which fire.
-    exact = h * (h > thresholds)
+    exact = h * (h > seen.thresholds)
     with torch.no_grad():
         mse = (x - teacher.decode(exact)).square().sum()
 
@@ -245,23 +247,16 @@ def _slope_at_zero(fit: GateFit) -> float:
 
 
 def _direct(
-    teacher: SparseAutoencoder,
-    x: Tensor,
-    h: Tensor,
-    z: Tensor,
-    thresholds: Tensor,
-    degree: tuple[int, int] | None,
-    groups: int,
-    tolerance: float,
+    teacher: SparseAutoencoder, seen: Sample, degree: tuple[int, int] | None, groups: int, tolerance: float
 ) -> tuple[RationalGate, dict[str, Any]]:
     """z = C_out * (r(h / C_in) + tail): the minimax fit of the teacher's gate, calibrated; thresholds by C_in."""
-    jump = not isinstance(teacher, ReluSAE)
+    jump, thresholds = not isinstance(teacher, ReluSAE), seen.thresholds
     if jump and bool((thresholds <= 0).any()):
         # A feature without a threshold of its own is a ReLU; the smallest positive one is the closest jump.
         thresholds = thresholds.clamp_min(max(float(thresholds[thresholds > 0].min()), 1e-3))
     scale = thresholds / THETA if jump else torch.ones_like(thresholds)
+    h, z = seen.h[:HISTOGRAM_TOKENS], seen.z[:HISTOGRAM_TOKENS]
     # In units of the feature's own scale; an error there counts scale^2 in the code.
-    h, z = h[:HISTOGRAM_TOKENS], z[:HISTOGRAM_TOKENS]
     value, target = (h / scale).flatten().double().cpu().numpy(), (z / scale).flatten().double().cpu().numpy()
     weight = scale.square().expand_as(h).flatten().double().cpu().numpy()
     data = histogram(value, target, target != 0, weight)
