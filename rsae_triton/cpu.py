@@ -74,6 +74,8 @@ class _Compiled:
 
     @classmethod
     def call(cls, function: Callable[..., Any], option: Any, *tensors: Tensor) -> Any:
+        if not cls.works:
+            return None
         try:
             return _compile(function, option)(*(one.detach() for one in tensors))
         except torch._dynamo.exc.BackendCompilerFailed as error:

@@ -1,6 +1,9 @@
 """Every backend against float64 autograd of the reference, for every differentiable output."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -204,3 +207,23 @@ def test_saves_only_h():
         sizes[backend] = sum(one.numel() == 200 * F for one in large)
     assert sizes["cpu"] == 1
     assert sizes["eager"] >= 10
+
+
+@pytest.mark.slow
+def test_a_compiler_that_fails_is_reported_once(tmp_path):
+    """Forward and backward go on with the tiled path; a compiler that is not there is not tried again."""
+    code = """
+import torch
+from rsae_triton import FusedRationalSAE
+x = torch.randn(64, 8)
+ours = FusedRationalSAE(8, 32, backend="cpu")
+for _ in range(3):
+    ours(x).square().sum().backward()
+eager = FusedRationalSAE(8, 32, backend="eager")
+eager.load_state_dict(ours.state_dict())
+assert (ours(x) - eager(x)).abs().max() < 1e-5
+"""
+    broken = {"CXX": "/bin/false", "RSAE_CPU_ENGINE": "inductor", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **broken})
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("using the tiled path") == 1

@@ -59,8 +59,7 @@ def test_installed_wheel_imports_kernels_and_no_top_level_kernels(built, tmp_pat
         "import importlib.util, rsae_triton, rsae_triton.kernels as k; "
         "assert importlib.util.find_spec('kernels') is None; print(rsae_triton.__file__, k.__file__)"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(packages), "TRITON_INTERPRET": "1"}
-    environment["PYTHONPATH"] = ""
+    environment = {**os.environ, "PYTHONPATH": "", "TRITON_INTERPRET": "1"}
     (Path(next((tmp_path / "venv" / "lib").glob("python*/site-packages"))) / "host.pth").write_text("\n".join(packages))
     done = subprocess.run([python, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
