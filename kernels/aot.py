@@ -98,7 +98,7 @@ def _launch(v: Variant) -> tuple[dict, dict, str]:
     tile = pointwise_tile(v.dtype, 15 if v.ragged else 16)
     constants = {**gate, "BLOCK_F": tile.features, "LANES": tile.lanes, "VECTOR": tile.vector}
     if v.kernel == "rational_backward":
-        constants |= {"RATIONAL_BACKWARD": v.gated, "HAS_DCOUNTS": v.gated}
+        constants |= {"RATIONAL_BACKWARD": v.gated, "HAS_DCOUNTS": v.gated, "HAS_DL1": True}
     name = f"{tile.features}x{tile.lanes * tile.vector} w{tile.warps}"
     return constants, {"num_warps": tile.warps, "num_stages": 1}, name
 
@@ -110,7 +110,7 @@ def compile_variant(v: Variant) -> Report:
     kernel = KERNELS[v.kernel]
     constants, options, tile = _launch(v)
     pointers = {"x", "w", "z", "h", "dz", "dh"}
-    floats = {"counts", "dcounts", "partial", "coefficients", "rows"}
+    floats = {"dcounts", "dl1", "partial", "coefficients", "rows"}
     element = NAMES[v.dtype]
     signature = {
         name: "constexpr" if name in constants

@@ -36,19 +36,19 @@ def _epilogue(
     """Gate and store a part of the tile: the columns n_local [1, columns] of it, value [BLOCK_F, columns].
 
     z_tile, h_tile: pointers to the tile's rows [BLOCK_F, 1]; n_left: tokens from the tile's first one on.
-    Returns how many codes of each feature are active, [BLOCK_F].
+    Returns how many codes of each feature are active and the sum of their |z|, [BLOCK_F] each.
     """
     mask = f_mask & (n_local < n_left)
     if SAVE_H:
         tl.store(h_tile + n_local, value.to(h_tile.dtype.element_ty), mask=mask)
     code, active = gate_forward(value, theta, activity, c, P, Q, GATED, CLAMP, IDENTITY, HARD)
     tl.store(z_tile + n_local, code.to(z_tile.dtype.element_ty), mask=mask)
-    return tl.sum(tl.where(mask, active, 0.0), axis=1)
+    return tl.sum(tl.where(mask, active, 0.0), axis=1), tl.sum(tl.where(mask, tl.abs(code), 0.0), axis=1)
 
 
 @triton.jit
 def encode_forward_kernel(
-    x, w, z, h, counts, coefficients, rows,
+    x, w, z, h, partial, coefficients, rows,
     n_features, n_tokens, d_in, stride_xn, stride_xd, stride_wd, stride_wf,
     P: tl.constexpr, Q: tl.constexpr,
     GATED: tl.constexpr, CLAMP: tl.constexpr, IDENTITY: tl.constexpr, HARD: tl.constexpr,
@@ -56,7 +56,7 @@ def encode_forward_kernel(
     BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     SUB: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: the [BLOCK_F, BLOCK_N] tile of z. counts [n_token_blocks, n_features] float32.
+    """One program: the [BLOCK_F, BLOCK_N] tile of z. partial [n_token_blocks, 2, n_features] float32: counts, l1.
 
     The gate is evaluated in SUB (1, 2 or 4) parts, so that the accumulator and the intermediates of Horner's
     rule are not all alive at once.
@@ -91,20 +91,23 @@ def encode_forward_kernel(
     z_tile, h_tile = z + n0 + f * n_tokens, h + n0 + f * n_tokens
     n_left = (n_tokens - n0).to(tl.int32)
     if SUB == 1:
-        count = _epilogue(value, z_tile, h_tile, tl.arange(0, BLOCK_N)[None, :], n_left, f_mask, theta, activity,
-                          c, P, Q, GATED, CLAMP, IDENTITY, HARD, SAVE_H)  # fmt: skip
+        count, l1 = _epilogue(value, z_tile, h_tile, tl.arange(0, BLOCK_N)[None, :], n_left, f_mask, theta, activity,
+                              c, P, Q, GATED, CLAMP, IDENTITY, HARD, SAVE_H)  # fmt: skip
     else:
         PART: tl.constexpr = BLOCK_N // SUB
-        count = tl.zeros((BLOCK_F,), tl.float32)
+        count, l1 = tl.zeros((BLOCK_F,), tl.float32), tl.zeros((BLOCK_F,), tl.float32)
         parts = _halves(value, BLOCK_F, BLOCK_N)
         if SUB == 4:
             left, right = _halves(parts[0], BLOCK_F, BLOCK_N // 2), _halves(parts[1], BLOCK_F, BLOCK_N // 2)
             parts = (left[0], left[1], right[0], right[1])
         for i in tl.static_range(SUB):
             n_part = i * PART + tl.arange(0, PART)[None, :]
-            count += _epilogue(parts[i], z_tile, h_tile, n_part, n_left, f_mask, theta, activity,
-                               c, P, Q, GATED, CLAMP, IDENTITY, HARD, SAVE_H)  # fmt: skip
-    tl.store(counts + n_block.to(tl.int64) * n_features + f0 + f_local, count, mask=f_in)
+            more, more_l1 = _epilogue(parts[i], z_tile, h_tile, n_part, n_left, f_mask, theta, activity,
+                                      c, P, Q, GATED, CLAMP, IDENTITY, HARD, SAVE_H)  # fmt: skip
+            count, l1 = count + more, l1 + more_l1
+    row = partial + n_block.to(tl.int64) * 2 * n_features + f0 + f_local
+    tl.store(row, count, mask=f_in)
+    tl.store(row + n_features, l1, mask=f_in)
 
 
 def encode_forward(
@@ -120,12 +123,12 @@ def encode_forward(
     identity: bool,
     hard: bool,
     save_h: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """x_c [n_tokens, d_in], W_enc [d_in, n_features] of one dtype and any strides, b_enc [n_features]
-    -> z_fm [n_features, n_tokens] in that dtype, h_fm (in dtype save_h, or None), counts [n_features].
+    -> z_fm [n_features, n_tokens] in that dtype, h_fm (in dtype save_h, or None), counts, l1.
 
-    gate: the seven tensors of `launch.pack_gate`. The gate and its activity counts (float32) see the float32
-    accumulator, before any rounding to z's or h's dtype.
+    gate: the seven tensors of `launch.pack_gate`. counts, l1 [n_features] float32: how many codes are active and
+    the sum of |z|. The gate and both sums see the float32 accumulator, before any rounding to z's or h's dtype.
     """
     (n_tokens, d_in), n_features = x_c.shape, W_enc.shape[1]
     if W_enc.shape[0] != d_in or b_enc.shape != (n_features,) or gate[5].shape != (n_features,):
@@ -138,18 +141,18 @@ def encode_forward(
     z_fm = x_c.new_empty((n_features, n_tokens))
     h_fm = None if save_h is None else torch.empty_like(z_fm, dtype=save_h)
     if z_fm.numel() == 0:
-        return z_fm, h_fm, x_c.new_zeros(n_features, dtype=torch.float32)
+        return z_fm, h_fm, *x_c.new_zeros((2, n_features), dtype=torch.float32)
     packed = pack_gate(gate, p, q, b_enc)
     tile = matmul_tile(capability(x_c), x_c.dtype, p, q, packed.shared, n_tokens)
     token_blocks = triton.cdiv(n_tokens, tile.tokens)
-    counts = x_c.new_empty((token_blocks, n_features), dtype=torch.float32)
+    partial = x_c.new_empty((token_blocks, 2, n_features), dtype=torch.float32)
     with launching_on(x_c):
         encode_forward_kernel[(triton.cdiv(n_features, tile.features) * token_blocks,)](
-            x_c, W_enc, z_fm, z_fm if h_fm is None else h_fm, counts, packed.coefficients, packed.rows,
+            x_c, W_enc, z_fm, z_fm if h_fm is None else h_fm, partial, packed.coefficients, packed.rows,
             n_features, n_tokens, d_in, *x_c.stride(), *W_enc.stride(),
             P=p, Q=q, GATED=gated, CLAMP=clamp, IDENTITY=identity, HARD=hard,
             SAVE_H=h_fm is not None, SHARED=packed.shared,
             BLOCK_F=tile.features, BLOCK_N=tile.tokens, BLOCK_D=tile.inner, SUB=tile.sub, GROUP=tile.group,
             PRECISION=dot_precision(x_c.dtype), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    return z_fm, h_fm, counts.sum(0, dtype=torch.float64).float()
+    return z_fm, h_fm, *partial.sum(0, dtype=torch.float64).float()

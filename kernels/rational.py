@@ -65,6 +65,12 @@ def tail(t):
 
 
 @triton.jit
+def sign(x):
+    """-1, 0 or 1, as torch.sign: 0 for 0 and for NaN."""
+    return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, 0.0))
+
+
+@triton.jit
 def gate_forward(
     h, theta, activity, c,
     P: tl.constexpr, Q: tl.constexpr,
@@ -95,36 +101,43 @@ def gate_forward(
 
 @triton.jit
 def gate_backward(
-    h, g, dcount, theta, activity, c,
+    h, g, dcount, dl1, theta, activity, c,
     P: tl.constexpr, Q: tl.constexpr,
     GATED: tl.constexpr, CLAMP: tl.constexpr, IDENTITY: tl.constexpr, HARD: tl.constexpr,
-    RATIONAL_BACKWARD: tl.constexpr,
+    RATIONAL_BACKWARD: tl.constexpr, HAS_DL1: tl.constexpr,
 ):  # fmt: skip
     """The derivative of `gate_forward` by everything it reads, element by element.
 
-    g = dL/dz and dcount = dL/dactive, float32. With r = numerator / denominator and g_r = dL/dr, returns
+    g = dL/dz, dcount = dL/dactive and dl1 = dL/d|z|, float32. With r = numerator / denominator and g_r = dL/dr:
 
         dh, dt   dL/dh and dL/dt                       u    g_r / denominator, so that dL/da_i = u s^i
         v        dL/db_j = v s^j                       e    g_r r', so that dL/dcentre = -e
         t, s     the gate's argument                   gain dL/dC_out (0 in the gated form)
+        z        what `gate_forward` computed
     """
     t, s = argument(h, theta, c, P, Q, CLAMP)
     y, slope = horner_slope(s, c, 0, P + 1)
     inverse = 1.0
-    sign = 0.0
+    sign_b = 0.0
     if Q > 0:
         w, w_slope = horner_slope(s, c, P + 1, Q)
         b = w * s
         b_slope = w_slope * s + w
         inverse = 1.0 / (1.0 + tl.abs(b))
         y = y * inverse
-        sign = tl.where(b > 0.0, 1.0, tl.where(b < 0.0, -1.0, 0.0))
-        slope = slope - y * (sign * b_slope)
+        sign_b = sign(b)
+        slope = slope - y * (sign_b * b_slope)
     gain = 0.0
     if GATED:
+        active = (h > theta).to(tl.float32)
+        z = h if IDENTITY else h * y
+        if HARD:
+            z = z * active
+        if HAS_DL1:
+            g = g + dl1 * sign(z)
         g_amplitude = g
         if HARD:
-            g_amplitude = g * (h > theta).to(tl.float32)
+            g_amplitude = g * active
         g_r = dcount
         if RATIONAL_BACKWARD:
             g_r = g_r + g * h
@@ -134,10 +147,15 @@ def gate_backward(
         gain = y
         if CLAMP:
             gain = gain + tail(t)
+        z = gain * c[P + Q + 3] + tl.zeros_like(h)
+        active = (tl.abs(z) > activity).to(tl.float32)
+        if HARD:
+            z = z * active
+        if HAS_DL1:
+            g = g + dl1 * sign(z)
         g_r = g
         if HARD and not RATIONAL_BACKWARD:
-            z = gain * c[P + Q + 3]
-            g_r = g_r * (tl.abs(z) > activity).to(tl.float32)
+            g_r = g_r * active
         gain = g_r * gain
         g_r = g_r * c[P + Q + 3]
     u = g_r * inverse
@@ -150,4 +168,4 @@ def gate_backward(
     dh = dt * c[P + Q + 2]
     if GATED:
         dh = dh + g_amplitude if IDENTITY else dh + g_amplitude * y
-    return dh, dt, u, -u * y * sign, e, t, s, gain
+    return dh, dt, u, -u * y * sign_b, e, t, s, gain, z

@@ -51,10 +51,10 @@ def accumulate(sums, u, v, s, e, dt, t, last, P: tl.constexpr, Q: tl.constexpr):
 
 @triton.jit
 def rational_backward_kernel(
-    h, dz, dh, dcounts, partial, coefficients, rows, n_features, n_tokens, split_size,
+    h, dz, dh, dcounts, dl1, partial, coefficients, rows, n_features, n_tokens, split_size,
     P: tl.constexpr, Q: tl.constexpr,
     GATED: tl.constexpr, CLAMP: tl.constexpr, IDENTITY: tl.constexpr, HARD: tl.constexpr,
-    RATIONAL_BACKWARD: tl.constexpr, HAS_DCOUNTS: tl.constexpr,
+    RATIONAL_BACKWARD: tl.constexpr, HAS_DCOUNTS: tl.constexpr, HAS_DL1: tl.constexpr,
     SHARED: tl.constexpr, BLOCK_F: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_F features, split_size tokens. Tile as in `rational_forward_kernel`.
@@ -69,9 +69,11 @@ def rational_backward_kernel(
     c = load_coefficients(coefficients, f, f_mask, n_features, P + Q + 4, SHARED)
     theta = tl.load(rows + f, mask=f_mask, other=0.0)
     activity = tl.load(rows + n_features + f, mask=f_mask, other=0.0)
-    dcount_f = tl.zeros((BLOCK_F, 1, 1), tl.float32)
+    dcount_f, dl1_f = tl.zeros((BLOCK_F, 1, 1), tl.float32), tl.zeros((BLOCK_F, 1, 1), tl.float32)
     if HAS_DCOUNTS:
         dcount_f = tl.load(dcounts + f, mask=f_mask, other=0.0)
+    if HAS_DL1:
+        dl1_f = tl.load(dl1 + f, mask=f_mask, other=0.0)
 
     lane, vector = tl.arange(0, LANES)[None, :, None], tl.arange(0, VECTOR)[None, None, :]
     tile = f_local.to(tl.int64) * n_tokens + lane * VECTOR + vector
@@ -83,13 +85,14 @@ def rational_backward_kernel(
     for n0 in range(start, tl.minimum(start + split_size, n_tokens), LANES * VECTOR):
         mask = f_mask & (lane * VECTOR + vector < n_tokens - n0)
         value = tl.load(h + base + n0 + tile, mask=mask, other=0.0).to(tl.float32)
-        # Beyond the last token g is 0, and h = theta keeps what g multiplies finite.
+        # Beyond the last token all gradients are 0, and h = theta keeps what they multiply finite.
         value = tl.where(mask, value, theta)
         g = tl.load(dz + base + n0 + tile, mask=mask, other=0.0).to(tl.float32)
-        dcount = tl.where(mask, dcount_f, 0.0)
-        dvalue, dt, u, v, e, t, s, last = gate_backward(
-            value, g, dcount, theta, activity, c, P, Q, GATED, CLAMP, IDENTITY, HARD, RATIONAL_BACKWARD
-        )
+        dcount, dl1_n = tl.where(mask, dcount_f, 0.0), tl.where(mask, dl1_f, 0.0)
+        dvalue, dt, u, v, e, t, s, last, _code = gate_backward(
+            value, g, dcount, dl1_n, theta, activity, c,
+            P, Q, GATED, CLAMP, IDENTITY, HARD, RATIONAL_BACKWARD, HAS_DL1,
+        )  # fmt: skip
         tl.store(dh + base + n0 + tile, dvalue.to(dh.dtype.element_ty), mask=mask)
         if GATED:
             last = dvalue
@@ -105,6 +108,7 @@ def rational_backward(
     h_fm: Tensor,
     dz_fm: Tensor,
     dcounts: Tensor | None,
+    dl1: Tensor | None,
     gate: Sequence[Tensor],
     *,
     p: int,
@@ -118,7 +122,8 @@ def rational_backward(
 ) -> tuple[Tensor, GateGrads]:
     """h_fm, dz_fm [n_features, n_tokens] -> dh_fm in dz's dtype, and the gate's gradients in float32.
 
-    dcounts [n_features] or None: gradient of the activity counts, which the gated form alone has. gate: the
+    dcounts [n_features] or None: gradient of the activity counts, which the gated form alone has. dl1
+    [n_features] or None: gradient of the sums of |z|; dl1 sign(z) is added to dz here, sign(0) being 0. gate: the
     seven tensors of `launch.pack_gate`. inplace: dh may overwrite dz (a dz whose tokens are not contiguous is
     copied, and then the copy is overwritten, so take dh from what is returned).
     """
@@ -137,10 +142,11 @@ def rational_backward(
         counted = gated and dcounts is not None
         with launching_on(h_fm):
             rational_backward_kernel[(blocks, split.count)](
-                h_fm, dz_fm, dh_fm, dcounts.float().contiguous() if counted else packed.rows, partial,
+                h_fm, dz_fm, dh_fm, dcounts.float().contiguous() if counted else packed.rows,
+                packed.rows if dl1 is None else dl1.float().contiguous(), partial,
                 packed.coefficients, packed.rows, n_features, n_tokens, split.tokens,
                 P=p, Q=q, GATED=gated, CLAMP=clamp, IDENTITY=identity, HARD=hard,
-                RATIONAL_BACKWARD=backward_rational, HAS_DCOUNTS=counted, SHARED=packed.shared,
+                RATIONAL_BACKWARD=backward_rational, HAS_DCOUNTS=counted, HAS_DL1=dl1 is not None, SHARED=packed.shared,
                 BLOCK_F=tile.features, LANES=tile.lanes, VECTOR=tile.vector,
                 num_warps=tile.warps, num_stages=1,
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Pointwise gate: h [n_features, n_tokens] -> code z and how often each feature is active.
+"""Pointwise gate: h [n_features, n_tokens] -> code z, how often each feature is active and the sum of its |z|.
 
 For a matrix product made elsewhere; `encode_forward` makes it itself. h includes the bias.
 """
@@ -19,12 +19,12 @@ from .rational import gate_forward, load_coefficients
 
 @triton.jit
 def rational_forward_kernel(
-    h, z, counts, coefficients, rows, n_features, n_tokens, split_size,
+    h, z, partial, coefficients, rows, n_features, n_tokens, split_size,
     P: tl.constexpr, Q: tl.constexpr,
     GATED: tl.constexpr, CLAMP: tl.constexpr, IDENTITY: tl.constexpr, HARD: tl.constexpr,
     SHARED: tl.constexpr, BLOCK_F: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_F features, split_size tokens. counts [n_splits, n_features] float32.
+    """One program: BLOCK_F features, split_size tokens. partial [n_splits, 2, n_features] float32: counts, l1.
 
     The tile is [BLOCK_F, LANES, VECTOR]: a thread holds VECTOR neighbouring tokens of a feature, so that sums
     over the last axis stay in the thread and the lanes meet once, after the loop.
@@ -40,16 +40,18 @@ def rational_forward_kernel(
     tile = f_local.to(tl.int64) * n_tokens + lane * VECTOR + vector
     base = f0 * n_tokens
     start = tl.program_id(1) * split_size
-    total = tl.zeros((BLOCK_F, LANES), tl.float32)
+    count, l1 = tl.zeros((BLOCK_F, LANES), tl.float32), tl.zeros((BLOCK_F, LANES), tl.float32)
     for n0 in range(start, tl.minimum(start + split_size, n_tokens), LANES * VECTOR):
         mask = f_mask & (lane * VECTOR + vector < n_tokens - n0)
         value = tl.load(h + base + n0 + tile, mask=mask, other=0.0).to(tl.float32)
         code, active = gate_forward(value, theta, activity, c, P, Q, GATED, CLAMP, IDENTITY, HARD)
         tl.store(z + base + n0 + tile, code.to(z.dtype.element_ty), mask=mask)
-        total += tl.sum(tl.where(mask, active, 0.0), axis=2)
+        count += tl.sum(tl.where(mask, active, 0.0), axis=2)
+        l1 += tl.sum(tl.where(mask, tl.abs(code), 0.0), axis=2)
     f_local = tl.arange(0, BLOCK_F)
-    row = counts + tl.program_id(1).to(tl.int64) * n_features + f0
-    tl.store(row + f_local, tl.sum(total, axis=1), mask=f_local < n_features - f0)
+    row = partial + tl.program_id(1).to(tl.int64) * 2 * n_features + f0 + f_local
+    tl.store(row, tl.sum(count, axis=1), mask=f_local < n_features - f0)
+    tl.store(row + n_features, tl.sum(l1, axis=1), mask=f_local < n_features - f0)
 
 
 def rational_forward(
@@ -63,26 +65,27 @@ def rational_forward(
     identity: bool,
     hard: bool,
     out_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    """h_fm [n_features, n_tokens] -> z_fm [n_features, n_tokens] in out_dtype (h's unless given), counts.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """h_fm [n_features, n_tokens] -> z_fm [n_features, n_tokens] in out_dtype (h's unless given), counts, l1.
 
-    gate: the seven tensors of `launch.pack_gate`. counts [n_features] float32: how many codes are active,
-    summed block by block in a fixed order. h whose tokens are not contiguous is copied first.
+    gate: the seven tensors of `launch.pack_gate`. counts, l1 [n_features] float32: how many codes are active and
+    the sum of |z| (before z is rounded to its dtype), block by block in a fixed order. h whose tokens are not
+    contiguous is copied first.
     """
     n_features, n_tokens = h_fm.shape
     h_fm = h_fm.contiguous()
     z_fm = torch.empty_like(h_fm, dtype=out_dtype or h_fm.dtype)
     if h_fm.numel() == 0:
-        return z_fm, h_fm.new_zeros(n_features, dtype=torch.float32)
+        return z_fm, *h_fm.new_zeros((2, n_features), dtype=torch.float32)
     packed = pack_gate(gate, p, q)
     tile = pointwise_tile(h_fm.dtype, n_tokens)
     blocks = triton.cdiv(n_features, tile.features)
     split = split_tokens(n_tokens, blocks, tile.lanes * tile.vector)
-    counts = h_fm.new_empty((split.count, n_features), dtype=torch.float32)
+    partial = h_fm.new_empty((split.count, 2, n_features), dtype=torch.float32)
     with launching_on(h_fm):
         rational_forward_kernel[(blocks, split.count)](
-            h_fm, z_fm, counts, packed.coefficients, packed.rows, n_features, n_tokens, split.tokens,
+            h_fm, z_fm, partial, packed.coefficients, packed.rows, n_features, n_tokens, split.tokens,
             P=p, Q=q, GATED=gated, CLAMP=clamp, IDENTITY=identity, HARD=hard, SHARED=packed.shared,
             BLOCK_F=tile.features, LANES=tile.lanes, VECTOR=tile.vector, num_warps=tile.warps, num_stages=1,
         )  # fmt: skip
-    return z_fm, counts.sum(0, dtype=torch.float64).float()
+    return z_fm, *partial.sum(0, dtype=torch.float64).float()

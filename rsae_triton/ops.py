@@ -114,7 +114,7 @@ class _RationalEncode(torch.autograd.Function):
         gate, (spec, backend) = GateTensors(*rest[:7]), rest[7:]
         x_c = x if b_dec is None else x - b_dec
         if backend == "triton":
-            z, h, counts = _kernels().encode_forward(x_c, W_enc, b_enc, gate, **_flags(spec), save_h=x.dtype)
+            z, h, counts, _ = _kernels().encode_forward(x_c, W_enc, b_enc, gate, **_flags(spec), save_h=x.dtype)
         else:
             h = torch.addmm(b_enc.unsqueeze(1), W_enc.t(), x_c.t())
             z, counts = cpu.gate_forward(_wide(h), gate, spec)
@@ -136,7 +136,7 @@ class _RationalEncode(torch.autograd.Function):
         dcounts = torch.zeros_like(gate.threshold) if dcounts is None else dcounts
         if ctx.backend == "triton":
             flags = {**_flags(spec), "backward_rational": spec.backward == "rational"}
-            dh, sums = _kernels().rational_backward(h, dz, dcounts, gate, **flags, inplace=False)
+            dh, sums = _kernels().rational_backward(h, dz, dcounts, None, gate, **flags, inplace=False)
             db_enc, folded = sums.b_enc, [*sums[:6], None]
         else:
             wide = _wide(h)

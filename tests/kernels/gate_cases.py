@@ -73,14 +73,15 @@ def to(gate: GateTensors, device: str) -> GateTensors:
 
 
 def doubtful(h: torch.Tensor, gate: GateTensors, spec: GateSpec, margin: float) -> torch.Tensor:
-    """Where h [n, F] is so near to a decision (open, active, inside) that rounding could turn it."""
+    """Where h [n, F] is so near to a decision (open, active, inside, sign of z) that rounding could turn it."""
     gate = GateTensors(*(t.double() for t in gate))
     h = h.double()
     t = (h - gate.threshold) / gate.input_scale
     near = (t.abs() < margin) | ((t.abs() - 1).abs() < margin)
+    z = rational_gate(h, gate, GateSpec(spec.p, spec.q, spec.form, spec.domain, hard=False))[0]
+    near |= z.abs() < margin
     if spec.form == "direct":
-        dense = GateSpec(spec.p, spec.q, domain=spec.domain, hard=False)
-        near |= (rational_gate(h, gate, dense)[0].abs() - gate.activity_threshold).abs() < margin
+        near |= (z.abs() - gate.activity_threshold).abs() < margin
     return near
 
 
@@ -98,18 +99,23 @@ def draw_h(n_tokens: int, gate: GateTensors, spec: GateSpec, dtype: torch.dtype,
     raise AssertionError("no h away from the gate's decisions")
 
 
-def oracle(h, dz, dcounts, gate: GateTensors, spec: GateSpec, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """z, counts, dh and every gradient by autograd of reference.py in dtype; h, dz [n, F], dcounts [F] or None."""
+def oracle(h, dz, dcounts, dl1, gate: GateTensors, spec: GateSpec, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """z, counts, l1, dh and every gradient by autograd of reference.py in dtype.
+
+    h, dz [n, F]; dcounts, dl1 [F] or None. Without dz nothing is differentiated.
+    """
     h = h.detach().cpu().to(dtype).requires_grad_()
     gate = GateTensors(*(t.detach().cpu().to(dtype).requires_grad_() for t in gate))
     z, active = rational_gate(h, gate, spec)
-    counts = active.sum(0)
-    found = {"z": z.detach(), "counts": counts.detach()}
+    counts, l1 = active.sum(0), z.abs().sum(0)
+    found = {"z": z.detach(), "counts": counts.detach(), "l1": l1.detach()}
     if dz is None:
         return found
     loss = (z * dz.cpu().to(dtype)).sum()
     if dcounts is not None:
         loss = loss + (counts * dcounts.cpu().to(dtype)).sum()
+    if dl1 is not None:
+        loss = loss + (l1 * dl1.cpu().to(dtype)).sum()
     inputs = {"h": h, **gate._asdict()}
     del inputs["activity_threshold"]
     if not loss.requires_grad:
@@ -121,15 +127,15 @@ def oracle(h, dz, dcounts, gate: GateTensors, spec: GateSpec, dtype: torch.dtype
     return found
 
 
-def magnitudes(h, dz, dcounts, gate: GateTensors, spec: GateSpec) -> dict[str, torch.Tensor]:
+def magnitudes(h, dz, dcounts, dl1, gate: GateTensors, spec: GateSpec) -> dict[str, torch.Tensor]:
     """For each gradient that is a sum, the sum of its terms' absolute values: what its rounding error scales with.
 
     Each element of h becomes a feature of its own, with a copy of its feature's gate.
     """
     n_tokens, n_features = h.shape
     alone = GateTensors(*(t.expand(n_features, *t.shape[1:]).repeat(n_tokens, *[1] * (t.dim() - 1)) for t in gate))
-    dcounts = None if dcounts is None else dcounts.repeat(n_tokens)
-    terms = oracle(h.reshape(1, -1), dz.reshape(1, -1), dcounts, alone, spec, torch.float64)
+    dcounts, dl1 = (None if one is None else one.repeat(n_tokens) for one in (dcounts, dl1))
+    terms = oracle(h.reshape(1, -1), dz.reshape(1, -1), dcounts, dl1, alone, spec, torch.float64)
     found = {}
     for name, tensor in [*gate._asdict().items(), ("b_enc", gate.threshold)]:
         if name != "activity_threshold":

@@ -17,16 +17,16 @@ def test_nan_stays_nan(flavour, device):
     spec, gate = GateSpec(3, 2, **flavour), to(random_gate(3, 2, 4, 1), device)
     h = torch.randn(4, 50, device=device)
     h[1, 7] = h[3, 0] = torch.nan
-    z, counts = rational_forward(h, gate, **flags(spec))
+    z, counts, _ = rational_forward(h, gate, **flags(spec))
     assert torch.equal(z.isnan(), h.isnan())
-    assert torch.equal(counts.cpu(), oracle(h.T, None, None, gate, spec, torch.float32)["counts"])
+    assert torch.equal(counts.cpu(), oracle(h.T, None, None, None, gate, spec, torch.float32)["counts"])
 
 
 def test_nan_in_x_reaches_every_code_of_its_token(device):
     gate = to(random_gate(3, 2, 5, 1), device)
     x, W = torch.randn(20, 6, device=device), torch.randn(6, 5, device=device)
     x[3, 2] = torch.nan
-    z, _, _ = encode_forward(x, W, torch.zeros(5, device=device), gate, **flags(GateSpec(3, 2)))
+    z, *_ = encode_forward(x, W, torch.zeros(5, device=device), gate, **flags(GateSpec(3, 2)))
     assert z[:, 3].isnan().all()
     assert z.isnan().sum() == 5
 
@@ -42,11 +42,11 @@ def test_ties_are_decided_as_torch_decides_them(flavour, device):
     special = gate.threshold + torch.tensor([0.0, 2.0, -2.0, 0.5])[:, None]
     infinity = torch.tensor(torch.inf)
     h = torch.cat([special, torch.nextafter(special, infinity), torch.nextafter(special, -infinity)])
-    dz, dcounts = torch.randn(h.shape), torch.randn(3)
-    truth = oracle(h, dz, dcounts, gate, spec, torch.float32)
+    dz, dcounts, dl1 = torch.randn(h.shape), torch.randn(3), torch.randn(3)
+    truth = oracle(h, dz, dcounts, dl1, gate, spec, torch.float32)
     h, dz = h.T.contiguous().to(device), dz.T.contiguous().to(device)
-    z, counts = rational_forward(h, to(gate, device), **flags(spec))
-    dh, grads = rational_backward(h, dz, dcounts.to(device), to(gate, device), **flags(spec, True))
+    z, counts, _ = rational_forward(h, to(gate, device), **flags(spec))
+    dh, grads = rational_backward(h, dz, dcounts.to(device), dl1.to(device), to(gate, device), **flags(spec, True))
     torch.testing.assert_close(z.T.cpu(), truth["z"], rtol=2e-6, atol=1e-6)
     torch.testing.assert_close(counts.cpu(), truth["counts"])
     torch.testing.assert_close(dh.T.cpu(), truth["dh"], rtol=1e-5, atol=1e-5)
@@ -60,7 +60,7 @@ def test_large_arguments_do_not_overflow(domain, device):
     gate = to(random_gate(9, 8, 3, 1), device)
     h = torch.tensor([[-3000.0, -300.0, 300.0, 3000.0]] * 3, device=device)
     flavour = flags(GateSpec(9, 8, domain=domain), backward=True)
-    dh, grads = rational_backward(h, torch.ones_like(h), None, gate, **flavour)
+    dh, grads = rational_backward(h, torch.ones_like(h), None, None, gate, **flavour)
     assert dh.isfinite().all()
     assert all(g.isfinite().all() for g in grads)
 
@@ -71,8 +71,8 @@ def test_tokens_that_are_not_there_stay_out_of_the_sums(device):
     h = 1e6 + torch.randn(2, 33)
     dz = torch.randn(2, 33)
     spec = GateSpec(9, 8, domain="free", hard=False)
-    truth = oracle(h.T, dz.T, None, gate, spec, torch.float64)
-    dh, grads = rational_backward(h.to(device), dz.to(device), None, to(gate, device), **flags(spec, True))
+    truth = oracle(h.T, dz.T, None, None, gate, spec, torch.float64)
+    dh, grads = rational_backward(h.to(device), dz.to(device), None, None, to(gate, device), **flags(spec, True))
     torch.testing.assert_close(dh.T.cpu().double(), truth["dh"], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(grads.a.cpu().double(), truth["da"], rtol=1e-3, atol=1e-3)
 
@@ -83,7 +83,7 @@ def test_nan_reaches_the_gradients(form, device):
     spec, gate = flags(GateSpec(3, 2, form=form), True), to(random_gate(3, 2, 4, 4), device)
     h = torch.randn(4, 50, device=device)
     h[2, 7] = torch.nan
-    _, grads = rational_backward(h, torch.ones_like(h), torch.ones(4, device=device), gate, **spec)
+    _, grads = rational_backward(h, torch.ones_like(h), torch.ones(4, device=device), None, gate, **spec)
     for gradient in (grads.a[:, 1:], grads.b):
         assert gradient[2].isnan().all()
         assert gradient[[0, 1, 3]].isfinite().all()
@@ -95,11 +95,11 @@ def test_nothing_to_do(shape, device):
     gate, spec = to(random_gate(3, 2, n_features, 1), device), GateSpec(3, 2)
     x, W = torch.zeros(n_tokens, d_in, device=device), torch.zeros(d_in, n_features, device=device)
     b = torch.zeros(n_features, device=device)
-    z, h, counts = encode_forward(x, W, b, gate, save_h=torch.float32, **flags(spec))
-    z2, counts2 = rational_forward(h, gate, **flags(spec))
-    dh, grads = rational_backward(h, torch.ones_like(h), None, gate, **flags(spec, True))
+    z, h, counts, _ = encode_forward(x, W, b, gate, save_h=torch.float32, **flags(spec))
+    z2, counts2, l1 = rational_forward(h, gate, **flags(spec))
+    dh, grads = rational_backward(h, torch.ones_like(h), None, None, gate, **flags(spec, True))
     assert z.shape == h.shape == z2.shape == dh.shape == (n_features, n_tokens)
-    assert counts.shape == counts2.shape == grads.threshold.shape == grads.b_enc.shape == (n_features,)
+    assert counts.shape == counts2.shape == l1.shape == grads.threshold.shape == grads.b_enc.shape == (n_features,)
     assert [tuple(g.shape) for g in grads[:5]] == [(1, 4), (1, 2), (1,), (1,), (1,)]
     torch.testing.assert_close(z, z2)
     if n_tokens * n_features == 0:
@@ -120,7 +120,7 @@ def test_wrong_input_is_refused_with_a_reason(device):
         encode_forward(x, W, b, gate._replace(centre=torch.zeros(2, device=device)), **spec)
     with pytest.raises(ValueError, match="does not fit"):
         rational_backward(
-            torch.zeros(5, 2, device=device), torch.zeros(5, 3, device=device), None, gate,
+            torch.zeros(5, 2, device=device), torch.zeros(5, 3, device=device), None, None, gate,
             **flags(GateSpec(3, 2), True),
         )  # fmt: skip
 

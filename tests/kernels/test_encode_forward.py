@@ -50,10 +50,10 @@ def check(spec, gate, dtype, device, shape=SHAPE, save_h=None, arrange=lambda x:
 
     x, W, b = inputs(dtype, shape)
     h = x.double() @ W.double() + b.double()
-    truth = oracle(h, None, None, gate, spec, torch.float64)
+    truth = oracle(h, None, None, None, gate, spec, torch.float64)
     # torch in the same dtype with the one rounding of z that the op makes: float32 accumulation, float32 gate
-    torchs = oracle(x.float() @ W.float() + b, None, None, gate, spec, torch.float32)
-    z, h_fm, counts = encode_forward(
+    torchs = oracle(x.float() @ W.float() + b, None, None, None, gate, spec, torch.float32)
+    z, h_fm, counts, l1 = encode_forward(
         arrange(x.to(device)), arrange(W.to(device)), b.to(device), to(gate, device), save_h=save_h, **flags(spec)
     )
     assert z.shape == (shape[2], shape[0])
@@ -62,6 +62,9 @@ def check(spec, gate, dtype, device, shape=SHAPE, save_h=None, arrange=lambda x:
     assert sure.double().mean() > 0.99
     assert_as_good_as_torch("z", z.T.cpu() * sure, truth["z"] * sure, torchs["z"].to(dtype) * sure, TOLERANCE)
     assert ((counts.cpu() - truth["counts"]).abs() <= (~sure).sum(0)).all()
+    firm = sure.all(0)
+    assert firm.any()
+    assert_as_good_as_torch("l1", l1.cpu()[firm], truth["l1"][firm], torchs["l1"][firm], TOLERANCE)
     if save_h is None:
         assert h_fm is None
     else:
@@ -118,6 +121,7 @@ def test_bit_reproducible(device, small_tiles):
     again = encode_forward(x, W, b, gate, **flavour)
     assert torch.equal(first[0], again[0])
     assert torch.equal(first[2], again[2])
+    assert torch.equal(first[3], again[3])
 
 
 def test_float32_products_follow_torchs_setting():

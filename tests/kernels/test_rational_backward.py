@@ -27,22 +27,23 @@ TOLERANCE = 2e-6
 NAMES = ("a", "b", "centre", "input_scale", "output_scale", "threshold", "b_enc")
 
 
-def check(spec, gate, dtype, device, n_tokens=300, dcounts=True, seed=0, **keywords):
+def check(spec, gate, dtype, device, n_tokens=300, sums=True, seed=0, **keywords):
     from rsae_triton.kernels import rational_backward
 
     g = torch.Generator().manual_seed(seed + 1)
     h = draw_h(n_tokens, gate, spec, dtype, seed)
     dz = torch.randn(h.shape, generator=g).to(dtype)
-    dcounts = torch.randn(h.shape[1], generator=g) if dcounts else None
-    truth = oracle(h, dz, dcounts, gate, spec, torch.float64)
-    torchs = oracle(h, dz, dcounts, gate, spec, torch.float32)
+    dcounts, dl1 = torch.randn(2, h.shape[1], generator=g) if sums else (None, None)
+    truth = oracle(h, dz, dcounts, dl1, gate, spec, torch.float64)
+    torchs = oracle(h, dz, dcounts, dl1, gate, spec, torch.float32)
     dh, grads = rational_backward(
-        h.T.contiguous().to(device), dz.T.contiguous().to(device), None if dcounts is None else dcounts.to(device),
-        to(gate, device), **flags(spec, backward=True), **keywords,
+        h.T.contiguous().to(device), dz.T.contiguous().to(device),
+        *(None if one is None else one.to(device) for one in (dcounts, dl1)), to(gate, device),
+        **flags(spec, backward=True), **keywords,
     )  # fmt: skip
     assert dh.dtype == dtype
     assert_as_good_as_torch("dh", dh.T, truth["dh"], torchs["dh"].to(dtype), TOLERANCE)
-    scale = magnitudes(h, dz, dcounts, gate, spec)
+    scale = magnitudes(h, dz, dcounts, dl1, gate, spec)
     for name, found in zip(NAMES, grads, strict=True):
         name = "d" + name
         assert found.dtype == torch.float32
@@ -68,7 +69,7 @@ def test_every_degree(degree, per_feature, form, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_every_dtype(dtype, form, device):
     spec = GateSpec(5, 4, form=form)
-    check(spec, random_gate(5, 4, 9, 9), dtype, device, dcounts=False)
+    check(spec, random_gate(5, 4, 9, 9), dtype, device, sums=False)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (257, 1), (511, 4), (513, 13)], ids=str)
@@ -103,12 +104,12 @@ def test_in_place_and_strides(device):
     h = draw_h(70, random_gate(3, 2, 6, 1), spec, torch.float32).T.contiguous().to(device)
     dz = torch.randn(6, 70, device=device)
     kept = dz.clone()
-    dh, grads = rational_backward(h, dz, None, gate, **flags(spec, True))
+    dh, grads = rational_backward(h, dz, None, None, gate, **flags(spec, True))
     assert torch.equal(dz, kept)
     token_major = dz.T.contiguous().T
-    strided, strided_grads = rational_backward(h, token_major, None, gate, **flags(spec, True), inplace=True)
+    strided, strided_grads = rational_backward(h, token_major, None, None, gate, **flags(spec, True), inplace=True)
     assert torch.equal(token_major, kept)
-    over, over_grads = rational_backward(h, dz, None, gate, **flags(spec, True), inplace=True)
+    over, over_grads = rational_backward(h, dz, None, None, gate, **flags(spec, True), inplace=True)
     assert over.data_ptr() == dz.data_ptr()
     for found, found_grads in ((strided, strided_grads), (over, over_grads)):
         assert torch.equal(found, dh)
@@ -122,15 +123,15 @@ def test_mixed_precision(device):
     spec, gate = GateSpec(3, 2), random_gate(3, 2, 4, 1)
     h = draw_h(100, gate, spec, torch.bfloat16)
     dz = torch.randn(100, 4).to(torch.bfloat16)
-    truth = oracle(h, dz, None, gate, spec, torch.float64)
+    truth = oracle(h, dz, None, None, gate, spec, torch.float64)
     for h_dtype, dz_dtype in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
         dh, grads = rational_backward(
-            h.T.contiguous().to(device, h_dtype), dz.T.contiguous().to(device, dz_dtype), None,
+            h.T.contiguous().to(device, h_dtype), dz.T.contiguous().to(device, dz_dtype), None, None,
             to(gate, device), **flags(spec, True),
         )  # fmt: skip
         assert dh.dtype == dz_dtype
         assert_as_good_as_torch("dh", dh.T, truth["dh"], truth["dh"].to(dz_dtype), TOLERANCE)
-        scale = magnitudes(h, dz, None, gate, spec)
+        scale = magnitudes(h, dz, None, None, gate, spec)
         assert_as_good_as_torch("da", grads.a, truth["da"], truth["da"].float(), TOLERANCE, scale["da"])
 
 
@@ -143,7 +144,7 @@ def test_euler_identity(device):
     gate = gate._replace(centre=torch.zeros(1), threshold=torch.zeros(n_features))
     spec = GateSpec(5, 4, domain="free", hard=False)
     h = draw_h(200, gate, spec, torch.float32).T.contiguous().to(device)
-    _, grads = rational_backward(h, torch.randn_like(h), None, to(gate, device), **flags(spec, True))
+    _, grads = rational_backward(h, torch.randn_like(h), None, None, to(gate, device), **flags(spec, True))
     euler = (torch.arange(6) * gate.a[0] * grads.a[0].cpu()).sum() + (
         torch.arange(1, 5) * gate.b[0] * grads.b[0].cpu()
     ).sum()
@@ -155,8 +156,8 @@ def test_bit_reproducible(device):
 
     spec, gate = GateSpec(3, 2, form="gated"), to(random_gate(3, 2, 6, 1), device)
     h = torch.randn(6, 1000, device=device)
-    dz, dcounts = torch.randn_like(h), torch.randn(6, device=device)
-    first, first_grads = rational_backward(h, dz, dcounts, gate, **flags(spec, True))
-    again, again_grads = rational_backward(h, dz, dcounts, gate, **flags(spec, True))
+    dz, (dcounts, dl1) = torch.randn_like(h), torch.randn(2, 6, device=device)
+    first, first_grads = rational_backward(h, dz, dcounts, dl1, gate, **flags(spec, True))
+    again, again_grads = rational_backward(h, dz, dcounts, dl1, gate, **flags(spec, True))
     assert torch.equal(first, again)
     assert all(torch.equal(x, y) for x, y in zip(first_grads, again_grads, strict=True))

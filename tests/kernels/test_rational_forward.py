@@ -26,14 +26,15 @@ def check(spec, gate, dtype, device, n_tokens=300, **keywords):
     from rsae_triton.kernels import rational_forward
 
     h = draw_h(n_tokens, gate, spec, dtype)
-    truth = oracle(h, None, None, gate, spec, torch.float64)
-    torchs = oracle(h, None, None, gate, spec, torch.float32)
-    z, counts = rational_forward(h.T.contiguous().to(device), to(gate, device), **flags(spec), **keywords)
+    truth = oracle(h, None, None, None, gate, spec, torch.float64)
+    torchs = oracle(h, None, None, None, gate, spec, torch.float32)
+    z, counts, l1 = rational_forward(h.T.contiguous().to(device), to(gate, device), **flags(spec), **keywords)
     out = keywords.get("out_dtype", dtype)
     assert z.dtype == out
-    assert counts.dtype == torch.float32
+    assert counts.dtype == l1.dtype == torch.float32
     assert_as_good_as_torch("z", z.T, truth["z"], torchs["z"].to(out), TOLERANCE)
     assert torch.equal(counts.cpu().double(), truth["counts"])
+    assert_as_good_as_torch("l1", l1, truth["l1"], torchs["l1"], TOLERANCE)
 
 
 @pytest.mark.parametrize("flavour", FORWARD, ids=name_of)
@@ -63,8 +64,9 @@ def test_a_fitted_relu_is_one(device):
     from rsae_triton.kernels import rational_forward
 
     h = torch.linspace(-6, 6, 700, device=device).repeat(3, 1)
-    z, counts = rational_forward(h, to(relu_gate(3), device), **flags(GateSpec(3, 2)))
+    z, counts, l1 = rational_forward(h, to(relu_gate(3), device), **flags(GateSpec(3, 2)))
     assert (z - h.relu()).abs().max() < 0.1  # 2 * .022 of fit, and what the activity threshold cut
     assert (z[:, 600:] - h[:, 600:]).abs().max() < 0.05  # beyond the clip: slope one
     assert (z[:, :100] == 0).all()
     assert torch.equal(counts, (z != 0).sum(1).float())
+    torch.testing.assert_close(l1, z.abs().sum(1))
