@@ -13,11 +13,16 @@ from tyro.extras import SubcommandApp
 
 from .demo import Demo, run
 from .errors import RsaeError
+from .evaluate import commands as evaluation
 from .remez import commands as gates
 
 
 def demo(config: Annotated[Demo, tyro.conf.arg(name="")]) -> None:
     run(config)
+
+
+def evaluate(config: Annotated[evaluation.Eval, tyro.conf.arg(name="")]) -> None:
+    evaluation.run_eval(config)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     debug = "--debug" in arguments
     app, gate_app = SubcommandApp(), SubcommandApp()
     app.command(name="demo")(demo)
+    app.command(name="eval")(evaluate)
     gate_app.command(name="fit")(gates.fit)
     gate_app.command(name="show")(gates.show)
     gate_app.command(name="rebuild")(gates.rebuild)

@@ -246,6 +246,7 @@ def score(
         return compare(
             saes,
             test,
+            contexts=splits.test.contexts,
             host=host,
             tokens=sequences.tokens[:count],
             counted=sequences.counted[:count],
@@ -285,7 +286,10 @@ def save(out: Path, saes: dict[str, SparseAutoencoder], scale: float, metrics: d
     out.mkdir(parents=True, exist_ok=True)
     for name in ("rsae", "teacher", "control"):
         own = copy.deepcopy(saes[name]).fold_activation_scale_(scale)
-        own.metadata.update(model_name=metrics["meta"]["model"], hook_name=metrics["meta"]["hook"])
+        meta = metrics["meta"]
+        own.metadata.update(
+            model_name=meta["model"], hook_name=meta["hook"], activation_scale=scale, split_seed=meta["seed"]
+        )
         own.save_pretrained(out / name)
     text = json.dumps(metrics, indent=2)
     write_atomically(out / "metrics.json", lambda path: path.write_text(text + "\n"))

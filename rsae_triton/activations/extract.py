@@ -109,9 +109,16 @@ def extract_splits(
     **options: Any,
 ) -> Splits:
     """Split by work and `extract` each side; `options` as for `extract`. Validation and test halve `heldout`."""
-    train_documents, held = split(documents, heldout, seed)
-    validation_documents, test_documents = split(held, 0.5, seed + 1)
+    train_documents, validation_documents, test_documents = split_three_ways(documents, heldout, seed)
     train = extract(host, train_documents, hook_name, n_train, seed=seed, **options)
     options |= {"seed": seed, "like": train}
     validation = extract(host, validation_documents, hook_name, n_validation, split="validation", **options)
     return Splits(train, validation, extract(host, test_documents, hook_name, n_test, split="test", **options))
+
+
+def split_three_ways(
+    documents: list[Document], heldout: float = 0.1, seed: int = 0
+) -> tuple[list[Document], list[Document], list[Document]]:
+    """The documents `extract_splits` trains on, validates on and tests on."""
+    train, held = split(documents, heldout, seed)
+    return train, *split(held, 0.5, seed + 1)

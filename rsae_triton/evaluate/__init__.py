@@ -5,16 +5,21 @@ Every number is computed on the code that is shipped (exact zeros), and again at
 
 from .compare import compare, evaluate
 from .downstream import Downstream, Splice, splice_loss
-from .reconstruction import Reconstruction, Thresholded, at_l0, reconstruction
+from .paired import Interval, mean_interval
+from .reconstruction import Measured, Reconstruction, Thresholded, at_l0, measure, reconstruction
 
 __all__ = [
     "Downstream",
+    "Interval",
+    "Measured",
     "Reconstruction",
     "Splice",
     "Thresholded",
     "at_l0",
     "compare",
     "evaluate",
+    "mean_interval",
+    "measure",
     "reconstruction",
     "splice_loss",
 ]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from itertools import combinations
 from typing import Any
 
 from torch import Tensor
 
 from ..activations import ActivationStore
 from ..base import SparseAutoencoder
-from .downstream import Splice, splice_loss
-from .reconstruction import Codec, Thresholded, at_l0, reconstruction
+from ..errors import ConfigError
+from .downstream import Splice, Spliced, downstream, splice_sequences
+from .paired import mean_interval
+from .reconstruction import Codec, Measured, Thresholded, at_l0, measure
 
 
 def compare(
@@ -19,6 +22,8 @@ def compare(
     x: Tensor,
     *,
     l0: float | None = None,
+    measured: Mapping[str, Measured] | None = None,
+    contexts: Tensor | None = None,
     host: Any = None,
     tokens: Tensor | None = None,
     counted: Tensor | None = None,
@@ -30,31 +35,60 @@ def compare(
 
     Args:
         saes: by name; the first sets the matched l0 (the teacher). x: held-out activations [n_tokens, d_in].
-        host, tokens, counted, splice, mean: for the downstream scores, see `splice_loss`; left out without host.
+        measured: what `measure` gave for each of the SAEs on x; measured here when None.
+        contexts: int [n_tokens], the context each row of x was read in (`ActivationStore.contexts`), for paired
+            intervals of mse; without it there are none, for the tokens of one context are not independent.
+        host, tokens, counted, splice, mean: for the downstream scores, see `splice_sequences`; left out without host.
+        progress: called with the number of sequences spliced.
 
     Returns:
-        {name: {mse, fvu, cosine, l0, l1, alive_fraction, n_tokens, and with a host delta_ce, ...}, "matched_l0":
-        {name: the same, with the threshold `tau` that it took}}.
+        {name: {mse, fvu, cosine, l0, l1, alive_fraction, ..., and with a host delta_ce, kl, ...}, "matched_l0":
+        {name: the same, with the threshold `tau` that it took}, "paired": {"shipped": differences, "matched_l0":
+        differences}} with differences[b][a] = {mse, delta_ce, kl: [b - a, low, high]} for every a before b.
     """
-    scores: dict[str, Any] = {name: asdict(reconstruction(sae, x)) for name, sae in saes.items()}
-    target = next(iter(scores.values()))["l0"] if l0 is None else l0
+    measured = {name: measure(sae, x) for name, sae in saes.items()} if measured is None else measured
+    target = next(iter(measured.values())).scores.l0 if l0 is None else l0
     matched: dict[str, Thresholded] = {name: at_l0(sae, x, target) for name, sae in saes.items()}
-    at_target = {
-        name: {**(asdict(reconstruction(one, x)) if one.tau > 0 else scores[name]), "tau": one.tau}
-        for name, one in matched.items()
-    }
+    # A code that was not thresholded is the shipped one: measuring and splicing it twice would tell nothing.
+    measured_at = {name: measure(one, x) if one.tau > 0 else measured[name] for name, one in matched.items()}
+    scores: dict[str, Any] = {name: asdict(one.scores) for name, one in measured.items()}
+    at_target = {name: {**asdict(one.scores), "tau": matched[name].tau} for name, one in measured_at.items()}
+    spliced: dict[str, Spliced] = {}
     if host is not None:
-        assert tokens is not None
-        assert splice is not None
-        assert mean is not None
+        if tokens is None or splice is None or mean is None:
+            raise ConfigError("with a host, compare needs tokens, splice and mean as well (see splice_sequences)")
         codecs: dict[str, Codec] = dict(saes)
-        # A code that was not thresholded is the shipped one: splicing it twice would tell nothing.
         codecs.update({f"matched {name}": one for name, one in matched.items() if one.tau > 0})
-        downstream = splice_loss(host, codecs, tokens, splice, mean, counted=counted, progress=progress)
-        for name in saes:
-            scores[name].update(asdict(downstream[name]))
-            at_target[name].update(asdict(downstream.get(f"matched {name}", downstream[name])))
-    return {**scores, "matched_l0": at_target}
+        spliced = splice_sequences(host, codecs, tokens, splice, mean, counted=counted, progress=progress)
+        for name, one in matched.items():
+            scores[name].update(asdict(downstream(spliced, f"sae:{name}")))
+            key = f"sae:matched {name}" if one.tau > 0 else f"sae:{name}"
+            spliced[f"at:{name}"] = spliced[key]
+            at_target[name].update(asdict(downstream(spliced, key)))
+    return {
+        **scores,
+        "matched_l0": at_target,
+        "paired": {
+            "shipped": differences(measured, spliced, "sae:", contexts),
+            "matched_l0": differences(measured_at, spliced, "at:", contexts),
+        },
+    }
+
+
+def differences(
+    measured: Mapping[str, Measured], spliced: Mapping[str, Spliced], prefix: str, contexts: Tensor | None
+) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """differences[b][a] of `compare`: b - a on the same tokens and sequences, with its 95 % interval."""
+    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for a, b in combinations(measured, 2):
+        here = found.setdefault(b, {}).setdefault(a, {})
+        if contexts is not None:
+            here["mse"] = [*mean_interval(measured[b].squared_error - measured[a].squared_error, contexts)]
+        if spliced:
+            ours, theirs = spliced[prefix + b], spliced[prefix + a]
+            here["delta_ce"] = [*mean_interval(ours.ce - theirs.ce)]
+            here["kl"] = [*mean_interval(ours.kl - theirs.kl)]
+    return found
 
 
 def evaluate(
@@ -67,7 +101,8 @@ def evaluate(
         activations: a store of text no training has seen. n_sequences: how many of its contexts to splice into.
 
     Returns:
-        mse, fvu, cosine, l0, l1, alive_fraction, and with a host ce, delta_ce with its interval, loss_recovered.
+        The fields of `Reconstruction` (mse, fvu, cosine, l0, l1, alive_fraction, dead_features, ...) and with a host
+        those of `Downstream` (ce, delta_ce with its interval, loss_recovered, kl, ...).
     """
     options: dict[str, Any] = {}
     if host is not None:

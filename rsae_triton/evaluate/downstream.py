@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import NumericsError
+from .paired import mean_interval
 from .reconstruction import Codec
-
-Z95 = 1.959964
 
 
 @dataclass(frozen=True)
@@ -45,10 +44,12 @@ class Splice:
 
 @dataclass(frozen=True)
 class Downstream:
-    """Means over sequences; the interval is 95 %, from the paired differences of the sequences.
+    """Means over sequences of means over their predicted tokens, in nats; intervals are 95 %, from the sequences.
 
-    delta_ce: cross-entropy with the reconstruction minus without. loss_recovered: 1 - delta_ce / (the same for
-    ablating to zero), loss_recovered_mean: against ablating to the mean activation.
+    ce: cross-entropy with the reconstruction in place. delta_ce: ce - ce_clean, paired by sequence. kl: KL(clean ||
+    spliced) of the next-token distributions. loss_recovered: (ce_zero - ce) / (ce_zero - ce_clean), where ce_zero
+    is the cross-entropy with the activation set to zero; loss_recovered_mean: the same with ce_mean, the
+    activation set to its mean over training tokens.
     """
 
     ce: float
@@ -58,10 +59,23 @@ class Downstream:
     loss_recovered: float
     loss_recovered_mean: float
     n_sequences: int
+    kl: float
+    kl_low: float
+    kl_high: float
+    ce_clean: float
+    ce_zero: float
+    ce_mean: float
+
+
+class Spliced(NamedTuple):
+    """Of every sequence, float64 [n_sequences]: the mean over its predicted tokens of loss and of KL(clean || it)."""
+
+    ce: Tensor
+    kl: Tensor
 
 
 @torch.no_grad()
-def splice_loss(
+def splice_sequences(
     host: Any,
     codecs: Mapping[str, Codec],
     tokens: Tensor,
@@ -71,7 +85,7 @@ def splice_loss(
     counted: Tensor | None = None,
     batch: int = 8,
     progress: Callable[[int], None] | None = None,
-) -> dict[str, Downstream]:
+) -> dict[str, Spliced]:
     """Splices every codec into the host in one pass over the text, so that all see the same sequences.
 
     Args:
@@ -80,11 +94,17 @@ def splice_loss(
         counted: bool [n_sequences, context - 1], False where a prediction does not count; all when None.
         batch: sequences at once. progress: called with the number of sequences done.
 
+    Returns:
+        "clean", "zero" and "mean" for the host as it is and under the ablations, "sae:NAME" for every codec.
+
     Raises:
-        NumericsError: fewer than two sequences (no interval), or a loss that is not finite.
+        NumericsError: fewer than two sequences (no interval), a sequence without a prediction that counts, or a
+            loss that is not finite.
     """
     if len(tokens) < 2:
         raise NumericsError(f"{len(tokens)} held-out sequences give no interval; use at least 2, better 100")
+    if counted is not None and not bool(counted.any(1).all()):
+        raise NumericsError("a sequence has no prediction that counts; leave such sequences out")
 
     def reconstruct(codec: Codec) -> Callable[[Tensor], Tensor]:
         return lambda x: codec.decode(codec.encode(x.to(codec.W_dec.dtype))).float()
@@ -95,32 +115,52 @@ def splice_loss(
         "mean": splice.replacement(lambda x: mean.to(x).expand_as(x)),
         **{f"sae:{name}": splice.replacement(reconstruct(codec)) for name, codec in codecs.items()},
     }
-    losses: dict[str, list[Tensor]] = {name: [] for name in replacements}
+    found: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in replacements}
     for start in range(0, len(tokens), batch):
         part = tokens[start : start + batch]
         use = torch.ones(part.shape[0], part.shape[1] - 1) if counted is None else counted[start : start + batch]
-        for name, result in host.splice(part, splice.hook_name, replacements).items():
-            weights = use.to(result.nll)
-            losses[name].append((result.nll * weights).sum(1) / weights.sum(1))
+        for name, result in host.splice(part, splice.hook_name, replacements, kl=True).items():
+            for values, per_token in zip(found[name], (result.nll, result.kl), strict=True):
+                weights = use.to(per_token)
+                values.append(((per_token * weights).sum(1) / weights.sum(1)).double().cpu())
         if progress is not None:
             progress(len(part))
-    ce = {name: torch.cat(values).double().cpu() for name, values in losses.items()}
-    for name, values in ce.items():
-        if not bool(torch.isfinite(values).all()):
+    spliced = {name: Spliced(torch.cat(ce), torch.cat(kl)) for name, (ce, kl) in found.items()}
+    for name, one in spliced.items():
+        if not bool(torch.isfinite(torch.cat(one)).all()):
             raise NumericsError(f"the language model's loss under {name!r} is not finite on some sequence")
-    clean, zero, average = ce["clean"].mean(), ce["zero"].mean(), ce["mean"].mean()
-    scores = {}
-    for name in codecs:
-        values = ce[f"sae:{name}"]
-        paired = values - ce["clean"]
-        delta, half = float(paired.mean()), Z95 * float(paired.std()) / len(paired) ** 0.5
-        scores[name] = Downstream(
-            ce=float(values.mean()),
-            delta_ce=delta,
-            delta_ce_low=delta - half,
-            delta_ce_high=delta + half,
-            loss_recovered=float((zero - values.mean()) / (zero - clean)),
-            loss_recovered_mean=float((average - values.mean()) / (average - clean)),
-            n_sequences=len(paired),
-        )
-    return scores
+    return spliced
+
+
+def splice_loss(
+    host: Any, codecs: Mapping[str, Codec], tokens: Tensor, splice: Splice, mean: Tensor, **options: Any
+) -> dict[str, Downstream]:
+    """What each codec costs the host; arguments and errors as for `splice_sequences`."""
+    spliced = splice_sequences(host, codecs, tokens, splice, mean, **options)
+    return {name: downstream(spliced, f"sae:{name}") for name in codecs}
+
+
+def downstream(spliced: Mapping[str, Spliced], name: str) -> Downstream:
+    """The scores of the entry `name` of what `splice_sequences` returned."""
+    ce, clean = spliced[name].ce, spliced["clean"].ce
+    delta, kl = mean_interval(ce - clean), mean_interval(spliced[name].kl)
+    level = {one: float(spliced[one].ce.mean()) for one in ("clean", "zero", "mean", name)}
+    recovered, recovered_mean = (
+        (level[one] - level[name]) / (level[one] - level["clean"]) if level[one] != level["clean"] else float("nan")
+        for one in ("zero", "mean")
+    )
+    return Downstream(
+        ce=level[name],
+        delta_ce=delta.mean,
+        delta_ce_low=delta.low,
+        delta_ce_high=delta.high,
+        loss_recovered=recovered,
+        loss_recovered_mean=recovered_mean,
+        n_sequences=len(ce),
+        kl=kl.mean,
+        kl_low=kl.low,
+        kl_high=kl.high,
+        ce_clean=level["clean"],
+        ce_zero=level["zero"],
+        ce_mean=level["mean"],
+    )

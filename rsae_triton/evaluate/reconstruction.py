@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from ..base import SparseAutoencoder
 from ..errors import ConfigError, NumericsError, ShapeError
 
 CHUNK = 2048
+# A feature active on more than this fraction of the tokens is called dense.
+DENSE, DENSE_HALF = 0.1, 0.5
 
 
 class Codec(Protocol):
@@ -30,7 +33,9 @@ class Reconstruction:
     """Means over tokens, in the units the SAE works in.
 
     mse: ||x - x_hat||^2. fvu: mse over the variance of x around its mean. cosine: of x and x_hat. l0: active
-    features. l1: sum of |z| * ||W_dec row||. alive_fraction: features active on at least one of the n_tokens.
+    features. l1: sum of |z| * ||W_dec row||. alive_fraction: features active on at least one of the n_tokens;
+    dead_features: how many are not. dense_features: active on more than 10 % of the tokens; dense_features_half: on
+    more than half.
     """
 
     mse: float
@@ -40,6 +45,18 @@ class Reconstruction:
     l1: float
     alive_fraction: float
     n_tokens: int
+    dead_features: int
+    dense_features: int
+    dense_features_half: int
+
+
+class Measured(NamedTuple):
+    """Scores, and what they are means of: squared_error [n_tokens] float64 (||x - x_hat||^2 of each token), frequency
+    [d_sae] float64 (the fraction of tokens a feature is active on)."""
+
+    scores: Reconstruction
+    squared_error: Tensor
+    frequency: Tensor
 
 
 class Thresholded:
@@ -77,34 +94,53 @@ def _check(sae: Codec, x: Tensor) -> Tensor:
     return x
 
 
-@torch.no_grad()
 def reconstruction(sae: Codec, x: Tensor) -> Reconstruction:
     """Scores the code of x [n_tokens, d_in]; sums in float64.
 
     Raises:
         ShapeError, NumericsError: activations that do not fit or are not finite.
     """
+    return measure(sae, x).scores
+
+
+@torch.no_grad()
+def measure(sae: Codec, x: Tensor, progress: Callable[[int], None] | None = None) -> Measured:
+    """As `reconstruction`, with the error of every token and the frequency of every feature.
+
+    Args:
+        progress: called with the number of tokens done.
+    """
     x = _check(sae, x)
-    total = dict.fromkeys(("mse", "cosine", "l0", "l1"), 0.0)
-    active = torch.zeros(sae.W_dec.shape[0], dtype=torch.bool, device=sae.W_dec.device)
+    total = dict.fromkeys(("cosine", "l0", "l1"), 0.0)
+    active = torch.zeros(sae.W_dec.shape[0], dtype=torch.long, device=sae.W_dec.device)
+    errors = []
     for chunk in x.split(CHUNK):
         rows = chunk.to(device=sae.W_dec.device, dtype=sae.W_dec.dtype)
         z = sae.encode(rows)
         x_hat = sae.decode(z)
         nonzero = z != 0
-        active |= nonzero.any(0)
-        total["mse"] += float((rows - x_hat).double().square().sum())
+        active += nonzero.sum(0)
+        errors.append((rows - x_hat).double().square().sum(1).cpu())
         total["cosine"] += float(torch.cosine_similarity(rows, x_hat, dim=1).double().sum())
         total["l0"] += float(nonzero.sum())
         total["l1"] += float(strength(z, sae.W_dec).double().sum())
-    mean = {name: value / len(x) for name, value in total.items()}
+        if progress is not None:
+            progress(len(rows))
+    squared_error = torch.cat(errors)
+    frequency = active.double().cpu() / len(x)
+    mse = float(squared_error.mean())
     variance = float((x.double() - x.double().mean(0)).square().sum(1).mean())
-    return Reconstruction(
-        **mean,
-        fvu=mean["mse"] / variance if variance > 0 else float("nan"),
-        alive_fraction=float(active.float().mean()),
+    scores = Reconstruction(
+        **{name: value / len(x) for name, value in total.items()},
+        mse=mse,
+        fvu=mse / variance if variance > 0 else float("nan"),
+        alive_fraction=float((frequency > 0).double().mean()),
         n_tokens=len(x),
+        dead_features=int((frequency == 0).sum()),
+        dense_features=int((frequency > DENSE).sum()),
+        dense_features_half=int((frequency > DENSE_HALF).sum()),
     )
+    return Measured(scores, squared_error, frequency)
 
 
 @torch.no_grad()
