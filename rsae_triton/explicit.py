@@ -42,26 +42,36 @@ def _rational(h: Tensor, gate: GateTensors, spec: GateSpec) -> tuple[Tensor, ...
     return t, s, Q, r, (dP - r * sign * dB) / Q, sign
 
 
-def gate_forward(h: Tensor, gate: GateTensors, spec: GateSpec) -> tuple[Tensor, Tensor]:
-    """h [d_sae, n_tokens] -> code z of the same shape, and the count of active tokens per feature [d_sae]."""
+def gate_forward(h: Tensor, gate: GateTensors, spec: GateSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """h [d_sae, n_tokens] -> code z of the same shape; per feature [d_sae] the count of active tokens and sum |z|."""
     opened = (h > _column(gate.threshold)).to(h.dtype)
     if spec.amplitude == "identity":
-        return h * opened, opened.sum(1)
+        z = h * opened
+        return z, opened.sum(1), z.abs().sum(1)
     t, _, _, r, _, _ = _rational(h, gate, spec)
     if spec.form == "gated":
-        return (h * r * opened if spec.hard else h * r), opened.sum(1)
+        z = h * r * opened if spec.hard else h * r
+        return z, opened.sum(1), z.abs().sum(1)
     z = _column(gate.output_scale) * (r + (t - 1).clamp(min=0) if spec.domain == "clamp" else r)
     active = (z.abs() > _column(gate.activity_threshold)).to(h.dtype)
-    return (z * active if spec.hard else z), active.sum(1)
+    z = z * active if spec.hard else z
+    return z, active.sum(1), z.abs().sum(1)
 
 
 def gate_backward(
-    h: Tensor, dz: Tensor, dcounts: Tensor, gate: GateTensors, spec: GateSpec, coefficients: bool = True
+    h: Tensor,
+    dz: Tensor,
+    dcounts: Tensor | None,
+    dl1: Tensor | None,
+    gate: GateTensors,
+    spec: GateSpec,
+    coefficients: bool = True,
 ) -> tuple[Tensor, Tensor, GateTensors]:
     """The gradients of `gate_forward`.
 
     Args:
-        h, dz: [d_sae, n_tokens]. dcounts: [d_sae], the gradient that arrives at the counts.
+        h, dz: [d_sae, n_tokens]. dcounts, dl1: [d_sae] or None, the gradients that arrive at counts and l1. Only the
+            gated form's counts have a gradient; that of l1 joins dz as dl1 * sign(z), sign(0) = 0.
         coefficients: False leaves the gradients of a, b and centre at zero (they are frozen) and saves their sums.
 
     Returns:
@@ -75,17 +85,25 @@ def gate_backward(
     if spec.form == "direct":
         above = (t > 1).to(h.dtype) if spec.domain == "clamp" else torch.zeros_like(t)
         value = r + above * (t - 1)
+        z = _column(gate.output_scale) * value
+        active = (z.abs() > _column(gate.activity_threshold)).to(h.dtype)
+        if dl1 is not None:
+            dz = dz + _column(dl1) * (z * active if spec.hard else z).sign()
         if masked:
-            active = (_column(gate.output_scale) * value).abs() > _column(gate.activity_threshold)
-            dz = dz * active.to(h.dtype)
+            dz = dz * active
         d_output_scale = (dz * value).sum(1)
         dr = dz * _column(gate.output_scale)
         dt = dr * (slope * inside + above)
         dh = dt / _column(gate.input_scale)
     else:
         opened = (h > _column(gate.threshold)).to(h.dtype)
+        if dl1 is not None:
+            z = h if spec.amplitude == "identity" else h * r
+            dz = dz + _column(dl1) * (z * opened if spec.hard else z).sign()
         through_r = torch.zeros_like(h) if masked and spec.amplitude == "identity" else dz * h
-        dr = (through_r * opened if masked else through_r) + _column(dcounts)
+        dr = through_r * opened if masked else through_r
+        if dcounts is not None:
+            dr = dr + _column(dcounts)
         dt = dr * slope * inside
         amplitude = dz if spec.amplitude == "identity" else dz * r
         dh = dt / _column(gate.input_scale) + (amplitude * opened if spec.hard else amplitude)

@@ -1,82 +1,31 @@
-"""The differentiable encoder over the backends, and the one place where a backend is chosen.
+"""The differentiable encoder as a torch operator, `torch.ops.rsae.encode`, over the backends of backends.py.
 
-"triton"  fused kernels on a CUDA device (or in Triton's interpreter)
-"cpu"     BLAS plus the fused pointwise gate of cpu.py
-"eager"   reference.py: plain PyTorch, any device, any dtype
-"auto"    triton on CUDA, cpu on the CPU, eager elsewhere
+The operators are opaque to torch.compile, with a fake kernel that knows the shapes, so that fullgraph, FakeTensor and
+AOTAutograd work; their derivative is written out and, being no operator of its own with one, is not differentiable.
 """
 
 from __future__ import annotations
 
-import functools
-import os
-import warnings
-from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.library import custom_op
 
-from . import cpu, reference
-from .errors import ConfigError, SourceError
-from .reference import GateSpec, GateTensors
+from . import backends, reference
+from .backends import BACKENDS, interpreting, resolve_backend
+from .errors import ConfigError, ShapeError
+from .reference import Encoded, GateSpec, GateTensors
+from .tiles import wide
 
-BACKENDS = ("auto", "triton", "cpu", "eager")
-_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+__all__ = ["BACKENDS", "interpreting", "rational_encode", "resolve_backend"]
 
-
-def _kernels() -> ModuleType:
-    """The Triton kernels; imported late because Triton exists on Linux only."""
-    try:
-        from . import kernels
-        from .kernels import encode_forward, rational_backward  # noqa: F401
-    except ImportError as error:
-        raise SourceError(
-            f"backend='triton' cannot be used ({error}); install triton >= 3.3 (torch >= 2.7) or use backend='eager'"
-        ) from error
-    return kernels
-
-
-@functools.cache
-def _kernels_import() -> bool:
-    """Whether the kernels can be had; says once why not, because eager PyTorch is many times slower on a GPU."""
-    try:
-        _kernels()
-    except SourceError as error:
-        warnings.warn(f"{error}; backend='auto' falls back to eager PyTorch", stacklevel=4)
-        return False
-    return True
-
-
-def interpreting() -> bool:
-    """Whether Triton's interpreter (TRITON_INTERPRET=1) runs the kernels, so that they accept CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Which backend runs for tensors of this device and dtype.
-
-    Raises:
-        ConfigError: an unknown name, or a backend that cannot work on this device or dtype.
-    """
-    if backend not in BACKENDS:
-        raise ConfigError(f"backend is {backend!r}; choose one of {', '.join(BACKENDS)}")
-    if backend == "auto":
-        if device.type == "cuda" and dtype in _TRITON_DTYPES and _kernels_import():
-            return "triton"
-        return "cpu" if device.type == "cpu" else "eager"
-    if backend == "triton":
-        if device.type != "cuda" and not interpreting():
-            raise ConfigError(
-                f"backend='triton' needs tensors on a CUDA device, these are on {device}; use backend='auto', "
-                "or set TRITON_INTERPRET=1 before Python starts to run the kernels slowly on the CPU"
-            )
-        if dtype not in _TRITON_DTYPES:
-            raise ConfigError(f"backend='triton' computes in float32, bfloat16 or float16, not {dtype}")
-    if backend == "cpu" and device.type != "cpu":
-        raise ConfigError(f"backend='cpu' needs tensors on the CPU, these are on {device}; use backend='auto'")
-    return backend
+GATE_SCHEMA = (
+    "Tensor a, Tensor b, Tensor centre, Tensor input_scale, Tensor output_scale, Tensor threshold, "
+    "Tensor activity_threshold, int p, int q, str form, str domain, str amplitude, bool hard, str backward"
+)
+N_GATE = 14
+"""How many arguments of GATE_SCHEMA there are: seven tensors, seven settings."""
 
 
 def rational_encode(
@@ -87,98 +36,215 @@ def rational_encode(
     gate: GateTensors,
     spec: GateSpec,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """x -> code, through whichever backend fits.
+) -> Encoded:
+    """x -> code, through whichever backend fits; once differentiable (backend="eager": as often as one likes).
+
+    Under autocast the matrix products are in the autocast dtype; x - b_dec before and the gate after are not.
 
     Args:
-        x: [n_tokens, d_in]. W_enc: [d_in, d_sae]. b_enc: [d_sae]. All of one dtype and device.
+        x: [..., d_in]. W_enc: [d_in, d_sae]. b_enc: [d_sae]. All of one dtype and device.
         b_dec: [d_in], subtracted from x; None where the SAE does not.
-        gate, spec: the gate (`RationalGate.tensors()` and `.spec()`).
+        gate, spec: the gate (`RationalGate.tensors()` and `.spec()`); evaluated in float32, float64 for float64 x.
 
     Returns:
-        z [n_tokens, d_sae] in x's dtype, and counts [d_sae]: on how many tokens each feature is active. The
-        counts are differentiable in the gated form (their slope is the rational's).
+        `Encoded`: z [..., d_sae] in the dtype of the matrix product; counts and l1 [d_sae], over all tokens.
+
+    Raises:
+        ShapeError: sizes that do not fit. ConfigError: dtypes or devices that differ, an unknown backend or one that
+        cannot work here, or a second derivative.
     """
-    chosen = resolve_backend(backend, x.device, x.dtype)
-    if chosen == "eager":
-        return reference.encode(x, W_enc, b_enc, b_dec, gate, spec)
-    return _RationalEncode.apply(x, W_enc, b_enc, b_dec, *gate, spec, chosen)
+    check_inputs(x, W_enc, b_enc, b_dec, None, gate, spec)
+    dtype = product_dtype(x)
+    gate = GateTensors(*(one.to(wide(dtype)) for one in gate))
+    rows = x.reshape(-1, x.shape[-1])
+    if backend == "eager":
+        encoded = _reference_encode(rows, W_enc, b_enc, b_dec, gate, spec, dtype)
+    else:
+        differentiable = [x, W_enc, b_enc, *gate] if b_dec is None else [x, W_enc, b_enc, b_dec, *gate]
+        save_h = torch.is_grad_enabled() and any(one.requires_grad for one in differentiable)
+        z, counts, l1, _ = _encode(rows, W_enc, b_enc, b_dec, *gate, *settings(spec), backend, dtype, save_h)
+        encoded = Encoded(z.t(), counts, l1)
+    return encoded if x.dim() == 2 else encoded._replace(z=encoded.z.reshape(*x.shape[:-1], W_enc.shape[1]))
 
 
-class _RationalEncode(torch.autograd.Function):
-    """Saves x and the pre-activations h, and nothing else of size [n_tokens, d_sae]."""
+def _reference_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, gate: GateTensors, spec: GateSpec, dtype: torch.dtype
+) -> Encoded:
+    if dtype != x.dtype:
+        x, W_enc, b_enc = ((x if b_dec is None else x - b_dec).to(dtype), W_enc.to(dtype), b_enc.to(dtype))
+        b_dec = None
+    return reference.encode(x, W_enc, b_enc, b_dec, gate, spec)
 
-    @staticmethod
-    @torch.compiler.disable
-    def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, *rest: Any) -> Any:
-        gate, (spec, backend) = GateTensors(*rest[:7]), rest[7:]
-        x_c = x if b_dec is None else x - b_dec
-        if backend == "triton":
-            z, h, counts, _ = _kernels().encode_forward(x_c, W_enc, b_enc, gate, **_flags(spec), save_h=x.dtype)
-        else:
-            h = torch.addmm(b_enc.unsqueeze(1), W_enc.t(), x_c.t())
-            z, counts = cpu.gate_forward(_wide(h), gate, spec)
-            z = z.to(x.dtype)
-        ctx.save_for_backward(x, W_enc, b_dec, h, *gate)
-        ctx.spec, ctx.backend = spec, backend
-        ctx.set_materialize_grads(False)
-        if spec.form == "direct":
-            ctx.mark_non_differentiable(counts)
-        return z.t(), counts
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dz: Tensor | None, dcounts: Tensor | None) -> Any:
-        x, W_enc, b_dec, h, *tensors = ctx.saved_tensors
-        gate, spec = GateTensors(*tensors), ctx.spec
-        needs_x, needs_W, needs_b_enc, needs_b_dec, *needs_gate = ctx.needs_input_grad[:11]
-        dz = torch.zeros_like(h) if dz is None else dz.t()
-        dcounts = torch.zeros_like(gate.threshold) if dcounts is None else dcounts
-        if ctx.backend == "triton":
-            flags = {**_flags(spec), "backward_rational": spec.backward == "rational"}
-            dh, sums = _kernels().rational_backward(h, dz, dcounts, None, gate, **flags, inplace=False)
-            db_enc, folded = sums.b_enc, [*sums[:6], None]
-        else:
-            wide = _wide(h)
-            trained = any(needs_gate[:3])
-            dh, db_enc, per_feature = cpu.gate_backward(wide, dz.to(wide.dtype), dcounts, gate, spec, trained)
-            dh = dh.to(h.dtype)
-            folded = [_fold(one, like) for one, like in zip(per_feature, gate, strict=True)]
-        x_c = x if b_dec is None else x - b_dec
-        return (
-            dh.t() @ W_enc.t() if needs_x else None,
-            x_c.t() @ dh.t() if needs_W else None,
-            db_enc.to(W_enc.dtype) if needs_b_enc else None,
-            # A mat-vec: eager PyTorch forms the whole dx, a third GEMM, and sums it.
-            -(W_enc.float() @ db_enc.float()).to(W_enc.dtype)
-            if needs_b_dec and W_enc.dtype != torch.float64
-            else -(W_enc @ db_enc)
-            if needs_b_dec
-            else None,
-            *(one if needed else None for one, needed in zip(folded, needs_gate, strict=True)),
-            None,
-            None,
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What the matrix products are made in: x's dtype, or that of autocast."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.is_floating_point() else x.dtype
+
+
+def settings(spec: GateSpec) -> tuple[int, int, str, str, str, bool, str]:
+    """The fields of a `GateSpec` in the order of GATE_SCHEMA."""
+    return spec.p, spec.q, spec.form, spec.domain, spec.amplitude, spec.hard, spec.backward
+
+
+def check_inputs(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor | None,
+    W_dec: Tensor | None,
+    gate: GateTensors,
+    spec: GateSpec,
+) -> None:
+    """Raises ShapeError or ConfigError, naming the argument, if the tensors do not fit each other."""
+    if W_enc.dim() != 2 or x.dim() == 0 or x.shape[-1] != W_enc.shape[0]:
+        raise ShapeError(
+            f"x has shape {tuple(x.shape)} and W_enc {tuple(W_enc.shape)}; [..., d_in] and [d_in, d_sae] are wanted"
         )
+    d_in, d_sae = W_enc.shape
+    sets = {1, d_sae}
+    expected: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
+        ("b_enc", b_enc, (d_sae,)),
+        ("b_dec", b_dec, (d_in,)),
+        ("W_dec", W_dec, (d_sae, d_in)),
+        ("threshold", gate.threshold, (d_sae,)),
+        ("activity_threshold", gate.activity_threshold, (d_sae,)),
+        ("a", gate.a, (gate.a.shape[0] if gate.a.shape[0] in sets else d_sae, spec.p + 1)),
+        ("b", gate.b, (gate.b.shape[0] if gate.b.shape[0] in sets else d_sae, spec.q)),
+    ]
+    for name, one in (("centre", gate.centre), ("input_scale", gate.input_scale), ("output_scale", gate.output_scale)):
+        expected.append((name, one, (1,) if tuple(one.shape) == (1,) else (d_sae,)))
+    for name, tensor, shape in expected:
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ShapeError(f"{name} has shape {tuple(tensor.shape)}; expected {shape} (d_in={d_in}, d_sae={d_sae})")
+        if tensor is not None and tensor.device != x.device:
+            raise ConfigError(f"{name} is on {tensor.device} and x on {x.device}; move them to one device")
+    if W_enc.device != x.device:
+        raise ConfigError(f"W_enc is on {W_enc.device} and x on {x.device}; move them to one device")
+    if not x.is_floating_point():
+        raise ConfigError(f"x is {x.dtype}; give floating-point activations")
+    for name, tensor in (("W_enc", W_enc), ("b_enc", b_enc), ("b_dec", b_dec), ("W_dec", W_dec)):
+        if tensor is not None and tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ConfigError(f"x is {x.dtype} but {name} is {tensor.dtype}; convert one of them with .to(...)")
 
 
-def _flags(spec: GateSpec) -> dict[str, Any]:
-    return {
-        "p": spec.p,
-        "q": spec.q,
-        "gated": spec.form == "gated",
-        "clamp": spec.domain == "clamp",
-        "identity": spec.amplitude == "identity",
-        "hard": spec.hard,
-    }
+@custom_op(
+    "rsae::encode",
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor W_enc, Tensor b_enc, Tensor? b_dec, {GATE_SCHEMA}, str backend, ScalarType dtype, "
+    "bool save_h) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    """-> z_fm [d_sae, n_tokens], counts, l1 [d_sae], and h_fm like z_fm (of no elements unless save_h)."""
+    gate, spec, (backend, dtype, save_h) = unpack(rest)
+    with torch.autocast(x.device.type, enabled=False):
+        chosen = resolve_backend(backend, x.device, dtype)
+        x_c = centred(x, b_dec, dtype)
+        z, h, counts, l1 = backends.encode(chosen, x_c, W_enc.to(dtype), b_enc.to(dtype), gate, spec, save_h)
+        # The kernels' sums are two rows of one tensor; an operator's outputs must not share memory.
+        return z, counts, l1.clone(), z.new_empty(0) if h is None else h
 
 
-def _wide(h: Tensor) -> Tensor:
-    """h in the precision of the gate: float32 at least."""
-    return h.to(torch.promote_types(h.dtype, torch.float32))
+@_encode.register_fake
+def _(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    dtype, save_h = rest[-2:]
+    shape = (W_enc.shape[1], x.shape[0])
+    counts, l1 = (x.new_empty(shape[0], dtype=wide(dtype)) for _ in range(2))
+    return x.new_empty(shape, dtype=dtype), counts, l1, x.new_empty(shape if save_h else 0, dtype=dtype)
 
 
-def _fold(per_feature: Tensor, like: Tensor) -> Tensor:
-    """Per-feature gradients summed in float64 to the shape of the coefficients they belong to."""
-    if per_feature.shape == like.shape:
-        return per_feature.to(like.dtype)
-    return per_feature.double().sum(0, keepdim=True).to(like.dtype)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, W_enc, _, b_dec, *rest = inputs
+    _, counts, _, h = output
+    ctx.save_for_backward(x, W_enc, b_dec, h, *rest[:7])
+    ctx.settings = rest[7:-1]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(h, *([counts] if rest[9] == "direct" else []))
+
+
+def _derivative(ctx: Any, dz: Tensor | None, dcounts: Tensor | None, dl1: Tensor | None, _: None) -> tuple[Any, ...]:
+    needs = [bool(one) for one in ctx.needs_input_grad[:10]]
+    nothing = (None,) * (len(ctx.needs_input_grad) - 10)
+    if dz is None and dcounts is None and dl1 is None:
+        return (None,) * 10 + nothing
+    found = iter(_encode_backward(dz, dcounts, dl1, *ctx.saved_tensors, *ctx.settings, needs))
+    return (*(next(found) if needed else None for needed in needs), *nothing)
+
+
+_encode.register_autograd(_derivative, setup_context=_save)
+
+
+@custom_op(
+    "rsae::encode_backward",
+    mutates_args=(),
+    schema="(Tensor? dz, Tensor? dcounts, Tensor? dl1, Tensor x, Tensor W_enc, Tensor? b_dec, Tensor h, "
+    f"{GATE_SCHEMA}, str backend, ScalarType dtype, bool[] needs) -> Tensor[]",
+)
+def _encode_backward(
+    dz: Tensor | None,
+    dcounts: Tensor | None,
+    dl1: Tensor | None,
+    x: Tensor,
+    W_enc: Tensor,
+    b_dec: Tensor | None,
+    h: Tensor,
+    *rest: Any,
+) -> list[Tensor]:
+    """The gradients of x, W_enc, b_enc, b_dec and the gate's first six tensors, those with `needs` alone."""
+    gate, spec, (backend, dtype, needs) = unpack(rest)
+    with torch.autocast(x.device.type, enabled=False):
+        chosen = resolve_backend(backend, x.device, dtype)
+        dz = torch.zeros_like(h) if dz is None else dz.to(dtype)
+        grads = backends.gate_backward(chosen, h, dz, dcounts, dl1, gate, spec, coefficients=any(needs[4:7]))
+        made = (
+            lambda: grads.dh.t() @ W_enc.to(dtype).t(),
+            lambda: centred(x, b_dec, dtype).t() @ grads.dh.t(),
+            lambda: grads.b_enc,
+            lambda: -through_encoder(W_enc, grads.b_enc),
+            *((lambda k=k: grads.gate[k]) for k in range(6)),
+        )
+        likes = (x, W_enc, W_enc, W_enc, *gate[:6])
+        return [
+            make().to(like.dtype).contiguous() for make, like, needed in zip(made, likes, needs, strict=True) if needed
+        ]
+
+
+@_encode_backward.register_fake
+def _(dz: Any, dcounts: Any, dl1: Any, x: Tensor, W_enc: Tensor, b_dec: Any, h: Any, *rest: Any) -> list[Tensor]:
+    d_in, d_sae = W_enc.shape
+    shapes = [x.shape, W_enc.shape, (d_sae,), (d_in,), *(one.shape for one in rest[:6])]
+    likes = [x, W_enc, W_enc, W_enc, *rest[:6]]
+    return [like.new_empty(shape) for shape, like, needed in zip(shapes, likes, rest[-1], strict=True) if needed]
+
+
+def _refuse(ctx: Any, *grads: Any) -> NoReturn:
+    raise ConfigError(
+        "the rational encoder is differentiable once, and a second derivative was asked for (create_graph=True); "
+        "use backend='eager', which differentiates as often as one likes"
+    )
+
+
+_encode_backward.register_autograd(_refuse)
+
+
+def unpack(rest: tuple[Any, ...]) -> tuple[GateTensors, GateSpec, tuple[Any, ...]]:
+    """The arguments of GATE_SCHEMA as a gate and its settings, and what follows them."""
+    return GateTensors(*rest[:7]), GateSpec(*rest[7:N_GATE]), rest[N_GATE:]
+
+
+def centred(x: Tensor, b_dec: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x - b_dec, subtracted before it is rounded to the dtype of the matrix product."""
+    return (x if b_dec is None else x - b_dec).to(dtype)
+
+
+def through_encoder(W_enc: Tensor, db_enc: Tensor) -> Tensor:
+    """W_enc @ db_enc in the gradient's precision: minus the gradient of b_dec through the encoder.
+
+    A mat-vec: autograd forms the whole gradient of x - b_dec, a third GEMM, and sums it.
+    """
+    if W_enc.dtype == db_enc.dtype:
+        return torch.mv(W_enc, db_enc)
+    # The vector as two numbers of the weights' precision, rather than a copy of the weights in the vector's.
+    high = db_enc.to(W_enc.dtype)
+    both = torch.stack([high, (db_enc - high).to(W_enc.dtype)], dim=1)
+    return (W_enc @ both).to(db_enc.dtype).sum(1)

@@ -142,17 +142,18 @@ def losses(sae: SparseAutoencoder, x: Tensor, recipe: Recipe, weight: float, dea
     Args:
         x: [n_tokens, d_in]. weight: of the sparsity term. dead: [d_sae] bool, features for the auxiliary loss.
     """
-    if recipe.soft:
-        assert isinstance(sae, FusedRationalSAE)
-        z, counts = sae.encode_with_counts(x, hard=False)
+    if isinstance(sae, FusedRationalSAE):
+        z, counts, l1 = sae.encode_with_sums(x, hard=not recipe.soft)
     else:
         z, counts = sae.encode_with_counts(x)
+        l1 = None
     residual = x - sae.decode(z)
     mse = residual.square().sum(-1).mean()
     total = mse
     l0 = counts.sum() / len(x)
     if recipe.sparsity == "l1":
-        total = total + weight * (z.abs() @ sae.W_dec.norm(dim=1)).mean()
+        norms = sae.W_dec.norm(dim=1)
+        total = total + weight * ((z.abs() @ norms).mean() if l1 is None else l1 @ norms.to(l1.dtype) / len(x))
     elif recipe.sparsity == "l0":
         total = total + weight * l0
     if recipe.aux_k and dead is not None and bool(dead.any()):

@@ -85,6 +85,21 @@ class GateTensors(NamedTuple):
     activity_threshold: Tensor
 
 
+class Encoded(NamedTuple):
+    """What an encoder returns: the code and what a loss needs to know of it, per feature.
+
+    Attributes:
+        z: [n_tokens, d_sae], the code in x's dtype.
+        counts: [d_sae] float32, on how many tokens each feature is active; in the gated form it has the derivative
+            of the rational, so that a penalty on its sum (l0) can be trained.
+        l1: [d_sae] float32, the sum over tokens of |z| (of z before it is rounded to x's dtype); differentiable.
+    """
+
+    z: Tensor
+    counts: Tensor
+    l1: Tensor
+
+
 class _HardForward(torch.autograd.Function):
     """Returns `hard`; hands the incoming gradient to `soft` (a straight-through estimator, bit-exact forward)."""
 
@@ -145,14 +160,9 @@ def rational_gate(h: Tensor, gate: GateTensors, spec: GateSpec) -> tuple[Tensor,
     return h * multiplier, active
 
 
-def encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, gate: GateTensors, spec: GateSpec
-) -> tuple[Tensor, Tensor]:
-    """x [n_tokens, d_in] -> code z [n_tokens, d_sae] and how often each feature is active, [d_sae] float32.
-
-    b_dec is subtracted from x unless it is None. The counts carry the gradient of `rational_gate`'s `active`.
-    """
+def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, gate: GateTensors, spec: GateSpec) -> Encoded:
+    """x [n_tokens, d_in] -> `Encoded`; b_dec is subtracted from x unless it is None."""
     h = (x if b_dec is None else x - b_dec) @ W_enc + b_enc
     accumulator = torch.promote_types(h.dtype, torch.float32)
     z, active = rational_gate(h.to(accumulator), gate, spec)
-    return z.to(h.dtype), active.sum(0)
+    return Encoded(z.to(h.dtype), active.sum(0), z.abs().sum(0))

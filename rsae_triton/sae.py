@@ -12,6 +12,7 @@ from .base import SparseAutoencoder
 from .errors import ConfigError
 from .gate import RationalGate, smooth_step
 from .ops import rational_encode, resolve_backend
+from .reference import Encoded
 from .remez import fit_gate
 
 
@@ -78,24 +79,14 @@ class FusedRationalSAE(SparseAutoencoder):
 
     def encode_with_counts(self, x: Tensor, *, hard: bool = True) -> tuple[Tensor, Tensor]:
         """As `encode`, with the differentiable activity counts [d_sae] (float32)."""
+        return self.encode_with_sums(x, hard=hard)[:2]
+
+    def encode_with_sums(self, x: Tensor, *, hard: bool = True) -> Encoded:
+        """As `encode`, with what a sparsity penalty needs: counts and the sums of |z|, [d_sae], differentiable."""
         self._check_last(x, "x", "d_in", self.d_in)
-        rows = x.reshape(-1, self.d_in)
-        W_enc: Tensor = self.W_enc
-        b_enc: Tensor = self.b_enc
         b_dec = self.b_dec if self.apply_b_dec_to_input else None
-        if torch.is_autocast_enabled(x.device.type):
-            # The matrix product in the autocast dtype; x - b_dec before it and the gate after it in float32.
-            low = torch.get_autocast_dtype(x.device.type)
-            if b_dec is not None:
-                rows, b_dec = rows - b_dec, None
-            rows, W_enc, b_enc = rows.to(low), W_enc.to(low), b_enc.to(low)
-        elif rows.dtype != W_enc.dtype:
-            raise ConfigError(
-                f"x is {rows.dtype} but the SAE's weights are {W_enc.dtype}; convert one of them with .to(...)"
-            )
         gate, spec = self.gate.tensors(), self.gate.spec(hard)
-        z, counts = rational_encode(rows, W_enc, b_enc, b_dec, gate, spec, self.backend)
-        return z.reshape(*x.shape[:-1], self.d_sae), counts
+        return rational_encode(x, self.W_enc, self.b_enc, b_dec, gate, spec, self.backend)
 
     @torch.no_grad()
     def constrain_(self) -> None:

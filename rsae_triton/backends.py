@@ -1,0 +1,169 @@
+"""The backends behind one interface, and the one place where a backend is chosen.
+
+"triton"  fused kernels on a CUDA device (or in Triton's interpreter)
+"cpu"     BLAS plus the fused pointwise gate of cpu.py
+"eager"   the formulas of explicit.py in plain PyTorch: any device, any dtype
+"auto"    triton on CUDA, cpu on the CPU, eager elsewhere
+
+Inside, every [d_sae, n_tokens] tensor is feature-major (the tokens of one feature are contiguous), contiguous and in
+the dtype of the matrix product; the gate, its sums and their gradients are float32 (float64 for float64 inputs).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import cpu, explicit
+from .errors import ConfigError, SourceError
+from .reference import GateSpec, GateTensors
+from .tiles import wide
+
+BACKENDS = ("auto", "triton", "cpu", "eager")
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def kernels() -> ModuleType:
+    """The Triton kernels; imported late because Triton exists on Linux only."""
+    try:
+        from . import kernels as module
+        from .kernels import encode_forward, rational_backward  # noqa: F401
+    except ImportError as error:
+        raise SourceError(
+            f"backend='triton' cannot be used ({error}); install triton >= 3.3 (torch >= 2.7) or use backend='eager'"
+        ) from error
+    return module
+
+
+@functools.cache
+def _kernels_import() -> bool:
+    """Whether the kernels can be had; says once why not, because eager PyTorch is many times slower on a GPU."""
+    try:
+        kernels()
+    except SourceError as error:
+        warnings.warn(f"{error}; backend='auto' falls back to eager PyTorch", stacklevel=4)
+        return False
+    return True
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter (TRITON_INTERPRET=1) runs the kernels, so that they accept CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Which backend runs for tensors of this device and dtype.
+
+    Raises:
+        ConfigError: an unknown name, or a backend that cannot work on this device or dtype.
+    """
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend is {backend!r}; choose one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        if device.type == "cuda" and dtype in _TRITON_DTYPES and _kernels_import():
+            return "triton"
+        return "cpu" if device.type == "cpu" else "eager"
+    if backend == "triton":
+        if device.type != "cuda" and not interpreting():
+            raise ConfigError(
+                f"backend='triton' needs tensors on a CUDA device, these are on {device}; use backend='auto', "
+                "or set TRITON_INTERPRET=1 before Python starts to run the kernels slowly on the CPU"
+            )
+        if dtype not in _TRITON_DTYPES:
+            raise ConfigError(f"backend='triton' computes in float32, bfloat16 or float16, not {dtype}")
+    if backend == "cpu" and device.type != "cpu":
+        raise ConfigError(f"backend='cpu' needs tensors on the CPU, these are on {device}; use backend='auto'")
+    return backend
+
+
+class Codes(NamedTuple):
+    """z [d_sae, n_tokens]; h likewise, or None where it was not asked for; counts and l1 [d_sae]."""
+
+    z: Tensor
+    h: Tensor | None
+    counts: Tensor
+    l1: Tensor
+
+
+class Gradients(NamedTuple):
+    """dh [d_sae, n_tokens], its sum over tokens [d_sae], and those of the gate, each in its tensor's own shape."""
+
+    dh: Tensor
+    b_enc: Tensor
+    gate: GateTensors
+
+
+def encode(
+    backend: str, x_c: Tensor, W_enc: Tensor, b_enc: Tensor, gate: GateTensors, spec: GateSpec, save_h: bool
+) -> Codes:
+    """x_c [n_tokens, d_in], W_enc [d_in, d_sae] -> `Codes`."""
+    if backend == "triton":
+        save = x_c.dtype if save_h else None
+        return Codes(*kernels().encode_forward(x_c, W_enc, b_enc, gate, **_flags(spec), save_h=save))
+    h = torch.addmm(b_enc.unsqueeze(1), W_enc.t(), x_c.t())
+    z, counts, l1 = gate_forward(backend, h, gate, spec)
+    return Codes(z, h if save_h else None, counts, l1)
+
+
+def gate_forward(backend: str, h: Tensor, gate: GateTensors, spec: GateSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """h [d_sae, n_tokens] -> z of its shape and dtype, counts and l1 [d_sae]."""
+    if backend == "triton":
+        return kernels().rational_forward(h, gate, **_flags(spec))
+    if backend == "cpu":
+        return cpu.gate_forward(h, gate, spec)
+    z, counts, l1 = explicit.gate_forward(h.to(wide(h.dtype)), gate, spec)
+    return z.to(h.dtype), counts, l1
+
+
+def gate_backward(
+    backend: str,
+    h: Tensor,
+    dz: Tensor,
+    dcounts: Tensor | None,
+    dl1: Tensor | None,
+    gate: GateTensors,
+    spec: GateSpec,
+    *,
+    coefficients: bool = True,
+    inplace: bool = False,
+) -> Gradients:
+    """The gradients of `gate_forward`; those of counts and l1 may be None. Arguments as `explicit.gate_backward`.
+
+    inplace: dz may be overwritten (take dh from what is returned).
+    """
+    if backend == "triton":
+        flags = {**_flags(spec), "backward_rational": spec.backward == "rational"}
+        dh, sums = kernels().rational_backward(h, dz, dcounts, dl1, gate, **flags, inplace=inplace)
+        by_tensor = [*sums[:6], torch.zeros_like(gate.activity_threshold)]
+        return Gradients(dh, sums.b_enc, GateTensors(*by_tensor))
+    if backend == "cpu":
+        dh, db_enc, grads = cpu.gate_backward(h, dz, dcounts, dl1, gate, spec, coefficients, inplace=inplace)
+    else:
+        exact = wide(h.dtype)
+        dh, db_enc, grads = explicit.gate_backward(h.to(exact), dz.to(exact), dcounts, dl1, gate, spec, coefficients)
+        dh = dh.to(h.dtype)
+    return Gradients(dh, db_enc, GateTensors(*(_fold(one, like) for one, like in zip(grads, gate, strict=True))))
+
+
+def _flags(spec: GateSpec) -> dict[str, Any]:
+    return {
+        "p": spec.p,
+        "q": spec.q,
+        "gated": spec.form == "gated",
+        "clamp": spec.domain == "clamp",
+        "identity": spec.amplitude == "identity",
+        "hard": spec.hard,
+    }
+
+
+def _fold(per_feature: Tensor, like: Tensor) -> Tensor:
+    """Per-feature gradients summed in float64 to the shape of the coefficients they belong to."""
+    if per_feature.shape == like.shape:
+        return per_feature.to(like.dtype)
+    return per_feature.double().sum(0, keepdim=True).to(like.dtype)
