@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import abc
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .errors import ConfigError, FormatError, NumericsError, ShapeError
+from .files import read_json, read_safetensors, write_atomically
+from .normalization import MODES, Affine, normalize
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
@@ -33,7 +32,10 @@ class SparseAutoencoder(nn.Module, abc.ABC):
     Args:
         d_in, d_sae: width of the activations and number of features, both at least 1.
         apply_b_dec_to_input: whether b_dec is subtracted from the input before encoding.
+        normalize_activations: what every token goes through first, undone on the reconstruction (`normalization`);
+            h, z, W_enc, W_dec, b_enc and b_dec are then in normalised units, x and x_hat never.
         dtype, device: of the weights. generator: seeds the random initial weights.
+        initialise: False leaves the weights as they are in memory, for weights to be loaded.
     """
 
     architecture: ClassVar[str]
@@ -44,22 +46,33 @@ class SparseAutoencoder(nn.Module, abc.ABC):
         d_sae: int,
         *,
         apply_b_dec_to_input: bool = True,
+        normalize_activations: str = "none",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         metadata: dict[str, Any] | None = None,
         generator: torch.Generator | None = None,
+        initialise: bool = True,
     ) -> None:
         super().__init__()
         for name, size in (("d_in", d_in), ("d_sae", d_sae)):
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ConfigError(f"{name} is {size!r}; give a positive integer")
+        if normalize_activations not in MODES:
+            raise ConfigError(f"normalize_activations is {normalize_activations!r}; choose one of {', '.join(MODES)}")
         self.d_in, self.d_sae = d_in, d_sae
         self.apply_b_dec_to_input = apply_b_dec_to_input
+        self.normalize_activations = normalize_activations
         self.metadata = dict(metadata or {})
-        decoder = torch.randn(d_sae, d_in, generator=generator)
-        decoder = (decoder / decoder.norm(dim=1, keepdim=True)).to(device=device, dtype=dtype)
+        if initialise:
+            decoder = torch.randn(d_sae, d_in, generator=generator)
+            decoder = (decoder / decoder.norm(dim=1, keepdim=True)).to(device=device, dtype=dtype)
+            encoder = decoder.t().contiguous().clone()
+        else:
+            encoder, decoder = (
+                torch.empty(shape, device=device, dtype=dtype) for shape in ((d_in, d_sae), (d_sae, d_in))
+            )
         self.W_dec = nn.Parameter(decoder)
-        self.W_enc = nn.Parameter(decoder.t().contiguous().clone())
+        self.W_enc = nn.Parameter(encoder)
         self.b_enc = nn.Parameter(torch.zeros(d_sae, dtype=dtype, device=device))
         self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype, device=device))
 
@@ -77,18 +90,39 @@ class SparseAutoencoder(nn.Module, abc.ABC):
         z = self.encode(x)
         return z, (z != 0).flatten(0, -2).sum(0).float()
 
-    def decode(self, feature_acts: Tensor) -> Tensor:
-        """Codes [..., d_sae] -> reconstructions [..., d_in]."""
+    def decode(self, feature_acts: Tensor, x: Tensor | None = None) -> Tensor:
+        """Codes [..., d_sae] -> reconstructions [..., d_in].
+
+        Args:
+            x: the activations [..., d_in] the codes were made from. Only an SAE that normalises every token needs
+                it, to give the reconstruction the token's own mean and scale; others ignore it.
+
+        Raises:
+            ConfigError: such an SAE without x.
+        """
         self._check_last(feature_acts, "feature_acts", "d_sae", self.d_sae)
-        return feature_acts @ self.W_dec + self.b_dec
+        x_hat = feature_acts @ self.W_dec + self.b_dec
+        if self.normalize_activations == "none":
+            return x_hat
+        if x is None:
+            raise ConfigError(
+                f"this SAE normalises every token ({self.normalize_activations}) and a code alone does not say what "
+                "to undo; use decode(feature_acts, x) or forward(x)"
+            )
+        return self.normalization(x).undo(x_hat)
 
     def forward(self, x: Tensor) -> Tensor:
         """Activations [..., d_in] -> reconstructions [..., d_in]."""
-        return self.decode(self.encode(x))
+        return self.decode(self.encode(x), x)
+
+    def normalization(self, x: Tensor) -> Affine:
+        """What every token of x [..., d_in] goes through before the encoder; the identity for most SAEs."""
+        return normalize(x, self.normalize_activations)
 
     def hidden_pre(self, x: Tensor) -> Tensor:
         """Activations [..., d_in] -> pre-activations h [..., d_sae]."""
         self._check_last(x, "x", "d_in", self.d_in)
+        x = self.normalization(x).apply(x)
         if not self.apply_b_dec_to_input:
             return x @ self.W_enc + self.b_enc
         if torch.is_autocast_enabled(x.device.type) or x.requires_grad:
@@ -115,10 +149,12 @@ class SparseAutoencoder(nn.Module, abc.ABC):
         """Turns an SAE of x * scale into the same SAE of x: codes are unchanged, reconstructions are in x's units.
 
         Activations are scaled to a mean norm of sqrt(d_in) for training; what is saved should read the model's
-        own activations.
+        own activations. An SAE that normalises every token sees the same either way, and is left as it is.
         """
         if not scale > 0:
             raise NumericsError(f"activation scale is {scale}; it must be a positive number")
+        if self.normalize_activations != "none":
+            return self
         self.W_enc.mul_(scale)
         self.W_dec.div_(scale)
         self.b_dec.div_(scale)
@@ -135,8 +171,9 @@ class SparseAutoencoder(nn.Module, abc.ABC):
             "dtype": str(self.W_enc.dtype).removeprefix("torch."),
             "device": "cpu",
             "apply_b_dec_to_input": self.apply_b_dec_to_input,
-            "normalize_activations": "none",
-            "reshape_activations": "none",
+            "normalize_activations": self.normalize_activations,
+            # Activations of attention heads [..., head, d_head] are flattened by whoever holds them.
+            "reshape_activations": "hook_z" if str(self.metadata.get("hook_name")).endswith("hook_z") else "none",
             "metadata": {"sae_lens_version": SAE_LENS_VERSION, **self.metadata},
         }
 
@@ -152,6 +189,8 @@ class SparseAutoencoder(nn.Module, abc.ABC):
             "d_in": config["d_in"],
             "d_sae": config["d_sae"],
             "apply_b_dec_to_input": config.get("apply_b_dec_to_input", True),
+            "normalize_activations": config.get("normalize_activations") or "none",
+            "initialise": False,
             "dtype": parse_dtype(config.get("dtype", "float32")),
             "metadata": {k: v for k, v in config.get("metadata", {}).items() if k != "sae_lens_version"},
         }
@@ -248,30 +287,10 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         FormatError: missing or unreadable files, or a configuration without an architecture.
     """
     folder = Path(folder)
-    config_path, weights_path = folder / CONFIG_FILE, folder / WEIGHTS_FILE
-    for path in (config_path, weights_path):
-        if not path.is_file():
-            raise FormatError(f"{path} does not exist; an SAE folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
-    try:
-        config = json.loads(config_path.read_text())
-    except ValueError as error:
-        raise FormatError(f"{config_path} is not JSON ({error}); restore it or save the SAE again") from error
-    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
-        raise FormatError(f"{config_path} names no architecture; it is not the configuration of an SAE")
-    try:
-        return config, load_file(weights_path)
-    except (SafetensorError, OSError) as error:
-        raise FormatError(f"{weights_path} is truncated or not a safetensors file ({error})") from error
-
-
-def write_atomically(path: Path, write: Any) -> None:
-    """Writes beside `path` and renames: a killed run leaves the old file or the new one, never half of one."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise FormatError(f"{folder / name} does not exist; an SAE folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+    config = read_json(folder / CONFIG_FILE)
+    if not isinstance(config.get("architecture"), str):
+        raise FormatError(f"{folder / CONFIG_FILE} names no architecture; it is not the configuration of an SAE")
+    return config, read_safetensors(folder / WEIGHTS_FILE)

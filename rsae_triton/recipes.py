@@ -147,7 +147,7 @@ def losses(sae: SparseAutoencoder, x: Tensor, recipe: Recipe, weight: float, dea
     else:
         z, counts = sae.encode_with_counts(x)
         l1 = None
-    residual = x - sae.decode(z)
+    residual = x - sae.decode(z, x)
     mse = residual.square().sum(-1).mean()
     total = mse
     l0 = counts.sum() / len(x)
@@ -165,4 +165,4 @@ def auxiliary_loss(sae: SparseAutoencoder, x: Tensor, residual: Tensor, dead: Te
     """How well the k strongest dead features reconstruct what the live ones left (arXiv:2406.04093, app. A.2)."""
     h = sae.hidden_pre(x)
     z = keep_largest(h.masked_fill(~dead, -torch.inf), min(k, int(dead.sum()))).relu()
-    return (residual - z @ sae.W_dec).square().sum(-1).mean()
+    return (residual - sae.normalization(x).scale * (z @ sae.W_dec)).square().sum(-1).mean()

@@ -28,7 +28,8 @@ class FusedRationalSAE(SparseAutoencoder):
             rational, groups=d_sae gives every feature its own.
         gate: a ready `RationalGate`; then the six arguments above are taken from it.
         backend: "auto", "triton", "cpu" or "eager" (see `rsae_triton.ops`).
-        apply_b_dec_to_input, dtype, device, metadata, generator: see `SparseAutoencoder`.
+        apply_b_dec_to_input, normalize_activations, dtype, device, metadata, generator, initialise: see
+            `SparseAutoencoder`.
 
     Without `gate` a direct gate starts at the minimax fit of ReLU, a gated one at the smooth step (its type is
     (2, 2); other degrees start at the minimax step with margin 0.1).
@@ -50,19 +51,23 @@ class FusedRationalSAE(SparseAutoencoder):
         gate: RationalGate | None = None,
         backend: str = "auto",
         apply_b_dec_to_input: bool = True,
+        normalize_activations: str = "none",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         metadata: dict[str, Any] | None = None,
         generator: torch.Generator | None = None,
+        initialise: bool = True,
     ) -> None:
         super().__init__(
             d_in,
             d_sae,
             apply_b_dec_to_input=apply_b_dec_to_input,
+            normalize_activations=normalize_activations,
             dtype=dtype,
             device=device,
             metadata=metadata,
             generator=generator,
+            initialise=initialise,
         )
         if gate is None:
             options = {"groups": groups, "domain": domain, "amplitude": amplitude, "backward": backward}
@@ -84,6 +89,7 @@ class FusedRationalSAE(SparseAutoencoder):
     def encode_with_sums(self, x: Tensor, *, hard: bool = True) -> Encoded:
         """As `encode`, with what a sparsity penalty needs: counts and the sums of |z|, [d_sae], differentiable."""
         self._check_last(x, "x", "d_in", self.d_in)
+        x = self.normalization(x).apply(x)
         b_dec = self.b_dec if self.apply_b_dec_to_input else None
         gate, spec = self.gate.tensors(), self.gate.spec(hard)
         return rational_encode(x, self.W_enc, self.b_enc, b_dec, gate, spec, self.backend)

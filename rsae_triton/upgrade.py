@@ -100,6 +100,8 @@ def upgrade(
     """
     if not isinstance(teacher, ReluSAE | JumpReluSAE | TopKSAE):
         raise ConfigError(f"a {type(teacher).__name__} cannot be upgraded; teachers are ReLU, JumpReLU and TopK SAEs")
+    if teacher.metadata.get("transcoder"):
+        raise ConfigError("the teacher is a transcoder; stage 1 calibrates against the activations that go in")
     if form not in ("auto", "gated", "direct"):
         raise ConfigError(f"form is {form!r}; choose auto, gated or direct")
     x = sample(activations, teacher, n_tokens, seed)
@@ -119,6 +121,7 @@ def upgrade(
         gate=gate,
         backend=backend,
         apply_b_dec_to_input=teacher.apply_b_dec_to_input,
+        normalize_activations=teacher.normalize_activations,
         dtype=teacher.W_enc.dtype,
         device=teacher.W_enc.device,
         metadata=teacher.metadata,
@@ -212,16 +215,16 @@ def _gated(
     # Against the code with hard thresholds and no step: a TopK teacher's own code differs already in which fire.
     exact = h * (h > seen.thresholds)
     with torch.no_grad():
-        mse = (x - teacher.decode(exact)).square().sum()
+        mse = (x - teacher.decode(exact, x)).square().sum()
 
     @torch.no_grad()
     def error(width: float) -> float:
         gate.log_input_scale.fill_(float(np.log(slope * width)))
         code = gate(h)
-        change = (x - teacher.decode(code)).square().sum() / mse - 1
+        change = (x - teacher.decode(code, x)).square().sum() / mse - 1
         return max(float((code - exact).norm() / exact.norm().clamp_min(1e-12)), abs(float(change)))
 
-    widest = GATE_WIDTH[teacher.architecture] * float(x.float().norm(dim=1).mean())
+    widest = GATE_WIDTH[teacher.architecture] * float(teacher.normalization(x).apply(x).float().norm(dim=1).mean())
     initial = error(widest)
     if initial > tolerance:
         low, high = 0.0, widest

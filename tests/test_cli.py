@@ -44,7 +44,7 @@ def test_wrong_input_is_one_line_and_exit_2(arguments, parts, capsys, tmp_path, 
 def test_a_teacher_folder_without_a_teacher_is_named(capsys, tmp_path):
     (tmp_path / "cfg.json").write_text(json.dumps({"architecture": "gated"}))
     assert main(["demo", "--teacher", str(tmp_path)]) == 2
-    one_line(capsys, "sae_weights.safetensors does not exist")
+    one_line(capsys, "is in no format that is read here. It holds cfg.json")
 
 
 def test_debug_shows_the_traceback():

@@ -171,7 +171,7 @@ def damage_config(folder, **changes):
     [
         (lambda d: (d / "cfg.json").unlink(), "does not exist"),
         (lambda d: (d / "cfg.json").write_text("{"), "not JSON"),
-        (lambda d: (d / "cfg.json").write_text("[]"), "architecture"),
+        (lambda d: (d / "cfg.json").write_text("[]"), "not a JSON object"),
         (lambda d: damage_config(d, architecture="standard"), "not 'rational'"),
         (lambda d: damage_config(d, d_sae=31), "does not divide|shape"),
         (lambda d: damage_config(d, degree=None), "degree|misuses"),
@@ -199,6 +199,6 @@ def test_a_bad_weight_is_not_saved_over_a_good_file(tmp_path):
 
 def test_settings_we_would_not_reproduce_are_refused(tmp_path):
     ReluSAE(4, 8).save_pretrained(tmp_path)
-    damage_config(tmp_path, normalize_activations="layer_norm")
-    with pytest.raises(FormatError, match="normalize_activations"):
+    damage_config(tmp_path, normalize_activations="expected_average_only_in")
+    with pytest.raises(FormatError, match="activation_scale"):
         load_teacher(tmp_path)

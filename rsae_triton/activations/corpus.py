@@ -18,8 +18,8 @@ from rsae_triton.activations.documents import (
     split,
     strip_gutenberg,
 )
-from rsae_triton.activations.hub import require_hub
 from rsae_triton.errors import FormatError, SourceError
+from rsae_triton.hub import require_hub
 
 __all__ = ["Document", "corpus_sha256", "load_corpus", "split"]
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from rsae_triton.activations.dequantise import embedded_model, gguf_model
-from rsae_triton.activations.hub import hub_reachable
 from rsae_triton.errors import ConfigError, FormatError, SourceError
+from rsae_triton.hub import hub_reachable
 
 _DTYPES = {
     "fp32": torch.float32, "float32": torch.float32,

@@ -107,7 +107,11 @@ def splice_sequences(
         raise NumericsError("a sequence has no prediction that counts; leave such sequences out")
 
     def reconstruct(codec: Codec) -> Callable[[Tensor], Tensor]:
-        return lambda x: codec.decode(codec.encode(x.to(codec.W_dec.dtype))).float()
+        def through(x: Tensor) -> Tensor:
+            x = x.to(codec.W_dec.dtype)
+            return codec.decode(codec.encode(x), x).float()
+
+        return through
 
     replacements: dict[str, Callable[[Tensor], Tensor] | None] = {
         "clean": None,

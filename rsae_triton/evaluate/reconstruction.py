@@ -25,7 +25,7 @@ class Codec(Protocol):
 
     def encode(self, x: Tensor) -> Tensor: ...
 
-    def decode(self, feature_acts: Tensor) -> Tensor: ...
+    def decode(self, feature_acts: Tensor, x: Tensor | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class Thresholded:
         z = self.sae.encode(x)
         return z * (strength(z, self.W_dec) > self.tau)
 
-    def decode(self, feature_acts: Tensor) -> Tensor:
-        return self.sae.decode(feature_acts)
+    def decode(self, feature_acts: Tensor, x: Tensor | None = None) -> Tensor:
+        return self.sae.decode(feature_acts, x)
 
 
 def strength(z: Tensor, W_dec: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def measure(sae: Codec, x: Tensor, progress: Callable[[int], None] | None = None
     for chunk in x.split(CHUNK):
         rows = chunk.to(device=sae.W_dec.device, dtype=sae.W_dec.dtype)
         z = sae.encode(rows)
-        x_hat = sae.decode(z)
+        x_hat = sae.decode(z, rows)
         nonzero = z != 0
         active += nonzero.sum(0)
         errors.append((rows - x_hat).double().square().sum(1).cpu())

@@ -1,15 +1,20 @@
-"""The SAEs being upgraded: to train, or to load from what people have."""
+"""The SAEs being upgraded: to train, or to load from what people have (docs/formats.md)."""
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
+from types import ModuleType
 
-from ..base import CONFIG_FILE, SparseAutoencoder, read_folder
+from ..base import SparseAutoencoder
 from ..errors import ConfigError, FormatError
+from ..hub import local_path
+from . import dictionary_learning, gemma_scope, goodfire, llama_scope, openai, qwen_scope, saelens, sparsify
 from .architectures import JumpReluSAE, ReluSAE, TopKSAE, keep_largest
+from .parts import Files
 
 __all__ = [
-    "ARCHITECTURES",
+    "FORMATS",
     "JumpReluSAE",
     "ReluSAE",
     "SparseAutoencoder",
@@ -18,47 +23,69 @@ __all__ = [
     "load_teacher",
 ]
 
-ARCHITECTURES: dict[str, type[SparseAutoencoder]] = {
-    kind.architecture: kind for kind in (ReluSAE, JumpReluSAE, TopKSAE)
-}
-# What SAELens writes about its own training, and what changes nothing in how codes are computed when it has
-# the value here; any other value would make our codes differ from the original's, so it is refused.
-_NEUTRAL = {
-    "normalize_activations": ("none", None),
-    "reshape_activations": ("none", None),
-    "rescale_acts_by_decoder_norm": (False, None),
+FORMATS: dict[str, ModuleType] = {
+    module.NAME: module
+    for module in (
+        saelens,
+        dictionary_learning,
+        sparsify,
+        gemma_scope,
+        llama_scope,
+        openai,
+        qwen_scope,
+        goodfire,
+    )
 }
 
 
-def load_teacher(source: str | Path, format: str = "auto") -> SparseAutoencoder:
-    """Loads a ReLU, JumpReLU or TopK SAE.
+def load_teacher(
+    source: str | Path,
+    format: str = "auto",
+    *,
+    revision: str | None = None,
+    k: int | None = None,
+    activation_scale: float | None = None,
+) -> SparseAutoencoder:
+    """Loads a ReLU, JumpReLU or TopK SAE that any of the field's libraries has saved.
 
     Args:
-        source: a folder with cfg.json and sae_weights.safetensors (SAELens 6, or our `save_pretrained`).
-        format: "auto" or "saelens".
+        source: a folder or file, or a hub id: "owner/repository", with the SAE's folder or file in it where the
+            repository holds several ("google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71").
+        format: "auto", or a name of `FORMATS`.
+        revision: branch, tag or commit of a hub id.
+        k: active features per token, where the files do not say (Qwen Scope outside its repository).
+        activation_scale: what the activations were multiplied by in training, where the files do not say.
+
+    Returns:
+        The teacher, reading the model's own activations, in the dtype of the file (float32 where something was
+        folded into the weights). metadata: hook_name and model_name where known, and under "loaded_from" the
+        format, the source and what was folded. Gated and BatchTopK SAEs become the JumpReLU SAEs they are.
 
     Raises:
-        FormatError: not such a folder, corrupt files, or a setting whose codes we would not reproduce exactly.
-        ConfigError: an unknown format.
+        FormatError: no known format, corrupt or foreign files, or a setting whose code would not be reproduced
+            exactly. SourceError: a hub id that cannot be fetched. ConfigError: an unknown format name.
+        NumericsError: weights that are not finite.
     """
-    if format not in ("auto", "saelens"):
-        raise ConfigError(f"format is {format!r}; this version reads 'saelens' ({CONFIG_FILE} + safetensors)")
-    config, weights = read_folder(source)
-    kind = ARCHITECTURES.get(config["architecture"])
-    if kind is None:
-        hint = (
-            " (load a rational SAE with FusedRationalSAE.from_pretrained)"
-            if config["architecture"] == "rational"
-            else ""
+    if format != "auto" and format not in FORMATS:
+        raise ConfigError(f"format is {format!r}; choose auto or one of {', '.join(FORMATS)}")
+    files = Files(local_path(source, revision), str(source), k, activation_scale)
+    reader = _recognise(files) if format == "auto" else FORMATS[format]
+    teacher: SparseAutoencoder = reader.read(files)
+    if teacher.metadata.get("transcoder"):
+        warnings.warn(
+            f"{source} is a transcoder: what it decodes are activations at another place than those it encodes",
+            stacklevel=2,
         )
-        raise FormatError(
-            f"{source} holds an SAE of architecture {config['architecture']!r}{hint}; teachers are "
-            f"{', '.join(ARCHITECTURES)}"
-        )
-    for name, neutral in _NEUTRAL.items():
-        if config.get(name) not in neutral:
-            raise FormatError(
-                f"{source} was saved with {name}={config[name]!r}, which this version does not reproduce; "
-                f"fold it into the weights first (SAELens: fold_activation_norm_scaling_factor, fold_W_dec_norm)"
-            )
-    return kind.from_files(config, weights, source)
+    return teacher
+
+
+def _recognise(files: Files) -> ModuleType:
+    for module in FORMATS.values():
+        if module.recognises(files):
+            return module
+    held = sorted(one.name for one in files.folder.iterdir())
+    looked = "; ".join(f"{name}: {module.LOOKS_FOR}" for name, module in FORMATS.items())
+    raise FormatError(
+        f"{files.path} is in no format that is read here. It holds {', '.join(held[:8]) or 'nothing'}"
+        f"{', ...' if len(held) > 8 else ''}. Looked for {looked}"
+    )

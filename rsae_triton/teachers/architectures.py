@@ -87,25 +87,28 @@ class TopKSAE(SparseAutoencoder):
 
     Args:
         k: active features per token, 1 to d_sae.
+        relu: False keeps the k largest also where they are negative, which happens to tokens with fewer than k
+            positive pre-activations.
     """
 
     architecture: ClassVar[str] = "topk"
 
-    def __init__(self, d_in: int, d_sae: int, *, k: int = 32, **options: Any) -> None:
+    def __init__(self, d_in: int, d_sae: int, *, k: int = 32, relu: bool = True, **options: Any) -> None:
         super().__init__(d_in, d_sae, **options)
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= d_sae:
             raise ConfigError(f"k is {k!r}; give an integer from 1 to d_sae={d_sae}")
-        self.k = k
+        self.k, self.relu = k, relu
 
     def encode(self, x: Tensor) -> Tensor:
-        return keep_largest(self.hidden_pre(x), self.k).relu()
+        z = keep_largest(self.hidden_pre(x), self.k)
+        return z.relu() if self.relu else z
 
     def config(self) -> dict[str, Any]:
-        return {**super().config(), "k": self.k}
+        return {**super().config(), "k": self.k, **({} if self.relu else {"relu": False})}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        return cls(k=config["k"], **cls.common_arguments(config))
+        return cls(k=config["k"], relu=config.get("relu", True), **cls.common_arguments(config))
 
 
 def keep_largest(values: Tensor, k: int) -> Tensor:

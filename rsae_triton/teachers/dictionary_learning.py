@@ -1,0 +1,109 @@
+"""dictionary_learning: ae.pt + config.json, of its seven dictionary classes.
+
+Rules read in, and tests run against, dictionary_learning 0.1.0 (`dictionary.py`, `trainers/*.py`, `utils.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..base import SparseAutoencoder
+from ..errors import FormatError
+from ..files import read_json, read_torch
+from .parts import Files, Parts, require
+
+NAME = "dictionary_learning"
+LOOKS_FOR = "ae.pt + config.json with trainer.dict_class"
+
+
+def recognises(files: Files) -> bool:
+    return files.has("ae.pt") and files.path.name != "config.json"
+
+
+def read(files: Files) -> SparseAutoencoder:
+    """A teacher from a dictionary_learning folder (or the ae.pt in it)."""
+    path, config_path = files.folder / "ae.pt", files.folder / "config.json"
+    config = read_json(config_path)
+    trainer = config.get("trainer")
+    kind = trainer.get("dict_class") if isinstance(trainer, dict) else None
+    if kind not in _CLASSES:
+        raise FormatError(f"{config_path} names dict_class={kind!r}; known are {', '.join(_CLASSES)}")
+    parts = _CLASSES[kind](read_torch(path), path)
+    assert isinstance(trainer, dict)
+    parts.metadata = _provenance(trainer, kind)
+    return parts.build(files, NAME)
+
+
+def _provenance(trainer: dict[str, Any], kind: str) -> dict[str, Any]:
+    layer, submodule = trainer.get("layer"), trainer.get("submodule_name")
+    residual = submodule is None or str(submodule).startswith("resid_post")
+    return {
+        "model_name": trainer.get("lm_name"),
+        "hook_name": f"blocks.{layer}.hook_resid_post" if residual and isinstance(layer, int) else None,
+        "submodule_name": submodule,
+        "dict_class": kind,
+        "k": trainer.get("k"),
+        "group_fractions": trainer.get("group_fractions"),
+    }
+
+
+def _standard(tensors: dict[str, Any], path: Path) -> Parts:
+    w = require(tensors, path, "bias", "encoder.weight", "encoder.bias", "decoder.weight")
+    parts = Parts(w["encoder.weight"].t(), w["decoder.weight"].t(), w["encoder.bias"], w["bias"])
+    # AutoEncoder.from_pretrained does this by default, so that codes of differently trained SAEs compare.
+    return parts.fold_decoder_norm("AutoEncoder.normalize_decoder")
+
+
+def _new(tensors: dict[str, Any], path: Path) -> Parts:
+    w = require(tensors, path, "encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
+    return Parts(
+        w["encoder.weight"].t(),
+        w["decoder.weight"].t(),
+        w["encoder.bias"],
+        w["decoder.bias"],
+        apply_b_dec_to_input=False,
+    )
+
+
+def _gated(tensors: dict[str, Any], path: Path) -> Parts:
+    names = ("decoder_bias", "encoder.weight", "decoder.weight", "r_mag", "gate_bias", "mag_bias")
+    w = require(tensors, path, *names)
+    parts = Parts(w["encoder.weight"].t(), w["decoder.weight"].t(), None, w["decoder_bias"])
+    return parts.gated(w["r_mag"], w["gate_bias"], w["mag_bias"])
+
+
+def _jumprelu(tensors: dict[str, Any], path: Path) -> Parts:
+    w = require(tensors, path, "W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+    return Parts(w["W_enc"], w["W_dec"], w["b_enc"], w["b_dec"], threshold=w["threshold"], apply_b_dec_to_input=False)
+
+
+def _topk(tensors: dict[str, Any], path: Path) -> Parts:
+    names = ("k", "b_dec", "encoder.weight", "encoder.bias", "decoder.weight")
+    w = require(tensors, path, *names, optional=("threshold",))
+    return Parts(w["encoder.weight"].t(), w["decoder.weight"].t(), w["encoder.bias"], w["b_dec"], k=int(w["k"]))
+
+
+def _batchtopk(tensors: dict[str, Any], path: Path) -> Parts:
+    names = ("threshold", "b_dec", "encoder.weight", "encoder.bias", "decoder.weight")
+    w = require(tensors, path, *names, optional=("k",))
+    return Parts(
+        w["encoder.weight"].t(), w["decoder.weight"].t(), w["encoder.bias"], w["b_dec"], threshold=w["threshold"]
+    )
+
+
+def _matryoshka(tensors: dict[str, Any], path: Path) -> Parts:
+    w = require(tensors, path, "threshold", "W_enc", "b_enc", "W_dec", "b_dec", optional=("k", "group_sizes"))
+    return Parts(w["W_enc"], w["W_dec"], w["b_enc"], w["b_dec"], threshold=w["threshold"])
+
+
+_CLASSES: dict[str, Callable[[dict[str, Any], Path], Parts]] = {
+    "AutoEncoder": _standard,
+    "AutoEncoderNew": _new,
+    "GatedAutoEncoder": _gated,
+    "JumpReluAutoEncoder": _jumprelu,
+    "AutoEncoderTopK": _topk,
+    "BatchTopKSAE": _batchtopk,
+    "MatryoshkaBatchTopKSAE": _matryoshka,
+}

@@ -1,0 +1,46 @@
+"""Goodfire's SAEs of Llama 3: one .pt or .pth file with two linear layers.
+
+Rule of its model cards: z = relu(encoder_linear(x)), x_hat = decoder_linear(z); nothing is subtracted from the input.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..base import SparseAutoencoder
+from ..errors import FormatError
+from ..files import read_torch
+from .parts import Files, Parts, layer_of, require
+
+NAME = "goodfire"
+LOOKS_FOR = "a .pt or .pth file with encoder_linear.weight and decoder_linear.weight"
+
+
+def recognises(files: Files) -> bool:
+    return {"encoder_linear.weight", "decoder_linear.weight"} <= files.torch_keys()
+
+
+def read(files: Files) -> SparseAutoencoder:
+    """A teacher from one file."""
+    path = files.torch_file()
+    if path is None:
+        raise FormatError(f"{files.name} is not one .pt or .pth file; name it")
+    layers = ("encoder_linear", "decoder_linear")
+    w = require(read_torch(path), path, *(f"{layer}.{part}" for layer in layers for part in ("weight", "bias")))
+    parts = Parts(
+        w["encoder_linear.weight"].t(),
+        w["decoder_linear.weight"].t(),
+        w["encoder_linear.bias"],
+        w["decoder_linear.bias"],
+        apply_b_dec_to_input=False,
+        metadata=_provenance(files),
+    )
+    return parts.build(files, NAME)
+
+
+def _provenance(files: Files) -> dict[str, Any]:
+    layer = layer_of(files.name, r"-SAE-l(\d+)")
+    return {
+        "model_name": f"meta-llama/{files.path.name.split('-SAE-')[0]}" if layer is not None else None,
+        "hook_name": None if layer is None else f"blocks.{layer}.hook_resid_post",
+    }

@@ -1,0 +1,64 @@
+"""OpenAI's sparse autoencoders of GPT-2: one .pt file each.
+
+Rule of openai/sparse_autoencoder `model.py`: latents = activation((x - pre_bias) @ encoder + latent_bias). Models with
+the TopK activation normalise their input first (layer norm with unbiased std, epsilon 1e-5 on the std) and undo it on
+the reconstruction; ReLU models do not.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from ..base import SparseAutoencoder
+from ..errors import FormatError
+from ..files import read_torch
+from .parts import Files, Parts, require
+
+NAME = "openai"
+LOOKS_FOR = "a .pt file with pre_bias, encoder.weight, latent_bias, decoder.weight"
+_STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
+_HOOKS = {
+    "resid_post_mlp": "hook_resid_post",
+    "resid_post_attn": "hook_resid_mid",
+    "resid_delta_mlp": "hook_mlp_out",
+    "resid_delta_attn": "hook_attn_out",
+    "mlp_post_act": "mlp.hook_post",
+}
+
+
+def recognises(files: Files) -> bool:
+    return {"pre_bias", "latent_bias"} <= files.torch_keys()
+
+
+def read(files: Files) -> SparseAutoencoder:
+    """A teacher from one .pt file."""
+    path = files.torch_file()
+    if path is None:
+        raise FormatError(f"{files.name} is not one .pt file; OpenAI's autoencoders are one file each, name it")
+    tensors = read_torch(path)
+    names = ("pre_bias", "encoder.weight", "latent_bias", "decoder.weight")
+    w = require(tensors, path, *names, optional=(*_STATISTICS, "activation", "activation_state_dict"))
+    activation = tensors.get("activation", "ReLU")
+    state: Any = tensors.get("activation_state_dict") or {}
+    parts = Parts(w["encoder.weight"].t(), w["decoder.weight"].t(), w["latent_bias"], w["pre_bias"])
+    if activation == "TopK":
+        after = state.get("postact_fn", "ReLU")
+        if after not in ("ReLU", "Identity"):
+            raise FormatError(f"{files.name} puts the k largest through {after!r}; ReLU and Identity are read")
+        parts.k, parts.relu, parts.normalize_activations = state.get("k"), after == "ReLU", "layer_norm"
+        if not isinstance(parts.k, int):
+            raise FormatError(f"{path} has a TopK activation without k")
+    elif activation != "ReLU":
+        raise FormatError(f"{files.name} has the activation {activation!r}; TopK and ReLU are read")
+    parts.metadata = _provenance(files)
+    return parts.build(files, NAME)
+
+
+def _provenance(files: Files) -> dict[str, Any]:
+    """From paths such as gpt2-small/resid_post_mlp_v5_32k/autoencoders/8.pt."""
+    place = re.search(rf"({'|'.join(_HOOKS)})\w*/autoencoders/(\d+)\.pt", files.name.replace("\\", "/"))
+    return {
+        "model_name": "gpt2" if "gpt2-small" in files.name else None,
+        "hook_name": f"blocks.{place[2]}.{_HOOKS[place[1]]}" if place else None,
+    }

@@ -1,0 +1,232 @@
+"""From the tensors of any format to a teacher: what a reader fills in, the exact foldings, and the checks."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ..base import SparseAutoencoder
+from ..errors import ConfigError, FormatError, NumericsError
+from ..files import read_torch
+from .architectures import JumpReluSAE, ReluSAE, TopKSAE
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a reader is handed: where the files are, and what the caller knows that they do not say.
+
+    path: a local folder or file. name: what the caller asked for; hub ids and folders carry model and layer.
+    k: active features per token. activation_scale: what activations were multiplied by in training.
+    """
+
+    path: Path
+    name: str
+    k: int | None = None
+    activation_scale: float | None = None
+
+    @property
+    def folder(self) -> Path:
+        return self.path if self.path.is_dir() else self.path.parent
+
+    def has(self, *names: str) -> bool:
+        """Whether the folder holds all of these; a file that was named must be one of them."""
+        if self.path.is_file() and self.path.name not in names:
+            return False
+        return all((self.folder / name).is_file() for name in names)
+
+    def torch_file(self) -> Path | None:
+        """The .pt or .pth file: the one that was named, or the only one in the folder."""
+        if self.path.is_file():
+            return self.path if self.path.suffix in (".pt", ".pth") else None
+        found = sorted(one for one in self.folder.iterdir() if one.suffix in (".pt", ".pth"))
+        return found[0] if len(found) == 1 else None
+
+    def torch_keys(self) -> set[str]:
+        """The top-level names in that file; empty where there is none, or none that can be read."""
+        path = self.torch_file()
+        try:
+            return set(map(str, read_torch(path))) if path is not None else set()
+        except FormatError:
+            return set()
+
+
+@dataclass
+class Parts:
+    """The tensors of an SAE in SAELens' orientation, before they become a teacher.
+
+    W_enc [d_in, d_sae], W_dec [d_sae, d_in], b_enc [d_sae], b_dec [d_in]; zeros where b_enc or b_dec is None.
+    threshold: [d_sae] or one number makes a JumpReLU, k a TopK, neither a ReLU. metadata: what is kept as
+    provenance. folded: what was folded into the weights, in words; lands in the metadata.
+    """
+
+    W_enc: Tensor
+    W_dec: Tensor
+    b_enc: Any = None
+    b_dec: Any = None
+    apply_b_dec_to_input: bool = True
+    threshold: Any = None
+    k: int | None = None
+    relu: bool = True
+    normalize_activations: str = "none"
+    metadata: dict[str, Any] = field(default_factory=dict)
+    folded: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.W_enc.dim() != 2 or self.W_dec.dim() != 2:
+            raise FormatError(
+                f"W_enc has shape {tuple(self.W_enc.shape)} and W_dec {tuple(self.W_dec.shape)}; "
+                "the weights of an SAE are matrices"
+            )
+        self.d_in, self.d_sae = self.W_enc.shape
+        if self.b_enc is None:
+            self.b_enc = self.W_enc.new_zeros(self.d_sae)
+        if self.b_dec is None:
+            self.b_dec = self.W_dec.new_zeros(self.d_in)
+        if self.threshold is not None:
+            threshold = torch.as_tensor(self.threshold).float()
+            self.threshold = threshold.expand(self.d_sae).clone() if threshold.numel() == 1 else threshold
+        shapes = {"W_dec": (self.d_sae, self.d_in), "b_enc": (self.d_sae,), "b_dec": (self.d_in,)}
+        for name, tensor in self.tensors().items():
+            expected = shapes.get(name, (self.d_in, self.d_sae) if name == "W_enc" else (self.d_sae,))
+            if tuple(tensor.shape) != expected:
+                raise FormatError(
+                    f"{name} has shape {tuple(tensor.shape)}, but W_enc {tuple(self.W_enc.shape)} makes it {expected}; "
+                    "the files do not belong together or are of another format"
+                )
+            if not tensor.is_floating_point():
+                raise FormatError(f"{name} holds {tensor.dtype}; the weights of an SAE are floating-point numbers")
+
+    def tensors(self) -> dict[str, Tensor]:
+        names = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    # -- foldings: the same function with other weights. Done in float32 at least: a factor folded into bfloat16
+    # weights would change every one of them by up to 0.4 %.
+
+    def _widen(self) -> None:
+        for name, tensor in self.tensors().items():
+            setattr(self, name, tensor.to(torch.promote_types(tensor.dtype, torch.float32)))
+
+    def fold_input_scale(self, scale: float, why: str) -> Self:
+        """From an SAE of x * scale to the same SAE of x; codes are unchanged."""
+        if not 0 < scale < float("inf"):
+            raise FormatError(f"{why}: the factor on the activations is {scale}; it must be a positive number")
+        if scale != 1:
+            self._widen()
+            self.W_enc, self.W_dec, self.b_dec = self.W_enc * scale, self.W_dec / scale, self.b_dec / scale
+            self.folded.append(f"{why}: activations * {scale:.9g}")
+        return self
+
+    def fold_whitening(self, mean: Tensor, matrix: Tensor, inverse: Tensor) -> Self:
+        """From an SAE of (x - mean) @ matrix to the same SAE of x; codes are unchanged."""
+        dtype = torch.promote_types(self.W_enc.dtype, torch.float32)
+        encoder = matrix.double() @ self.W_enc.double()
+        if not self.apply_b_dec_to_input:
+            self.b_enc = (self.b_enc.double() - mean.double() @ encoder).to(dtype)
+        self.W_enc = encoder.to(dtype)
+        self.W_dec = (self.W_dec.double() @ inverse.double()).to(dtype)
+        self.b_dec = (self.b_dec.double() @ inverse.double() + mean.double()).to(dtype)
+        self._widen()
+        self.folded.append("whitening of the activations")
+        return self
+
+    def fold_decoder_norm(self, why: str) -> Self:
+        """Unit decoder rows; codes are multiplied by the norms they had, reconstructions are unchanged."""
+        norm = self.W_dec.float().norm(dim=1)
+        if not torch.allclose(norm, torch.ones_like(norm)):
+            self._widen()
+            norm = torch.where(norm > 0, norm, 1.0)
+            self.W_enc, self.W_dec = self.W_enc * norm, self.W_dec / norm[:, None]
+            self.b_enc = self.b_enc * norm
+            if self.threshold is not None:
+                self.threshold = self.threshold * norm
+            self.folded.append(f"{why}: decoder norms; codes are in units of the reconstruction")
+        return self
+
+    def fold_code_scale(self, scale: Tensor, why: str) -> Self:
+        """From codes that are multiplied by scale [d_sae] before they are decoded to codes that are not."""
+        self._widen()
+        self.W_dec = self.W_dec * scale[:, None].float()
+        self.folded.append(why)
+        return self
+
+    def gated(self, r_mag: Tensor, b_gate: Tensor, b_mag: Tensor) -> Self:
+        """Makes a gated SAE the JumpReLU SAE that it is (arXiv:2404.16014, section 3.2).
+
+        With v = x @ W_enc, z = 1[v + b_gate > 0] * relu(exp(r_mag) * v + b_mag). In terms of the magnitude
+        h = exp(r_mag) * v + b_mag the gate is open where h > b_mag - exp(r_mag) * b_gate.
+        """
+        for name, tensor in (("r_mag", r_mag), ("b_gate", b_gate), ("b_mag", b_mag)):
+            if tuple(tensor.shape) != (self.d_sae,):
+                raise FormatError(f"{name} has shape {tuple(tensor.shape)}; a gated SAE has one per feature")
+        self._widen()
+        gain = r_mag.double().exp()
+        self.W_enc = (self.W_enc.double() * gain).to(self.W_enc.dtype)
+        self.b_enc = b_mag.to(self.W_enc.dtype)
+        self.threshold = (b_mag.double() - gain * b_gate.double()).float()
+        self.folded.append("gate and magnitude of a gated SAE: a JumpReLU with a threshold for each feature")
+        return self
+
+    def build(self, files: Files, format_name: str) -> SparseAutoencoder:
+        """The teacher, with where it came from in its metadata.
+
+        Raises:
+            FormatError: sizes that do not fit. NumericsError: weights that are not finite.
+        """
+        for name, tensor in self.tensors().items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise NumericsError(f"{name} of {files.name} holds NaN or infinity; the file is bad")
+        provenance = {"format": format_name, "source": files.name, "folded": self.folded}
+        metadata = {name: value for name, value in self.metadata.items() if value is not None}
+        options: dict[str, Any] = {
+            "apply_b_dec_to_input": self.apply_b_dec_to_input,
+            "normalize_activations": self.normalize_activations,
+            "dtype": torch.promote_types(self.W_enc.dtype, self.W_dec.dtype),
+            # An SAE that was loaded, saved by us and loaded again comes from where it came from first.
+            "metadata": {"loaded_from": provenance, **metadata},
+            "initialise": False,
+        }
+        try:
+            teacher = self._empty(options)
+        except ConfigError as error:
+            raise FormatError(f"{files.name}: {error}") from error
+        weights = self.tensors()
+        if self.threshold is not None:
+            # Every library applies a ReLU as well, so that a threshold below zero is one at zero.
+            weights["threshold"] = weights["threshold"].clamp_min(0)
+        teacher.load_state_dict(weights)
+        return teacher
+
+    def _empty(self, options: dict[str, Any]) -> SparseAutoencoder:
+        if self.k is not None:
+            return TopKSAE(self.d_in, self.d_sae, k=self.k, relu=self.relu, **options)
+        if self.threshold is not None:
+            return JumpReluSAE(self.d_in, self.d_sae, **options)
+        return ReluSAE(self.d_in, self.d_sae, **options)
+
+
+def require(tensors: dict[str, Any], path: Path, *names: str, optional: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """The tensors among `tensors`, all of `names` among them.
+
+    Raises:
+        FormatError: one is missing or no tensor, or there is one that is neither required nor optional: what it
+            is for is not known, and leaving it out could change the code.
+    """
+    missing = [name for name in names if not isinstance(tensors.get(name), Tensor)]
+    unknown = sorted(tensors.keys() - set(names) - set(optional))
+    if missing or unknown:
+        raise FormatError(
+            f"{path} does not fit its format: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}"
+        )
+    return {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
+
+
+def layer_of(text: str, pattern: str) -> int | None:
+    """The number that `pattern` (with one group) finds in a name, else None."""
+    found = re.search(pattern, text)
+    return int(found[1]) if found else None

@@ -1,0 +1,156 @@
+"""SAELens: cfg.json + sae_weights.safetensors, of version 6, of the versions before it, and our own.
+
+Rules read in, and tests run against, sae_lens 6.54 (`saes/*.py`, `loading/pretrained_sae_loaders.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder, parse_dtype
+from ..errors import FormatError
+from ..files import read_json, read_safetensors
+from ..normalization import MODES
+from .parts import Files, Parts, require
+
+NAME = "saelens"
+LOOKS_FOR = f"{CONFIG_FILE} with an architecture + {WEIGHTS_FILE}"
+ARCHITECTURES = ("standard", "jumprelu", "topk", "batchtopk", "matryoshka_batchtopk", "gated")
+_RENAMED = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index", "activation_fn_str": "activation_fn"}
+_PROVENANCE = (
+    "model_name", "hook_name", "hook_head_index", "hook_layer", "model_class_name", "model_from_pretrained_kwargs",
+    "prepend_bos", "context_size", "dataset_path", "neuronpedia_id", "seqpos_slice", "exclude_special_tokens",
+)  # fmt: skip
+
+
+def recognises(files: Files) -> bool:
+    return files.has(CONFIG_FILE, WEIGHTS_FILE)
+
+
+def read(files: Files) -> SparseAutoencoder:
+    """A teacher from a SAELens folder; see docs/formats.md for what is folded and what is refused."""
+    config = settings(read_json(files.folder / CONFIG_FILE), files)
+    path = files.folder / WEIGHTS_FILE
+    tensors = read_safetensors(path)
+    dtype = parse_dtype(config.get("dtype", "float32"))
+    architecture = config["architecture"]
+
+    def get(*names: str, optional: tuple[str, ...] = ()) -> dict[str, Tensor]:
+        found = require(tensors, path, "W_enc", "W_dec", "b_dec", *names, optional=("scaling_factor", *optional))
+        # SAELens computes in the configuration's dtype; weights stored narrower are read as what they become there.
+        return {name: one.to(torch.promote_types(one.dtype, dtype)) for name, one in found.items()}
+
+    options: dict[str, Any] = {
+        "apply_b_dec_to_input": config.get("apply_b_dec_to_input", True),
+        "metadata": config["metadata"],
+    }
+    if architecture == "gated":
+        w = get("r_mag", "b_gate", "b_mag", optional=("b_enc",))
+        parts = Parts(w["W_enc"], w["W_dec"], None, w["b_dec"], **options).gated(w["r_mag"], w["b_gate"], w["b_mag"])
+    elif architecture == "jumprelu":
+        name = "log_threshold" if "log_threshold" in tensors else "threshold"
+        w = get("b_enc", name)
+        threshold = w[name].float().exp() if name == "log_threshold" else w[name]
+        parts = Parts(w["W_enc"], w["W_dec"], w["b_enc"], w["b_dec"], threshold=threshold, **options)
+    elif architecture in ("batchtopk", "matryoshka_batchtopk"):
+        # What TrainingSAE.save_model writes; save_inference_model turns it into a JumpReLU in the same way.
+        w = get("b_enc", "topk_threshold")
+        parts = Parts(w["W_enc"], w["W_dec"], w["b_enc"], w["b_dec"], **options)
+        if config.get("rescale_acts_by_decoder_norm", False):
+            parts.fold_decoder_norm("rescale_acts_by_decoder_norm")
+        parts.threshold = w["topk_threshold"].float().expand(parts.d_sae).clone()
+        parts.metadata["k"] = config.get("k")
+    else:
+        w = get("b_enc")
+        k = config.get("k") if architecture == "topk" else None
+        if architecture == "topk" and k is None:
+            raise FormatError(f"{files.folder / CONFIG_FILE} describes a TopK SAE without k")
+        relu = config.get("relu", True)  # ours: SAELens has no other
+        parts = Parts(w["W_enc"], w["W_dec"], w["b_enc"], w["b_dec"], k=k, relu=relu, **options)
+        if architecture == "topk" and config.get("rescale_acts_by_decoder_norm", False):
+            parts.fold_decoder_norm("rescale_acts_by_decoder_norm")
+    _finetuning(parts, config, w, files)
+    _normalization(parts, config, files)
+    return parts.build(files, NAME)
+
+
+def settings(config: dict[str, Any], files: Files) -> dict[str, Any]:
+    """The fields of SAELens 6, from its own layout or the flat one before it.
+
+    Raises:
+        FormatError: another architecture, or a setting whose code would not be reproduced.
+    """
+    metadata = config.get("metadata")
+    metadata = {name: value for name, value in metadata.items() if name != "sae_lens_version"} if metadata else {}
+    version = str(config.get("sae_lens_version") or (config.get("metadata") or {}).get("sae_lens_version") or "0")
+    if not version.split(".")[0].isdigit() or int(version.split(".")[0]) < 6:
+        config = {_RENAMED.get(name, name): value for name, value in config.items()}
+        config.setdefault("architecture", "standard")
+        metadata = {**{name: config.get(name) for name in _PROVENANCE}, **metadata}
+        activation = config.get("activation_fn") or "relu"
+        arguments = config.get("activation_fn_kwargs") or {}
+        if activation == "topk" and arguments.get("k") is not None:
+            config.update(architecture="topk", k=arguments["k"])
+        elif activation not in ("relu", "topk"):
+            raise FormatError(f"{files.name} has activation_fn={activation!r}; relu and topk are read")
+        if arguments.get("signed"):
+            raise FormatError(f"{files.name} keeps the k largest by magnitude (signed); there is no such teacher")
+    if config.get("architecture") not in ARCHITECTURES:
+        hint = (
+            "load a rational SAE with FusedRationalSAE.from_pretrained"
+            if config.get("architecture") == "rational"
+            else f"teachers are {', '.join(ARCHITECTURES)}"
+        )
+        raise FormatError(f"{files.name} holds an SAE of architecture {config.get('architecture')!r}; {hint}")
+    return {**config, "metadata": metadata}
+
+
+def _finetuning(parts: Parts, config: dict[str, Any], tensors: dict[str, Tensor], files: Files) -> None:
+    """SAELens before 6 could multiply codes by a trained factor before decoding."""
+    factor = tensors.get("scaling_factor")
+    if factor is None or torch.allclose(factor, torch.ones_like(factor)):
+        return
+    if not config.get("finetuning_scaling_factor"):
+        raise FormatError(
+            f"{files.name} holds a scaling_factor that is not 1 while finetuning_scaling_factor is off; whether "
+            "it belongs to the code is not known"
+        )
+    parts.fold_code_scale(factor, "finetuning_scaling_factor into W_dec")
+
+
+def _normalization(parts: Parts, config: dict[str, Any], files: Files) -> None:
+    mode = config.get("normalize_activations")
+    mode = {None: "none", False: "none", True: "expected_average_only_in"}.get(mode, mode)
+    scale = files.activation_scale
+    if mode in MODES:
+        parts.normalize_activations = mode
+    elif mode == "constant_scalar_rescale":
+        factor = config.get("activation_normalization_factor", scale)
+        if factor is None:
+            raise FormatError(
+                f"{files.name} multiplies activations by a constant that its {CONFIG_FILE} does not give "
+                "(activation_normalization_factor); pass it as activation_scale"
+            )
+        parts.fold_input_scale(float(factor), mode)
+    elif mode == "expected_average_only_in":
+        scaler = files.folder / "activation_scaler.json"
+        if scale is None and scaler.is_file():
+            scale = read_json(scaler).get("scaling_factor")
+        if scale is None:
+            raise FormatError(
+                f"{files.name} was trained on activations scaled to a mean norm of sqrt(d_in) and the factor is not in "
+                "its files (activation_scaler.json); pass it as activation_scale=sqrt(d_in)/mean norm, or 1.0 if it "
+                "has been folded into the weights"
+            )
+        parts.fold_input_scale(float(scale), mode)
+    elif mode == "covariance_whitening":
+        path = files.folder / "activation_whitening.safetensors"
+        if not path.is_file():
+            raise FormatError(f"{files.name} was trained on whitened activations, and {path.name} is not beside it")
+        w = require(read_safetensors(path), path, "mean", "matrix", "inverse_matrix")
+        parts.fold_whitening(w["mean"], w["matrix"], w["inverse_matrix"])
+    else:
+        raise FormatError(f"{files.name} has normalize_activations={mode!r}, which is not a mode of SAELens 6")

@@ -1,0 +1,74 @@
+"""EleutherAI sparsify: cfg.json + sae.safetensors, one folder per hookpoint.
+
+Rules read in, and tests run against, eai-sparsify 1.3.3 (`sparse_coder.py`, `fused_encoder.py`). SAELens 6.54 reads
+this format wrongly: it transposes W_dec and takes b_dec to be subtracted only where the decoder is not normalised.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from ..base import CONFIG_FILE, SparseAutoencoder
+from ..errors import FormatError
+from ..files import read_json, read_safetensors
+from .parts import Files, Parts, require
+
+NAME = "sparsify"
+WEIGHTS = "sae.safetensors"
+LOOKS_FOR = f"{CONFIG_FILE} with d_in and k + {WEIGHTS}"
+
+
+def recognises(files: Files) -> bool:
+    return files.has(CONFIG_FILE, WEIGHTS)
+
+
+def read(files: Files) -> SparseAutoencoder:
+    """A teacher from the folder of one hookpoint."""
+    config_path, path = files.folder / CONFIG_FILE, files.folder / WEIGHTS
+    config = read_json(config_path)
+    if config.get("activation", "topk") != "topk" or config.get("signed"):
+        raise FormatError(
+            f"{files.name} selects with activation={config.get('activation', 'topk')!r}, "
+            f"signed={config.get('signed', False)}; only the k largest are read"
+        )
+    k = config.get("k")
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise FormatError(f"{config_path} gives k={k!r}; it must be a positive integer")
+    tensors = read_safetensors(path)
+    if config.get("skip_connection") or "W_skip" in tensors:
+        raise FormatError(f"{files.name} has a linear skip connection from its input, which an SAE has not")
+    w = require(tensors, path, "encoder.weight", "encoder.bias", "W_dec", "b_dec")
+    transcode = bool(config.get("transcode", False))
+    parts = Parts(
+        w["encoder.weight"].t(),
+        w["W_dec"],
+        w["encoder.bias"],
+        w["b_dec"],
+        apply_b_dec_to_input=not transcode,
+        k=k,
+        metadata={**_provenance(files), "transcoder": transcode or None},
+    )
+    d_in, latents = config.get("d_in"), config.get("num_latents") or None
+    expected = latents or (d_in or 0) * config.get("expansion_factor", 32)
+    if (parts.d_in, parts.d_sae) != (d_in, expected):
+        raise FormatError(
+            f"{config_path} makes it d_in={d_in}, {expected} latents, but {path.name} holds {parts.d_in} and "
+            f"{parts.d_sae}; the files do not belong together"
+        )
+    return parts.build(files, NAME)
+
+
+def _provenance(files: Files) -> dict[str, Any]:
+    """Model and place: the folder's name is the hookpoint, the run's config.json lies beside the folders."""
+    run = files.folder.parent / "config.json"
+    model = read_json(run).get("model") if run.is_file() else None
+    hookpoint = files.folder.name
+    place = re.fullmatch(r"(?:layers|h)\.(\d+)(\.mlp|\.attention|\.attn)?", hookpoint)
+    name = None
+    if place:
+        kind = {None: "hook_resid_post", ".mlp": "hook_mlp_out"}.get(place[2], "hook_attn_out")
+        name = f"blocks.{place[1]}.{kind}"
+    elif hookpoint in ("embed_tokens", "embed_in", "wte"):
+        name = "hook_embed"
+    return {"model_name": model if isinstance(model, str) else None, "hook_name": name, "hookpoint": hookpoint}
