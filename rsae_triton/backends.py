@@ -99,26 +99,90 @@ class Gradients(NamedTuple):
     gate: GateTensors
 
 
+class Workspace:
+    """Memory that the steps of one loop share, by name: new memory costs the CPU a page fault every 1024 numbers."""
+
+    def __init__(self) -> None:
+        self._flat: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, int], like: Tensor) -> Tensor:
+        """A contiguous tensor of this shape, in the dtype and on the device of `like`; its content is arbitrary."""
+        size = shape[0] * shape[1]
+        if name not in self._flat or self._flat[name].numel() < size:
+            self._flat.pop(name, None)
+            self._flat[name] = like.new_empty(size)
+        return self._flat[name][:size].view(shape)
+
+
 def encode(
-    backend: str, x_c: Tensor, W_enc: Tensor, b_enc: Tensor, gate: GateTensors, spec: GateSpec, save_h: bool
+    backend: str,
+    x_c: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    gate: GateTensors,
+    spec: GateSpec,
+    *,
+    save_h: bool,
+    fused: bool = True,
+    space: Workspace | None = None,
 ) -> Codes:
-    """x_c [n_tokens, d_in], W_enc [d_in, d_sae] -> `Codes`."""
-    if backend == "triton":
+    """x_c [n_tokens, d_in], W_enc [d_in, d_sae] -> `Codes`.
+
+    fused: the gate is applied inside the matrix product, where the backend can (Triton). space: where h and z are
+    kept, under these names.
+    """
+    if backend == "triton" and fused:
         save = x_c.dtype if save_h else None
         return Codes(*kernels().encode_forward(x_c, W_enc, b_enc, gate, **_flags(spec), save_h=save))
-    h = torch.addmm(b_enc.unsqueeze(1), W_enc.t(), x_c.t())
-    z, counts, l1 = gate_forward(backend, h, gate, spec)
+    shape = (W_enc.shape[1], x_c.shape[0])
+    h = x_c.new_empty(shape) if space is None else space.take("h", shape, x_c)
+    torch.addmm(b_enc.unsqueeze(1), W_enc.t(), x_c.t(), out=h)
+    out = None
+    if backend == "cpu" and (space is not None or not save_h):
+        out = h if not save_h or space is None else space.take("z", shape, x_c)
+    z, counts, l1 = gate_forward(backend, h, gate, spec, out)
     return Codes(z, h if save_h else None, counts, l1)
 
 
-def gate_forward(backend: str, h: Tensor, gate: GateTensors, spec: GateSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """h [d_sae, n_tokens] -> z of its shape and dtype, counts and l1 [d_sae]."""
+def gate_forward(
+    backend: str, h: Tensor, gate: GateTensors, spec: GateSpec, out: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """h [d_sae, n_tokens] -> z of its shape and dtype, counts and l1 [d_sae].
+
+    out: where the CPU backend writes z; may be h itself.
+    """
     if backend == "triton":
         return kernels().rational_forward(h, gate, **_flags(spec))
     if backend == "cpu":
-        return cpu.gate_forward(h, gate, spec)
+        return cpu.gate_forward(h, gate, spec, out)
     z, counts, l1 = explicit.gate_forward(h.to(wide(h.dtype)), gate, spec)
     return z.to(h.dtype), counts, l1
+
+
+def decode_backward(
+    backend: str,
+    g: Tensor,
+    W_dec: Tensor,
+    h: Tensor,
+    dcounts: Tensor | None,
+    dl1: Tensor | None,
+    gate: GateTensors,
+    spec: GateSpec,
+    *,
+    coefficients: bool = True,
+    fused: bool = False,
+    out: Tensor | None = None,
+) -> Gradients:
+    """`gate_backward` of dz = W_dec g^T, for g [n_tokens, d_in] the gradient of z^T W_dec.
+
+    fused: without dz in memory, where the backend can (Triton). out: memory that dz, then dh, may take.
+    """
+    if backend == "triton" and fused:
+        flags = {**_flags(spec), "backward_rational": spec.backward == "rational"}
+        dh, _, sums = kernels().encode_backward(g, W_dec, h, dcounts, dl1, gate, **flags)
+        return Gradients(dh, sums.b_enc, _in_order(sums, gate))
+    dz = torch.mm(W_dec, g.t()) if out is None else torch.mm(W_dec, g.t(), out=out)
+    return gate_backward(backend, h, dz, dcounts, dl1, gate, spec, coefficients=coefficients, inplace=True)
 
 
 def gate_backward(
@@ -140,8 +204,7 @@ def gate_backward(
     if backend == "triton":
         flags = {**_flags(spec), "backward_rational": spec.backward == "rational"}
         dh, sums = kernels().rational_backward(h, dz, dcounts, dl1, gate, **flags, inplace=inplace)
-        by_tensor = [*sums[:6], torch.zeros_like(gate.activity_threshold)]
-        return Gradients(dh, sums.b_enc, GateTensors(*by_tensor))
+        return Gradients(dh, sums.b_enc, _in_order(sums, gate))
     if backend == "cpu":
         dh, db_enc, grads = cpu.gate_backward(h, dz, dcounts, dl1, gate, spec, coefficients, inplace=inplace)
     else:
@@ -149,6 +212,12 @@ def gate_backward(
         dh, db_enc, grads = explicit.gate_backward(h.to(exact), dz.to(exact), dcounts, dl1, gate, spec, coefficients)
         dh = dh.to(h.dtype)
     return Gradients(dh, db_enc, GateTensors(*(_fold(one, like) for one, like in zip(grads, gate, strict=True))))
+
+
+def _in_order(sums: Any, gate: GateTensors) -> GateTensors:
+    """The kernels' GateGrads, whose first six are those of the gate."""
+    in_order = [*sums[:6], torch.zeros_like(gate.activity_threshold)]
+    return GateTensors(*in_order)
 
 
 def _flags(spec: GateSpec) -> dict[str, Any]:

@@ -140,7 +140,7 @@ def _encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, *rest
     with torch.autocast(x.device.type, enabled=False):
         chosen = resolve_backend(backend, x.device, dtype)
         x_c = centred(x, b_dec, dtype)
-        z, h, counts, l1 = backends.encode(chosen, x_c, W_enc.to(dtype), b_enc.to(dtype), gate, spec, save_h)
+        z, h, counts, l1 = backends.encode(chosen, x_c, W_enc.to(dtype), b_enc.to(dtype), gate, spec, save_h=save_h)
         # The kernels' sums are two rows of one tensor; an operator's outputs must not share memory.
         return z, counts, l1.clone(), z.new_empty(0) if h is None else h
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from .autoencode import Autoencoded, rational_autoencode
 from .base import SparseAutoencoder
 from .errors import ConfigError
 from .gate import RationalGate, smooth_step
@@ -93,6 +94,37 @@ class FusedRationalSAE(SparseAutoencoder):
         b_dec = self.b_dec if self.apply_b_dec_to_input else None
         gate, spec = self.gate.tensors(), self.gate.spec(hard)
         return rational_encode(x, self.W_enc, self.b_enc, b_dec, gate, spec, self.backend)
+
+    def autoencode(
+        self,
+        x: Tensor,
+        *,
+        hard: bool = True,
+        l1_weight: float = 0.0,
+        l0_weight: float = 0.0,
+        chunk_tokens: int | None = None,
+        chunk_features: int | None = None,
+    ) -> Autoencoded:
+        """The training loss of activations [..., d_in] and its gradients, piece by piece; see `rational_autoencode`.
+
+        Equal to rounding to the same loss built from `encode_with_sums` and `decode`, in a fraction of the memory.
+        """
+        self._check_last(x, "x", "d_in", self.d_in)
+        return rational_autoencode(
+            x,
+            self.W_enc,
+            self.b_enc,
+            self.W_dec,
+            self.b_dec,
+            self.gate.tensors(),
+            self.gate.spec(hard),
+            l1_weight=l1_weight,
+            l0_weight=l0_weight,
+            chunk_tokens=chunk_tokens,
+            chunk_features=chunk_features,
+            apply_b_dec_to_input=self.apply_b_dec_to_input,
+            backend=self.backend,
+        )
 
     @torch.no_grad()
     def constrain_(self) -> None:
