@@ -166,9 +166,16 @@ class FusedRationalSAE(SparseAutoencoder):
         return cls(gate=gate, **cls.common_arguments(config))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu", *, backend: str = "auto") -> Self:
-        """Loads what `save_pretrained` wrote; see `SparseAutoencoder.from_pretrained`."""
-        sae = super().from_pretrained(folder, device)
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        device: torch.device | str = "cpu",
+        *,
+        revision: str | None = None,
+        backend: str = "auto",
+    ) -> Self:
+        """Loads what `save_pretrained` or `push_to_hub` wrote; see `SparseAutoencoder.from_pretrained`."""
+        sae = super().from_pretrained(source, device, revision=revision)
         sae.backend = backend
         return sae
 

@@ -194,7 +194,7 @@ def test_a_bad_weight_is_not_saved_over_a_good_file(tmp_path):
     with pytest.raises(NumericsError, match="W_enc"):
         sae.save_pretrained(tmp_path)
     assert (tmp_path / "sae_weights.safetensors").read_bytes() == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["cfg.json", "sae_weights.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "cfg.json", "sae_weights.safetensors"]
 
 
 def test_settings_we_would_not_reproduce_are_refused(tmp_path):

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 
 from ..activations import ActivationStore, HostModel, extract, load_corpus, load_host, split_three_ways
-from ..base import CONFIG_FILE, SparseAutoencoder, read_folder
+from ..base import CONFIG_FILE, SparseAutoencoder
 from ..errors import ConfigError, ShapeError
+from ..files import read_json
 from ..sae import FusedRationalSAE
 from ..teachers import load_teacher
 from .downstream import Splice
@@ -49,7 +50,8 @@ def load_sae(path: str | Path) -> SparseAutoencoder:
     Raises:
         FormatError: not the folder of an SAE, or corrupt.
     """
-    if Path(path, CONFIG_FILE).is_file() and read_folder(path)[0]["architecture"] == FusedRationalSAE.architecture:
+    config = Path(path, CONFIG_FILE)
+    if config.is_file() and read_json(config).get("architecture") == FusedRationalSAE.architecture:
         return FusedRationalSAE.from_pretrained(path)
     return load_teacher(path)
 
