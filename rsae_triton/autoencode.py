@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from . import backends
-from .backends import Codes, Workspace, resolve_backend
+from .backends import Codes, Workspace
 from .errors import ConfigError, ShapeError
 from .ops import GATE_SCHEMA, centred, check_inputs, product_dtype, settings, through_encoder, unpack
 from .reference import GateSpec, GateTensors
@@ -139,6 +139,8 @@ def run(
     n, d_sae, exact = len(x), W_enc.shape[1], wide(dtype)
     token_parts, feature_parts = _parts(n, chunk_tokens), _parts(d_sae, chunk_features)
     differentiate, whole = any(wanted), len(feature_parts) == 1
+    kind, route = backends.choose(backend, x.device, dtype, x.shape[1], gate, spec, training=differentiate)
+    forward, backward = route.forward == "fused", route.backward == "fused"
     # Gradients of the mean; in float16 those would vanish, and those of the sum overflow.
     unit = 1 / max(n, 1) if dtype != torch.float16 else 2.0 ** -math.ceil(math.log2(max(n, 1)) / 2)
     W_enc_p, W_dec_p = (W_enc.to(dtype), W_dec.to(dtype)) if whole else (W_enc, W_dec)
@@ -146,12 +148,13 @@ def run(
     found = _Gradients(x, W_enc, W_dec, b_dec, gate, wanted, len(token_parts) == 1, whole)
     counts, l1, squares = (x.new_zeros(shape, dtype=exact) for shape in (d_sae, d_sae, ()))
     x_hat = torch.empty_like(x, memory_format=torch.contiguous_format)
-    space = Workspace() if backend == "cpu" else None
+    space = Workspace() if kind == "cpu" else None
 
     def encode(features: slice, x_c: Tensor, save_h: bool) -> tuple[Codes, Tensor, Tensor, GateTensors]:
         W_e, W_d, own = W_enc_p[:, features].to(dtype), W_dec_p[features].to(dtype), _rows(gate, features)
         b_e = b_enc[features].to(dtype)
-        return backends.encode(backend, x_c, W_e, b_e, own, spec, save_h=save_h, space=space), W_e, W_d, own
+        codes = backends.encode(kind, x_c, W_e, b_e, own, spec, save_h=save_h, fused=forward, space=space)
+        return codes, W_e, W_d, own
 
     for tokens in token_parts:
         part = x[tokens]
@@ -180,8 +183,9 @@ def run(
             dcounts = norms[features].new_full((len(codes.z),), l0_weight * unit) if l0_weight else None
             dl1 = norms[features] * (l1_weight * unit) if l1_weight else None
             grads = backends.decode_backward(
-                backend, g, W_d, codes.h, dcounts, dl1, own, spec, coefficients=any(wanted[5:8]), out=codes.z
-            )
+                kind, g, W_d, codes.h, dcounts, dl1, own, spec,
+                coefficients=any(wanted[5:8]), fused=backward, out=codes.z,
+            )  # fmt: skip
             found.encoder(tokens, features, x_c, W_e, grads)
         found.residual(tokens, residual, of_x=target is None)
 
@@ -297,10 +301,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
 )
 def _autoencode(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, *rest: Any) -> Any:
     gate, spec, options = unpack(rest)
-    *_, backend, dtype, _ = options
     with torch.autocast(x.device.type, enabled=False):
-        resolved = (*options[:7], resolve_backend(backend, x.device, dtype), *options[8:])
-        return run(x, W_enc, b_enc, W_dec, b_dec, gate, spec, *resolved)
+        return run(x, W_enc, b_enc, W_dec, b_dec, gate, spec, *options)
 
 
 @_autoencode.register_fake

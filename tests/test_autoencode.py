@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from live_bytes import LiveBytes
+from counting import LiveBytes
 from test_ops import KINDS, D, F, N, inputs, relative
 from torch.utils.flop_counter import FlopCounterMode
 
