@@ -13,7 +13,9 @@ from tyro.extras import SubcommandApp
 
 from .demo import Demo, run
 from .errors import RsaeError
-from .evaluate import commands as evaluation
+from .evaluate.commands import Eval, run_eval
+from .evaluate.match_command import Match, run_match
+from .evaluate.probe_command import Probe, run_probe
 from .remez import commands as gates
 
 
@@ -21,8 +23,16 @@ def demo(config: Annotated[Demo, tyro.conf.arg(name="")]) -> None:
     run(config)
 
 
-def evaluate(config: Annotated[evaluation.Eval, tyro.conf.arg(name="")]) -> None:
-    evaluation.run_eval(config)
+def evaluate(config: Annotated[Eval, tyro.conf.arg(name="")]) -> None:
+    run_eval(config)
+
+
+def match(config: Annotated[Match, tyro.conf.arg(name="")]) -> None:
+    run_match(config)
+
+
+def probe(config: Annotated[Probe, tyro.conf.arg(name="")]) -> None:
+    run_probe(config)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,6 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     app, gate_app = SubcommandApp(), SubcommandApp()
     app.command(name="demo")(demo)
     app.command(name="eval")(evaluate)
+    app.command(name="match")(match)
+    app.command(name="probe")(probe)
     gate_app.command(name="fit")(gates.fit)
     gate_app.command(name="show")(gates.show)
     gate_app.command(name="rebuild")(gates.rebuild)

@@ -20,8 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..activations import HostModel
-from ..base import write_atomically
 from ..errors import ConfigError, SourceError
+from ..files import write_atomically
 from .compare import compare
 from .held_out import TextOptions, load_saes, open_held_out, open_host
 from .reconstruction import DENSE, measure

@@ -44,16 +44,16 @@ class TextOptions(HostOptions):
     """Use all of the text, not only its test part: for an SAE that was trained on something else."""
 
 
-def load_sae(path: str | Path) -> SparseAutoencoder:
-    """Any SAE that was saved: a Rational SAE, or whatever `load_teacher` reads.
+def load_sae(source: str | Path) -> SparseAutoencoder:
+    """Any SAE that was saved: the folder of a Rational SAE, or whatever `load_teacher` reads.
 
     Raises:
-        FormatError: not the folder of an SAE, or corrupt.
+        FormatError: no SAE, or a corrupt one. SourceError: a hub id that cannot be fetched.
     """
-    config = Path(path, CONFIG_FILE)
+    config = Path(source, CONFIG_FILE)
     if config.is_file() and read_json(config).get("architecture") == FusedRationalSAE.architecture:
-        return FusedRationalSAE.from_pretrained(path)
-    return load_teacher(path)
+        return FusedRationalSAE.from_pretrained(source)
+    return load_teacher(source)
 
 
 def load_saes(paths: Sequence[Path]) -> dict[str, SparseAutoencoder]:
