@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.library import custom_op
 
 from . import backends
-from .backends import Codes, Workspace, resolve_backend
-from .errors import ConfigError
+from .backends import Codes, Workspace
+from .errors import ConfigError, ShapeError
 from .ops import GATE_SCHEMA, centred, check_inputs, product_dtype, settings, through_encoder, unpack
 from .reference import GateSpec, GateTensors
 from .tiles import wide
@@ -58,6 +58,8 @@ def rational_autoencode(
     chunk_tokens: int | None = None,
     chunk_features: int | None = None,
     apply_b_dec_to_input: bool = True,
+    target: Tensor | None = None,
+    residual_scale: Tensor | None = None,
     backend: str = "auto",
 ) -> Autoencoded:
     """x -> loss, differentiated on the way: `total.backward()` only scales gradients that are there already.
@@ -74,6 +76,9 @@ def rational_autoencode(
         chunk_features: features at a time; all of them when None. Less than d_sae encodes twice (12 instead of 10
             n d_in d_sae FLOPs).
         apply_b_dec_to_input: whether b_dec is subtracted from x before encoding.
+        target: [..., d_in], what x_hat is compared with; x when None. residual_scale: [...] or [..., 1], what
+            multiplies each token's target - x_hat. Both are constants; an SAE that normalises its input needs them
+            for an mse in the input's units.
         backend: as in `rational_encode`; "eager" runs the written-out formulas in plain PyTorch.
 
     Raises:
@@ -93,9 +98,19 @@ def rational_autoencode(
     differentiable = (rows, W_enc, b_enc, W_dec, b_dec, *gate[:6])
     wanted = [torch.is_grad_enabled() and one.requires_grad for one in differentiable]
     sizes = [0 if one is None else one for one in (chunk_tokens, chunk_features)]
+    if target is not None:
+        if target.shape != x.shape:
+            raise ShapeError(f"target has shape {tuple(target.shape)}; that of x is wanted, {tuple(x.shape)}")
+        target = target.detach().reshape(rows.shape)
+    if residual_scale is not None:
+        if residual_scale.numel() != len(rows):
+            raise ShapeError(
+                f"residual_scale has shape {tuple(residual_scale.shape)}; one number for each token is wanted"
+            )
+        residual_scale = residual_scale.detach().reshape(-1, 1).to(wide(dtype))
     total, mse, l1, l0, counts, x_hat, *_ = _autoencode(
         rows, W_enc, b_enc, W_dec, b_dec, *gate, *settings(spec), l1_weight, l0_weight, *sizes,
-        apply_b_dec_to_input, backend, dtype, wanted,
+        apply_b_dec_to_input, target, residual_scale, backend, dtype, wanted,
     )  # fmt: skip
     return Autoencoded(total, mse, l1, l0, counts, x_hat if x.dim() == 2 else x_hat.reshape(x.shape))
 
@@ -113,6 +128,8 @@ def run(
     chunk_tokens: int,
     chunk_features: int,
     subtract: bool,
+    target: Tensor | None,
+    scale: Tensor | None,
     backend: str,
     dtype: torch.dtype,
     wanted: list[bool],
@@ -122,6 +139,8 @@ def run(
     n, d_sae, exact = len(x), W_enc.shape[1], wide(dtype)
     token_parts, feature_parts = _parts(n, chunk_tokens), _parts(d_sae, chunk_features)
     differentiate, whole = any(wanted), len(feature_parts) == 1
+    kind, route = backends.choose(backend, x.device, dtype, x.shape[1], gate, spec, training=differentiate)
+    forward, backward = route.forward == "fused", route.backward == "fused"
     # Gradients of the mean; in float16 those would vanish, and those of the sum overflow.
     unit = 1 / max(n, 1) if dtype != torch.float16 else 2.0 ** -math.ceil(math.log2(max(n, 1)) / 2)
     W_enc_p, W_dec_p = (W_enc.to(dtype), W_dec.to(dtype)) if whole else (W_enc, W_dec)
@@ -129,12 +148,13 @@ def run(
     found = _Gradients(x, W_enc, W_dec, b_dec, gate, wanted, len(token_parts) == 1, whole)
     counts, l1, squares = (x.new_zeros(shape, dtype=exact) for shape in (d_sae, d_sae, ()))
     x_hat = torch.empty_like(x, memory_format=torch.contiguous_format)
-    space = Workspace() if backend == "cpu" else None
+    space = Workspace() if kind == "cpu" else None
 
     def encode(features: slice, x_c: Tensor, save_h: bool) -> tuple[Codes, Tensor, Tensor, GateTensors]:
         W_e, W_d, own = W_enc_p[:, features].to(dtype), W_dec_p[features].to(dtype), _rows(gate, features)
         b_e = b_enc[features].to(dtype)
-        return backends.encode(backend, x_c, W_e, b_e, own, spec, save_h=save_h, space=space), W_e, W_d, own
+        codes = backends.encode(kind, x_c, W_e, b_e, own, spec, save_h=save_h, fused=forward, space=space)
+        return codes, W_e, W_d, own
 
     for tokens in token_parts:
         part = x[tokens]
@@ -148,11 +168,13 @@ def run(
             l1[features] += codes.l1
         out = out.to(exact).add_(b_dec)
         x_hat[tokens] = out
-        residual = out.sub_(part)
+        residual = out.sub_(part if target is None else target[tokens])
+        if scale is not None:
+            residual.mul_(scale[tokens])
         squares += residual.square().sum()
         if not differentiate:
             continue
-        residual.mul_(2 * unit)
+        residual.mul_(2 * unit if scale is None else scale[tokens] * (2 * unit))
         g = residual.to(dtype)
         for features in feature_parts:
             codes, W_e, W_d, own = piece if whole else encode(features, x_c, True)
@@ -161,10 +183,11 @@ def run(
             dcounts = norms[features].new_full((len(codes.z),), l0_weight * unit) if l0_weight else None
             dl1 = norms[features] * (l1_weight * unit) if l1_weight else None
             grads = backends.decode_backward(
-                backend, g, W_d, codes.h, dcounts, dl1, own, spec, coefficients=any(wanted[5:8]), out=codes.z
-            )
+                kind, g, W_d, codes.h, dcounts, dl1, own, spec,
+                coefficients=any(wanted[5:8]), fused=backward, out=codes.z,
+            )  # fmt: skip
             found.encoder(tokens, features, x_c, W_e, grads)
-        found.residual(tokens, residual)
+        found.residual(tokens, residual, of_x=target is None)
 
     mean = 1 / max(n, 1)
     mse, l1_mean, l0 = squares * mean, torch.dot(l1, norms) * mean, counts.sum() * mean
@@ -221,10 +244,10 @@ class _Gradients:
         for total, one in zip(self.gate, grads.gate, strict=False):
             (total if len(total) == len(one) else total[features]).add_(one)
 
-    def residual(self, tokens: slice, g: Tensor) -> None:
-        """g: the gradient of x_hat, and minus that of x beside what goes through the encoder."""
+    def residual(self, tokens: slice, g: Tensor, *, of_x: bool) -> None:
+        """g: the gradient of x_hat; minus that of x, beside what goes through the encoder, if x is the target."""
         self.db_dec += g.sum(0)
-        if self._wanted[0]:
+        if self._wanted[0] and of_x:
             self.dx[tokens] -= g
 
     def norms(self, W_dec: Tensor, scale: Tensor) -> None:
@@ -272,16 +295,14 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
 @custom_op(
     "rsae::autoencode",
     mutates_args=(),
-    schema=f"(Tensor x, Tensor W_enc, Tensor b_enc, Tensor W_dec, Tensor b_dec, {GATE_SCHEMA}, float l1_weight, "
-    "float l0_weight, int chunk_tokens, int chunk_features, bool subtract, str backend, ScalarType dtype, "
-    f"bool[] wanted) -> ({', '.join(['Tensor'] * (6 + N_GRADIENTS))})",
+    schema=f"(Tensor x, Tensor W_enc, Tensor b_enc, Tensor W_dec, Tensor b_dec, {GATE_SCHEMA}, "
+    "float l1_weight, float l0_weight, int chunk_tokens, int chunk_features, bool subtract, Tensor? target, "
+    f"Tensor? scale, str backend, ScalarType dtype, bool[] wanted) -> ({', '.join(['Tensor'] * (6 + N_GRADIENTS))})",
 )
 def _autoencode(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, *rest: Any) -> Any:
     gate, spec, options = unpack(rest)
-    *_, backend, dtype, _ = options
     with torch.autocast(x.device.type, enabled=False):
-        resolved = (*options[:5], resolve_backend(backend, x.device, dtype), *options[6:])
-        return run(x, W_enc, b_enc, W_dec, b_dec, gate, spec, *resolved)
+        return run(x, W_enc, b_enc, W_dec, b_dec, gate, spec, *options)
 
 
 @_autoencode.register_fake

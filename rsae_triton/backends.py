@@ -1,6 +1,7 @@
 """The backends behind one interface, and the one place where a backend is chosen.
 
-"triton"  fused kernels on a CUDA device (or in Triton's interpreter)
+"triton"  kernels on a CUDA device (or in Triton's interpreter), the faster of two ways (routing.py) or, as
+          "triton:split" and "triton:fused", the way that is named
 "cpu"     BLAS plus the fused pointwise gate of cpu.py
 "eager"   the formulas of explicit.py in plain PyTorch: any device, any dtype
 "auto"    triton on CUDA, cpu on the CPU, eager elsewhere
@@ -20,12 +21,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import cpu, explicit
+from . import cpu, explicit, routing
 from .errors import ConfigError, SourceError
 from .reference import GateSpec, GateTensors
+from .routing import Route
 from .tiles import wide
 
-BACKENDS = ("auto", "triton", "cpu", "eager")
+BACKENDS = ("auto", "triton", "triton:split", "triton:fused", "cpu", "eager")
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -69,17 +71,28 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
         if device.type == "cuda" and dtype in _TRITON_DTYPES and _kernels_import():
             return "triton"
         return "cpu" if device.type == "cpu" else "eager"
-    if backend == "triton":
+    if backend.startswith("triton"):
         if device.type != "cuda" and not interpreting():
             raise ConfigError(
-                f"backend='triton' needs tensors on a CUDA device, these are on {device}; use backend='auto', "
+                f"backend={backend!r} needs tensors on a CUDA device, these are on {device}; use backend='auto', "
                 "or set TRITON_INTERPRET=1 before Python starts to run the kernels slowly on the CPU"
             )
         if dtype not in _TRITON_DTYPES:
-            raise ConfigError(f"backend='triton' computes in float32, bfloat16 or float16, not {dtype}")
+            raise ConfigError(f"backend={backend!r} computes in float32, bfloat16 or float16, not {dtype}")
     if backend == "cpu" and device.type != "cpu":
         raise ConfigError(f"backend='cpu' needs tensors on the CPU, these are on {device}; use backend='auto'")
     return backend
+
+
+def choose(
+    backend: str, device: torch.device, dtype: torch.dtype, d_in: int, gate: GateTensors, spec: GateSpec, training: bool
+) -> tuple[str, Route]:
+    """The backend for the functions below ("triton", "cpu", "eager") and the way it goes; raises as `resolve_backend`."""
+    kind, _, way = resolve_backend(backend, device, dtype).partition(":")
+    if way or kind != "triton":
+        return kind, Route(way or "split", way or "split", backend)
+    name, shared = routing.device_name(device), len(gate.a) == 1
+    return kind, routing.route(name, d_in, spec.p, spec.q, shared, dtype.itemsize, training=training)
 
 
 class Codes(NamedTuple):
@@ -123,7 +136,7 @@ def encode(
     spec: GateSpec,
     *,
     save_h: bool,
-    fused: bool = True,
+    fused: bool = False,
     space: Workspace | None = None,
 ) -> Codes:
     """x_c [n_tokens, d_in], W_enc [d_in, d_sae] -> `Codes`.
@@ -177,7 +190,7 @@ def decode_backward(
 
     fused: without dz in memory, where the backend can (Triton). out: memory that dz, then dh, may take.
     """
-    if backend == "triton" and fused:
+    if backend == "triton" and fused and hasattr(kernels(), "encode_backward"):
         flags = {**_flags(spec), "backward_rational": spec.backward == "rational"}
         dh, _, sums = kernels().encode_backward(g, W_dec, h, dcounts, dl1, gate, **flags)
         return Gradients(dh, sums.b_enc, _in_order(sums, gate))

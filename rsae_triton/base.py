@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import abc
 import json
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -12,8 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .card import write_card
 from .errors import ConfigError, FormatError, NumericsError, ShapeError
 from .files import read_json, read_safetensors, write_atomically
+from .hub import local_path, upload
 from .normalization import MODES, Affine, normalize
 
 CONFIG_FILE = "cfg.json"
@@ -195,8 +199,15 @@ class SparseAutoencoder(nn.Module, abc.ABC):
             "metadata": {k: v for k, v in config.get("metadata", {}).items() if k != "sae_lens_version"},
         }
 
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Writes cfg.json and sae_weights.safetensors (SAELens' layout), each atomically; returns the folder.
+    def save_pretrained(self, folder: str | Path, *, metrics: Mapping[str, Any] | None = None) -> Path:
+        """Writes cfg.json, sae_weights.safetensors (SAELens' layout) and a model card, each atomically.
+
+        Args:
+            metrics: the scores that go into the card, as metrics.json of a run holds them. A README.md that is not
+                such a card is left alone.
+
+        Returns:
+            The folder.
 
         Raises:
             NumericsError: a weight is NaN or infinite (nothing is written). OSError: the disk refuses.
@@ -209,17 +220,52 @@ class SparseAutoencoder(nn.Module, abc.ABC):
                 raise NumericsError(f"{name} holds {bad} NaN or infinite values; nothing was written to {folder}")
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(weights, path))
-        text = json.dumps(self.config(), indent=2, sort_keys=True)
+        config = self.config()
+        text = json.dumps(config, indent=2, sort_keys=True)
         write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(text + "\n"))
+        write_card(folder, config, metrics)
         return folder
 
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        metrics: Mapping[str, Any] | None = None,
+        private: bool = False,
+        revision: str | None = None,
+        message: str = "Upload a sparse autoencoder",
+        token: str | None = None,
+    ) -> str:
+        """Saves into a repository of the Hugging Face hub, which is made if it is not there.
+
+        Args:
+            repo: "owner/name". metrics: for the card. private: of a repository that is made. revision: a branch,
+                made if it is not there. token: the hub's, where `hf auth login` has not stored one.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            SourceError: the hub cannot be reached, or refuses. NumericsError: as `save_pretrained`.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, metrics=metrics)
+            return upload(Path(folder), repo, private=private, revision=revision, message=message, token=token)
+
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu") -> Self:
-        """Loads what `save_pretrained` wrote.
+    def from_pretrained(
+        cls, source: str | Path, device: torch.device | str = "cpu", *, revision: str | None = None
+    ) -> Self:
+        """Loads what `save_pretrained` or `push_to_hub` wrote.
+
+        Args:
+            source: a folder, or a hub id "owner/name" or "owner/name/folder". revision: of a hub id.
 
         Raises:
             FormatError: a file is missing, truncated, of another architecture, or lacks a tensor.
+            SourceError: a hub id that cannot be fetched.
         """
+        folder = local_path(source, revision)
         config, weights = read_folder(folder)
         if config["architecture"] != cls.architecture:
             raise FormatError(

@@ -290,6 +290,6 @@ def save(out: Path, saes: dict[str, SparseAutoencoder], scale: float, metrics: d
         own.metadata.update(
             model_name=meta["model"], hook_name=meta["hook"], activation_scale=scale, split_seed=meta["seed"]
         )
-        own.save_pretrained(out / name)
+        own.save_pretrained(out / name, metrics=metrics)
     text = json.dumps(metrics, indent=2)
     write_atomically(out / "metrics.json", lambda path: path.write_text(text + "\n"))

@@ -89,7 +89,7 @@ def _fetch(repo: str, inside: str, revision: str | None) -> Path:
             raise SourceError(f"the hub's cache holds {repo}, but not {inside!r} in it, and the hub is unreachable")
         return cached
     try:
-        names = hub.list_repo_files(repo, revision=revision)
+        names = hub.HfApi().list_repo_files(repo, revision=revision)
         files = _wanted(repo, names, inside)
         for name in files:
             fetched = Path(hub.hf_hub_download(repo, name, revision=revision))

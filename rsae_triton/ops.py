@@ -138,9 +138,10 @@ def _encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, *rest
     """-> z_fm [d_sae, n_tokens], counts, l1 [d_sae], and h_fm like z_fm (of no elements unless save_h)."""
     gate, spec, (backend, dtype, save_h) = unpack(rest)
     with torch.autocast(x.device.type, enabled=False):
-        chosen = resolve_backend(backend, x.device, dtype)
+        chosen, route = backends.choose(backend, x.device, dtype, W_enc.shape[0], gate, spec, training=save_h)
+        weights, fused = (W_enc.to(dtype), b_enc.to(dtype)), route.forward == "fused"
         x_c = centred(x, b_dec, dtype)
-        z, h, counts, l1 = backends.encode(chosen, x_c, W_enc.to(dtype), b_enc.to(dtype), gate, spec, save_h=save_h)
+        z, h, counts, l1 = backends.encode(chosen, x_c, *weights, gate, spec, save_h=save_h, fused=fused)
         # The kernels' sums are two rows of one tensor; an operator's outputs must not share memory.
         return z, counts, l1.clone(), z.new_empty(0) if h is None else h
 
@@ -193,7 +194,7 @@ def _encode_backward(
     """The gradients of x, W_enc, b_enc, b_dec and the gate's first six tensors, those with `needs` alone."""
     gate, spec, (backend, dtype, needs) = unpack(rest)
     with torch.autocast(x.device.type, enabled=False):
-        chosen = resolve_backend(backend, x.device, dtype)
+        chosen, _ = backends.choose(backend, x.device, dtype, W_enc.shape[0], gate, spec, training=True)
         dz = torch.zeros_like(h) if dz is None else dz.to(dtype)
         grads = backends.gate_backward(chosen, h, dz, dcounts, dl1, gate, spec, coefficients=any(needs[4:7]))
         made = (

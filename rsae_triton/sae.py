@@ -108,10 +108,22 @@ class FusedRationalSAE(SparseAutoencoder):
         """The training loss of activations [..., d_in] and its gradients, piece by piece; see `rational_autoencode`.
 
         Equal to rounding to the same loss built from `encode_with_sums` and `decode`, in a fraction of the memory.
+
+        Raises:
+            ConfigError: x requires a gradient and the SAE normalises every token.
         """
         self._check_last(x, "x", "d_in", self.d_in)
-        return rational_autoencode(
-            x,
+        normalized = self.normalize_activations != "none"
+        if normalized and x.requires_grad:
+            raise ConfigError("autoencode gives no gradient through a token's normalisation; detach x, or use encode")
+        affine = self.normalization(x)
+        target = scale = None
+        if normalized:
+            # Undone by another number than it was applied with (`normalization`): the target is not what is encoded.
+            scale = torch.as_tensor(affine.scale)
+            target = ((x - affine.shift) / scale.clamp_min(torch.finfo(scale.dtype).tiny)).to(x.dtype)
+        result = rational_autoencode(
+            affine.apply(x),
             self.W_enc,
             self.b_enc,
             self.W_dec,
@@ -123,8 +135,11 @@ class FusedRationalSAE(SparseAutoencoder):
             chunk_tokens=chunk_tokens,
             chunk_features=chunk_features,
             apply_b_dec_to_input=self.apply_b_dec_to_input,
+            target=target,
+            residual_scale=scale,
             backend=self.backend,
         )
+        return result._replace(x_hat=affine.undo(result.x_hat)) if normalized else result
 
     @torch.no_grad()
     def constrain_(self) -> None:
@@ -166,9 +181,16 @@ class FusedRationalSAE(SparseAutoencoder):
         return cls(gate=gate, **cls.common_arguments(config))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu", *, backend: str = "auto") -> Self:
-        """Loads what `save_pretrained` wrote; see `SparseAutoencoder.from_pretrained`."""
-        sae = super().from_pretrained(folder, device)
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        device: torch.device | str = "cpu",
+        *,
+        revision: str | None = None,
+        backend: str = "auto",
+    ) -> Self:
+        """Loads what `save_pretrained` or `push_to_hub` wrote; see `SparseAutoencoder.from_pretrained`."""
+        sae = super().from_pretrained(source, device, revision=revision)
         sae.backend = backend
         return sae
 

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from live_bytes import LiveBytes
+from counting import LiveBytes
 from test_ops import KINDS, D, F, N, inputs, relative
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -139,7 +139,7 @@ def problem(n, d_in, d_sae, p=3, q=2):
 
 def run(arguments, tokens, features, differentiate=True):
     wanted = [False, *[differentiate] * 10]
-    return autoencode.run(*arguments, 0.1, 0.0, tokens, features, True, "cpu", torch.float32, wanted)
+    return autoencode.run(*arguments, 0.1, 0.0, tokens, features, True, None, None, "cpu", torch.float32, wanted)
 
 
 @ENGINE
@@ -193,7 +193,7 @@ def test_no_product_more_than_needed():
             run(arguments, tokens, features, differentiate)
         assert flops.get_total_flops() == expected * unit
     with FlopCounterMode(display=False) as flops, torch.no_grad():
-        autoencode.run(*arguments, 0.1, 0.0, 0, 0, True, "cpu", torch.float32, [True] * 11)
+        autoencode.run(*arguments, 0.1, 0.0, 0, 0, True, None, None, "cpu", torch.float32, [True] * 11)
     assert flops.get_total_flops() == 12 * unit
 
 
@@ -304,7 +304,21 @@ def test_bad_input_is_named(change, error, message):
 
 def test_the_operator_passes_opcheck():
     leaves, activity = leaves_of(3, 2, 1)
-    arguments = (*leaves, activity, *settings(GateSpec(3, 2)), 0.1, 0.0, 16, 0, True, "cpu", torch.float64, [True] * 11)
+    arguments = (
+        *leaves,
+        activity,
+        *settings(GateSpec(3, 2)),
+        0.1,
+        0.0,
+        16,
+        0,
+        True,
+        None,
+        None,
+        "cpu",
+        torch.float64,
+        [True] * 11,
+    )
     # "test_aot_dispatch_dynamic" would differentiate every output; only `total` may be.
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.rsae.autoencode.default, arguments, test_utils=tests)

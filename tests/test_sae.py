@@ -194,7 +194,7 @@ def test_a_bad_weight_is_not_saved_over_a_good_file(tmp_path):
     with pytest.raises(NumericsError, match="W_enc"):
         sae.save_pretrained(tmp_path)
     assert (tmp_path / "sae_weights.safetensors").read_bytes() == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["cfg.json", "sae_weights.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "cfg.json", "sae_weights.safetensors"]
 
 
 def test_settings_we_would_not_reproduce_are_refused(tmp_path):
@@ -204,14 +204,18 @@ def test_settings_we_would_not_reproduce_are_refused(tmp_path):
         load_teacher(tmp_path)
 
 
-def test_autoencode_is_the_loss_of_encode_and_decode():
-    x = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
-    sae = FusedRationalSAE(8, 32, form="gated", backward="rational", apply_b_dec_to_input=False)
+@pytest.mark.parametrize("normalize", ["none", "layer_norm", "constant_norm_rescale"])
+def test_autoencode_is_the_loss_of_encode_and_decode(normalize):
+    x = 3 * torch.randn(30, 8, generator=torch.Generator().manual_seed(0)) + 1
+    sae = FusedRationalSAE(
+        8, 32, form="gated", backward="rational", apply_b_dec_to_input=False, normalize_activations=normalize
+    )
     z, counts, l1 = sae.encode_with_sums(x)
-    expected = (x - sae.decode(z)).square().sum(-1).mean() + 0.2 * counts.sum() / 30
+    expected = (x - sae.decode(z, x)).square().sum(-1).mean() + 0.2 * counts.sum() / 30
     expected = expected + 0.1 * l1 @ sae.W_dec.norm(dim=1) / 30
     found = sae.autoencode(x, l1_weight=0.1, l0_weight=0.2, chunk_tokens=8)
     assert torch.allclose(found.total, expected, rtol=1e-5)
+    assert torch.allclose(found.x_hat, sae(x), rtol=1e-4, atol=1e-5)
     names, parameters = zip(*sae.named_parameters(), strict=True)
     pairs = [torch.autograd.grad(total, parameters, allow_unused=True) for total in (found.total, expected)]
     for name, one, other in zip(names, *pairs, strict=True):

@@ -1,4 +1,4 @@
-"""How many bytes of tensors are alive at once: a dispatch mode that sees every operator and every tensor's end."""
+"""Dispatch modes that count what operators do: bytes alive at once, bytes read and written."""
 
 from __future__ import annotations
 
@@ -49,3 +49,29 @@ class LiveBytes(TorchDispatchMode):
         if not self._owners[key]:
             del self._owners[key]
             self.live -= size
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes that operators read and write, matrix products apart; an expanded tensor counts what it holds.
+
+    Attributes:
+        pointwise, products: bytes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pointwise = self.products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.split("::")[1]
+        is_view = any(one.alias_info and not one.alias_info.is_write for one in func._schema.arguments)
+        if is_view or name in ("_unsafe_view", "detach") or name.startswith(("empty", "new_empty")):
+            return out
+        tensors = [one for one in tree_leaves((args, kwargs, out)) if isinstance(one, torch.Tensor)]
+        moved = sum(min(one.untyped_storage().nbytes(), one.numel() * one.element_size()) for one in tensors)
+        if name in ("mm", "addmm"):
+            self.products += moved
+        else:
+            self.pointwise += moved
+        return out
