@@ -87,7 +87,7 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
 def choose(
     backend: str, device: torch.device, dtype: torch.dtype, d_in: int, gate: GateTensors, spec: GateSpec, training: bool
 ) -> tuple[str, Route]:
-    """The backend for the functions below ("triton", "cpu", "eager") and the way it goes; raises as `resolve_backend`."""
+    """The backend for the functions below and the way it goes; raises as `resolve_backend`."""
     kind, _, way = resolve_backend(backend, device, dtype).partition(":")
     if way or kind != "triton":
         return kind, Route(way or "split", way or "split", backend)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .base import SparseAutoencoder
 from .errors import ConfigError
+from .memory import MemoryPlan
 from .sae import FusedRationalSAE
 from .teachers import JumpReluSAE, ReluSAE, TopKSAE, keep_largest
 
@@ -136,12 +137,31 @@ class Losses:
     counts: Tensor
 
 
-def losses(sae: SparseAutoencoder, x: Tensor, recipe: Recipe, weight: float, dead: Tensor | None = None) -> Losses:
+def losses(
+    sae: SparseAutoencoder,
+    x: Tensor,
+    recipe: Recipe,
+    weight: float,
+    dead: Tensor | None = None,
+    plan: MemoryPlan | None = None,
+) -> Losses:
     """mse (mean over tokens of ||x - x_hat||^2) + weight * sparsity (mean over tokens).
 
     Args:
         x: [n_tokens, d_in]. weight: of the sparsity term. dead: [d_sae] bool, features for the auxiliary loss.
+        plan: how the step is cut to fit into memory; whole when None.
     """
+    if plan is not None and plan.mode != "saved":
+        assert isinstance(sae, FusedRationalSAE)
+        cut = sae.autoencode(
+            x,
+            hard=not recipe.soft,
+            l1_weight=weight if recipe.sparsity == "l1" else 0.0,
+            l0_weight=weight if recipe.sparsity == "l0" else 0.0,
+            chunk_tokens=plan.chunk_tokens,
+            chunk_features=plan.chunk_features,
+        )
+        return Losses(cut.total, cut.mse.detach(), cut.l0.detach(), cut.counts.detach())
     if isinstance(sae, FusedRationalSAE):
         z, counts, l1 = sae.encode_with_sums(x, hard=not recipe.soft)
     else:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .base import SparseAutoencoder
 from .errors import ConfigError, NumericsError, ShapeError
+from .memory import plan_memory
 from .recipes import Recipe, SparsityController, holding, losses, recipe_for
 
 
@@ -72,6 +73,7 @@ def train(
     log_every: int = 10,
     label: str | None = None,
     progress: bool = True,
+    memory: str = "auto",
 ) -> TrainLog:
     """Trains every parameter of `sae` in place: mse + weight * sparsity.
 
@@ -90,6 +92,9 @@ def train(
         clip: largest norm of the gradient. seed: of the order of batches, nothing else is random.
         dead_after: tokens without activity after which a feature counts as dead.
         log_every: steps between entries of the log. label: shown beside the progress bar.
+        memory: how a step is cut so that it fits: "saved" (not at all), "chunked" over tokens, "streamed" over
+            features, or "auto", the first of these that fits into free memory (see `plan_memory`). The numbers are
+            the same to rounding.
 
     Returns:
         The log; `sae` is changed.
@@ -119,6 +124,9 @@ def train(
     else:
         batches = activations.batches(batch_size, seed=seed)
 
+    plan = plan_memory(sae, batch_size, memory, aux_k=recipe.aux_k)
+    if progress and plan.mode != "saved":
+        print(plan)
     log = TrainLog(recipe.name, steps, batch_size, seed)
     optimizer = _optimizer(sae, recipe, lr)
     warmup = steps // 20 if warmup is None else warmup
@@ -135,7 +143,7 @@ def train(
                 controller = SparsityController(recipe, float(x.float().norm(dim=1).mean()))
             dead = idle > dead_after
             ramp = min(1.0, step / sparsity_warmup) if sparsity_warmup else 1.0
-            terms = losses(sae, x, recipe, ramp * controller.weight, dead if recipe.aux_k else None)
+            terms = losses(sae, x, recipe, ramp * controller.weight, dead if recipe.aux_k else None, plan)
             optimizer.zero_grad(set_to_none=True)
             terms.total.backward()
             _remove_radial_gradient(sae.W_dec)
