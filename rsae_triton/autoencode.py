@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.library import custom_op
+from torch.utils.flop_counter import register_flop_formula
 
 from . import backends
 from .backends import Codes, Workspace
@@ -355,3 +356,12 @@ def _scaled(gradients: list[Tensor], by: Tensor) -> list[Tensor]:
 
 
 _autoencode.register_autograd(_derivative, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.rsae.autoencode)
+def _flops(x: torch.Size, W_enc: torch.Size, *rest: Any, **_: Any) -> int:
+    """FlopCounterMode's: matrix products alone, as it counts everything."""
+    (d_in, d_sae), wanted, chunk_features = W_enc, rest[-1], rest[-7]
+    encodings = 2 if chunk_features and chunk_features < d_sae else 1
+    backward = encodings + wanted[0] + wanted[1] + wanted[3] if any(wanted) else 0
+    return 2 * x[0] * d_in * d_sae * (2 + backward)

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch.library import custom_op
+from torch.utils.flop_counter import register_flop_formula
 
 from . import backends, reference
 from .backends import BACKENDS, interpreting, resolve_backend
@@ -249,3 +250,17 @@ def through_encoder(W_enc: Tensor, db_enc: Tensor) -> Tensor:
     high = db_enc.to(W_enc.dtype)
     both = torch.stack([high, (db_enc - high).to(W_enc.dtype)], dim=1)
     return (W_enc @ both).to(db_enc.dtype).sum(1)
+
+
+@register_flop_formula(torch.ops.rsae.encode)
+def _encode_flops(x: torch.Size, W_enc: torch.Size, *_: Any, **__: Any) -> int:
+    """FlopCounterMode's: matrix products alone, as it counts everything."""
+    return 2 * x[0] * W_enc[0] * W_enc[1]
+
+
+@register_flop_formula(torch.ops.rsae.encode_backward)
+def _encode_backward_flops(
+    dz: Any, dcounts: Any, dl1: Any, x: torch.Size, W_enc: torch.Size, *rest: Any, **_: Any
+) -> int:
+    needs = rest[-1]
+    return 2 * x[0] * W_enc[0] * W_enc[1] * (needs[0] + needs[1])

@@ -119,3 +119,27 @@ def test_instructions_are_those_of_the_machine_code():
 def test_an_unknown_strategy_is_refused():
     with pytest.raises(ConfigError, match="split, fused"):
         cost(Step(1, 1, 1), "magic")
+
+
+def test_flop_counters_see_into_the_operators():
+    n, d_in, d_sae = 64, 8, 128
+    unit = n * d_in * d_sae
+
+    def encode(*arguments):
+        return ops.rational_encode(*arguments, "cpu")
+
+    shape = (n, d_in, d_sae, 3, 2, True, "direct", torch.float32)
+    assert eager_step(*shape, FlopCounterMode(display=False), encode).get_total_flops() == 10 * unit
+    x, (W_enc, b_enc, W_dec, b_dec, *gate), activity = leaves_of(n, d_in, d_sae, 3, 2, True, torch.float32)
+    gate, spec = GateTensors(*gate, activity), GateSpec(3, 2)
+    for chunk_features, x_wanted, expected in ((None, False, 10), (32, False, 12), (32, True, 14)):
+        x.requires_grad_(x_wanted)
+        with FlopCounterMode(display=False) as counted:
+            total = autoencode.rational_autoencode(
+                x, W_enc, b_enc, W_dec, b_dec, gate, spec, chunk_features=chunk_features, backend="cpu"
+            ).total
+            total.backward()
+        assert counted.get_total_flops() == expected * unit
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        autoencode.rational_autoencode(x, W_enc, b_enc, W_dec, b_dec, gate, spec, backend="cpu")
+    assert counted.get_total_flops() == 4 * unit

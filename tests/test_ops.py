@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rsae_triton import backends, ops
-from rsae_triton.errors import ConfigError
+from rsae_triton.errors import ConfigError, ShapeError
 from rsae_triton.reference import GateSpec, GateTensors, rational_gate
 
 N, D, F = 37, 11, 24
@@ -105,9 +105,9 @@ def test_triton_is_as_accurate_as_eager(kind):
     if not torch.cuda.is_available() and not ops.interpreting():
         pytest.skip("neither a GPU nor TRITON_INTERPRET=1")
     form, amplitude, hard, backward = kind
-    for sets in (1, F):
+    for sets, way in ((1, "split"), (F, "fused")):
         spec = GateSpec(3, 2, form, "clamp", amplitude, hard, backward)
-        check(spec, sets, "triton", torch.float32, 1e-5)
+        check(spec, sets, f"triton:{way}", torch.float32, 1e-5)
 
 
 def test_tiles_that_split_the_tokens_sum_the_same(monkeypatch):
@@ -256,3 +256,68 @@ def test_compiled_without_a_graph_break_the_module_computes_the_same():
     for ours, same in zip(*results, strict=True):
         assert (ours is None) == (same is None)
         assert ours is None or torch.allclose(ours, same, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager", "triton:split", "triton:fused"])
+def test_any_leading_shape_and_strides(backend):
+    tensors, activity = inputs(3, 2, 1, tokens=24)
+    x, *others = (one.float() for one in tensors)
+    gate, spec = GateTensors(*others[3:], activity.float()), GateSpec(3, 2)
+    flat = ops.rational_encode(x, *others[:3], gate, spec, backend)
+    strided = x.reshape(2, 3, 4, D).transpose(0, 2)
+    W_enc = others[0].t().contiguous().t()
+    shaped = ops.rational_encode(strided, W_enc, *others[1:3], gate, spec, backend)
+    assert shaped.z.shape == (4, 3, 2, F)
+    assert torch.allclose(shaped.z.transpose(0, 2).reshape(24, F), flat.z, atol=1e-5)
+    assert torch.allclose(shaped.l1, flat.l1, rtol=1e-4)
+    one = ops.rational_encode(x[3], *others[:3], gate, spec, backend)
+    assert one.z.shape == (F,)
+    assert torch.allclose(one.z, flat.z[3], atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager", "triton:split", "triton:fused"])
+def test_no_tokens_on_any_backend(backend):
+    tensors, activity = inputs(3, 2, 1, tokens=0)
+    spec = GateSpec(3, 2, "gated", backward="rational")
+    z, *rest = outputs_and_gradients(tensors, activity, spec, backend, torch.float32)
+    assert z.shape == (0, F)
+    assert not any(bool(one.any()) for one in rest)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_autocast_multiplies_in_its_dtype(backend):
+    """z is in the dtype of the product; x - b_dec, the gate and every gradient are not."""
+    tensors, activity = inputs(3, 2, 1)
+    leaves = [one.float().requires_grad_() for one in tensors]
+    gate, spec = GateTensors(*leaves[4:], activity.float()), GateSpec(3, 2, hard=False, domain="free")
+    exact = ops.rational_encode(*leaves[:4], gate, spec, backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = ops.rational_encode(*leaves[:4], gate, spec, backend)
+    assert (low.z.dtype, low.l1.dtype) == (torch.bfloat16, torch.float32)
+    assert relative(low.z, exact.z.double()) < 0.02
+    truth = torch.autograd.grad(exact.z.square().sum(), leaves, allow_unused=True, materialize_grads=True)
+    found = torch.autograd.grad(low.z.float().square().sum(), leaves, allow_unused=True, materialize_grads=True)
+    for one, other in zip(found, truth, strict=True):
+        assert one.dtype == torch.float32
+        assert relative(one, other.double()) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("place", "tensor", "error", "message"),
+    [
+        (0, torch.zeros(3, D + 1), ShapeError, "x has shape"),
+        (0, torch.zeros(3, D, dtype=torch.bfloat16), ConfigError, "W_enc is torch.float32"),
+        (0, torch.zeros(3, D, device="meta"), ConfigError, "one device"),
+        (2, torch.zeros(F + 1), ShapeError, "b_enc has shape"),
+        (3, torch.zeros(D, 1), ShapeError, "b_dec has shape"),
+        (4, torch.zeros(1, 3), ShapeError, "a has shape"),
+        (7, torch.zeros(2), ShapeError, "input_scale has shape"),
+        (9, torch.zeros(1), ShapeError, "threshold has shape"),
+    ],
+)
+def test_bad_input_is_named(place, tensor, error, message):
+    tensors, activity = inputs(3, 2, 1)
+    given = [one.float() for one in tensors]
+    given[place] = tensor
+    with pytest.raises(error, match=message):
+        ops.rational_encode(*given[:4], GateTensors(*given[4:], activity.float()), GateSpec(3, 2), "cpu")
