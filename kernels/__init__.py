@@ -6,6 +6,8 @@ the orientation and the table of what the compiler makes of each kernel.
     encode_forward      x_c, W_enc, b_enc -> z [d_sae, n_tokens]: matrix product with the gate as its epilogue
     rational_forward    h -> z, pointwise, for a matrix product made elsewhere
     rational_backward   h, dz -> dh and every gradient of the gate, in one pass, bit-reproducible
+    sparse_encode       x_c, W_enc, b_enc -> rows of values and feature indices: no dense code; also the k largest
+    sparse_decode       such rows -> reconstructions, and (`_dvalues`, `_dweight`) their gradients
 
 Every [d_sae, n_tokens] tensor is feature-major: the tokens of one feature are contiguous.
 """
@@ -22,5 +24,18 @@ from .encode_forward import encode_forward
 from .interpreter import INTERPRETED
 from .rational_backward import GateGrads, rational_backward
 from .rational_forward import rational_forward
+from .sparse_decode import sparse_decode, sparse_decode_dvalues, sparse_decode_dweight
+from .sparse_encode import SparseRows, sparse_encode
 
-__all__ = ["INTERPRETED", "GateGrads", "encode_forward", "rational_backward", "rational_forward"]
+__all__ = [
+    "INTERPRETED",
+    "GateGrads",
+    "SparseRows",
+    "encode_forward",
+    "rational_backward",
+    "rational_forward",
+    "sparse_decode",
+    "sparse_decode_dvalues",
+    "sparse_decode_dweight",
+    "sparse_encode",
+]

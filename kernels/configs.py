@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import triton
 
 
 class MatmulTile(NamedTuple):
@@ -29,6 +30,22 @@ class PointwiseTile(NamedTuple):
     features: int
     lanes: int
     vector: int
+    warps: int
+
+
+class RowsTile(NamedTuple):
+    """sparse_rows: [words, tokens], words of 32 features."""
+
+    words: int
+    tokens: int
+    warps: int
+
+
+class DecodeTile(NamedTuple):
+    """sparse_decode: rows of W_dec (or of its gradient's terms) that are in flight, and their columns."""
+
+    rows: int
+    columns: int
     warps: int
 
 
@@ -87,3 +104,18 @@ def pointwise_tile(dtype: torch.dtype, n_tokens: int) -> PointwiseTile:
     if n_tokens % SPECIALISED:
         return PointwiseTile(features=4, lanes=64, vector=1, warps=4)
     return PointwiseTile(features=4, lanes=32, vector=16 // dtype.itemsize, warps=4)
+
+
+def sparse_tile(capability: int, dtype: torch.dtype, p: int, q: int, shared: bool, n_tokens: int) -> MatmulTile:
+    """The tile of `sparse_encode`: a multiple of 32 features."""
+    return matmul_tile(capability, dtype, p, q, shared, n_tokens)
+
+
+def rows_tile(n_words: int) -> RowsTile:
+    """The tile of `sparse_rows`: 8 tokens, because that many words of 4 bytes fill a sector of memory."""
+    return RowsTile(words=min(64, triton.next_power_of_2(n_words)), tokens=8, warps=4)
+
+
+def decode_tile(d_in: int) -> DecodeTile:
+    """The tile of `sparse_decode`: 16 bytes of a bfloat16 row to a thread, 8 rows at a time to hide their latency."""
+    return DecodeTile(rows=8, columns=min(512, triton.next_power_of_2(max(d_in, 1))), warps=4)

@@ -7,6 +7,7 @@ from .evaluate import evaluate
 from .gate import RationalGate
 from .remez import GateFit, fit_gate
 from .sae import FusedRationalSAE
+from .sparse import SparseCode, decode_sparse, encode_sparse
 from .teachers import load_teacher
 from .train import train
 from .upgrade import upgrade
@@ -17,6 +18,9 @@ __all__ = [
     "FusedRationalSAE",
     "GateFit",
     "RationalGate",
+    "SparseCode",
+    "decode_sparse",
+    "encode_sparse",
     "evaluate",
     "fit_gate",
     "load_host",

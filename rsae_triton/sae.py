@@ -15,6 +15,7 @@ from .gate import RationalGate, smooth_step
 from .ops import rational_encode, resolve_backend
 from .reference import Encoded
 from .remez import fit_gate
+from .sparse import SparseCode, decode_sparse, encode_sparse
 
 
 class FusedRationalSAE(SparseAutoencoder):
@@ -140,6 +141,14 @@ class FusedRationalSAE(SparseAutoencoder):
             backend=self.backend,
         )
         return result._replace(x_hat=affine.undo(result.x_hat)) if normalized else result
+
+    def encode_sparse(self, x: Tensor, capacity: int | None = None, *, k: int | None = None) -> SparseCode:
+        """The code of x [..., d_in] as rows of values and feature indices; see `rsae_triton.sparse.encode_sparse`."""
+        return encode_sparse(self, x, capacity, k=k)
+
+    def decode_sparse(self, code: SparseCode) -> Tensor:
+        """A code as rows -> reconstructions [..., d_in]; see `rsae_triton.sparse.decode_sparse`."""
+        return decode_sparse(self, code)
 
     @torch.no_grad()
     def constrain_(self) -> None:

@@ -1,0 +1,228 @@
+"""Codes as rows of values and feature indices: encoding and decoding without a dense [n_tokens, d_sae] code.
+
+A token has some 20 to 200 active features out of tens of thousands, so a dense decoder multiplies zeros. On a GPU
+the kernels of `kernels/sparse_*.py` write and read rows only; elsewhere `sparse_ops.py` makes the code in chunks and
+`torch.nn.functional.embedding_bag` decodes it. Encoding is for inference; decoding is differentiable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from . import ops
+from .errors import ConfigError, NumericsError, ShapeError
+from .gate import RationalGate
+from .reference import GateSpec, GateTensors
+from .sparse_ops import Entries, SparseDecode, entries_of, entries_of_codes, entries_of_gate, used
+from .teachers.architectures import JumpReluSAE, ReluSAE, TopKSAE
+
+if TYPE_CHECKING:
+    from .base import SparseAutoencoder
+
+CAPACITY = 128
+"""Places that the kernels give a token at first where no capacity is asked for."""
+
+
+class SparseCode(NamedTuple):
+    """The features that are not zero, in ascending order, token by token.
+
+    Attributes:
+        values [..., width]: zeros behind the last place in use.
+        indices [..., width]: int64; zeros behind the last place in use.
+        counts [...]: int64, how many places of each token are in use.
+    """
+
+    values: Tensor
+    indices: Tensor
+    counts: Tensor
+
+    def to_dense(self, d_sae: int) -> Tensor:
+        """The dense code [..., d_sae]; differentiable in the values.
+
+        Raises:
+            ShapeError: the parts do not fit each other, or an index is not below d_sae.
+        """
+        _check_code(self, d_sae)
+        values = torch.where(used(self.counts, self.values.shape[-1]), self.values, 0)
+        # Added, not written: the places that are not in use all point at feature 0.
+        return values.new_zeros(*values.shape[:-1], d_sae).scatter_add(-1, self.indices.long(), values)
+
+    @classmethod
+    def from_dense(cls, feature_acts: Tensor, capacity: int | None = None) -> SparseCode:
+        """What is not zero in feature_acts [..., d_sae] (NaN is not zero); capacity as in `encode_sparse`."""
+        if feature_acts.dim() == 0:
+            raise ShapeError("feature_acts is a scalar; give codes of shape [..., d_sae]")
+        _check_count("capacity", capacity)
+        rows = feature_acts.detach().reshape(-1, feature_acts.shape[-1])
+        return _shaped(_rows([entries_of(rows)], len(rows), capacity), feature_acts.shape[:-1])
+
+
+@torch.no_grad()
+@torch.compiler.disable
+def encode_sparse(
+    sae: SparseAutoencoder, x: Tensor, capacity: int | None = None, *, k: int | None = None
+) -> SparseCode:
+    """The code of x as rows: what is not zero in `sae.encode(x)`, up to rounding, without the dense code.
+
+    Args:
+        sae: a `FusedRationalSAE` or a teacher.
+        x: activations [..., d_in].
+        capacity: how wide the rows are. Nothing is dropped: where a token has more active features, all rows become
+            as wide as the fullest token needs (on a GPU x is then encoded twice). None: that width always.
+        k: keep no more than the k largest positive codes of a token, of equal ones those of the lowest index.
+
+    A `TopKSAE` is encoded with its own k. The kernels rank codes in float32, before they are rounded to the SAE's
+    dtype. No gradient is recorded.
+
+    Raises:
+        ShapeError, ConfigError: x, its dtype, capacity or k cannot be used. NumericsError: a code is NaN.
+    """
+    sae._check_last(x, "x", "d_in", sae.d_in)
+    _check_count("capacity", capacity)
+    _check_count("k", k)
+    if isinstance(sae, TopKSAE):
+        k = min(sae.k, k or sae.k)
+    rows = x.reshape(-1, sae.d_in)
+    low = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+    if low is None and rows.dtype != sae.W_enc.dtype:
+        raise ConfigError(
+            f"x is {rows.dtype} but the SAE's weights are {sae.W_enc.dtype}; convert one of them with .to(...)"
+        )
+    known = _gate_of(sae)
+    backend = ops.resolve_backend(_backend_of(sae), x.device, low or rows.dtype)
+    by_kernels = known is not None and backend == "triton"
+    # Without kernels the k largest codes of a token are looked for in all of its codes.
+    if known is None or (k is not None and not by_kernels):
+        parts = entries_of_codes(sae, rows, None if k is None else min(k, sae.d_sae))
+        return _shaped(_rows(_without_nan(parts), len(rows), capacity), x.shape[:-1])
+    x_c = rows - sae.b_dec if sae.apply_b_dec_to_input else rows
+    matrix = (x_c, sae.W_enc) if low is None else (x_c.to(low), sae.W_enc.to(low))
+    if by_kernels:
+        code = _by_kernels(*matrix, sae.b_enc, *known, capacity, k)
+    else:
+        code = _rows(_without_nan(entries_of_gate(*matrix, sae.b_enc, *known)), len(rows), capacity)
+    return _shaped(code, x.shape[:-1])
+
+
+def decode_sparse(sae: SparseAutoencoder, code: SparseCode) -> Tensor:
+    """A code as rows -> reconstructions [..., d_in]; as `sae.decode` of the dense code, and differentiable.
+
+    The gradient of W_dec is dense, [d_sae, d_in]. Gradients have the same bits in every run; there are none of the
+    second order.
+
+    Raises:
+        ShapeError: the parts of the code do not fit each other, or (on the CPU) an index is not below d_sae. On a
+            GPU, where looking would mean waiting, such an index makes its token's reconstruction NaN.
+    """
+    _check_code(code, sae.d_sae)
+    width = code.values.shape[-1]
+    dtype = torch.promote_types(code.values.dtype, sae.W_dec.dtype)
+    backend = ops.resolve_backend(_backend_of(sae), code.values.device, dtype)
+    n_tokens = code.counts.numel()
+    x_hat = SparseDecode.apply(
+        code.values.reshape(n_tokens, width), code.indices.reshape(n_tokens, width), code.counts.reshape(n_tokens),
+        sae.W_dec, sae.b_dec, backend,
+    )  # fmt: skip
+    return x_hat.reshape(*code.values.shape[:-1], sae.d_in)
+
+
+def _backend_of(sae: SparseAutoencoder) -> str:
+    return getattr(sae, "backend", "auto")
+
+
+def _gate_of(sae: SparseAutoencoder) -> tuple[GateTensors, GateSpec] | None:
+    """The SAE's nonlinearity as a gate; None for a kind of SAE that this package does not know."""
+    gate = getattr(sae, "gate", None)
+    if isinstance(gate, RationalGate):
+        return gate.tensors(), gate.spec()
+    if type(sae) not in (ReluSAE, JumpReluSAE, TopKSAE):
+        return None
+    # h where h > theta: a gated form whose rational multiplies nothing.
+    zeros = torch.zeros_like(sae.b_enc, dtype=torch.float32)
+    threshold = sae.threshold.float() if isinstance(sae, JumpReluSAE) else zeros
+    one, zero = zeros.new_ones(1), zeros.new_zeros(1)
+    neutral = GateTensors(one[None], zeros.new_empty(1, 0), zero, one, one, threshold, zeros)
+    return neutral, GateSpec(0, 0, "gated", amplitude="identity")
+
+
+def _by_kernels(
+    x_c: Tensor, W_enc: Tensor, b_enc: Tensor, gate: GateTensors, spec: GateSpec, capacity: int | None, k: int | None
+) -> SparseCode:
+    d_sae = W_enc.shape[1]
+    flags = {name: value for name, value in ops._flags(spec).items() if name != "hard"}
+    k = None if k is None else min(k, d_sae)
+    places = min(capacity or CAPACITY if k is None else 2 * k + 32, d_sae)
+    while True:
+        found = ops._kernels().sparse_encode(x_c, W_enc, b_enc, gate, **flags, capacity=places, k=k)
+        most, bad = 0, False
+        if len(x_c) > 0:
+            most, bad = torch.stack([found.counts.max(), found.values.isnan().any()]).tolist()
+        if bad:
+            raise _nan_error(found.values.isnan().any(1).nonzero())
+        if most <= (k or places):
+            break
+        places = most
+    width = max(most, capacity or 1)
+    values, indices = (pad(t[:, :width], (0, max(width - t.shape[1], 0))).contiguous() for t in found[:2])
+    return SparseCode(values, indices, found.counts.long())
+
+
+def _rows(parts: Iterator[Entries] | list[Entries], n_tokens: int, capacity: int | None) -> SparseCode:
+    tokens, features, entries = (torch.cat(one) for one in zip(*parts, strict=True))
+    counts = torch.bincount(tokens, minlength=n_tokens)
+    width = max(int(counts.max()) if n_tokens else 0, capacity or 1)
+    places = torch.arange(len(tokens), device=tokens.device) - (counts.cumsum(0) - counts)[tokens]
+    values, indices = entries.new_zeros(n_tokens, width), features.new_zeros(n_tokens, width)
+    values[tokens, places], indices[tokens, places] = entries, features
+    return SparseCode(values, indices, counts)
+
+
+def _shaped(code: SparseCode, leading: torch.Size) -> SparseCode:
+    return SparseCode(*(t.reshape(*leading, *t.shape[1:]) for t in code))
+
+
+def _without_nan(parts: Iterator[Entries]) -> Iterator[Entries]:
+    for part in parts:
+        bad = part.values.isnan()
+        if bool(bad.any()):
+            raise _nan_error(part.tokens[bad].unique())
+        yield part
+
+
+def _nan_error(tokens: Tensor) -> NumericsError:
+    return NumericsError(
+        f"the code of token {int(tokens[0])} (and of {len(tokens) - 1} others or more) holds NaN; look for NaN or "
+        "infinity in x there and in the SAE's weights"
+    )
+
+
+def _check_count(name: str, count: int | None) -> None:
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        raise ConfigError(f"{name} is {count!r}; give a positive integer, or None")
+
+
+def _check_code(code: SparseCode, d_sae: int) -> None:
+    values, indices, counts = code
+    if values.dim() == 0 or indices.shape != values.shape or counts.shape != values.shape[:-1]:
+        raise ShapeError(
+            f"values {tuple(values.shape)}, indices {tuple(indices.shape)} and counts {tuple(counts.shape)} do not "
+            "fit: [..., width], [..., width] and [...] are wanted"
+        )
+    if not values.is_floating_point() or {indices.dtype, counts.dtype} - {torch.int32, torch.int64}:
+        raise ShapeError(
+            f"values are {values.dtype}, indices {indices.dtype} and counts {counts.dtype}; give floats and int32 or "
+            "int64"
+        )
+    if values.device.type != "cpu" or counts.numel() == 0:
+        return
+    least, most = int(counts.min()), int(counts.max())
+    if least < 0 or most > values.shape[-1]:
+        raise ShapeError(f"counts run from {least} to {most}, but the rows are {values.shape[-1]} wide")
+    inside = indices[used(counts, values.shape[-1])]
+    if inside.numel() and not 0 <= int(inside.min()) <= int(inside.max()) < d_sae:
+        raise ShapeError(f"indices run from {int(inside.min())} to {int(inside.max())}, but d_sae is {d_sae}")
