@@ -34,9 +34,10 @@ class PointwiseTile(NamedTuple):
 
 
 class RowsTile(NamedTuple):
-    """sparse_rows: [words, tokens], words of 32 features."""
+    """sparse_rows: [words, tokens] (words of 32 features) and [places, tokens] (of the candidates' rows)."""
 
     words: int
+    places: int
     tokens: int
     warps: int
 
@@ -113,7 +114,7 @@ def sparse_tile(capability: int, dtype: torch.dtype, p: int, q: int, shared: boo
 
 def rows_tile(n_words: int) -> RowsTile:
     """The tile of `sparse_rows`: 8 tokens, because that many words of 4 bytes fill a sector of memory."""
-    return RowsTile(words=min(64, triton.next_power_of_2(n_words)), tokens=8, warps=4)
+    return RowsTile(words=min(64, triton.next_power_of_2(n_words)), places=64, tokens=8, warps=4)
 
 
 def decode_tile(d_in: int) -> DecodeTile:

@@ -198,7 +198,7 @@ def sparse_encode(
             if k is not None:
                 keep_largest_kernel[(triton.cdiv(n, rows.tokens),)](
                     *wide, *own, n, capacity, k,
-                    BLOCK_J=min(rows.words, triton.next_power_of_2(capacity)), BLOCK_N=rows.tokens,
+                    BLOCK_J=rows.places, BLOCK_N=rows.tokens,
                     num_warps=rows.warps, num_stages=1,
                 )  # fmt: skip
     return SparseRows(values, indices, counts)
