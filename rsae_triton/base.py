@@ -105,7 +105,10 @@ class SparseAutoencoder(nn.Module, abc.ABC):
             ConfigError: such an SAE without x.
         """
         self._check_last(feature_acts, "feature_acts", "d_sae", self.d_sae)
-        x_hat = feature_acts @ self.W_dec + self.b_dec
+        return self.denormalize(feature_acts @ self.W_dec + self.b_dec, x)
+
+    def denormalize(self, x_hat: Tensor, x: Tensor | None) -> Tensor:
+        """x_hat [..., d_in] with each token's own mean and scale again, as `decode` returns it."""
         if self.normalize_activations == "none":
             return x_hat
         if x is None:

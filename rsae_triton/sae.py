@@ -146,9 +146,9 @@ class FusedRationalSAE(SparseAutoencoder):
         """The code of x [..., d_in] as rows of values and feature indices; see `rsae_triton.sparse.encode_sparse`."""
         return encode_sparse(self, x, capacity, k=k)
 
-    def decode_sparse(self, code: SparseCode) -> Tensor:
+    def decode_sparse(self, code: SparseCode, x: Tensor | None = None) -> Tensor:
         """A code as rows -> reconstructions [..., d_in]; see `rsae_triton.sparse.decode_sparse`."""
-        return decode_sparse(self, code)
+        return decode_sparse(self, code, x)
 
     @torch.no_grad()
     def constrain_(self) -> None:

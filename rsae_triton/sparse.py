@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from . import ops
+from . import backends, ops
 from .errors import ConfigError, NumericsError, ShapeError
 from .gate import RationalGate
 from .reference import GateSpec, GateTensors
-from .sparse_ops import Entries, SparseDecode, entries_of, entries_of_codes, entries_of_gate, used
+from .sparse_ops import Entries, check_places, entries_of, entries_of_codes, entries_of_gate, sparse_decode, used
 from .teachers.architectures import JumpReluSAE, ReluSAE, TopKSAE
+from .tiles import wide
 
 if TYPE_CHECKING:
     from .base import SparseAutoencoder
@@ -47,7 +48,8 @@ class SparseCode(NamedTuple):
         Raises:
             ShapeError: the parts do not fit each other, or an index is not below d_sae.
         """
-        _check_code(self, d_sae)
+        _check_code(self)
+        check_places(self.indices, self.counts, d_sae)
         values = torch.where(used(self.counts, self.values.shape[-1]), self.values, 0)
         # Added, not written: the places that are not in use all point at feature 0.
         return values.new_zeros(*values.shape[:-1], d_sae).scatter_add(-1, self.indices.long(), values)
@@ -87,48 +89,48 @@ def encode_sparse(
     _check_count("k", k)
     if isinstance(sae, TopKSAE):
         k = min(sae.k, k or sae.k)
+    k = None if k is None else min(k, sae.d_sae)
     rows = x.reshape(-1, sae.d_in)
-    low = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
-    if low is None and rows.dtype != sae.W_enc.dtype:
-        raise ConfigError(
-            f"x is {rows.dtype} but the SAE's weights are {sae.W_enc.dtype}; convert one of them with .to(...)"
-        )
-    known = _gate_of(sae)
-    backend = ops.resolve_backend(_backend_of(sae), x.device, low or rows.dtype)
-    by_kernels = known is not None and backend == "triton"
+    known, dtype = _gate_of(sae), ops.product_dtype(x)
+    backend = backends.resolve_backend(_backend_of(sae), x.device, dtype).partition(":")[0]
+    b_dec = sae.b_dec if sae.apply_b_dec_to_input else None
+    if known is not None:
+        ops.check_inputs(x, sae.W_enc, sae.b_enc, b_dec, None, *known)
     # Without kernels the k largest codes of a token are looked for in all of its codes.
-    if known is None or (k is not None and not by_kernels):
-        parts = entries_of_codes(sae, rows, None if k is None else min(k, sae.d_sae))
+    if known is None or (k is not None and backend != "triton"):
+        parts = entries_of_codes(sae, rows, k)
         return _shaped(_rows(_without_nan(parts), len(rows), capacity), x.shape[:-1])
-    x_c = rows - sae.b_dec if sae.apply_b_dec_to_input else rows
-    matrix = (x_c, sae.W_enc) if low is None else (x_c.to(low), sae.W_enc.to(low))
-    if by_kernels:
-        code = _by_kernels(*matrix, sae.b_enc, *known, capacity, k)
-    else:
-        code = _rows(_without_nan(entries_of_gate(*matrix, sae.b_enc, *known)), len(rows), capacity)
+    gate, spec = known
+    x_c = ops.centred(sae.normalization(rows).apply(rows), b_dec, dtype)
+    weights = (x_c, sae.W_enc.to(dtype), sae.b_enc.to(dtype), GateTensors(*(t.to(wide(dtype)) for t in gate)), spec)
+    with torch.autocast(x.device.type, enabled=False):
+        if backend == "triton":
+            code = _by_kernels(*weights, capacity, k)
+        else:
+            code = _rows(_without_nan(entries_of_gate(*weights, backend)), len(rows), capacity)
     return _shaped(code, x.shape[:-1])
 
 
-def decode_sparse(sae: SparseAutoencoder, code: SparseCode) -> Tensor:
-    """A code as rows -> reconstructions [..., d_in]; as `sae.decode` of the dense code, and differentiable.
+def decode_sparse(sae: SparseAutoencoder, code: SparseCode, x: Tensor | None = None) -> Tensor:
+    """A code as rows -> reconstructions [..., d_in]; as `sae.decode` of the dense code, and once differentiable.
 
-    The gradient of W_dec is dense, [d_sae, d_in]. Gradients have the same bits in every run; there are none of the
-    second order.
+    The gradient of W_dec is dense, [d_sae, d_in]; gradients have the same bits in every run.
+
+    Args:
+        x: the activations the code was made from, for an SAE that normalises every token (see `sae.decode`).
 
     Raises:
         ShapeError: the parts of the code do not fit each other, or (on the CPU) an index is not below d_sae. On a
             GPU, where looking would mean waiting, such an index makes its token's reconstruction NaN.
+        ConfigError: such an SAE without x, or a second derivative.
     """
-    _check_code(code, sae.d_sae)
-    width = code.values.shape[-1]
-    dtype = torch.promote_types(code.values.dtype, sae.W_dec.dtype)
-    backend = ops.resolve_backend(_backend_of(sae), code.values.device, dtype)
-    n_tokens = code.counts.numel()
-    x_hat = SparseDecode.apply(
+    _check_code(code)
+    n_tokens, width = code.counts.numel(), code.values.shape[-1]
+    x_hat = sparse_decode(
         code.values.reshape(n_tokens, width), code.indices.reshape(n_tokens, width), code.counts.reshape(n_tokens),
-        sae.W_dec, sae.b_dec, backend,
+        sae.W_dec, sae.b_dec, _backend_of(sae),
     )  # fmt: skip
-    return x_hat.reshape(*code.values.shape[:-1], sae.d_in)
+    return sae.denormalize(x_hat.reshape(*code.values.shape[:-1], sae.d_in), x)
 
 
 def _backend_of(sae: SparseAutoencoder) -> str:
@@ -136,15 +138,15 @@ def _backend_of(sae: SparseAutoencoder) -> str:
 
 
 def _gate_of(sae: SparseAutoencoder) -> tuple[GateTensors, GateSpec] | None:
-    """The SAE's nonlinearity as a gate; None for a kind of SAE that this package does not know."""
+    """The SAE's nonlinearity as a gate; None where there is none (a TopK of negative codes, an SAE not from here)."""
     gate = getattr(sae, "gate", None)
     if isinstance(gate, RationalGate):
         return gate.tensors(), gate.spec()
-    if type(sae) not in (ReluSAE, JumpReluSAE, TopKSAE):
+    if type(sae) not in (ReluSAE, JumpReluSAE, TopKSAE) or not getattr(sae, "relu", True):
         return None
     # h where h > theta: a gated form whose rational multiplies nothing.
-    zeros = torch.zeros_like(sae.b_enc, dtype=torch.float32)
-    threshold = sae.threshold.float() if isinstance(sae, JumpReluSAE) else zeros
+    zeros = torch.zeros_like(sae.b_enc, dtype=wide(sae.b_enc.dtype))
+    threshold = sae.threshold.to(zeros.dtype) if isinstance(sae, JumpReluSAE) else zeros
     one, zero = zeros.new_ones(1), zeros.new_zeros(1)
     neutral = GateTensors(one[None], zeros.new_empty(1, 0), zero, one, one, threshold, zeros)
     return neutral, GateSpec(0, 0, "gated", amplitude="identity")
@@ -154,11 +156,10 @@ def _by_kernels(
     x_c: Tensor, W_enc: Tensor, b_enc: Tensor, gate: GateTensors, spec: GateSpec, capacity: int | None, k: int | None
 ) -> SparseCode:
     d_sae = W_enc.shape[1]
-    flags = {name: value for name, value in ops._flags(spec).items() if name != "hard"}
-    k = None if k is None else min(k, d_sae)
+    flags = {name: value for name, value in backends._flags(spec).items() if name != "hard"}
     places = min(capacity or CAPACITY if k is None else 2 * k + 32, d_sae)
     while True:
-        found = ops._kernels().sparse_encode(x_c, W_enc, b_enc, gate, **flags, capacity=places, k=k)
+        found = backends.kernels().sparse_encode(x_c, W_enc, b_enc, gate, **flags, capacity=places, k=k)
         most, bad = 0, False
         if len(x_c) > 0:
             most, bad = torch.stack([found.counts.max(), found.values.isnan().any()]).tolist()
@@ -183,7 +184,7 @@ def _rows(parts: Iterator[Entries] | list[Entries], n_tokens: int, capacity: int
 
 
 def _shaped(code: SparseCode, leading: torch.Size) -> SparseCode:
-    return SparseCode(*(t.reshape(*leading, *t.shape[1:]) for t in code))
+    return SparseCode(*(t.reshape(leading + t.shape[1:]) for t in code))
 
 
 def _without_nan(parts: Iterator[Entries]) -> Iterator[Entries]:
@@ -206,7 +207,7 @@ def _check_count(name: str, count: int | None) -> None:
         raise ConfigError(f"{name} is {count!r}; give a positive integer, or None")
 
 
-def _check_code(code: SparseCode, d_sae: int) -> None:
+def _check_code(code: SparseCode) -> None:
     values, indices, counts = code
     if values.dim() == 0 or indices.shape != values.shape or counts.shape != values.shape[:-1]:
         raise ShapeError(
@@ -218,11 +219,3 @@ def _check_code(code: SparseCode, d_sae: int) -> None:
             f"values are {values.dtype}, indices {indices.dtype} and counts {counts.dtype}; give floats and int32 or "
             "int64"
         )
-    if values.device.type != "cpu" or counts.numel() == 0:
-        return
-    least, most = int(counts.min()), int(counts.max())
-    if least < 0 or most > values.shape[-1]:
-        raise ShapeError(f"counts run from {least} to {most}, but the rows are {values.shape[-1]} wide")
-    inside = indices[used(counts, values.shape[-1])]
-    if inside.numel() and not 0 <= int(inside.min()) <= int(inside.max()) < d_sae:
-        raise ShapeError(f"indices run from {int(inside.min())} to {int(inside.max())}, but d_sae is {d_sae}")

@@ -146,9 +146,7 @@ def test_nan_is_not_zero(k, device, small_tiles):
     small_tiles()
     gate, (x, W, b) = sparse_gate(3, 2, 1), inputs(torch.float32)
     x[3, 2] = torch.nan
-    rows = sparse_encode(
-        *(t.to(device) for t in (x, W, b)), to(gate, device), **hard(GateSpec(3, 2)), capacity=75, k=k
-    )
+    rows = sparse_encode(*(t.to(device) for t in (x, W, b)), to(gate, device), **hard(GateSpec(3, 2)), capacity=75, k=k)
     assert rows.values.isnan().any(1).nonzero().flatten().tolist() == [3]
     assert rows.values[3].isnan().all()
     assert rows.counts[3] == k or 75
