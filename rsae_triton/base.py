@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .card import write_card
-from .errors import ConfigError, FormatError, NumericsError, ShapeError
+from .errors import ConfigError, FormatError, NumericsError, RsaeError, ShapeError
 from .files import read_json, read_safetensors, write_atomically
 from .hub import local_path, upload
 from .normalization import MODES, Affine, normalize
@@ -167,6 +167,28 @@ class SparseAutoencoder(nn.Module, abc.ABC):
         self.b_dec.div_(scale)
         return self
 
+    @torch.no_grad()
+    def fold_decoder_norm_(self) -> Self:
+        """Gives every decoder row norm 1 and multiplies its feature's codes by the norm it had.
+
+        Reconstructions are unchanged. Rows of zeros are left.
+
+        Raises:
+            ConfigError: the kind of SAE does not allow it (which of a TopK's features win would change).
+        """
+        norms = self.W_dec.float().norm(dim=1)
+        norms = torch.where(norms > 0, norms, 1.0)
+        self._scale_nonlinearity_(norms)
+        norms = norms.to(self.W_dec.dtype)
+        self.W_dec.div_(norms[:, None])
+        self.W_enc.mul_(norms)
+        self.b_enc.mul_(norms)
+        return self
+
+    def _scale_nonlinearity_(self, scale: Tensor) -> None:
+        """Makes the nonlinearity f of every feature scale * f(h / scale), scale [d_sae]."""
+        raise ConfigError(f"the decoder norms of a {type(self).__name__} cannot be folded into its codes")
+
     # -- files
 
     def config(self) -> dict[str, Any]:
@@ -280,9 +302,18 @@ class SparseAutoencoder(nn.Module, abc.ABC):
     @classmethod
     def from_files(cls, config: dict[str, Any], weights: dict[str, Tensor], source: str | Path) -> Self:
         """An SAE from a parsed configuration and its tensors; `source` is named in errors."""
+        # Before anything of the size that the configuration claims is made: the file bounds it.
+        found, claimed = getattr(weights.get("W_enc"), "shape", None), (config.get("d_in"), config.get("d_sae"))
+        if found is None or tuple(found) != claimed:
+            raise FormatError(
+                f"W_enc in {Path(source) / WEIGHTS_FILE} has shape {found and tuple(found)}; {CONFIG_FILE} makes it "
+                f"{claimed}"
+            )
         try:
             sae = cls.from_config(config)
-        except (KeyError, TypeError) as error:
+        except RsaeError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
             raise FormatError(f"{Path(source) / CONFIG_FILE} lacks or misuses the field {error}") from error
         expected = sae.state_dict()
         missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())

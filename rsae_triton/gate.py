@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -219,6 +219,68 @@ class RationalGate(nn.Module):
             return tensor.to(moved.device) if narrowed else moved
 
         return super()._apply(move, recurse)
+
+    @torch.no_grad()
+    def scale_features_(self, scale: Tensor) -> None:
+        """Puts feature f into units that are scale[f] > 0 times smaller: g_f(h) becomes s_f * g_f(h / s_f).
+
+        Thresholds, C_in and the activity threshold are multiplied by scale, in the direct form C_out too (a gated code
+        h * r scales with h). All of them are then per feature: new parameters, which an optimiser has to be told.
+        """
+        scale = scale.to(self.threshold)
+        if scale.shape != (self.d_sae,) or not bool((scale > 0).all()):
+            raise ShapeError(f"scale has shape {tuple(scale.shape)}; give a positive number for each of {self.d_sae}")
+
+        def per_feature(values: Tensor) -> Tensor:
+            return values.repeat_interleave(self.d_sae // len(values))
+
+        def replaced(old: nn.Parameter, values: Tensor) -> nn.Parameter:
+            return nn.Parameter(values, requires_grad=old.requires_grad)
+
+        self.threshold.mul_(scale)
+        self.log_input_scale = replaced(self.log_input_scale, per_feature(self.log_input_scale) + scale.log())
+        if self.form == "direct":
+            self.output_scale = replaced(self.output_scale, per_feature(self.output_scale) * scale)
+        self.activity_threshold = per_feature(self.activity_threshold) * scale
+
+    def config(self) -> dict[str, Any]:
+        """What it takes to build an empty gate of this kind and size."""
+        return {
+            "degree": list(self.degree),
+            "groups": self.groups,
+            "form": self.form,
+            "domain": self.domain,
+            "amplitude": self.amplitude,
+            "backward": self.backward,
+            "input_scale_groups": len(self.log_input_scale),
+            "output_scale_groups": len(self.output_scale),
+            "activity_threshold_groups": len(self.activity_threshold),
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> RationalGate:
+        """A gate of `config` (with d_sae) whose numbers are still to be loaded."""
+        p, q = config["degree"]
+        sizes = {}
+        for name in ("input_scale", "output_scale", "activity_threshold"):
+            sizes[name] = config.get(f"{name}_groups", 1)
+            # Looked at before anything of that size is made: a configuration may say anything.
+            if sizes[name] not in (1, config["groups"], config["d_sae"]):
+                raise ConfigError(f"{name}_groups is {sizes[name]!r}; it must be 1, groups or d_sae")
+        return cls(
+            config["d_sae"],
+            (p, q),
+            [0.0] * (p + 1),
+            [0.0] * q,
+            groups=config["groups"],
+            form=config["form"],
+            domain=config["domain"],
+            amplitude=config["amplitude"],
+            backward=config["backward"],
+            activity_threshold=torch.zeros(sizes["activity_threshold"]),
+            input_scale=torch.ones(sizes["input_scale"]),
+            output_scale=torch.ones(sizes["output_scale"]),
+        )
 
     def extra_repr(self) -> str:
         groups = {1: "shared", self.d_sae: "per feature"}.get(self.groups, f"{self.groups} groups")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -16,6 +16,11 @@ from .ops import rational_encode, resolve_backend
 from .reference import Encoded
 from .remez import fit_gate
 from .sparse import SparseCode, decode_sparse, encode_sparse
+
+
+if TYPE_CHECKING:
+    from .export import DenseExport
+    from .teachers import JumpReluSAE
 
 
 class FusedRationalSAE(SparseAutoencoder):
@@ -73,7 +78,7 @@ class FusedRationalSAE(SparseAutoencoder):
         )
         if gate is None:
             options = {"groups": groups, "domain": domain, "amplitude": amplitude, "backward": backward}
-            gate = _initial_gate(d_sae, degree, form, options)
+            gate = initial_gate(d_sae, degree, form, options)
         elif gate.d_sae != d_sae:
             raise ConfigError(f"the gate has d_sae={gate.d_sae}, the SAE d_sae={d_sae}; they must agree")
         self.gate = gate.to(device) if device is not None else gate
@@ -155,39 +160,21 @@ class FusedRationalSAE(SparseAutoencoder):
         """Projects the gate's thresholds onto theta >= 0 after an optimiser step."""
         self.gate.constrain_()
 
+    def _scale_nonlinearity_(self, scale: Tensor) -> None:
+        self.gate.scale_features_(scale)
+
+    def to_jumprelu(self, activations: Tensor) -> tuple[JumpReluSAE, DenseExport]:
+        """The nearest JumpReLU SAE, for tools that know nothing else, and how much it loses; see `export.py`."""
+        from .export import to_jumprelu
+
+        return to_jumprelu(self, activations)
+
     def config(self) -> dict[str, Any]:
-        gate = self.gate
-        return {
-            **super().config(),
-            "degree": list(gate.degree),
-            "groups": gate.groups,
-            "form": gate.form,
-            "domain": gate.domain,
-            "amplitude": gate.amplitude,
-            "backward": gate.backward,
-            "input_scale_groups": len(gate.log_input_scale),
-            "output_scale_groups": len(gate.output_scale),
-            "activity_threshold_groups": len(gate.activity_threshold),
-        }
+        return {**super().config(), **self.gate.config()}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        p, q = config["degree"]
-        gate = RationalGate(
-            config["d_sae"],
-            (p, q),
-            [0.0] * (p + 1),
-            [0.0] * q,
-            groups=config["groups"],
-            form=config["form"],
-            domain=config["domain"],
-            amplitude=config["amplitude"],
-            backward=config["backward"],
-            activity_threshold=torch.zeros(config.get("activity_threshold_groups", 1)),
-            input_scale=torch.ones(config.get("input_scale_groups", 1)),
-            output_scale=torch.ones(config.get("output_scale_groups", 1)),
-        )
-        return cls(gate=gate, **cls.common_arguments(config))
+        return cls(gate=RationalGate.from_config(config), **cls.common_arguments(config))
 
     @classmethod
     def from_pretrained(
@@ -207,7 +194,8 @@ class FusedRationalSAE(SparseAutoencoder):
         return f"d_in={self.d_in}, backend={self.backend}"
 
 
-def _initial_gate(d_sae: int, degree: tuple[int, int] | None, form: str, options: dict[str, Any]) -> RationalGate:
+def initial_gate(d_sae: int, degree: tuple[int, int] | None, form: str, options: dict[str, Any]) -> RationalGate:
+    """The gate that nothing has been said about: ReLU's minimax fit, or the smooth step at threshold 0."""
     if form == "gated" and degree in (None, (2, 2)):
         a, b = smooth_step()
         return RationalGate(d_sae, (2, 2), a, b, form=form, **options)

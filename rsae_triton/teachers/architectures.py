@@ -19,6 +19,9 @@ class ReluSAE(SparseAutoencoder):
     def encode(self, x: Tensor) -> Tensor:
         return self.hidden_pre(x).relu()
 
+    def _scale_nonlinearity_(self, scale: Tensor) -> None:
+        """A ReLU is homogeneous."""
+
 
 class _Rectangle(torch.autograd.Function):
     """1[h > theta] whose derivative is a rectangle of width `bandwidth` at theta (arXiv:2407.14435, eq. 11-12).
@@ -80,6 +83,9 @@ class JumpReluSAE(SparseAutoencoder):
     @torch.no_grad()
     def constrain_(self) -> None:
         self.threshold.clamp_(min=0)
+
+    def _scale_nonlinearity_(self, scale: Tensor) -> None:
+        self.threshold.mul_(scale)
 
 
 class TopKSAE(SparseAutoencoder):

@@ -1,0 +1,1 @@
+"""Rational SAEs in other people's tools. Each module needs only the library it is named after."""

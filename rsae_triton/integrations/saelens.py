@@ -1,0 +1,227 @@
+"""SAELens: importing this module registers the architecture "rational", for loading, splicing, evals and training.
+
+    import rsae_triton.integrations.saelens
+    sae = sae_lens.SAE.load_from_disk("out/my_rsae")
+
+Everything of SAELens that takes an SAE then takes a rational one: `HookedSAETransformer`, `SAETransformerBridge`
+(`use_error_term` too), `run_evals`, the training runner.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import SourceError
+from ..gate import RationalGate
+from ..ops import rational_encode
+from ..reference import rational_gate
+from ..sae import FusedRationalSAE, initial_gate
+
+__all__ = ["RationalSAE", "RationalTrainingSAE", "from_saelens", "to_saelens"]
+
+ARCHITECTURE = FusedRationalSAE.architecture
+TESTED = "6.54"
+
+
+def check_version() -> None:
+    """SourceError without a SAELens that this can work with, a warning for one that it was not tested with."""
+    try:
+        found = version("sae-lens")
+    except PackageNotFoundError as error:
+        raise SourceError(
+            f"rsae_triton.integrations.saelens needs SAELens; install it with: pip install 'sae-lens=={TESTED}.*'"
+        ) from error
+    if found.split(".")[0] != TESTED.split(".")[0]:
+        raise SourceError(
+            f"sae-lens {found} has another interface than version {TESTED.split('.')[0]}, which this was written for; "
+            f"install it with: pip install 'sae-lens=={TESTED}.*'"
+        )
+    if found.split(".")[:2] != TESTED.split("."):
+        warnings.warn(
+            f"rsae_triton was tested with sae-lens {TESTED}; this is {found}. If something fails, install "
+            f"'sae-lens=={TESTED}.*'",
+            stacklevel=3,
+        )
+
+
+check_version()
+from sae_lens import SAE, SAEConfig, TrainingSAE, TrainingSAEConfig  # noqa: E402
+from sae_lens.registry import SAE_CLASS_REGISTRY, register_sae_class, register_sae_training_class  # noqa: E402
+from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepOutput  # noqa: E402
+
+
+@dataclass(kw_only=True)
+class _GateConfig:
+    """The fields of `RationalGate.config()`."""
+
+    degree: list[int] = field(default_factory=lambda: [2, 2])
+    groups: int = 1
+    form: str = "gated"
+    domain: str = "clamp"
+    amplitude: str = "rational"
+    backward: str = "rational"
+    input_scale_groups: int = 1
+    output_scale_groups: int = 1
+    activity_threshold_groups: int = 1
+
+
+@dataclass
+class RationalSAEConfig(SAEConfig, _GateConfig):
+    """Configuration of a `RationalSAE`; cfg.json of our `save_pretrained` is one."""
+
+    @classmethod
+    def architecture(cls) -> str:
+        return ARCHITECTURE
+
+
+class _Rational:
+    """What the SAE for inference and the one for training share: weights, gate, encoding, folding."""
+
+    b_enc: nn.Parameter
+    gate: RationalGate
+
+    def _initialize_rational(self: Any) -> None:
+        """b_enc and the gate. On the meta device numbers are to be loaded, so that none are computed."""
+        cfg = self.cfg
+        self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae, dtype=self.dtype, device=self.device))
+        fields = {name: getattr(cfg, name) for name in _GateConfig.__dataclass_fields__}
+        if self.device.type == "meta":
+            self.gate = RationalGate.from_config({**fields, "d_sae": cfg.d_sae})
+            return
+        options = {name: fields[name] for name in ("groups", "domain", "amplitude", "backward")}
+        options["input_scale"] = torch.full((cfg.input_scale_groups,), getattr(cfg, "init_input_scale", 1.0))
+        options["output_scale"] = torch.ones(cfg.output_scale_groups)
+        options["activity_threshold"] = torch.zeros(cfg.activity_threshold_groups)
+        if cfg.form == "gated":
+            options["threshold"] = getattr(cfg, "init_threshold", 0.0)
+        degree = (int(cfg.degree[0]), int(cfg.degree[1]))
+        self.gate = initial_gate(cfg.d_sae, degree, cfg.form, options).to(self.device)
+
+    def _pre_and_post(self: Any, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        """hidden_pre, where somebody looks at it, and the code."""
+        sae_in = self.process_sae_in(x)
+        hook = self.hook_sae_acts_pre
+        if hook._forward_hooks or hook._backward_hooks:
+            hidden_pre = hook(sae_in @ self.W_enc + self.b_enc)
+            return hidden_pre, self.hook_sae_acts_post(self.gate(hidden_pre))
+        # Nobody between product and gate: the fused encoder.
+        z = rational_encode(sae_in, self.W_enc, self.b_enc, None, self.gate.tensors(), self.gate.spec())[0]
+        return None, self.hook_sae_acts_post(z)
+
+    @torch.no_grad()
+    def fold_W_dec_norm(self: Any) -> None:  # noqa: N802
+        """Unit decoder rows; codes are multiplied by the norms they had, reconstructions are unchanged."""
+        norms = self.fold_and_get_W_dec_norm()
+        self.gate.scale_features_(norms.float())
+        self.cfg.input_scale_groups = len(self.gate.log_input_scale)
+        self.cfg.output_scale_groups = len(self.gate.output_scale)
+        self.cfg.activity_threshold_groups = len(self.gate.activity_threshold)
+
+    def process_state_dict_for_loading(self: Any, state_dict: dict[str, Any]) -> None:
+        low = sorted(name for name, one in state_dict.items() if name.startswith("gate.") and one.element_size() < 4)
+        if low:
+            warnings.warn(
+                f"SAELens read the gate's parameters as {state_dict[low[0]].dtype}, which rounds thresholds and "
+                "coefficients; use load_from_disk(..., dtype='float32') and then .to(...), which leaves them alone",
+                stacklevel=4,
+            )
+            for name in low:
+                state_dict[name] = state_dict[name].float()
+
+
+class RationalSAE(_Rational, SAE):
+    """A Rational SAE as SAELens' `SAE`; its codes carry exact zeros."""
+
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        self._initialize_rational()
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Activations [..., d_in] -> the sparse code [..., d_sae]."""
+        return self._pre_and_post(x)[1]
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        """Codes [..., d_sae] -> reconstructions [..., d_in]."""
+        sae_out = self.hook_sae_recons(feature_acts @ self.W_dec + self.b_dec)
+        return self.reshape_fn_out(self.run_time_activation_norm_fn_out(sae_out), self.d_head)
+
+
+@dataclass
+class RationalTrainingSAEConfig(TrainingSAEConfig, _GateConfig):
+    """Configuration for training one with SAELens.
+
+    Args:
+        l0_coefficient: weight of the mean number of active features (gated form; the gradient goes through the step).
+        l1_coefficient: weight of the mean of sum |z| * ||W_dec row||.
+        init_threshold, init_input_scale: theta and C_in of a gate that is not loaded, in units of hidden_pre.
+    """
+
+    l0_coefficient: float = 1.0
+    l0_warm_up_steps: int = 0
+    l1_coefficient: float = 0.0
+    l1_warm_up_steps: int = 0
+    init_threshold: float = 0.01
+    init_input_scale: float = 0.05
+
+    @classmethod
+    def architecture(cls) -> str:
+        return ARCHITECTURE
+
+
+class RationalTrainingSAE(_Rational, TrainingSAE):
+    """A Rational SAE for SAELens' training runner: mse + l0 + l1 on the code that is shipped."""
+
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        self._initialize_rational()
+
+    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The code and hidden_pre, both [..., d_sae]."""
+        sae_in = self.process_sae_in(x)
+        hidden_pre = self.hook_sae_acts_pre(sae_in @ self.W_enc + self.b_enc)
+        return self.hook_sae_acts_post(self.gate(hidden_pre)), hidden_pre
+
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        self.gate.constrain_()
+        return super().training_forward_pass(step_input)
+
+    def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
+        return {
+            "l0": TrainCoefficientConfig(self.cfg.l0_coefficient, self.cfg.l0_warm_up_steps),
+            "l1": TrainCoefficientConfig(self.cfg.l1_coefficient, self.cfg.l1_warm_up_steps),
+        }
+
+    def calculate_aux_loss(
+        self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
+    ) -> dict[str, Tensor]:
+        rows = hidden_pre.reshape(-1, self.cfg.d_sae).float()
+        active = rational_gate(rows, self.gate.tensors(), self.gate.spec())[1]
+        l1 = (feature_acts.abs() * self.W_dec.norm(dim=1)).sum(-1).mean()
+        return {
+            "l0_loss": step_input.coefficients["l0"] * active.sum(-1).mean(),
+            "l1_loss": step_input.coefficients["l1"] * l1,
+        }
+
+
+def to_saelens(sae: FusedRationalSAE) -> RationalSAE:
+    """The same SAE as a SAELens `SAE`, with copied weights: folding one does not touch the other."""
+    made = RationalSAE(RationalSAEConfig.from_dict({**sae.config(), "device": "meta"}))
+    made.load_state_dict({name: one.detach().clone() for name, one in sae.state_dict().items()}, assign=True)
+    return made.to(device=str(sae.W_enc.device), dtype=sae.W_enc.dtype)
+
+
+def from_saelens(sae: Any) -> FusedRationalSAE:
+    """A SAELens `RationalSAE` or `RationalTrainingSAE` as our own, with copied weights."""
+    config = sae.cfg.to_dict()
+    return FusedRationalSAE.from_files(config, sae.state_dict(), "the SAELens SAE").to(sae.W_enc.device)
+
+
+if ARCHITECTURE not in SAE_CLASS_REGISTRY:
+    register_sae_class(ARCHITECTURE, RationalSAE, RationalSAEConfig)
+    register_sae_training_class(ARCHITECTURE, RationalTrainingSAE, RationalTrainingSAEConfig)
