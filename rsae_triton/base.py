@@ -174,10 +174,12 @@ class SparseAutoencoder(nn.Module, abc.ABC):
         Reconstructions are unchanged. Rows of zeros are left.
 
         Raises:
-            ConfigError: the kind of SAE does not allow it (which of a TopK's features win would change).
+            ConfigError: norms are not 1 and the kind of SAE does not allow it (other features of a TopK would win).
         """
         norms = self.W_dec.float().norm(dim=1)
         norms = torch.where(norms > 0, norms, 1.0)
+        if torch.allclose(norms, torch.ones_like(norms), rtol=0, atol=1e-6):
+            return self
         self._scale_nonlinearity_(norms)
         norms = norms.to(self.W_dec.dtype)
         self.W_dec.div_(norms[:, None])

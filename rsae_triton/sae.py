@@ -17,7 +17,6 @@ from .reference import Encoded
 from .remez import fit_gate
 from .sparse import SparseCode, decode_sparse, encode_sparse
 
-
 if TYPE_CHECKING:
     from .export import DenseExport
     from .teachers import JumpReluSAE

@@ -38,7 +38,7 @@ def read(model: Any, tokens: torch.Tensor, depth: int) -> torch.Tensor:
         found.append(hidden)
         raise _Reached
 
-    with _tapped(model, depth, take):
+    with tapped(model, depth, take):
         try:
             model(input_ids=tokens, use_cache=False)
         except _Reached:
@@ -50,7 +50,7 @@ def replaced(
     model: Any, tokens: torch.Tensor, depth: int, replace: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
     """Logits [B, T, vocab] of a whole forward pass with the residual at `depth` put through `replace`."""
-    with _tapped(model, depth, replace):
+    with tapped(model, depth, replace):
         return model(input_ids=tokens, use_cache=False).logits
 
 
@@ -93,7 +93,7 @@ def _returns_tuple(model: Any, tokens: torch.Tensor) -> bool:
 
 
 @contextmanager
-def _tapped(model: Any, depth: int, function: Callable[[torch.Tensor], Any]) -> Iterator[None]:
+def tapped(model: Any, depth: int, function: Callable[[torch.Tensor], Any]) -> Iterator[None]:
     """Put the residual at `depth` through `function` while the context is open."""
     layers = decoder_layers(model)
     if depth < len(layers):

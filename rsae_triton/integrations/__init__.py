@@ -1,1 +1,9 @@
-"""Rational SAEs in other people's tools. Each module needs only the library it is named after."""
+"""Rational SAEs in other people's tools.
+
+`splice` runs a TransformerLens or Hugging Face model with an SAE in it. `saelens` registers with SAELens when it is
+imported; `saebench` wraps an SAE for SAEBench.
+"""
+
+from .splicing import splice
+
+__all__ = ["splice"]

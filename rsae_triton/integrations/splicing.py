@@ -1,0 +1,142 @@
+"""Runs a language model with an SAE in the place of its activations, and leaves the model as it was.
+
+For TransformerLens 3 and 4 (`TransformerBridge`, and `HookedTransformer` where there is one) and for plain
+Hugging Face models; none of them is imported here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..activations.layers import decoder_layers, tapped
+from ..base import SparseAutoencoder
+from ..errors import ConfigError, ShapeError
+
+_RESIDUAL = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
+
+
+@contextmanager
+def splice(
+    model: Any,
+    sae: SparseAutoencoder,
+    hook_name: str | None = None,
+    *,
+    use_error_term: bool = False,
+    norm_limit: float | None = None,
+) -> Iterator[None]:
+    """While the context is open, activations at one place of `model` are what `sae` reconstructs.
+
+        with splice(model, rsae):
+            logits = model(tokens)
+
+    Contexts can be nested, for several SAEs. Afterwards, also when the body raises, the model is as before.
+
+    Args:
+        model: a TransformerLens model, or a Hugging Face model.
+        sae: in the units of the model's activations.
+        hook_name: TransformerLens' name of the place; what the SAE's metadata says when None. In a Hugging Face model
+            blocks.L.hook_resid_pre and hook_resid_post are known, or the path of a module whose output is replaced,
+            such as "model.layers.5.mlp". Attention heads [batch, token, head, d_head] are flattened for the SAE.
+        use_error_term: add what the SAE did not reconstruct, without its gradient: the model's output is
+            unchanged, and gradients go through the code.
+        norm_limit: activations with a larger norm are left as they are (attention sinks such as BOS are a
+            hundredfold longer than the rest, and no SAE has been trained on them).
+
+    Raises:
+        ConfigError: no such place, or nothing passed there although the model ran.
+        ShapeError: activations there have another width.
+    """
+    place = hook_name or sae.metadata.get("hook_name")
+    if not place:
+        raise ConfigError("the SAE's metadata names no hook_name; pass it: where in the model is the SAE to go?")
+    count = [0]
+    replace = replacement(sae, use_error_term=use_error_term, norm_limit=norm_limit, count=count)
+    ran: list[bool] = []
+    watch = model.register_forward_pre_hook(lambda *_: ran.append(True))
+    try:
+        with (_lens if hasattr(model, "hook_dict") else _huggingface)(model, str(place), replace):
+            yield
+    finally:
+        watch.remove()
+    if ran and not count[0]:
+        raise ConfigError(f"the model ran, but never computed {place}; the SAE was not spliced in")
+
+
+def replacement(
+    sae: SparseAutoencoder, *, use_error_term: bool, norm_limit: float | None, count: list[int]
+) -> Callable[[Tensor], Tensor]:
+    """Activations [..., d_in] -> what stands in their place; count[0] is how often it was asked."""
+
+    def replace(x: Tensor) -> Tensor:
+        count[0] += 1
+        heads = x.shape
+        if x.shape[-1] != sae.d_in and x.dim() > 3 and math.prod(x.shape[2:]) == sae.d_in:
+            x = x.flatten(2)
+        if x.shape[-1] != sae.d_in:
+            raise ShapeError(f"activations there have shape {tuple(heads)}, but the SAE has d_in={sae.d_in}")
+        own = x.to(device=sae.W_dec.device, dtype=sae.W_dec.dtype)
+        new = sae(own)
+        if use_error_term:
+            with torch.no_grad():
+                error = own - new
+            new = new + error
+        new = new.to(device=x.device, dtype=x.dtype)
+        if norm_limit is not None:
+            new = torch.where(x.float().norm(dim=-1, keepdim=True) > norm_limit, x, new)
+        return new.reshape(heads)
+
+    return replace
+
+
+@contextmanager
+def _lens(model: Any, place: str, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    points = model.hook_dict
+    if place not in points:
+        raise ConfigError(f"the model has no hook {place!r}; see model.hook_dict for its {len(points)} places")
+    point = points[place]
+    before = list(point.fwd_hooks)
+    # Permanent for TransformerLens, so that a run_with_hooks in the body does not take it off; taken off here.
+    point.add_hook(lambda value, hook: replace(value), dir="fwd", is_permanent=True)
+    added = [handle for handle in point.fwd_hooks if handle not in before]
+    try:
+        yield
+    finally:
+        for handle in added:
+            handle.hook.remove()
+            if handle in point.fwd_hooks:
+                point.fwd_hooks.remove(handle)
+
+
+@contextmanager
+def _huggingface(model: Any, place: str, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    residual = _RESIDUAL.fullmatch(place)
+    if residual:
+        layers = len(decoder_layers(model))
+        if int(residual[1]) >= layers:
+            raise ConfigError(f"the model has {layers} layers, 0 to {layers - 1}; there is no {place}")
+        with tapped(model, int(residual[1]) + (residual[2] == "post"), replace):
+            yield
+        return
+    try:
+        module = model.get_submodule(place)
+    except AttributeError as error:
+        raise ConfigError(
+            f"the model has neither a module {place!r} nor is that blocks.L.hook_resid_pre or hook_resid_post; the "
+            "names of its modules are in model.named_modules()"
+        ) from error
+
+    def after(_module: Any, _inputs: Any, output: Any) -> Any:
+        return (replace(output[0]), *output[1:]) if isinstance(output, tuple) else replace(output)
+
+    handle = module.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        handle.remove()
