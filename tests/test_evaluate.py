@@ -174,6 +174,8 @@ def test_compare_pairs_everyone_with_everyone_before(sae, activations):
     resid = activations[:600].reshape(30, 20, 16)
     contexts = torch.arange(30).repeat_interleave(20)
     options = {"host": Host(resid), "tokens": torch.arange(30)[:, None].expand(30, 20), "splice": Splice("h")}
+    with torch.no_grad():
+        sae.b_enc.sub_(0.5)  # sparser, so that the other has to be thresholded
     saes = {"a": sae, "b": other, "c": sae}
     scores = compare(saes, resid.flatten(0, 1), contexts=contexts, mean=torch.zeros(16), **options)
     for paired, part in ((scores["paired"]["shipped"], scores), (scores["paired"]["matched_l0"], scores["matched_l0"])):
@@ -184,6 +186,10 @@ def test_compare_pairs_everyone_with_everyone_before(sae, activations):
             assert low < mean < high
             assert paired["c"]["a"][metric] == [0, 0, 0]
             assert paired["c"]["b"][metric][0] == pytest.approx(-mean)
+    for name, one in (("a", sae), ("b", other)):
+        at = at_l0(one, resid.flatten(0, 1), scores["matched_l0"][name]["l0"])
+        (spliced,) = splice_loss(options["host"], {"": at}, options["tokens"], Splice("h"), torch.zeros(16)).values()
+        assert scores["matched_l0"][name]["delta_ce"] == pytest.approx(spliced.delta_ce, rel=1e-5)
     assert compare(saes, resid.flatten(0, 1))["paired"]["shipped"]["b"]["a"] == {}
     with pytest.raises(ConfigError, match="tokens, splice and mean"):
         compare(saes, resid.flatten(0, 1), host=Host(resid))

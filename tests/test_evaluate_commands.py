@@ -1,6 +1,9 @@
 """rsae eval, rsae probe and rsae match end to end, offline: a tiny language model, text of two kinds, SAEs on disk."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from rsae_triton.evaluate.held_out import load_sae, load_saes
 from rsae_triton.sae import FusedRationalSAE
 from rsae_triton.teachers import ReluSAE
 
+TABLE = Path(__file__).parents[1] / "benchmarks" / "probing_table.py"
 HOOK = "blocks.1.hook_resid_pre"
 GLAD, SAD = (
     ["the", "sun", "and", "birds", "sang", "while", "children", "danced"],
@@ -125,6 +129,15 @@ def test_probe_of_your_own_labels(place, capsys, tmp_path):
     again = tmp_path / "again.json"
     run([*arguments, "--context", "16", "--out", again], capsys)
     assert json.loads(again.read_text())["tasks"] == json.loads(out.read_text())["tasks"]
+    page = tmp_path / "docs" / "evaluation.md"
+    page.parent.mkdir()
+    page.write_text("before\n<!-- probing table: made -->\nold\n<!-- /probing table -->\nafter\n")
+    command = [sys.executable, TABLE, "--results", out]
+    subprocess.run([str(one) for one in command], cwd=tmp_path, check=True)
+    accuracy = found["all_raw_dimensions"]["accuracy"][0]
+    assert f"| 60 | {found['scores']['1']['teacher']['accuracy'][0]:.2f} " in page.read_text()
+    assert f" {accuracy:.2f} |\n" in page.read_text()
+    assert "old" not in page.read_text()
 
 
 def test_match_of_a_teacher_and_its_copy(place, capsys, tmp_path):

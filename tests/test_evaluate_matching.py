@@ -50,7 +50,8 @@ def test_a_permutation_is_found(teacher, activations):
 
 
 def test_cosines_and_correlations_are_numpys(teacher, activations):
-    """Another SAE of another size; the decoder's norms must not matter."""
+    """Another SAE of another size; the decoder's norms must not matter, nor that the text begins otherwise."""
+    activations = torch.cat([0.2 * activations, 1.5 * activations])
     sae = ReluSAE(16, 24, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         sae.W_dec.mul_(torch.linspace(0.1, 3, 24)[:, None])

@@ -1,0 +1,86 @@
+"""Writes the table of docs/evaluation.md from the committed probing results.
+
+    rsae probe out/demo/teacher out/demo/control out/demo/rsae --out probing.json
+    python benchmarks/probing_table.py --results probing.json
+
+copies the results to benchmarks/results/ and renders them; without --results it renders what is committed there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+COMMITTED = Path("benchmarks/results/probing-smollm2.json")
+PAGE = Path("docs/evaluation.md")
+
+
+@dataclass(frozen=True)
+class Options:
+    results: Path | None = None
+
+
+def table(results: dict[str, Any]) -> str:
+    """The Markdown tables of what `rsae probe --out` wrote, and where it comes from."""
+    meta = results["meta"]
+    ks = list(results["mean"]["scores"])
+    names = list(results["mean"]["scores"][ks[0]])
+    lines = [
+        f"Accuracy with k = {', '.join(ks)} features ({meta['model']}, {meta['hook']}).",
+        "",
+        f"| task | items | {' | '.join(names)} | all raw |",
+        "|---|---|" + "---|" * (len(names) + 1),
+    ]
+    for task, found in results["tasks"].items():
+        cells = [_accuracies(found["scores"], name) for name in names]
+        every = found["all_raw_dimensions"]["accuracy"][0]
+        lines.append(f"| {task} | {found['n_items']} | {' | '.join(cells)} | {every:.2f} |")
+    means = [_accuracies(results["mean"]["scores"], name) for name in names]
+    lines.append(f"| **mean** | | {' | '.join(means)} | |")
+    lines += ["", "| mean difference in accuracy (95 %) | " + " | ".join(f"k = {k}" for k in ks) + " |"]
+    lines.append("|---|" + "---|" * len(ks))
+    for position, ours in enumerate(names):
+        for theirs in names[:position]:
+            cells = []
+            for k in ks:
+                mean, low, high = results["mean"]["paired"][k][ours][theirs]["accuracy"]
+                text = f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+                cells.append(f"**{text}**" if low > 0 or high < 0 else text)
+            lines.append(f"| {ours} - {theirs} | {' | '.join(cells)} |")
+    lines.append("")
+    for name, by_k in results["raw_wins"].items():
+        won = [f"k = {k}: {', '.join(tasks)}" for k, tasks in by_k.items() if tasks]
+        text = "; ".join(won) or "at no k"
+        lines.append(f"- Raw dimensions beat {name}, the task's own interval excluding zero, on {text}.")
+    lines += [
+        "",
+        f"`{meta['command']}`, {meta['machine']}, torch {meta['torch']}, {meta['date']}; seed {meta['seed']}, at most "
+        f"{meta['items_per_label']} items of a label.",
+    ]
+    return "\n".join(lines)
+
+
+def _accuracies(scores: dict[str, Any], name: str) -> str:
+    return " ".join(f"{found[name]['accuracy'][0]:.2f}" for found in scores.values())
+
+
+def main(options: Options) -> None:
+    if options.results is not None:
+        COMMITTED.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(options.results, COMMITTED)
+    rendered = table(json.loads(COMMITTED.read_text()))
+    pattern = r"(<!-- probing table:.*?-->\n).*?(<!-- /probing table -->)"
+    text, count = re.subn(pattern, lambda m: f"{m[1]}{rendered}\n{m[2]}", PAGE.read_text(), flags=re.DOTALL)
+    if count != 1:
+        raise SystemExit(f"{PAGE} has {count} places for the table; it must have one")
+    PAGE.write_text(text)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
