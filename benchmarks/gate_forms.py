@@ -9,7 +9,6 @@ recipe with JumpReLU's rectangle in place of the rational's slope, so that the t
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import platform
@@ -18,23 +17,24 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
 
-from rsae_triton.activations import extract_splits, load_corpus, load_host
-from rsae_triton.base import SparseAutoencoder, write_atomically
-from rsae_triton.demo import MARGIN_L0, Demo, make_teacher
+from rsae_triton.activations import load_corpus, load_host
+from rsae_triton.base import SparseAutoencoder
+from rsae_triton.contenders import WEIGHTS, Contender, contender, jumprelu_like
+from rsae_triton.demo import Demo
 from rsae_triton.evaluate import at_l0, reconstruction
-from rsae_triton.gate import RationalGate
-from rsae_triton.recipes import RECIPES, Recipe
+from rsae_triton.files import write_text
+from rsae_triton.gate import RationalGate, smooth_step
+from rsae_triton.recipes import RECIPES, training_l0
 from rsae_triton.remez import fit_gate
 from rsae_triton.sae import FusedRationalSAE
-from rsae_triton.teachers import JumpReluSAE
+from rsae_triton.teach import TeacherPlan, make_teacher, splits_for
 from rsae_triton.train import train
 from rsae_triton.upgrade import upgrade
-
-WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
 @dataclass(frozen=True)
@@ -44,84 +44,115 @@ class Options:
     teacher: str = "relu"
     steps: int = 400
     seeds: int = 1
-    contenders: tuple[str, ...] = (
-        "control",
-        "rational",
-        "identity",
-        "rectangle",
-        "minimax (8,8)",
-        "per feature",
-        "slow thresholds",
-    )
+    contenders: tuple[str, ...] = ()
+    """All that are named in the table when none is given."""
     out: Path = Path("benchmarks/results/gate-forms.json")
 
 
-def copied(sae: SparseAutoencoder, teacher: SparseAutoencoder) -> SparseAutoencoder:
+def gated(rsae: FusedRationalSAE, **options: Any) -> FusedRationalSAE:
+    """The upgraded SAE with another gate: its weights and thresholds, `options` for `RationalGate`."""
+    gate = RationalGate(
+        rsae.d_sae, form="gated", backward="rational", threshold=rsae.gate.threshold.detach(), **options
+    )  # fmt: skip
+    return copied(FusedRationalSAE(rsae.d_in, rsae.d_sae, gate=gate), rsae)
+
+
+def copied(sae: Any, source: SparseAutoencoder) -> Any:
     with torch.no_grad():
         for name in WEIGHTS:
-            getattr(sae, name).copy_(getattr(teacher, name))
+            getattr(sae, name).copy_(getattr(source, name))
     return sae
 
 
-def contenders(
-    teacher: SparseAutoencoder, x: torch.Tensor
-) -> dict[str, Callable[[], tuple[SparseAutoencoder, Recipe]]]:
+def from_fit(target: str, degree: tuple[int, int], width: float, **options: Any) -> dict[str, Any]:
+    """A certified fit as arguments of `RationalGate`."""
+    fit = fit_gate(target, degree, **options)
+    return {
+        "degree": fit.degree,
+        "a": fit.a,
+        "b": fit.b,
+        "centre": fit.centre,
+        "numerator_scale": fit.numerator_scale,
+        "denominator_scale": fit.denominator_scale,
+        "input_scale": width,
+    }
+
+
+def contenders(teacher: SparseAutoencoder, x: torch.Tensor) -> dict[str, Callable[[], Contender]]:
+    """By name, in the order of the table; each makes a fresh SAE and its recipe."""
     init = upgrade(teacher, x)
-    width, theta = float(init.gate.input_scale[0].detach()), init.gate.threshold.detach()
-    sizes = (teacher.d_in, teacher.d_sae)
-    hard, fixed = RECIPES["hard"], ("alpha", "beta", "centre", "log_input_scale")
+    width = float(init.gate.input_scale[0].detach())
+    hard, trained = RECIPES["hard"], RECIPES["hard-trained"]
+    step = dict(zip(("a", "b"), smooth_step(), strict=True))
 
-    def identity() -> tuple[SparseAutoencoder, Recipe]:
-        gate = copy.deepcopy(init.gate)
-        gate.amplitude = "identity"
-        return copied(FusedRationalSAE(*sizes, gate=gate), teacher), replace(hard, frozen=fixed)
+    def ramp(degree: tuple[int, int] = (3, 2), times: float = 1.0, **options: Any) -> FusedRationalSAE:
+        return gated(init, **from_fit("ramp", degree, times * width), **options)
 
-    def rectangle() -> tuple[SparseAutoencoder, Recipe]:
-        sae = JumpReluSAE(*sizes, threshold=theta, bandwidth=2 * width, slope_to_h=True)
-        return copied(sae, teacher), hard
-
-    def minimax() -> tuple[SparseAutoencoder, Recipe]:
-        fit = fit_gate("step", (8, 8), margin=0.1)
-        gate = RationalGate.from_fit(
-            fit, teacher.d_sae, thresholds=theta, form="gated", backward="rational", input_scale=10 * width
-        )
-        return copied(FusedRationalSAE(*sizes, gate=gate), teacher), hard
+    def rectangle(times: float) -> SparseAutoencoder:
+        sae = jumprelu_like(init, slope_to_h=True)
+        sae.bandwidth = times * width
+        return sae
 
     return {
-        "control": lambda: (
-            copy.deepcopy(teacher),
-            RECIPES[{"standard": "relu"}.get(teacher.architecture, teacher.architecture)],
+        "control": lambda: contender("control", teacher, init),
+        "ramp (the default)": lambda: Contender(ramp(), hard),
+        "ramp, half as wide": lambda: Contender(ramp(times=0.5), hard),
+        "ramp, twice as wide": lambda: Contender(ramp(times=2.0), hard),
+        "ramp (5,4)": lambda: Contender(ramp((5, 4)), hard),
+        "ramp (3,2), trained": lambda: Contender(ramp(), trained),
+        "ramp (5,4), trained": lambda: Contender(ramp((5, 4)), trained),
+        "ramp (5,4), trained, per feature": lambda: Contender(ramp((5, 4), groups=init.d_sae), trained),
+        "rectangle": lambda: Contender(rectangle(1.0), hard),
+        "rectangle, twice as wide": lambda: Contender(rectangle(2.0), hard),
+        "smooth step": lambda: Contender(
+            gated(init, degree=(2, 2), amplitude="identity", input_scale=width, **step), hard
         ),
-        "rational": lambda: (copy.deepcopy(init), hard),
-        "identity": identity,
-        "rectangle": rectangle,
-        "minimax (8,8)": minimax,
-        "slow thresholds": lambda: (
-            copy.deepcopy(init),
-            replace(hard, weight=0.0008, lr_scale={"threshold": 10.0}),
+        "smooth step in the forward pass": lambda: Contender(
+            gated(init, degree=(2, 2), input_scale=width, **step), trained
         ),
-        "per feature": lambda: (upgrade(teacher, x, coefficients="per_feature"), hard),
+        "minimax step (8,8), forward": lambda: Contender(
+            gated(init, **from_fit("step", (8, 8), 10 * width, margin=0.1)), trained
+        ),
+        "weight .0008, thresholds 10 x": lambda: Contender(
+            ramp(), replace(hard, weight=0.0008, lr_scale={"threshold": 10.0})
+        ),
+        "weight .0017, thresholds 10 x": lambda: Contender(ramp(), replace(hard, lr_scale={"threshold": 10.0})),
+        "weight .0030, thresholds 30 x": lambda: Contender(ramp(), replace(hard, weight=0.003)),
+        "control, lr 1e-3": lambda: contender("control", teacher, init),
+        "ramp, lr 1e-3": lambda: Contender(ramp(), replace(hard, lr_scale={"threshold": 9.0})),
     }
+
+
+LEARNING_RATES = {"control, lr 1e-3": 1e-3, "ramp, lr 1e-3": 1e-3}
 
 
 def main(options: Options) -> None:
     torch.set_float32_matmul_precision("medium")
-    demo = Demo(teacher=options.teacher)
     host = load_host()
-    splits = extract_splits(host, load_corpus("demo"), n_train=demo.tokens, n_validation=10_000, n_test=10_000)
+    splits = splits_for(host, load_corpus("demo"), Demo().tokens)
     x, validation = splits.train.tensor(), splits.validation.tensor()
-    teacher, _ = make_teacher(demo, None, splits, x)
+    plan = TeacherPlan(options.teacher, Demo().d_sae, steps=Demo().teacher_steps, batch_size=Demo().batch_size)
+    teacher, _ = make_teacher(plan, splits, x)
     own = asdict(reconstruction(teacher, validation))
-    target = MARGIN_L0 * upgrade(teacher, x).metadata["stage1"]["teacher_l0"]
+    target = training_l0(teacher, upgrade(teacher, x).metadata["stage1"]["teacher_l0"])
     rows = []
     for seed in range(1, options.seeds + 1):
         made = contenders(teacher, x)
-        for name in options.contenders:
-            sae, recipe = made[name]()
+        for name in options.contenders or made:
+            entry = made[name]()
             started = time.perf_counter()
-            log = train(sae, x, steps=options.steps, recipe=recipe, target_l0=target, seed=seed, label=name)
+            log = train(
+                entry.sae,
+                x,
+                steps=options.steps,
+                recipe=entry.recipe or "auto",
+                target_l0=target,
+                lr=LEARNING_RATES.get(name, 3e-4),
+                seed=seed,
+                label=name,
+            )
             seconds = time.perf_counter() - started
-            shipped, matched = reconstruction(sae, validation), at_l0(sae, validation, own["l0"])
+            shipped, matched = reconstruction(entry.sae, validation), at_l0(entry.sae, validation, own["l0"])
             rows.append(
                 {
                     "contender": name,
@@ -134,20 +165,26 @@ def main(options: Options) -> None:
             )
             score = rows[-1]["matched"]
             print(
-                f"{name:16s} seed {seed}: mse {score['mse']:.2f} at l0 {score['l0']:.2f} (shipped l0 {shipped.l0:.2f})"
+                f"{name:34s} seed {seed}: mse {score['mse']:.2f} at l0 {score['l0']:.2f} (shipped {shipped.l0:.2f})",
+                flush=True,
             )
+            write(options, own, rows)
+    print(options.out)
+
+
+def write(options: Options, teacher: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """After every row: a run that is stopped has what it measured."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     result = {
         "options": {name: str(value) for name, value in asdict(options).items()},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "torch": torch.__version__,
         "commit": commit,
-        "teacher": own,
+        "teacher": teacher,
         "rows": rows,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(options.out, lambda path: path.write_text(json.dumps(result, indent=2) + "\n"))
-    print(options.out)
+    write_text(options.out, json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from .card import write_card
 from .errors import ConfigError, FormatError, NumericsError, RsaeError, ShapeError
-from .files import read_json, read_safetensors, write_atomically
+from .files import read_json, read_safetensors, write_atomically, write_text
 from .hub import local_path, upload
 from .normalization import MODES, Affine, normalize
 
@@ -249,7 +249,7 @@ class SparseAutoencoder(nn.Module, abc.ABC):
         write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(weights, path))
         config = self.config()
         text = json.dumps(config, indent=2, sort_keys=True)
-        write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(text + "\n"))
+        write_text(folder / CONFIG_FILE, text + "\n")
         write_card(folder, config, metrics)
         return folder
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .files import write_atomically
+from .files import write_text
 
 CARD_FILE = "README.md"
 _MARK = "<!-- written by rsae_triton.save_pretrained; replaced when the SAE is saved again -->"
@@ -34,7 +34,7 @@ def write_card(folder: Path, config: Mapping[str, Any], metrics: Mapping[str, An
     if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return
     text = model_card(config, metrics)
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, text)
 
 
 def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any] | None = None) -> str:

@@ -17,6 +17,10 @@ from .evaluate.commands import Eval, run_eval
 from .evaluate.match_command import Match, run_match
 from .evaluate.probe_command import Probe, run_probe
 from .remez import commands as gates
+from .sweep import Sweep
+from .sweep import sweep as run_sweep
+from .teach import Teach
+from .teach import teach as run_teach
 
 
 def demo(config: Annotated[Demo, tyro.conf.arg(name="")]) -> None:
@@ -35,6 +39,14 @@ def probe(config: Annotated[Probe, tyro.conf.arg(name="")]) -> None:
     run_probe(config)
 
 
+def teach(config: Annotated[Teach, tyro.conf.arg(name="")]) -> None:
+    print(run_teach(config))
+
+
+def sweep(config: Annotated[Sweep, tyro.conf.arg(name="")]) -> None:
+    print(run_sweep(config))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; 0 when it worked, 2 after an error that its one line explains."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -44,6 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
     app.command(name="eval")(evaluate)
     app.command(name="match")(match)
     app.command(name="probe")(probe)
+    app.command(name="teach")(teach)
+    app.command(name="sweep")(sweep)
     gate_app.command(name="fit")(gates.fit)
     gate_app.command(name="show")(gates.show)
     gate_app.command(name="rebuild")(gates.rebuild)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import platform
@@ -20,18 +19,20 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from .activations import HostModel, Splits, cache_dir, corpus_sha256, extract_splits, load_corpus, load_host
-from .base import SparseAutoencoder, write_atomically
+from .activations import HostModel, Splits, corpus_sha256, load_corpus, load_host
+from .base import SparseAutoencoder
 from .errors import ConfigError, FormatError, ShapeError
 from .evaluate import compare
 from .evaluate.compare import splice_of
+from .files import write_text
+from .recipes import training_l0
 from .report import summary_table, write_report
-from .teachers import JumpReluSAE, ReluSAE, TopKSAE, load_teacher
+from .teach import FAMILIES, TeacherPlan, objective_of, splits_for
+from .teach import make_teacher as train_or_load
+from .teachers import load_teacher
 from .train import TrainLog, train
 from .upgrade import upgrade
 
-FAMILIES: dict[str, type[SparseAutoencoder]] = {"relu": ReluSAE, "jumprelu": JumpReluSAE, "topk": TopKSAE}
-MARGIN_L0 = 1.04
 SHARED = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
@@ -127,21 +128,20 @@ def run(demo: Demo) -> Path:
         check_width(loaded, host, demo.teacher)
     with stages.stage("Text and activations"):
         documents = load_corpus(list(demo.text))
-        splits = activations(demo, host, documents)
+        splits = splits_for(host, documents, demo.tokens, demo.seed)
     x, test = splits.train.tensor().to(host.device), splits.test.tensor().to(host.device)
     with stages.stage(f"Teacher {demo.teacher}"):
         teacher, teacher_log = make_teacher(demo, loaded, splits, x)
     with stages.stage("Stage 1: upgrade"):
         init = upgrade(teacher, x, degree=demo.degree, form="direct" if demo.recipe == "paper" else "auto")
         console.print(f"  {init.metadata['stage1']['summary']}")
-    # A little above the teacher's, for both: a code can be thresholded down to an l0, never up to it.
-    target_l0 = MARGIN_L0 * init.metadata["stage1"]["teacher_l0"]
+    target_l0 = training_l0(teacher, init.metadata["stage1"]["teacher_l0"])
     rsae, control = copy.deepcopy(init), copy.deepcopy(teacher)
     options: dict[str, Any] = {"steps": demo.steps, "batch_size": demo.batch_size, "seed": demo.seed + 1}
     with stages.stage("Stage 2: Rational SAE"):
         rsae_log = train(rsae, x, recipe=demo.recipe, target_l0=target_l0, label="  Rational SAE", **options)
     with stages.stage("Control: the teacher, same steps, same batches"):
-        control_log = train(control, x, target_l0=target_l0, label="  control", **options)
+        control_log = train(control, x, recipe=objective_of(control), target_l0=target_l0, label="  control", **options)
     saes: dict[str, SparseAutoencoder] = {"teacher": teacher, "init": init, "rsae": rsae, "control": control}
     with stages.stage("Evaluation on held-out text"):
         metrics = score(demo, host, splits, saes, test)
@@ -196,44 +196,14 @@ def check_width(teacher: SparseAutoencoder | None, host: HostModel, source: str)
         )
 
 
-def activations(demo: Demo, host: HostModel, documents: list[Any]) -> Splits:
-    held = max(1000, min(10_000, demo.tokens // 10))
-    return extract_splits(host, documents, n_train=demo.tokens, n_validation=held, n_test=held, seed=demo.seed)
-
-
 def make_teacher(
     demo: Demo, loaded: SparseAutoencoder | None, splits: Splits, x: torch.Tensor
 ) -> tuple[SparseAutoencoder, TrainLog | None]:
     """The loaded teacher in the store's units, or one trained here, or the same trained in an earlier run."""
     if loaded is not None:
         return loaded.to(x.device).fold_activation_scale_(1 / splits.train.scale), None
-    identity = {
-        "data": splits.train.manifest["key"],
-        **{name: getattr(demo, name) for name in ("teacher", "d_sae", "teacher_steps", "batch_size", "seed")},
-        "version": 1,
-    }
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    folder = cache_dir() / "teachers" / f"{demo.teacher}-{key}"
-    log_path = folder / "log.json"
-    if log_path.is_file():  # written last: what it lies in is complete
-        return load_teacher(folder).to(x.device), TrainLog(**json.loads(log_path.read_text()))
-    generator = torch.Generator().manual_seed(demo.seed)
-    teacher = FAMILIES[demo.teacher](x.shape[1], demo.d_sae, generator=generator).to(x.device)
-    with torch.no_grad():
-        teacher.b_dec.copy_(splits.train.mean)
-    log = train(
-        teacher,
-        x,
-        steps=demo.teacher_steps,
-        batch_size=demo.batch_size,
-        lr=1e-3,
-        sparsity_warmup=int(0.4 * demo.teacher_steps),
-        seed=demo.seed,
-        label=f"  {demo.teacher} teacher",
-    )
-    teacher.save_pretrained(folder)
-    write_atomically(log_path, lambda path: path.write_text(json.dumps(log.as_dict())))
-    return teacher, log
+    plan = TeacherPlan(demo.teacher, demo.d_sae, steps=demo.teacher_steps, batch_size=demo.batch_size, seed=demo.seed)
+    return train_or_load(plan, splits, x)
 
 
 def score(
@@ -292,4 +262,4 @@ def save(out: Path, saes: dict[str, SparseAutoencoder], scale: float, metrics: d
         )
         own.save_pretrained(out / name, metrics=metrics)
     text = json.dumps(metrics, indent=2)
-    write_atomically(out / "metrics.json", lambda path: path.write_text(text + "\n"))
+    write_text(out / "metrics.json", text + "\n")

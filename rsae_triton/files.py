@@ -155,6 +155,11 @@ def named_tensors(found: Mapping[Any, Any], prefix: str = "", depth: int = 0) ->
             yield from named_tensors(value, f"{prefix}{key}.", depth + 1)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Writes beside `path` and renames: a killed run leaves the old file or the new one, never half of one."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -12,7 +12,10 @@ from .base import SparseAutoencoder
 from .errors import ConfigError
 from .memory import MemoryPlan
 from .sae import FusedRationalSAE
-from .teachers import JumpReluSAE, ReluSAE, TopKSAE, keep_largest
+from .teachers import BatchTopKSAE, JumpReluSAE, ReluSAE, TopKSAE, keep_largest
+
+TANH_SLOPE = 4.0
+GATE_PARAMETERS = ("alpha", "beta", "centre", "log_input_scale")
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,8 @@ class Recipe:
 
     Attributes:
         name: how it is called on the command line.
-        sparsity: "l1" on |z| * ||W_dec row||, "l0" on the (differentiable) number of active features, or "none".
+        sparsity: "l1" on |z| * ||W_dec row||, "l0" on the (differentiable) number of active features, "tanh" on
+            tanh(4 |z| * ||W_dec row||) (a bounded l1 for thresholds trained through a rectangle), or "none".
         weight: of the sparsity term, in units of the activations' mean norm (l1) or its square (l0), so that it
             means the same at any scale; its start where `target_l0` steers it.
         target_l0: hold the l0 of the training batches here by steering the weight; None keeps the weight.
@@ -41,8 +45,8 @@ class Recipe:
     lr_scale: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.sparsity not in ("l1", "l0", "none"):
-            raise ConfigError(f"sparsity is {self.sparsity!r}; choose l1, l0 or none")
+        if self.sparsity not in ("l1", "l0", "tanh", "none"):
+            raise ConfigError(f"sparsity is {self.sparsity!r}; choose l1, l0, tanh or none")
         if self.weight < 0 or not math.isfinite(self.weight):
             raise ConfigError(f"the sparsity weight is {self.weight}; give a number that is not negative")
         if self.target_l0 is not None and not self.target_l0 > 0:
@@ -54,12 +58,18 @@ RECIPES = {
     for recipe in (
         Recipe("relu", "l1", weight=0.125),
         Recipe("jumprelu", "l0", weight=0.001, lr_scale={"threshold": 10.0}),
+        # https://transformer-circuits.pub/2025/january-update: the penalty in place of l0, c = 4.
+        Recipe("jumprelu-tanh", "tanh", weight=0.001, lr_scale={"threshold": 10.0}),
         Recipe("topk", "none", weight=0.0, aux_k=256),
+        Recipe("batchtopk", "none", weight=0.0, aux_k=256),
         # The paper to the letter (section 3.3): every parameter, mse + l1 on the soft code.
         Recipe("paper", "l1", weight=0.125, soft=True),
         # Train the code that is shipped: zeros made by the hard gate, gradients by the rational's slope.
         # The weight starts at three times where it settles: thresholds that rise early leave more steps to use them.
-        Recipe("hard", "l0", weight=0.0017, lr_scale={"threshold": 30.0}),
+        # The gate's own numbers stay as fitted: trained, they bend the slope that trains everything else
+        # (docs/experiments.md).
+        Recipe("hard", "l0", weight=0.0017, frozen=GATE_PARAMETERS, lr_scale={"threshold": 30.0}),
+        Recipe("hard-trained", "l0", weight=0.0017, lr_scale={"threshold": 30.0}),
     )
 }
 
@@ -76,16 +86,26 @@ def recipe_for(sae: SparseAutoencoder, name: str = "auto") -> Recipe:
         elif isinstance(sae, JumpReluSAE):
             name = "jumprelu"
         else:
-            name = "topk" if isinstance(sae, TopKSAE) else "relu"
+            kept = {TopKSAE: "topk", BatchTopKSAE: "batchtopk"}
+            name = kept.get(type(sae), "relu")
     if name not in RECIPES:
         raise ConfigError(f"recipe is {name!r}; choose one of auto, {', '.join(RECIPES)}")
     recipe = RECIPES[name]
     if recipe.soft and not isinstance(sae, FusedRationalSAE):
         raise ConfigError(f"recipe {name!r} trains a rational code; a {sae.architecture} SAE has none")
     direct = isinstance(sae, FusedRationalSAE) and sae.gate.form == "direct"
-    if recipe.sparsity == "l0" and (isinstance(sae, ReluSAE | TopKSAE) or direct):
+    if recipe.sparsity == "l0" and (isinstance(sae, ReluSAE | TopKSAE | BatchTopKSAE) or direct):
         raise ConfigError(f"recipe {name!r} needs trainable thresholds; use a gated rational or a JumpReLU SAE")
     return recipe
+
+
+def training_l0(teacher: SparseAutoencoder, teacher_l0: float) -> float:
+    """The l0 at which a Rational SAE of `teacher` and its controls are trained, to be compared at the teacher's own.
+
+    A little above it, because a code can be thresholded down to an l0, never up to it; not so for TopK, whose
+    control cannot go above k, and whose l0 on other text is k as well.
+    """
+    return teacher_l0 * (1.0 if isinstance(teacher, TopKSAE) else 1.04)
 
 
 def holding(recipe: Recipe, target_l0: float | None) -> Recipe:
@@ -174,6 +194,8 @@ def losses(
     if recipe.sparsity == "l1":
         norms = sae.W_dec.norm(dim=1)
         total = total + weight * ((z.abs() @ norms).mean() if l1 is None else l1 @ norms.to(l1.dtype) / len(x))
+    elif recipe.sparsity == "tanh":
+        total = total + weight * torch.tanh(TANH_SLOPE * z.abs() * sae.W_dec.norm(dim=1)).sum(1).mean()
     elif recipe.sparsity == "l0":
         total = total + weight * l0
     if recipe.aux_k and dead is not None and bool(dead.any()):

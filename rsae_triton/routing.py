@@ -104,7 +104,7 @@ def predicted() -> list[dict[str, Any]]:
 
 def write(path: Path = TABLE) -> None:
     """Predictions for every row that has not been measured; measured rows stay."""
-    from .files import write_atomically
+    from .files import write_text
 
     old = json.loads(path.read_text())["rows"] if path.exists() else []
     key = ("device", "itemsize", "d_in", "p", "q", "shared")
@@ -113,4 +113,4 @@ def write(path: Path = TABLE) -> None:
     ceilings = {name: asdict(on) for name, on in CEILINGS.items()}
     lines = ",\n".join(f"  {json.dumps(row)}" for row in rows.values())
     text = f'{{"ceilings": {json.dumps(ceilings)},\n "rows": [\n{lines}\n]}}\n'
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_text(path, text)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .autoencode import Autoencoded, rational_autoencode
 from .base import SparseAutoencoder
 from .errors import ConfigError
-from .gate import RationalGate, smooth_step
+from .gate import RationalGate
 from .ops import rational_encode, resolve_backend
 from .reference import Encoded
 from .remez import fit_gate
@@ -37,8 +37,8 @@ class FusedRationalSAE(SparseAutoencoder):
         apply_b_dec_to_input, normalize_activations, dtype, device, metadata, generator, initialise: see
             `SparseAutoencoder`.
 
-    Without `gate` a direct gate starts at the minimax fit of ReLU, a gated one at the smooth step (its type is
-    (2, 2); other degrees start at the minimax step with margin 0.1).
+    Without `gate` a direct gate starts at the minimax fit of ReLU, a gated one at that of the ramp; both of degree
+    (3, 2) unless another is given.
     """
 
     architecture: ClassVar[str] = "rational"
@@ -194,10 +194,7 @@ class FusedRationalSAE(SparseAutoencoder):
 
 
 def initial_gate(d_sae: int, degree: tuple[int, int] | None, form: str, options: dict[str, Any]) -> RationalGate:
-    """The gate that nothing has been said about: ReLU's minimax fit, or the smooth step at threshold 0."""
-    if form == "gated" and degree in (None, (2, 2)):
-        a, b = smooth_step()
-        return RationalGate(d_sae, (2, 2), a, b, form=form, **options)
+    """The gate that nothing has been said about: ReLU's minimax fit, or the ramp at threshold 0."""
     if form == "gated":
-        return RationalGate.from_fit(fit_gate("step", degree or (2, 2), margin=0.1), d_sae, form=form, **options)
+        return RationalGate.from_fit(fit_gate("ramp", degree or (3, 2)), d_sae, form=form, **options)
     return RationalGate.from_fit(fit_gate("relu", degree or (3, 2)), d_sae, form=form, **options)

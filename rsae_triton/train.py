@@ -136,7 +136,8 @@ def train(
     norms = sae.W_dec.detach().norm(dim=1, keepdim=True)
     good = _snapshot(sae)
     started = time.perf_counter()
-    with _progress(label or f"training ({recipe.name})", steps, batch_size, progress) as advance, _frozen(sae, recipe):
+    bar = _progress(label or f"training ({recipe.name})", steps, batch_size, progress)
+    with bar as advance, _frozen(sae, recipe), _training(sae):
         for step in range(steps):
             x = next(batches).to(device=sae.W_dec.device, dtype=sae.W_dec.dtype)
             if controller is None:
@@ -209,6 +210,17 @@ def _explain_nan(step: int, x: Tensor, loss: Tensor, norm: Tensor) -> str:
         f"training stopped at step {step}: loss {float(loss):g}, gradient norm {float(norm):g} ({where}); the SAE is "
         "back at the last good logged step. Lower lr, or clean the activations"
     )
+
+
+@contextmanager
+def _training(sae: SparseAutoencoder) -> Iterator[None]:
+    """Training mode, which a BatchTopK encodes differently in; afterwards the mode it was found in."""
+    before = sae.training
+    sae.train()
+    try:
+        yield
+    finally:
+        sae.train(before)
 
 
 @contextmanager

@@ -12,19 +12,17 @@ from torch import Tensor
 from .base import SparseAutoencoder
 from .calibrate import Calibration, Histogram, calibrate, histogram
 from .errors import ConfigError, NumericsError, ShapeError
-from .gate import RationalGate, smooth_step
+from .gate import RationalGate
 from .remez import GateFit, fit_gate
 from .sae import FusedRationalSAE
-from .teachers import JumpReluSAE, ReluSAE, TopKSAE
+from .teachers import BatchTopKSAE, JumpReluSAE, ReluSAE, TopKSAE
 
-DIRECT_LADDER = ((3, 2), (5, 4), (7, 6), (9, 8))
+LADDER = ((3, 2), (5, 4), (7, 6), (9, 8))
 # A direct JumpReLU is fitted with its jump at THETA of the clip, so that codes up to 1 / THETA thresholds are covered.
 HISTOGRAM_TOKENS = 2048
 THETA, MARGIN = 0.1, 0.02
-# A gated step is fitted with a wider gap: its place and sharpness are set by theta and C_in.
-STEP_MARGIN = 0.1
 # C_in of the gated form, in units of the activations' mean norm; chosen in docs/experiments.md.
-GATE_WIDTH = {"standard": 0.02, "jumprelu": 0.01, "topk": 0.01}
+GATE_WIDTH = 0.02
 
 
 @dataclass(frozen=True)
@@ -98,8 +96,10 @@ def upgrade(
         ShapeError, NumericsError: activations that do not fit or are not finite. ConfigError: a bad setting, or a
             teacher of a kind that has no gate to fit.
     """
-    if not isinstance(teacher, ReluSAE | JumpReluSAE | TopKSAE):
-        raise ConfigError(f"a {type(teacher).__name__} cannot be upgraded; teachers are ReLU, JumpReLU and TopK SAEs")
+    if not isinstance(teacher, ReluSAE | JumpReluSAE | TopKSAE | BatchTopKSAE):
+        raise ConfigError(
+            f"a {type(teacher).__name__} cannot be upgraded; teachers are ReLU, JumpReLU, TopK and BatchTopK SAEs"
+        )
     if teacher.metadata.get("transcoder"):
         raise ConfigError("the teacher is a transcoder; stage 1 calibrates against the activations that go in")
     if form not in ("auto", "gated", "direct"):
@@ -174,6 +174,8 @@ def teacher_thresholds(teacher: SparseAutoencoder, h: Tensor, z: Tensor) -> Tens
     """theta_f >= 0 [d_sae]: above it the teacher's feature is active (TopK: as often as it is active)."""
     if isinstance(teacher, JumpReluSAE):
         return teacher.threshold.detach().float().clone()
+    if isinstance(teacher, BatchTopKSAE):
+        return teacher.topk_threshold.detach().float().expand(teacher.d_sae).clone()
     if isinstance(teacher, ReluSAE):
         return torch.zeros(teacher.d_sae, device=h.device)
     # The m-th largest pre-activation of a feature that fires on m tokens would itself not fire at h > theta, so
@@ -188,65 +190,39 @@ def teacher_thresholds(teacher: SparseAutoencoder, h: Tensor, z: Tensor) -> Tens
 def _gated(
     teacher: SparseAutoencoder, seen: Sample, degree: tuple[int, int] | None, groups: int, tolerance: float
 ) -> tuple[RationalGate, dict[str, Any]]:
-    """z = h * r where h > theta_f, r a smooth step that is 1/2 at theta and 1 from theta + C_in on.
+    """z = h * r where h > theta_f, r the minimax fit of a ramp that is complete at theta.
 
-    C_in is the largest width, up to the family's own, at which neither the code's relative error nor the relative
-    change of its mse exceeds `tolerance`: the wider the step, the more pre-activations near theta have a slope to
-    be trained by.
+    Above the threshold r is 1 to the fit's error, so that the code is the teacher's; its slope lies below, where
+    it tells pre-activations that are not active yet what they would be worth (docs/experiments.md: why this side).
     """
-    fit = None if degree in (None, (2, 2)) else fit_gate("step", degree, margin=STEP_MARGIN)
-    a, b = smooth_step() if fit is None else (fit.a, fit.b)
-    # Widths are compared by the step's slope at theta, which is 1 / C_in for the smooth step.
-    slope = 1.0 if fit is None else _slope_at_zero(fit)
-    gate = RationalGate(
-        teacher.d_sae,
-        (2, 2) if fit is None else fit.degree,
-        a,
-        b,
-        groups=groups,
-        form="gated",
-        backward="rational",
-        centre=0.0 if fit is None else fit.centre,
-        threshold=seen.thresholds,
-        numerator_scale=None if fit is None else fit.numerator_scale,
-        denominator_scale=None if fit is None else fit.denominator_scale,
-    ).to(seen.h.device)
     x, h = seen.x[:HISTOGRAM_TOKENS], seen.h[:HISTOGRAM_TOKENS]
-    # Against the code with hard thresholds and no step: a TopK teacher's own code differs already in which fire.
+    width = GATE_WIDTH * float(teacher.normalization(x).apply(x).float().norm(dim=1).mean())
+    # Against the code with thresholds and no ramp: a TopK teacher's own code differs already in which fire.
     exact = h * (h > seen.thresholds)
     with torch.no_grad():
         mse = (x - teacher.decode(exact, x)).square().sum()
-
-    @torch.no_grad()
-    def error(width: float) -> float:
-        gate.log_input_scale.fill_(float(np.log(slope * width)))
-        code = gate(h)
-        change = (x - teacher.decode(code, x)).square().sum() / mse - 1
-        return max(float((code - exact).norm() / exact.norm().clamp_min(1e-12)), abs(float(change)))
-
-    widest = GATE_WIDTH[teacher.architecture] * float(teacher.normalization(x).apply(x).float().norm(dim=1).mean())
-    initial = error(widest)
-    if initial > tolerance:
-        low, high = 0.0, widest
-        for _ in range(12):
-            middle = (low + high) / 2
-            low, high = (middle, high) if error(middle) <= tolerance else (low, middle)
-        if low == 0:
-            raise NumericsError(
-                f"a step of degree {gate.degree} cannot reproduce the teacher's code to {tolerance:g} at any width; "
-                "raise tolerance or the degree"
-            )
-        error(low)  # leaves the gate at this width
-    return gate, {
-        "error": None if fit is None else fit.error,
-        "lower_bound": None if fit is None else fit.lower_bound,
-        "initial_relative_error": initial,
-    }
-
-
-def _slope_at_zero(fit: GateFit) -> float:
-    step = 1e-6
-    return float((fit(np.array(step)) - fit(np.array(-step))) / (2 * step))
+    error = np.inf
+    for candidate in LADDER if degree is None else (degree,):
+        fit = fit_gate("ramp", candidate)
+        gate = RationalGate.from_fit(
+            fit,
+            teacher.d_sae,
+            thresholds=seen.thresholds,
+            form="gated",
+            groups=groups,
+            backward="rational",
+            input_scale=width,
+        ).to(h.device)
+        with torch.no_grad():
+            code = gate(h)
+            change = (x - teacher.decode(code, x)).square().sum() / mse - 1
+            error = max(float((code - exact).norm() / exact.norm().clamp_min(1e-12)), abs(float(change)))
+        if error <= tolerance:
+            return gate, {"error": fit.error, "lower_bound": fit.lower_bound, "initial_relative_error": None}
+    raise NumericsError(
+        f"a gate of degree {gate.degree} reproduces the teacher's code to {error:.3g}, not to {tolerance:g}; "
+        "raise tolerance or the degree"
+    )
 
 
 def _direct(
@@ -264,7 +240,7 @@ def _direct(
     weight = scale.square().expand_as(h).flatten().double().cpu().numpy()
     data = histogram(value, target, target != 0, weight)
     best: tuple[Calibration, GateFit, float] | None = None
-    for candidate in DIRECT_LADDER if degree is None else (degree,):
+    for candidate in LADDER if degree is None else (degree,):
         fit = fit_gate("jumprelu", candidate, theta=THETA, margin=MARGIN) if jump else fit_gate("relu", candidate)
         best = min(
             (_calibrated(fit, data, c) for c in _input_scales(data, jump)), key=lambda one: one[0].relative_error

@@ -66,11 +66,13 @@ def test_rational_parameters_are_trained_and_thresholds_stay_feasible(activation
     train(sae, activations, steps=100, recipe=Recipe("relu", "l1", weight=0.08), lr=3e-3, **QUIET)
     rsae = upgrade(sae, activations)
     before = {name: one.detach().clone() for name, one in rsae.gate.named_parameters()}
-    train(rsae, activations, steps=30, **QUIET)
-    changed = {name for name, one in rsae.gate.named_parameters() if not torch.equal(one, before[name])}
     # output_scale is of the direct form only.
-    assert changed == set(before) - {"output_scale"}
-    assert float(rsae.gate.threshold.detach().min()) >= 0
+    for recipe, trained in (("hard", {"threshold"}), ("hard-trained", set(before) - {"output_scale"})):
+        sae = copy.deepcopy(rsae)
+        train(sae, activations, steps=30, recipe=recipe, **QUIET)
+        changed = {name for name, one in sae.gate.named_parameters() if not torch.equal(one, before[name])}
+        assert changed == trained
+        assert float(sae.gate.threshold.detach().min()) >= 0
 
 
 def test_frozen_parameters_stay_and_thaw(activations):

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from ..activations import HostModel
 from ..errors import ConfigError, SourceError
-from ..files import write_atomically
+from ..files import write_text
 from .compare import compare
 from .held_out import TextOptions, load_saes, open_held_out, open_host
 from .reconstruction import DENSE, measure
@@ -201,6 +201,6 @@ def write_json(out: Path | None, result: Mapping[str, Any]) -> None:
         return
     text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
     try:
-        write_atomically(out, lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(out, text)
     except OSError as error:
         raise SourceError(f"cannot write {out} ({error.strerror}); choose another place") from error

@@ -48,7 +48,7 @@ def _read_samples(path: Path) -> np.ndarray:
 
 
 def fit(
-    target: tyro.conf.Positional[Literal["relu", "step", "jumprelu"]],
+    target: tyro.conf.Positional[Literal["relu", "step", "jumprelu", "ramp"]],
     degree: str = "9,8",
     theta: float = 0.0,
     margin: float = 0.0,

@@ -38,7 +38,8 @@ def fit_gate(
 ) -> GateFit:
     """The best rational gate of type `degree` = (p, q) for a target on [-1, 1], with its certificate.
 
-    target: "relu" max(t, 0); "step" H(t - theta); "jumprelu" t * H(t - theta); or a vectorised callable.
+    target: "relu" max(t, 0); "step" H(t - theta); "jumprelu" t * H(t - theta); "ramp" (see `problem.ramp`: from 0
+    at -1 smoothly to 1 at 0, then 1); or a vectorised callable.
     degree: (p, q) or "p,q", each 0 to 12, or "auto": (12, 12) as the limit of a search, see `tol`.
     theta, margin: |t - theta| < margin is left out of the fit (poles are kept out there too). A jump needs
     margin > 0 for "minimax". weight: a function of t, or [points] values on the even grid; "minimax" minimises

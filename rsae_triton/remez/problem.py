@@ -12,7 +12,7 @@ from rsae_triton.errors import ConfigError, NumericsError
 
 Target = str | Callable[[np.ndarray], np.ndarray]
 Weight = Callable[[np.ndarray], np.ndarray] | np.ndarray
-TARGETS = ("relu", "step", "jumprelu")
+TARGETS = ("relu", "step", "jumprelu", "ramp")
 MAX_DEGREE = 12
 
 
@@ -74,11 +74,22 @@ def parse_degree(degree: str | Sequence[int]) -> tuple[int, int]:
     return p, q
 
 
+def ramp(t: np.ndarray) -> np.ndarray:
+    """0 up to -1, 1 from 0 on, between them the smooth rational step 1/2 + u / (1 + u^2), u = 2 t + 1.
+
+    What a gate looks like whose slope lies wholly below its threshold at 0: above it amplitudes are left alone.
+    """
+    u = np.clip(2.0 * t + 1.0, -1.0, 1.0)
+    return 0.5 + u / (1.0 + u * u)
+
+
 def _builtin(name: str, theta: float) -> Callable[[np.ndarray], np.ndarray]:
     if name == "relu":
         return lambda t: np.maximum(t, 0.0)
     if name == "step":
         return lambda t: np.where(t > theta, 1.0, 0.0)
+    if name == "ramp":
+        return ramp
     return lambda t: np.where(t > theta, t, 0.0)
 
 
@@ -132,8 +143,8 @@ def make_problem(
     if isinstance(target, str):
         if target not in TARGETS:
             raise ConfigError(f"unknown target {target!r}; use one of {', '.join(TARGETS)} or a callable")
-        if target == "relu" and theta != 0.0:
-            raise ConfigError(f"relu has its kink at 0: theta must be 0, got {theta}; use jumprelu for a threshold")
+        if target in ("relu", "ramp") and theta != 0.0:
+            raise ConfigError(f"{target} has its kink at 0: theta must be 0, got {theta}; use jumprelu for a threshold")
         name, value = target, _builtin(target, theta)
     elif callable(target):
         name, value = getattr(target, "__name__", type(target).__name__), target

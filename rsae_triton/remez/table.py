@@ -20,6 +20,7 @@ FORMAT = 1
 LADDER = ((3, 2), (5, 4), (7, 6), (9, 8))
 ENTRIES: tuple[tuple[str, tuple[int, int], float, float], ...] = (
     *(("relu", degree, 0.0, 0.0) for degree in (*LADDER, (11, 10))),
+    *(("ramp", degree, 0.0, 0.0) for degree in LADDER),
     *(("step", degree, 0.0, margin) for margin in (0.1, 0.05, 0.02, 0.01) for degree in LADDER),
     *(
         ("jumprelu", degree, theta, margin)

@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 ROLES = ("teacher", "init", "rsae", "control")
-NAMES = {"teacher": "teacher", "init": "RSAE, stage 1", "rsae": "RSAE", "control": "control"}
+NAMES = {
+    "teacher": "teacher",
+    "init": "RSAE, stage 1",
+    "rsae": "RSAE",
+    "control": "control",
+    # In sweeps only.
+    "rectangle": "rectangle",
+    "thresholds": "fixed thresholds",
+    "scratch": "from scratch",
+}
 
 # For a white background; page.html holds the same names for a dark one. No two values may be equal: the SVG
 # writer finds colours by value.
@@ -17,9 +26,18 @@ COLOURS = {
     "init": "#a87500",
     "rsae": "#0b63ce",
     "control": "#c4361c",
+    "rectangle": "#2d8a4e",
+    "thresholds": "#8a5ac2",
+    "scratch": "#3a3f45",
 }
 # Told apart without colour, too.
-DASHES: dict[str, Any] = {"teacher": (0, (5, 2)), "init": (0, (1, 1.5)), "rsae": "-", "control": (0, (6, 2, 1, 2))}
+DASHES: dict[str, Any] = {
+    "teacher": (0, (5, 2)),
+    "init": (0, (1, 1.5)),
+    "rsae": "-",
+    "control": (0, (6, 2, 1, 2)),
+    "rectangle": (0, (3, 1)),
+}
 
 
 def line(role: str, **options: Any) -> dict[str, Any]:

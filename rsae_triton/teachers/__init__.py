@@ -11,10 +11,12 @@ from ..errors import ConfigError, FormatError
 from ..hub import local_path
 from . import dictionary_learning, gemma_scope, goodfire, llama_scope, openai, qwen_scope, saelens, sparsify
 from .architectures import JumpReluSAE, ReluSAE, TopKSAE, keep_largest
+from .batch_topk import BatchTopKSAE
 from .parts import Files
 
 __all__ = [
     "FORMATS",
+    "BatchTopKSAE",
     "JumpReluSAE",
     "ReluSAE",
     "SparseAutoencoder",

@@ -1,0 +1,180 @@
+"""A sweep's table and plots: error against sparsity, and paired differences to the control over seeds."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from ..files import write_text
+from .style import COLOURS, DASHES, NAMES
+
+METRICS = ("mse", "delta_ce", "loss_recovered", "fvu", "l0", "l1", "alive_fraction")
+# Downstream scores exist only where sequences were spliced.
+PAIRED = ("mse", "delta_ce")
+
+
+def summarise(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row per setting (everything but the seed): mean and spread over seeds, and paired differences.
+
+    Each row has `scores[contender][metric] = {mean, sd, n}` at equal l0 and as shipped, and
+    `against[metric][contender] = {mean, low, high, n}`: the RSAE's difference to that contender, relative for mse
+    and in nats for delta_ce, with a 95 % Student interval over seeds (none for one seed). Negative is better.
+    """
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = defaultdict(list)
+    for cell in cells:
+        groups[cell["hook_name"], cell["d_sae"], cell["cell"]["teacher"], cell["cell"]["sparsity"]].append(cell)
+    rows = []
+    for (hook, d_sae, teacher, sparsity), members in groups.items():
+        names = list(members[0]["scores"]["matched_l0"])
+        rows.append(
+            {
+                "hook_name": hook,
+                "d_sae": d_sae,
+                "teacher": teacher,
+                "sparsity": sparsity,
+                "seeds": [one["cell"]["seed"] for one in members],
+                "l0": spread([one["scores"]["teacher"]["l0"] for one in members]),
+                "scores": {
+                    name: {
+                        "matched": _all_metrics([one["scores"]["matched_l0"][name] for one in members]),
+                        "shipped": _all_metrics([one["scores"][name] for one in members]),
+                    }
+                    for name in names
+                },
+                "against": {
+                    metric: {
+                        name: paired(members, name, metric)
+                        for name in names
+                        if name != "rsae" and metric in members[0]["scores"]["matched_l0"][name]
+                    }
+                    for metric in PAIRED
+                    if "rsae" in names
+                },
+            }
+        )
+    return rows
+
+
+def _all_metrics(scores: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    return {metric: spread([one[metric] for one in scores]) for metric in METRICS if metric in scores[0]}
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean and standard deviation (None for one value) of n values."""
+    sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "sd": sd, "n": len(values)}
+
+
+def paired(members: Sequence[Mapping[str, Any]], name: str, metric: str) -> dict[str, Any]:
+    """The RSAE minus contender `name` at equal l0, seed by seed: relative for mse, absolute otherwise."""
+    pairs = [
+        (one["scores"]["matched_l0"]["rsae"][metric], one["scores"]["matched_l0"][name][metric]) for one in members
+    ]
+    differences = np.array([(ours / other - 1) if metric == "mse" else ours - other for ours, other in pairs])
+    mean, n = float(differences.mean()), len(differences)
+    if n < 2:
+        return {"mean": mean, "low": None, "high": None, "n": n}
+    half = float(stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / np.sqrt(n))
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
+
+
+def write_sweep_report(folder: Path, cells: Sequence[Mapping[str, Any]]) -> Path:
+    """Writes sweep.json (all cells and the summary), sweep.md, and mse.svg and delta_ce.svg; returns sweep.md."""
+    rows = summarise(cells)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"rows": rows, "cells": list(cells)}, indent=1)
+    write_text(folder / "sweep.json", text + "\n")
+    for metric, label in (("mse", "mse at equal l0"), ("delta_ce", "delta CE at equal l0 (nats)")):
+        if all(metric in cell["scores"]["teacher"] for cell in cells):
+            picture = io.StringIO()
+            front_figure(rows, metric, label).savefig(picture, format="svg")
+            write_text(folder / f"{metric}.svg", picture.getvalue())
+    page = sweep_tables(rows)
+    write_text(folder / "sweep.md", page)
+    return folder / "sweep.md"
+
+
+def sweep_tables(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: reconstruction and downstream at equal l0, and the RSAE's paired differences."""
+    parts = ["## Reconstruction: mse at equal l0\n", _table(rows, "mse", ".2f")]
+    if any("delta_ce" in row["scores"]["teacher"]["matched"] for row in rows):
+        parts += ["\n## Downstream: delta CE at equal l0, nats\n", _table(rows, "delta_ce", ".3f")]
+        parts += ["\n## Downstream: loss recovered at equal l0\n", _table(rows, "loss_recovered", ".4f")]
+    parts += ["\n## Alive fraction, as shipped\n", _table(rows, "alive_fraction", ".3f", kind="shipped")]
+    return "\n".join(parts) + "\n"
+
+
+def _table(rows: Sequence[Mapping[str, Any]], metric: str, digits: str, kind: str = "matched") -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row["scores"]))
+    others = [name for name in names if name not in ("rsae", "init", "teacher")]
+    versus = [name for name in others if metric in PAIRED]
+    header = ["hook", "d_sae", "teacher", "l0", *(NAMES.get(name, name) for name in names)]
+    header += [f"RSAE − {NAMES.get(name, name)}" for name in versus]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for row in sorted(rows, key=lambda r: (r["hook_name"], r["d_sae"], str(r["teacher"]), r["l0"]["mean"])):
+        line = [row["hook_name"], f"{row['d_sae']}", Path(row["teacher"]).name, f"{row['l0']['mean']:.1f}"]
+        for name in names:
+            score = row["scores"].get(name, {}).get(kind, {}).get(metric)
+            line.append("" if score is None else _with_sd(score, digits))
+        for name in versus:
+            line.append(_interval(row["against"][metric].get(name), relative=metric == "mse"))
+        lines.append("| " + " | ".join(line) + " |")
+    return "\n".join(lines)
+
+
+def _with_sd(score: Mapping[str, Any], digits: str) -> str:
+    return f"{score['mean']:{digits}}" + ("" if score["sd"] is None else f" ± {score['sd']:{digits}}")
+
+
+def _interval(difference: Mapping[str, Any] | None, relative: bool) -> str:
+    if difference is None:
+        return ""
+    factor, digits, unit = (100, "+.1f", " %") if relative else (1, "+.3f", "")
+    mean = f"{factor * difference['mean']:{digits}}{unit}"
+    if difference["low"] is None:
+        return mean
+    low, high = factor * difference["low"], factor * difference["high"]
+    shown = f"{mean} ({low:{digits}} to {high:{digits}})"
+    return f"**{shown}**" if high < 0 else shown
+
+
+def front_figure(rows: Sequence[Mapping[str, Any]], metric: str, label: str) -> Any:
+    """metric against l0 for each teacher family (one panel each), a line per contender, bars of one sd."""
+    from matplotlib.figure import Figure
+
+    settings = list(dict.fromkeys((row["hook_name"], row["d_sae"], row["teacher"]) for row in rows))
+    columns = min(3, len(settings))
+    lines = -(-len(settings) // columns)
+    figure = Figure(figsize=(3.6 * columns, 3.0 * lines), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(lines, columns, squeeze=False)).ravel()
+    for axes, setting in zip(panels, settings, strict=False):
+        own = [row for row in rows if (row["hook_name"], row["d_sae"], row["teacher"]) == setting]
+        own.sort(key=lambda row: row["l0"]["mean"])
+        for name in dict.fromkeys(name for row in own for name in row["scores"]):
+            points = [
+                (row["l0"]["mean"], score["mean"], score["sd"] or 0.0)
+                for row in own
+                if (score := row["scores"].get(name, {}).get("matched", {}).get(metric)) is not None
+            ]
+            if not points:
+                continue
+            l0, value, sd = np.array(points).T
+            axes.errorbar(
+                l0, value, yerr=sd, marker="o", markersize=3, linewidth=1.3, capsize=2,
+                color=COLOURS.get(name, "#777777"), linestyle=DASHES.get(name, ":"), label=NAMES.get(name, name),
+            )  # fmt: skip
+        axes.set(title=f"{Path(setting[2]).name}, {setting[0]}, {setting[1]}", xlabel="l0", ylabel=label)
+        axes.title.set_fontsize("small")
+        axes.set_xscale("log")
+        axes.grid(color=COLOURS["grid"], linewidth=0.5)
+    for axes in panels[len(settings) :]:
+        axes.remove()
+    panels[0].legend(fontsize="small", frameon=False)
+    return figure
