@@ -51,8 +51,10 @@ def gate_forward(
     out: where z is written, h's own memory if it is h; new memory costs a page fault every 1024 numbers.
     """
     if engine_for(h.numel()) == "inductor":
-        where = [] if out is None else [out]
-        compiled = _Compiled.call(_forward, (spec, out is not None), h, *where, *gate)
+        # One memory is handed over once: torch.compile refuses two inputs that are the same storage.
+        target = "new" if out is None else "h" if out is h else "out"
+        where = [out] if target == "out" else []
+        compiled = _Compiled.call(_forward, (spec, target), h, *where, *gate)
         if compiled is not None:
             return compiled if out is None else (out, *compiled)
     return tiles.gate_forward(h, gate, spec, out)
@@ -80,11 +82,11 @@ def gate_backward(
     return tiles.gate_backward(h, dz, dcounts, dl1, gate, spec, coefficients, inplace)
 
 
-def _forward(option: tuple[GateSpec, bool], h: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-    spec, given = option
+def _forward(option: tuple[GateSpec, str], h: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+    spec, target = option
     z, counts, l1 = explicit.gate_forward(h.to(wide(h.dtype)), GateTensors(*rest[-7:]), spec)
-    if given:
-        rest[0].copy_(z)
+    if target != "new":
+        (h if target == "h" else rest[0]).copy_(z)
         return counts, l1
     return z.to(h.dtype), counts, l1
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from rsae_triton import backends, ops
+from rsae_triton import backends, explicit, ops
 from rsae_triton.errors import ConfigError, ShapeError
 from rsae_triton.reference import GateSpec, GateTensors, rational_gate
 
@@ -98,6 +98,26 @@ def test_inductor_engine_agrees(kind, monkeypatch):
     form, amplitude, hard, backward = kind
     spec = GateSpec(3, 2, form, "clamp", amplitude, hard, backward)
     check(spec, 1, "cpu", torch.float32, 2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["new", "in place", "elsewhere"])
+def test_inductor_engine_writes_where_it_is_told(target, monkeypatch):
+    """In place is the way of every encoder without gradients; the tiled path must not silently stand in."""
+    from rsae_triton import cpu, tiles
+
+    monkeypatch.setenv("RSAE_CPU_ENGINE", "inductor")
+    monkeypatch.setattr(tiles, "gate_forward", None)
+    tensors, activity = inputs(3, 2, 1)
+    gate = GateTensors(*(one.float() for one in tensors[4:]), activity.float())
+    spec = GateSpec(3, 2, "gated", hard=True)
+    h = torch.randn(F, 200, generator=torch.Generator().manual_seed(3))
+    truth = explicit.gate_forward(h.clone(), gate, spec)
+    out = {"new": None, "in place": h, "elsewhere": torch.empty_like(h)}[target]
+    done = cpu.gate_forward(h, gate, spec, out)
+    assert out is None or done[0] is out
+    for value, expected in zip(done, truth, strict=True):
+        torch.testing.assert_close(value, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
