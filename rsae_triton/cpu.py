@@ -53,7 +53,7 @@ def gate_forward(
     if engine_for(h.numel()) == "inductor":
         # One memory is handed over once: torch.compile refuses two inputs that are the same storage.
         target = "new" if out is None else "h" if out is h else "out"
-        where = [out] if target == "out" else []
+        where = [out] if out is not None and target == "out" else []
         compiled = _Compiled.call(_forward, (spec, target), h, *where, *gate)
         if compiled is not None:
             return compiled if out is None else (out, *compiled)
