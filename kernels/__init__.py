@@ -4,6 +4,7 @@ Installed as the package `rsae_triton.kernels` (setup.py maps the folder). docs/
 the orientation and the table of what the compiler makes of each kernel.
 
     encode_forward      x_c, W_enc, b_enc -> z [d_sae, n_tokens]: matrix product with the gate as its epilogue
+    encode_backward     g, W_dec, h -> dh and every gradient of the gate: matrix product and backward in one
     rational_forward    h -> z, pointwise, for a matrix product made elsewhere
     rational_backward   h, dz -> dh and every gradient of the gate, in one pass, bit-reproducible
     sparse_encode       x_c, W_enc, b_enc -> rows of values and feature indices: no dense code; also the k largest
@@ -20,6 +21,7 @@ if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 3):
         "Upgrade torch to 2.7 or later, or use another backend"
     )
 
+from .encode_backward import encode_backward
 from .encode_forward import encode_forward
 from .interpreter import INTERPRETED
 from .rational_backward import GateGrads, rational_backward
@@ -31,6 +33,7 @@ __all__ = [
     "INTERPRETED",
     "GateGrads",
     "SparseRows",
+    "encode_backward",
     "encode_forward",
     "rational_backward",
     "rational_forward",

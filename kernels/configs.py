@@ -12,7 +12,7 @@ import triton
 
 
 class MatmulTile(NamedTuple):
-    """encode_forward: block sizes, the parts (`sub`) the gate is evaluated in, warps and pipeline stages."""
+    """encode_forward, encode_backward: block sizes, the parts (`sub`) of the epilogue, warps, pipeline stages."""
 
     features: int
     tokens: int
@@ -22,6 +22,8 @@ class MatmulTile(NamedTuple):
     stages: int
     group: int = 8
     """Feature blocks that run together over the same tokens, to meet in the L2 cache."""
+    lanes: int = 4
+    """encode_backward: threads that share a feature (4 as the tensor cores of sm_80 and sm_90 leave a row)."""
 
 
 class PointwiseTile(NamedTuple):
@@ -53,7 +55,8 @@ class DecodeTile(NamedTuple):
 SPECIALISED = 16
 """Triton compiles a kernel anew for sizes that this divides, and only then knows that rows are aligned."""
 LARGE_DEGREE = 8
-"""From p + q of this on, a gate per feature counts as large: its coefficients crowd the registers of a tile."""
+"""From p + q of this on a gate counts as large: its coefficients (one set per feature) crowd the registers of a
+tile, and in the backward pass so do its sums, shared or not."""
 
 # generation -> (bytes of an element, large) -> tile. Of the tiles that do not spill, the largest whose epilogue
 # stores whole 32-byte sectors; which of them is fastest has not been measured yet (docs/kernels.md).
@@ -80,6 +83,31 @@ MATMUL = {
     },
 }
 
+# The backward epilogue holds p + q + 5 sums and, per feature, as many coefficients, for each feature of a thread.
+# So these tiles are narrow: few enough registers that two or three programs of four warps share a multiprocessor,
+# and the product of one runs under the epilogue of another. On sm_80 a tile must also be narrow for its warps to
+# lie along the features; otherwise every sum crosses warps.
+BACKWARD = {
+    8: {
+        (2, False): MatmulTile(128, 32, 32, 2, 4, 4),
+        (2, True): MatmulTile(64, 16, 32, 1, 4, 4),
+        (4, False): MatmulTile(128, 32, 32, 2, 4, 3),
+        (4, True): MatmulTile(64, 16, 32, 1, 4, 3),
+    },
+    9: {
+        (2, False): MatmulTile(64, 64, 64, 4, 4, 4),
+        (2, True): MatmulTile(64, 32, 64, 2, 4, 4),
+        (4, False): MatmulTile(64, 64, 32, 4, 4, 4),
+        (4, True): MatmulTile(64, 32, 32, 2, 4, 4),
+    },
+    10: {
+        (2, False): MatmulTile(128, 32, 64, 4, 4, 4, lanes=1),
+        (2, True): MatmulTile(128, 32, 64, 4, 4, 4, lanes=1),
+        (4, False): MatmulTile(128, 32, 32, 4, 4, 4, lanes=1),
+        (4, True): MatmulTile(128, 32, 32, 4, 4, 4, lanes=1),
+    },
+}
+
 
 def generation(capability: int) -> int:
     """The table that serves a major compute capability. Consumer Blackwell (12) has Ampere's tensor cores
@@ -94,6 +122,11 @@ def matmul_tile(capability: int, dtype: torch.dtype, p: int, q: int, shared: boo
     if n_tokens % SPECIALISED:  # codes are stored one by one, each with a pointer of its own
         tile = tile._replace(tokens=min(tile.tokens, 64), sub=4)
     return tile
+
+
+def backward_tile(capability: int, dtype: torch.dtype, p: int, q: int) -> MatmulTile:
+    """The tile of `encode_backward` on a GPU of this major compute capability."""
+    return BACKWARD[generation(capability)][dtype.itemsize, p + q >= LARGE_DEGREE]
 
 
 def pointwise_tile(dtype: torch.dtype, n_tokens: int) -> PointwiseTile:

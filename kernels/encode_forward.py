@@ -16,14 +16,8 @@ from torch import Tensor
 
 from .configs import matmul_tile
 from .launch import capability, dot_precision, launching_on, pack_gate
+from .product import product, tile_of_program, token_parts
 from .rational import gate_forward, load_coefficients
-
-
-@triton.jit
-def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The left and right half of a [ROWS, COLUMNS] tile."""
-    pairs = tl.reshape(tile, (ROWS, 2, COLUMNS // 2))
-    return tl.split(tl.permute(pairs, (0, 2, 1)))
 
 
 @triton.jit
@@ -61,28 +55,14 @@ def encode_forward_kernel(
     The gate is evaluated in SUB (1, 2 or 4) parts, so that the accumulator and the intermediates of Horner's
     rule are not all alive at once.
     """
-    # Programs that run at the same time form GROUP feature blocks by many token blocks: both inputs stay in L2.
-    feature_blocks, token_blocks = tl.cdiv(n_features, BLOCK_F), tl.cdiv(n_tokens, BLOCK_N)
-    per_group = GROUP * token_blocks
-    first = tl.program_id(0) // per_group * GROUP
-    height = tl.minimum(feature_blocks - first, GROUP)
-    within = tl.program_id(0) % per_group
-    f_block, n_block = first + within % height, within // height
-
+    f_block, n_block = tile_of_program(n_features, n_tokens, BLOCK_F, BLOCK_N, GROUP)
     f0, n0 = f_block.to(tl.int64) * BLOCK_F, n_block.to(tl.int64) * BLOCK_N
-    f_local, n_local, d = tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    f_in, n_in = f_local < n_features - f0, n_local < n_tokens - n0
-    w_tile = w + f0 * stride_wf + f_local[:, None] * stride_wf + d[None, :] * stride_wd
-    x_tile = x + n0 * stride_xn + n_local[None, :] * stride_xn + d[:, None] * stride_xd
-    value = tl.zeros((BLOCK_F, BLOCK_N), tl.float32)
-    for d0 in range(0, d_in, BLOCK_D):
-        w_part = tl.load(w_tile, mask=f_in[:, None] & (d[None, :] < d_in - d0), other=0.0)
-        x_part = tl.load(x_tile, mask=n_in[None, :] & (d[:, None] < d_in - d0), other=0.0)
-        value = tl.dot(w_part, x_part, value, input_precision=PRECISION)
-        w_tile += BLOCK_D * stride_wd
-        x_tile += BLOCK_D * stride_xd
+    value = product(w, x, f0, n0, n_features, n_tokens, d_in, stride_wf, stride_wd, stride_xn, stride_xd,
+                    BLOCK_F, BLOCK_N, BLOCK_D, PRECISION)  # fmt: skip
 
     # After the loop: the coefficients must not hold registers while the accumulator is being made.
+    f_local = tl.arange(0, BLOCK_F)
+    f_in = f_local < n_features - f0
     f, f_mask = f0 + f_local[:, None], f_in[:, None]
     c = load_coefficients(coefficients, f, f_mask, n_features, P + Q + 4, SHARED)
     theta = tl.load(rows + f, mask=f_mask, other=0.0)
@@ -90,21 +70,14 @@ def encode_forward_kernel(
     value += tl.load(rows + 2 * n_features + f, mask=f_mask, other=0.0)
     z_tile, h_tile = z + n0 + f * n_tokens, h + n0 + f * n_tokens
     n_left = (n_tokens - n0).to(tl.int32)
-    if SUB == 1:
-        count, l1 = _epilogue(value, z_tile, h_tile, tl.arange(0, BLOCK_N)[None, :], n_left, f_mask, theta, activity,
-                              c, P, Q, GATED, CLAMP, IDENTITY, HARD, SAVE_H)  # fmt: skip
-    else:
-        PART: tl.constexpr = BLOCK_N // SUB
-        count, l1 = tl.zeros((BLOCK_F,), tl.float32), tl.zeros((BLOCK_F,), tl.float32)
-        parts = _halves(value, BLOCK_F, BLOCK_N)
-        if SUB == 4:
-            left, right = _halves(parts[0], BLOCK_F, BLOCK_N // 2), _halves(parts[1], BLOCK_F, BLOCK_N // 2)
-            parts = (left[0], left[1], right[0], right[1])
-        for i in tl.static_range(SUB):
-            n_part = i * PART + tl.arange(0, PART)[None, :]
-            more, more_l1 = _epilogue(parts[i], z_tile, h_tile, n_part, n_left, f_mask, theta, activity,
-                                      c, P, Q, GATED, CLAMP, IDENTITY, HARD, SAVE_H)  # fmt: skip
-            count, l1 = count + more, l1 + more_l1
+    PART: tl.constexpr = BLOCK_N // SUB
+    count, l1 = tl.zeros((BLOCK_F,), tl.float32), tl.zeros((BLOCK_F,), tl.float32)
+    parts = token_parts(value, BLOCK_F, BLOCK_N, SUB)
+    for i in tl.static_range(SUB):
+        n_part = i * PART + tl.arange(0, PART)[None, :]
+        more, more_l1 = _epilogue(parts[i], z_tile, h_tile, n_part, n_left, f_mask, theta, activity,
+                                  c, P, Q, GATED, CLAMP, IDENTITY, HARD, SAVE_H)  # fmt: skip
+        count, l1 = count + more, l1 + more_l1
     row = partial + n_block.to(tl.int64) * 2 * n_features + f0 + f_local
     tl.store(row, count, mask=f_in)
     tl.store(row + n_features, l1, mask=f_in)

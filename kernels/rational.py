@@ -65,9 +65,9 @@ def tail(t):
 
 
 @triton.jit
-def sign(x):
-    """-1, 0 or 1, as torch.sign: 0 for 0 and for NaN."""
-    return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, 0.0))
+def times_sign(value, x):
+    """value sign(x), with torch's sign: 0 for 0 and for NaN. Selected, because LLVM makes sign(x) in integers."""
+    return tl.where(x > 0.0, value, tl.where(x < 0.0, -value, 0.0))
 
 
 @triton.jit
@@ -83,7 +83,7 @@ def gate_forward(
         y = y / (1.0 + tl.abs(horner(s, c, P + 1, Q) * s))
     # Zeroing is a multiplication, not a selection: NaN * 0 is NaN, in torch and here.
     if GATED:
-        active = (h > theta).to(tl.float32)
+        active = tl.where(h > theta, 1.0, 0.0)
         z = h
         if not IDENTITY:
             z = z * y
@@ -93,7 +93,7 @@ def gate_forward(
         if CLAMP:
             y = y + tail(t)
         z = y * c[P + Q + 3] + tl.zeros_like(h)  # a (0, 0) gate is a constant: give it h's shape
-        active = (tl.abs(z) > activity).to(tl.float32)
+        active = tl.where(tl.abs(z) > activity, 1.0, 0.0)
         if HARD:
             z = z * active
     return z, active
@@ -118,23 +118,23 @@ def gate_backward(
     t, s = argument(h, theta, c, P, Q, CLAMP)
     y, slope = horner_slope(s, c, 0, P + 1)
     inverse = 1.0
-    sign_b = 0.0
+    signed_y = 0.0  # y sign(B)
     if Q > 0:
         w, w_slope = horner_slope(s, c, P + 1, Q)
         b = w * s
         b_slope = w_slope * s + w
         inverse = 1.0 / (1.0 + tl.abs(b))
         y = y * inverse
-        sign_b = sign(b)
-        slope = slope - y * (sign_b * b_slope)
+        signed_y = times_sign(y, b)
+        slope = slope - signed_y * b_slope
     gain = 0.0
     if GATED:
-        active = (h > theta).to(tl.float32)
+        active = tl.where(h > theta, 1.0, 0.0)
         z = h if IDENTITY else h * y
         if HARD:
             z = z * active
         if HAS_DL1:
-            g = g + dl1 * sign(z)
+            g = g + times_sign(dl1, z)
         g_amplitude = g
         if HARD:
             g_amplitude = g * active
@@ -148,11 +148,11 @@ def gate_backward(
         if CLAMP:
             gain = gain + tail(t)
         z = gain * c[P + Q + 3] + tl.zeros_like(h)
-        active = (tl.abs(z) > activity).to(tl.float32)
+        active = tl.where(tl.abs(z) > activity, 1.0, 0.0)
         if HARD:
             z = z * active
         if HAS_DL1:
-            g = g + dl1 * sign(z)
+            g = g + times_sign(dl1, z)
         g_r = g
         if HARD and not RATIONAL_BACKWARD:
             g_r = g_r * active
@@ -168,4 +168,4 @@ def gate_backward(
     dh = dt * c[P + Q + 2]
     if GATED:
         dh = dh + g_amplitude if IDENTITY else dh + g_amplitude * y
-    return dh, dt, u, -u * y * sign_b, e, t, s, gain, z
+    return dh, dt, u, -u * signed_y, e, t, s, gain, z

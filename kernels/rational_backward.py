@@ -34,19 +34,26 @@ class GateGrads(NamedTuple):
 @triton.jit
 def accumulate(sums, u, v, s, e, dt, t, last, P: tl.constexpr, Q: tl.constexpr):
     """Adds one tile's terms to the tuple of sums, over the axis that a thread holds whole."""
-    new = ()
+    over_a, over_b = (), ()
     power = tl.full(s.shape, 1.0, tl.float32)
-    for i in tl.static_range(P + 1):
-        new = new + (sums[i] + tl.sum(u * power, axis=2),)  # noqa: RUF005 (no starred tuples in Triton)
-        power = power * s
-    power = s
-    for j in tl.static_range(Q):
-        new = new + (sums[P + 1 + j] + tl.sum(v * power, axis=2),)  # noqa: RUF005
-        power = power * s
-    new = new + (sums[P + Q + 1] + tl.sum(e, axis=2),)  # noqa: RUF005
-    new = new + (sums[P + Q + 2] + tl.sum(dt, axis=2),)  # noqa: RUF005
-    new = new + (sums[P + Q + 3] + tl.sum(dt * t, axis=2),)  # noqa: RUF005
-    return new + (sums[P + Q + 4] + tl.sum(last, axis=2),)  # noqa: RUF005
+    # One loop for both: each power of s is made once and dies at once.
+    for k in tl.static_range(P + Q + 1):
+        if k <= P:
+            over_a = over_a + (sums[k] + tl.sum(u * power, axis=2),)  # noqa: RUF005 (no starred tuples in Triton)
+        if k >= 1 and k <= Q:
+            over_b = over_b + (sums[P + k] + tl.sum(v * power, axis=2),)  # noqa: RUF005
+        if k < P or k < Q:
+            power = power * s
+    return (
+        over_a
+        + over_b
+        + (
+            sums[P + Q + 1] + tl.sum(e, axis=2),
+            sums[P + Q + 2] + tl.sum(dt, axis=2),
+            sums[P + Q + 3] + tl.sum(dt * t, axis=2),
+            sums[P + Q + 4] + tl.sum(last, axis=2),
+        )
+    )
 
 
 @triton.jit
@@ -150,10 +157,10 @@ def rational_backward(
                 BLOCK_F=tile.features, LANES=tile.lanes, VECTOR=tile.vector,
                 num_warps=tile.warps, num_stages=1,
             )  # fmt: skip
-    return dh_fm, _finish(partial.sum(0, dtype=torch.float64), gate, p, q, gated)
+    return dh_fm, finish(partial.sum(0, dtype=torch.float64), gate, p, q, gated)
 
 
-def _finish(sums: Tensor, gate: Sequence[Tensor], p: int, q: int, gated: bool) -> GateGrads:
+def finish(sums: Tensor, gate: Sequence[Tensor], p: int, q: int, gated: bool) -> GateGrads:
     """From the sums [p+q+5, n_features] in float64 to gradients, folded to as many sets as each tensor has."""
     da, db, (de, ddt, ddt_t, dlast) = sums[: p + 1], sums[p + 1 : p + 1 + q], sums[p + 1 + q :]
     input_scale = gate[3].detach().double()

@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import rows_tile, sparse_tile
-from .encode_forward import _halves
 from .launch import capability, dot_precision, launching_on, pack_gate
+from .product import halves as _halves
 from .rational import gate_forward, load_coefficients
 from .sparse_rows import NAN_KEY, gather_rows_kernel, keep_largest_kernel
 

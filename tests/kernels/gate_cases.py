@@ -154,6 +154,13 @@ def error(found: torch.Tensor, truth: torch.Tensor, scale: torch.Tensor | None =
     return (difference / (truth.abs().max() if scale is None else scale).clamp(min=1e-30)).max().item()
 
 
+def assert_gradients(grads, truth, torchs, scale, tolerance) -> None:
+    """Every gradient of a gate (a `kernels.GateGrads`): `assert_as_good_as_torch` on the scale of its terms."""
+    for name, found in grads._asdict().items():
+        assert found.dtype == torch.float32
+        assert_as_good_as_torch("d" + name, found, truth["d" + name], torchs["d" + name], tolerance, scale["d" + name])
+
+
 WORST: dict[str, float] = {}
 """Largest excess over torch's own error seen for each name in this run."""
 

@@ -9,6 +9,7 @@ from gate_cases import (
     DTYPES,
     FLAVOURS,
     assert_as_good_as_torch,
+    assert_gradients,
     draw_h,
     flags,
     magnitudes,
@@ -24,7 +25,6 @@ from rsae_triton.reference import GateSpec
 # dh: of its largest value. Sums: of the sum of their terms' absolute values. float32 has an epsilon of 1.2e-7;
 # 16-bit dh is rounded once, as torch's is.
 TOLERANCE = 2e-6
-NAMES = ("a", "b", "centre", "input_scale", "output_scale", "threshold", "b_enc")
 
 
 def check(spec, gate, dtype, device, n_tokens=300, sums=True, seed=0, **keywords):
@@ -43,11 +43,7 @@ def check(spec, gate, dtype, device, n_tokens=300, sums=True, seed=0, **keywords
     )  # fmt: skip
     assert dh.dtype == dtype
     assert_as_good_as_torch("dh", dh.T, truth["dh"], torchs["dh"].to(dtype), TOLERANCE)
-    scale = magnitudes(h, dz, dcounts, dl1, gate, spec)
-    for name, found in zip(NAMES, grads, strict=True):
-        name = "d" + name
-        assert found.dtype == torch.float32
-        assert_as_good_as_torch(name, found, truth[name], torchs[name], TOLERANCE, scale[name])
+    assert_gradients(grads, truth, torchs, magnitudes(h, dz, dcounts, dl1, gate, spec), TOLERANCE)
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS, ids=name_of)

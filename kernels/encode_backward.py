@@ -1,0 +1,169 @@
+"""Fused backward: g_z = W_dec g^T, a tiled matrix product whose epilogue takes the gate's derivative.
+
+The gradient of the code stays in the float32 accumulator; dh and, if wanted, the recomputed code are what is
+written. No atomics: every program writes its own sums, which are added in a fixed order in float64. Two calls
+agree to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import backward_tile
+from .launch import capability, dot_precision, launching_on, pack_gate
+from .product import product, tile_of_program, token_parts
+from .rational import gate_backward, load_coefficients
+from .rational_backward import GateGrads, accumulate, finish
+
+
+@triton.jit
+def _by_lane(part, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr):
+    """[ROWS, COLUMNS] as [ROWS, LANES, COLUMNS / LANES], so that a thread of the product holds the last axis whole.
+
+    Pairs of columns go to LANES threads in turn: how the tensor cores of sm_80 and sm_90 leave a row with 4 lanes.
+    """
+    if LANES == 1:
+        return tl.reshape(part, (ROWS, 1, COLUMNS))
+    pairs = tl.reshape(part, (ROWS, COLUMNS // (2 * LANES), LANES, 2))
+    return tl.reshape(tl.permute(pairs, (0, 2, 1, 3)), (ROWS, LANES, COLUMNS // LANES))
+
+
+@triton.jit
+def _by_token(part, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr):
+    """Undoes `_by_lane`."""
+    if LANES == 1:
+        return tl.reshape(part, (ROWS, COLUMNS))
+    pairs = tl.reshape(part, (ROWS, LANES, COLUMNS // (2 * LANES), 2))
+    return tl.reshape(tl.permute(pairs, (0, 2, 1, 3)), (ROWS, COLUMNS))
+
+
+@triton.jit
+def encode_backward_kernel(
+    g, w, h, dh, z, dcounts, dl1, partial, coefficients, rows,
+    n_features, n_tokens, d_in, stride_gn, stride_gd, stride_wf, stride_wd,
+    P: tl.constexpr, Q: tl.constexpr,
+    GATED: tl.constexpr, CLAMP: tl.constexpr, IDENTITY: tl.constexpr, HARD: tl.constexpr,
+    RATIONAL_BACKWARD: tl.constexpr, HAS_DCOUNTS: tl.constexpr, HAS_DL1: tl.constexpr,
+    SAVE_Z: tl.constexpr, SHARED: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SUB: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: the [BLOCK_F, BLOCK_N] tile of dh. partial [n_token_blocks, P+Q+5, n_features] float32, as in
+    `rational_backward_kernel`.
+
+    The epilogue works on SUB (1, 2 or 4) parts. Sums stay apart for the LANES threads that share a feature until
+    all parts are done.
+    """
+    f_block, n_block = tile_of_program(n_features, n_tokens, BLOCK_F, BLOCK_N, GROUP)
+    f0, n0 = f_block.to(tl.int64) * BLOCK_F, n_block.to(tl.int64) * BLOCK_N
+    PART: tl.constexpr = BLOCK_N // SUB
+    f_local, token = tl.arange(0, BLOCK_F), tl.arange(0, PART)[None, :]
+    f, f_in = f0 + f_local[:, None], f_local[:, None] < n_features - f0
+    n_left = (n_tokens - n0).to(tl.int32)
+    corner = n0 + f * n_tokens
+    # Asked for before the product, so that the product hides how long it takes to come.
+    h_parts = ()
+    for i in tl.static_range(SUB):
+        here = f_in & (token < n_left - i * PART)
+        h_parts = h_parts + (tl.load(h + corner + i * PART + token, mask=here, other=0.0),)  # noqa: RUF005
+    g_z = product(w, g, f0, n0, n_features, n_tokens, d_in, stride_wf, stride_wd, stride_gn, stride_gd,
+                  BLOCK_F, BLOCK_N, BLOCK_D, PRECISION)  # fmt: skip
+
+    f3, f3_in = f0 + f_local[:, None, None], f_local[:, None, None] < n_features - f0
+    c = load_coefficients(coefficients, f3, f3_in, n_features, P + Q + 4, SHARED)
+    theta = tl.load(rows + f3, mask=f3_in, other=0.0)
+    activity = tl.load(rows + n_features + f3, mask=f3_in, other=0.0)
+    dcount_f, dl1_f = tl.zeros((BLOCK_F, 1, 1), tl.float32), tl.zeros((BLOCK_F, 1, 1), tl.float32)
+    if HAS_DCOUNTS:
+        dcount_f = tl.load(dcounts + f3, mask=f3_in, other=0.0)
+    if HAS_DL1:
+        dl1_f = tl.load(dl1 + f3, mask=f3_in, other=0.0)
+    sums = ()
+    for _ in tl.static_range(P + Q + 5):
+        sums = sums + (tl.zeros((BLOCK_F, LANES), tl.float32),)  # noqa: RUF005
+    g_parts = token_parts(g_z, BLOCK_F, BLOCK_N, SUB)
+    for i in tl.static_range(SUB):
+        here = f_in & (token < n_left - i * PART)
+        # Beyond the last token all gradients are 0 (the product is), and h = theta keeps what they multiply finite.
+        inside = _by_lane(tl.broadcast_to(token < n_left - i * PART, (BLOCK_F, PART)), BLOCK_F, PART, LANES)
+        part = _by_lane(g_parts[i], BLOCK_F, PART, LANES)
+        inside = inside & ((part.to(tl.int32, bitcast=True) | 1) != 0)
+        value = tl.where(inside, _by_lane(h_parts[i], BLOCK_F, PART, LANES).to(tl.float32), theta)
+        dcount, dl1_n = tl.where(inside, dcount_f, 0.0), tl.where(inside, dl1_f, 0.0)
+        dvalue, dt, u, v, e, t, s, last, code = gate_backward(
+            value, part, dcount, dl1_n, theta, activity, c,
+            P, Q, GATED, CLAMP, IDENTITY, HARD, RATIONAL_BACKWARD, HAS_DL1,
+        )  # fmt: skip
+        where = corner + i * PART + token
+        tl.store(dh + where, _by_token(dvalue.to(dh.dtype.element_ty), BLOCK_F, PART, LANES), mask=here)
+        if SAVE_Z:
+            tl.store(z + where, _by_token(code.to(z.dtype.element_ty), BLOCK_F, PART, LANES), mask=here)
+        if GATED:
+            last = dvalue
+        sums = accumulate(sums, u, v, s, e, dt, t, last, P, Q)
+    row = partial + n_block.to(tl.int64) * (P + Q + 5) * n_features + f0
+    for k in tl.static_range(P + Q + 5):
+        tl.store(row + f_local, tl.sum(sums[k], axis=1), mask=f_local < n_features - f0)
+        row += n_features
+
+
+def encode_backward(
+    g: Tensor,
+    W_dec: Tensor,
+    h_fm: Tensor,
+    dcounts: Tensor | None,
+    dl1: Tensor | None,
+    gate: Sequence[Tensor],
+    *,
+    p: int,
+    q: int,
+    gated: bool,
+    clamp: bool,
+    identity: bool,
+    hard: bool,
+    backward_rational: bool,
+    z_dtype: torch.dtype | None = None,
+    dh_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None, GateGrads]:
+    """g = dL/dx_hat [n_tokens, d_in] and W_dec [n_features, d_in] of one dtype and any strides, h_fm [n_features,
+    n_tokens] -> dh_fm in dh_dtype (g's unless given), z_fm in z_dtype (None unless given), the gate's gradients.
+
+    The same as `rational_backward(h_fm, W_dec @ g.T, ...)` without the [n_features, n_tokens] product in memory,
+    and without its rounding. z is the code recomputed from h_fm, for the gradient of W_dec. dcounts, dl1, gate: as
+    in `rational_backward`. h whose tokens are not contiguous is copied first.
+    """
+    (n_tokens, d_in), n_features = g.shape, W_dec.shape[0]
+    if W_dec.shape[1] != d_in or h_fm.shape != (n_features, n_tokens) or gate[5].shape != (n_features,):
+        raise ValueError(
+            f"g {tuple(g.shape)}, W_dec {tuple(W_dec.shape)}, h {tuple(h_fm.shape)} and threshold "
+            f"{tuple(gate[5].shape)} do not fit: [n, d_in], [d_sae, d_in], [d_sae, n] and [d_sae] are wanted"
+        )
+    if g.dtype != W_dec.dtype:
+        raise ValueError(f"g is {g.dtype} and W_dec {W_dec.dtype}; give both the same dtype")
+    packed = pack_gate(gate, p, q)
+    h_fm = h_fm.contiguous()
+    dh_fm = torch.empty_like(h_fm, dtype=dh_dtype or g.dtype)
+    z_fm = None if z_dtype is None else torch.empty_like(h_fm, dtype=z_dtype)
+    tile = backward_tile(capability(g), g.dtype, p, q)
+    token_blocks = triton.cdiv(n_tokens, tile.tokens)
+    partial = g.new_empty((token_blocks, p + q + 5, n_features), dtype=torch.float32)
+    if h_fm.numel() > 0:
+        counted = gated and dcounts is not None
+        with launching_on(g):
+            encode_backward_kernel[(triton.cdiv(n_features, tile.features) * token_blocks,)](
+                g, W_dec, h_fm, dh_fm, dh_fm if z_fm is None else z_fm,
+                dcounts.float().contiguous() if counted else packed.rows,
+                packed.rows if dl1 is None else dl1.float().contiguous(), partial,
+                packed.coefficients, packed.rows, n_features, n_tokens, d_in, *g.stride(), *W_dec.stride(),
+                P=p, Q=q, GATED=gated, CLAMP=clamp, IDENTITY=identity, HARD=hard,
+                RATIONAL_BACKWARD=backward_rational, HAS_DCOUNTS=counted, HAS_DL1=dl1 is not None,
+                SAVE_Z=z_fm is not None, SHARED=packed.shared,
+                BLOCK_F=tile.features, BLOCK_N=tile.tokens, BLOCK_D=tile.inner, SUB=tile.sub, LANES=tile.lanes,
+                GROUP=tile.group, PRECISION=dot_precision(g.dtype), num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
+    return dh_fm, z_fm, finish(partial.sum(0, dtype=torch.float64), gate, p, q, gated)
