@@ -35,7 +35,7 @@ def kernels() -> ModuleType:
     """The Triton kernels; imported late because Triton exists on Linux only."""
     try:
         from . import kernels as module
-        from .kernels import encode_forward, rational_backward  # noqa: F401
+        from .kernels import encode_backward, encode_forward, rational_backward  # noqa: F401
     except ImportError as error:
         raise SourceError(
             f"backend='triton' cannot be used ({error}); install triton >= 3.3 (torch >= 2.7) or use backend='eager'"
@@ -190,7 +190,7 @@ def decode_backward(
 
     fused: without dz in memory, where the backend can (Triton). out: memory that dz, then dh, may take.
     """
-    if backend == "triton" and fused and hasattr(kernels(), "encode_backward"):
+    if backend == "triton" and fused:
         flags = {**_flags(spec), "backward_rational": spec.backward == "rational"}
         dh, _, sums = kernels().encode_backward(g, W_dec, h, dcounts, dl1, gate, **flags)
         return Gradients(dh, sums.b_enc, _in_order(sums, gate))

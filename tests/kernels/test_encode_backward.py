@@ -18,7 +18,7 @@ from gate_cases import (
 )  # fmt: skip
 
 from rsae_triton.kernels import configs, encode_backward, rational_backward
-from rsae_triton.reference import GateSpec
+from rsae_triton.reference import GateSpec, GateTensors
 
 # dh: of its largest value; sums: of the sum of their terms' absolute values. The product has another order of
 # summation than torch's, and on a GPU float32 goes through three TF32 products.
@@ -187,3 +187,34 @@ def test_wrong_input_is_refused_with_a_reason(device):
         encode_backward(g, W.T, h, None, None, gate, **spec)
     with pytest.raises(ValueError, match="do not fit"):
         encode_backward(g, W, h.T, None, None, gate, **spec)
+
+
+@pytest.mark.parametrize("way", ["split", "fused"])
+def test_autoencode_takes_the_way_that_is_named(way, device, monkeypatch, small_tiles):
+    """Every gradient of the loss, chunk by chunk, against the eager backend."""
+    from rsae_triton import kernels
+    from rsae_triton.autoencode import rational_autoencode
+
+    small_tiles()
+    called = []
+    fused = kernels.encode_backward
+    monkeypatch.setattr(kernels, "encode_backward", lambda *args, **kw: called.append(1) or fused(*args, **kw))
+    n_tokens, d_in, d_sae = 37, 10, 21
+    generator = torch.Generator().manual_seed(5)
+    x, W_enc, b_enc, W_dec, b_dec = (
+        torch.randn(*shape, generator=generator).div(3).to(device)
+        for shape in ((n_tokens, d_in), (d_in, d_sae), (d_sae,), (d_sae, d_in), (d_in,))
+    )
+    parameters = [
+        one.requires_grad_() for one in (W_enc, b_enc, W_dec, b_dec, *to(random_gate(3, 2, d_sae, 1), device))
+    ]
+    gate, spec = GateTensors(*parameters[4:]), GateSpec(3, 2, form="gated", backward="rational")
+    gradients = {}
+    for backend in (f"triton:{way}", "eager"):
+        loss = rational_autoencode(
+            x, *parameters[:4], gate, spec, l1_weight=0.1, l0_weight=0.2, chunk_tokens=16, backend=backend
+        )
+        gradients[backend] = [loss.total, *torch.autograd.grad(loss.total, parameters[:10], allow_unused=True)]
+    assert len(called) == (3 if way == "fused" else 0)
+    for found, expected in zip(*gradients.values(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-5)
