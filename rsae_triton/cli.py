@@ -17,6 +17,8 @@ from .evaluate.commands import Eval, run_eval
 from .evaluate.match_command import Match, run_match
 from .evaluate.probe_command import Probe, run_probe
 from .remez import commands as gates
+from .reproduce import Reproduce
+from .reproduce import reproduce as run_reproduce
 from .sweep import Sweep
 from .sweep import sweep as run_sweep
 from .teach import Teach
@@ -47,6 +49,10 @@ def sweep(config: Annotated[Sweep, tyro.conf.arg(name="")]) -> None:
     print(run_sweep(config))
 
 
+def reproduce(config: Annotated[Reproduce, tyro.conf.arg(name="")]) -> None:
+    print(run_reproduce(config))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; 0 when it worked, 2 after an error that its one line explains."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -58,6 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     app.command(name="probe")(probe)
     app.command(name="teach")(teach)
     app.command(name="sweep")(sweep)
+    app.command(name="reproduce")(reproduce)
     gate_app.command(name="fit")(gates.fit)
     gate_app.command(name="show")(gates.show)
     gate_app.command(name="rebuild")(gates.rebuild)

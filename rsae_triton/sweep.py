@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class Sweep:
     """
 
     teachers: tuple[str, ...] = ("relu", "jumprelu", "topk")
-    """Families to train here (relu, jumprelu, topk, batchtopk) or saved SAEs in the model's own units."""
+    """Families to train here (relu, jumprelu, topk, batchtopk), or saved SAEs: folders, files or hub ids."""
     sparsities: tuple[float, ...] = (0.5, 1.0, 2.0)
     """Factors on a family's usual density: k is multiplied by them, a sparsity weight divided."""
     hooks: tuple[str, ...] = ("",)
@@ -60,6 +60,8 @@ class Sweep:
     """What is trained from each teacher: rsae, control, rectangle, thresholds, scratch."""
     model: str = "smollm2"
     """Host model: smollm2, a .gguf file, a model folder, or a hub id."""
+    center_writing_weights: bool = False
+    """Centre GPT-2's residual stream, for teachers trained on TransformerLens' default."""
     text: tuple[str, ...] = ("demo",)
     """Text to read activations from: demo, files, folders, or a hub dataset."""
     tokens: int = 200_000
@@ -95,10 +97,11 @@ class Sweep:
         if self.split not in ("test", "validation"):
             raise ConfigError(f"--split is {self.split!r}; choose test or validation")
         for teacher in self.teachers:
-            if teacher not in FAMILIES and not Path(teacher).exists():
-                raise FormatError(
-                    f"--teachers {teacher} is neither one of {', '.join(FAMILIES)} nor an existing folder; check it"
-                )
+            if teacher not in FAMILIES:
+                try:
+                    load_teacher(teacher)
+                except FormatError as error:
+                    raise FormatError(f"--teachers {teacher} is none of {', '.join(FAMILIES)}, and: {error}") from error
 
     def cells(self) -> Iterator[Cell]:
         for hook in self.hooks:
@@ -146,9 +149,16 @@ class Cell:
             "hook": self.hook,
             "seed": self.seed,
             **{name: getattr(sweep, name) for name in ("model", "tokens", "steps", "batch_size", "sequences", "split")},
+            **({"center_writing_weights": True} if sweep.center_writing_weights else {}),
             "text": list(sweep.text),
             "contenders": list(sweep.contenders),
         }
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """What its activations depend on."""
+        config = self.sweep
+        return config.model, config.center_writing_weights, self.hook, config.text, config.tokens
 
     @property
     def path(self) -> Path:
@@ -170,17 +180,29 @@ def sweep(config: Sweep) -> Path:
         RsaeError: anything a person can mend; finished cells stay.
     """
     config.check()
+    return write_sweep_report(config.out, run_cells(list(config.cells())))
+
+
+def run_cells(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Computes the cells that are not on disk yet, and returns all of them. Cells of one place should be neighbours."""
     torch.set_float32_matmul_precision("medium")
     console = Console()
-    cells = list(config.cells())
     waiting = [cell for cell in cells if not cell.path.is_file()]
-    console.print(f"{len(cells)} cells, {len(cells) - len(waiting)} of them done before; {config.out / 'cells'}")
+    console.print(f"{len(cells)} cells, {len(cells) - len(waiting)} of them done before")
     host: HostModel | None = None
     splits: Splits | None = None
     started = time.perf_counter()
     for done, cell in enumerate(waiting):
-        if host is None or splits is None or cell.hook != waiting[done - 1].hook:
-            host = load_host(config.model, device=config.device, hook_name=cell.hook or None)
+        if cell.path.is_file():  # a second process works on the same folder
+            continue
+        config = cell.sweep
+        if host is None or splits is None or cell.place != waiting[done - 1].place:
+            host = load_host(
+                config.model,
+                device=config.device,
+                hook_name=cell.hook or None,
+                center_writing_weights=config.center_writing_weights,
+            )
             splits = splits_for(host, load_corpus(list(config.text)), config.tokens)
         result = run_cell(cell, host, splits)
         cell.path.parent.mkdir(parents=True, exist_ok=True)
@@ -190,7 +212,7 @@ def sweep(config: Sweep) -> Path:
         console.print(
             f"{cell.label}: {one_line(result)}  [dim]({done + 1}/{len(waiting)}, {left / 60:.0f} min left)[/]"
         )
-    return write_sweep_report(config.out, [json.loads(cell.path.read_text()) for cell in cells])
+    return [json.loads(cell.path.read_text()) for cell in cells]
 
 
 def run_cell(cell: Cell, host: HostModel, splits: Splits) -> dict[str, Any]:
@@ -246,6 +268,7 @@ def run_cell(cell: Cell, host: HostModel, splits: Splits) -> dict[str, Any]:
         "model_name": host.name,
         "d_in": splits.train.d_in,
         "d_sae": teacher.d_sae,
+        "family": teacher.architecture,
         "stage1": init.metadata["stage1"],
         "training": logs,
         "scores": scores,

@@ -103,7 +103,7 @@ def test_a_saved_teacher_is_one_cell_a_seed(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"teachers": ("no/such/sae",)}, FormatError, "no/such/sae"),
+        ({"teachers": ("./no/such/sae",)}, FormatError, "no/such/sae"),
         ({"teachers": ()}, ConfigError, "--teachers"),
         ({"seeds": ()}, ConfigError, "--seeds"),
         ({"contenders": ("magic",)}, ConfigError, "magic"),

@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional
 
 from rsae_triton.activations import layers as stream
+from rsae_triton.activations.centring import center_writing_weights_
 from rsae_triton.activations.loading import default_dtype, load_model, parse_dtype
 from rsae_triton.errors import ConfigError, ShapeError, SourceError
 
@@ -276,12 +277,14 @@ def load_host(
     dtype: str | torch.dtype | None = None,
     library: Library = "auto",
     hook_name: str | None = None,
+    center_writing_weights: bool = False,
 ) -> HostModel:
     """Load a causal language model: "smollm2" (embedded default), a .gguf file, a model folder, or a hub id.
 
     `device` defaults to CUDA where it is, `dtype` to bfloat16 where the hardware multiplies it. `hook_name`
-    becomes the default place. Raises SourceError for a model that cannot be had, ConfigError for a bad
-    option or place.
+    becomes the default place. `center_writing_weights` gives GPT-2 the residual stream of mean zero that SAEs
+    trained on TransformerLens' default expect. Raises SourceError for a model that cannot be had, ConfigError for
+    a bad option or place.
     """
     if library not in ("auto", "transformer_lens", "transformers"):
         raise ConfigError(f"library={library!r} is unknown; choose auto, transformer_lens or transformers")
@@ -292,6 +295,8 @@ def load_host(
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {device!r} is asked for, but torch sees no CUDA device; use device='cpu'")
     model, tokenizer = load_model(str(name), place, parse_dtype(dtype) if dtype else default_dtype(place))
+    if center_writing_weights:
+        center_writing_weights_(model)
     bridge = None if library == "transformers" else _boot_bridge(model, tokenizer, str(name), library)
     return HostModel(model, tokenizer, str(name), bridge, hook_name)
 

@@ -15,7 +15,7 @@ from scipy import stats
 from ..files import write_text
 from .style import COLOURS, DASHES, NAMES
 
-METRICS = ("mse", "delta_ce", "loss_recovered", "fvu", "l0", "l1", "alive_fraction")
+METRICS = ("mse", "fvu", "cosine", "l0", "l1", "alive_fraction", "delta_ce", "loss_recovered", "kl")
 # Downstream scores exist only where sequences were spliced.
 PAIRED = ("mse", "delta_ce")
 
@@ -122,18 +122,20 @@ def _table(rows: Sequence[Mapping[str, Any]], metric: str, digits: str, kind: st
         line = [row["hook_name"], f"{row['d_sae']}", Path(row["teacher"]).name, f"{row['l0']['mean']:.1f}"]
         for name in names:
             score = row["scores"].get(name, {}).get(kind, {}).get(metric)
-            line.append("" if score is None else _with_sd(score, digits))
+            line.append("" if score is None else with_sd(score, digits))
         for name in versus:
-            line.append(_interval(row["against"][metric].get(name), relative=metric == "mse"))
+            line.append(interval(row["against"][metric].get(name), relative=metric == "mse"))
         lines.append("| " + " | ".join(line) + " |")
     return "\n".join(lines)
 
 
-def _with_sd(score: Mapping[str, Any], digits: str) -> str:
+def with_sd(score: Mapping[str, Any], digits: str) -> str:
+    """ "mean ± sd", or the one value there is."""
     return f"{score['mean']:{digits}}" + ("" if score["sd"] is None else f" ± {score['sd']:{digits}}")
 
 
-def _interval(difference: Mapping[str, Any] | None, relative: bool) -> str:
+def interval(difference: Mapping[str, Any] | None, relative: bool) -> str:
+    """A paired difference with its interval, in per cent if relative; bold where the interval is below zero."""
     if difference is None:
         return ""
     factor, digits, unit = (100, "+.1f", " %") if relative else (1, "+.3f", "")
