@@ -22,6 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from . import aot_sparse
 from .configs import matmul_tile, pointwise_tile
 from .encode_forward import encode_forward_kernel
 from .interpreter import INTERPRETED
@@ -32,7 +33,9 @@ KERNELS = {
     "encode_forward": encode_forward_kernel,
     "rational_forward": rational_forward_kernel,
     "rational_backward": rational_backward_kernel,
+    **aot_sparse.KERNELS,
 }
+PRODUCTS = ("encode_forward", "sparse_encode")
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTC.{0,2}MMA"}
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -51,11 +54,16 @@ class Variant(NamedTuple):
     precision: str = "tf32"
     ragged: bool = False
     """True: the number of tokens is no multiple of 16, so codes cannot be stored 16 bytes at a time."""
+    ranked: bool = False
+    """The top-k variant of the sparse kernels: codes in float32."""
 
     def __str__(self) -> str:
         form, sets = "gated" if self.gated else "direct", "shared" if self.shared else "per feature"
-        precision = f" {self.precision}" if self.dtype == torch.float32 and self.kernel == "encode_forward" else ""
-        return f"{NAMES[self.dtype]}{precision} {form} ({self.p}, {self.q}) {sets}{' ragged' if self.ragged else ''}"
+        precision = f" {self.precision}" if self.dtype == torch.float32 and self.kernel in PRODUCTS else ""
+        flags = f"{' ragged' if self.ragged else ''}{' top-k' if self.ranked else ''}"
+        if self.kernel in aot_sparse.KERNELS and self.kernel not in PRODUCTS:
+            return f"{NAMES[self.dtype]}{flags}"
+        return f"{NAMES[self.dtype]}{precision} {form} ({self.p}, {self.q}) {sets}{flags}"
 
 
 class Report(NamedTuple):
@@ -76,13 +84,15 @@ class Report(NamedTuple):
             found.append(f"{self.spills} spill instructions, {self.stack} bytes of stack")
         if self.shared_memory > SHARED_MEMORY[self.variant.arch]:
             found.append(f"{self.shared_memory} bytes of shared memory")
-        if self.variant.kernel == "encode_forward" and not self.tensor_core:
+        if self.variant.kernel in PRODUCTS and not self.tensor_core:
             found.append("no tensor-core instruction")
         return found
 
 
 def _launch(v: Variant) -> tuple[dict, dict, str]:
     """Compile-time constants, launch options and the tile's name, as the wrappers choose them."""
+    if v.kernel in aot_sparse.KERNELS:
+        return aot_sparse.launch(v)
     gate = {
         "P": v.p, "Q": v.q, "GATED": v.gated, "CLAMP": True, "IDENTITY": False, "HARD": True, "SHARED": v.shared,
     }  # fmt: skip
@@ -109,16 +119,12 @@ def compile_variant(v: Variant) -> Report:
         raise RuntimeError("the interpreter is on: unset TRITON_INTERPRET to compile ahead of time")
     kernel = KERNELS[v.kernel]
     constants, options, tile = _launch(v)
-    pointers = {"x", "w", "z", "h", "dz", "dh"}
-    floats = {"dcounts", "dl1", "partial", "coefficients", "rows"}
     element = NAMES[v.dtype]
-    signature = {
-        name: "constexpr" if name in constants
-        else f"*{element}" if name in pointers
-        else "*fp32" if name in floats
-        else "i32"
-        for name in kernel.arg_names
-    }  # fmt: skip
+    types = dict.fromkeys(("x", "w", "z", "h", "dz", "dh"), f"*{element}")
+    types |= dict.fromkeys(("dcounts", "dl1", "partial", "coefficients", "rows"), "*fp32")
+    if v.kernel in aot_sparse.KERNELS:
+        types = aot_sparse.types(v, element)
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     # Pointers from torch are aligned to 16 bytes; so are sizes that are multiples of 16.
     attrs = {
         (i,): [["tt.divisibility", 16]]
@@ -161,6 +167,22 @@ def variants(archs: tuple[int, ...] = (80, 90, 100)) -> Iterator[Variant]:
             for dtype in (torch.bfloat16, torch.float32):
                 yield Variant("encode_forward", arch, dtype, *degree, False, ragged=True)
                 yield Variant("rational_backward", arch, dtype, *degree, False, ragged=True)
+        yield from sparse_variants(arch)
+
+
+def sparse_variants(arch: int) -> Iterator[Variant]:
+    """At the heaviest gate all four kinds of code, elsewhere two."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for shared, degree in aot_sparse.GATES:
+            for gated, ranked in ((False, False), (True, True), (False, True), (True, False)):
+                if gated == ranked or degree == (12, 12):
+                    yield Variant("sparse_encode", arch, dtype, *degree, shared, gated, ranked=ranked)
+        yield Variant("sparse_encode", arch, dtype, 9, 8, False, ragged=True)
+        yield Variant("gather_rows", arch, dtype, 0, 0, True)
+        for kernel in ("gather_rows", "keep_largest"):
+            yield Variant(kernel, arch, dtype, 0, 0, True, ranked=True)
+        for kernel in ("sparse_decode", "sparse_dots", "segment_sum"):
+            yield Variant(kernel, arch, dtype, 0, 0, True)
 
 
 def representative(arch: int) -> list[Variant]:
@@ -170,6 +192,9 @@ def representative(arch: int) -> list[Variant]:
         Variant("encode_forward", arch, torch.float32, 3, 2, shared=True, gated=True),
         Variant("rational_backward", arch, torch.bfloat16, 9, 8, shared=False, gated=True),
         Variant("rational_forward", arch, torch.bfloat16, 9, 8, shared=False),
+        Variant("sparse_encode", arch, torch.bfloat16, 9, 8, shared=False, ranked=True),
+        Variant("gather_rows", arch, torch.bfloat16, 0, 0, shared=True, ranked=True),
+        Variant("sparse_decode", arch, torch.bfloat16, 0, 0, shared=True),
     ]
 
 
@@ -188,7 +213,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_MEMORY), help="default: all")
     parser.add_argument("--kernel", choices=sorted(KERNELS), help="default: all")
-    parser.add_argument("--few", action="store_true", help="a representative four of each GPU generation")
+    parser.add_argument("--few", action="store_true", help="a representative few of each GPU generation")
     options = parser.parse_args()
     archs = tuple(options.arch or SHARED_MEMORY)
     every = [v for arch in archs for v in representative(arch)] if options.few else variants(archs)
