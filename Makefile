@@ -3,12 +3,16 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# SAELens needs transformer-lens < 4: an environment of its own, with version 4 beside it.
+INTEROP := .venv-interop
+LENS4 := $(INTEROP)/transformer-lens-4
 
-.PHONY: demo test test-fast lint bench aot clean help
+.PHONY: demo test test-fast test-interop lint bench aot clean help
 
 help:
 	@echo "make demo   upgrade an SAE of SmolLM2-135M, beside a fair control -> out/demo/report.html"
 	@echo "make test   lint, types and every test that needs no GPU"
+	@echo "make test-interop  SAELens, dictionary_learning, sparsify, SAEBench, TransformerLens 3 and 4, run as they are"
 	@echo "make bench  gate fits against other methods; which gate and recipe beats the control"
 	@echo "make aot    compile every kernel configuration for sm_80, sm_90, sm_100 and print the table"
 
@@ -28,6 +32,18 @@ test: $(INSTALLED) lint
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow and not network"
 
+$(INTEROP)/.installed: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(INTEROP)
+	$(INTEROP)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(INTEROP)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,interop]'
+	$(INTEROP)/bin/pip install --quiet --disable-pip-version-check --no-deps dictionary-learning==0.1.0 sae-bench==0.6.0 tabulate
+	$(INTEROP)/bin/pip install --quiet --disable-pip-version-check --no-deps --target $(LENS4) transformer-lens==4.3.0
+	touch $@
+
+test-interop: $(INTEROP)/.installed
+	$(INTEROP)/bin/python -m pytest tests/interop tests/teachers tests/integrations tests/test_export.py
+	PYTHONPATH=$(LENS4) $(INTEROP)/bin/python -m pytest tests/integrations/test_splicing.py
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,4 +57,4 @@ aot: $(INSTALLED)
 	$(BIN)/python -m rsae_triton.kernels.aot
 
 clean:
-	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(INTEROP) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -63,6 +63,8 @@ def to_jumprelu(sae: FusedRationalSAE, activations: Tensor) -> tuple[JumpReluSAE
     h, z = sae.hidden_pre(fitted).float(), sae.encode(fitted).float()
     parts = [_fit(h[:, part], z[:, part]) for part in torch.arange(sae.d_sae, device=h.device).split(_FEATURES)]
     gain, offset, threshold = (torch.cat(one) for one in zip(*parts, strict=True))
+    # Of a feature that the sample never woke only the gate knows where it would.
+    threshold = torch.where((z != 0).any(0), threshold, torch.maximum(threshold, sae.gate.threshold.float()))
     jumprelu = JumpReluSAE(
         sae.d_in,
         sae.d_sae,

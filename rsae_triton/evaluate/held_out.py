@@ -28,6 +28,8 @@ class HostOptions:
     """Where the SAE reads, in TransformerLens' names; what the SAE says when not given."""
     device: str | None = None
     """cpu or cuda; CUDA where there is one when not given."""
+    dtype: str | None = None
+    """Of the host model, such as float32; bfloat16 where the hardware multiplies it when not given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +98,8 @@ def open_host(options: HostOptions, saes: Mapping[str, SparseAutoencoder]) -> Ho
         ConfigError, SourceError: as `load_host`, and SAEs that are for different places. ShapeError: another width.
     """
     model = agreed(saes, "model_name", options.model) or "smollm2"
-    host = load_host(model, device=options.device, hook_name=agreed(saes, "hook_name", options.hook))
+    hook = agreed(saes, "hook_name", options.hook)
+    host = load_host(model, device=options.device, dtype=options.dtype, hook_name=hook)
     width = host.hook_width()
     for name, sae in saes.items():
         if sae.d_in != width:

@@ -95,9 +95,18 @@ def replacement(
     return replace
 
 
+def hook_points(model: Any) -> dict[str, Any]:
+    """The places of a TransformerLens model by all their names: SAELens' bridge leaves the aliases out of hook_dict."""
+    found: dict[str, Any] = {}
+    for cls in reversed(type(model).__mro__):
+        if isinstance(inherited := vars(cls).get("hook_dict"), property):
+            found.update(inherited.__get__(model))
+    return found or model.hook_dict
+
+
 @contextmanager
 def _lens(model: Any, place: str, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    points = model.hook_dict
+    points = hook_points(model)
     if place not in points:
         raise ConfigError(f"the model has no hook {place!r}; see model.hook_dict for its {len(points)} places")
     point = points[place]
