@@ -9,6 +9,7 @@ from .remez import GateFit, fit_gate
 from .sae import FusedRationalSAE
 from .sparse import SparseCode, decode_sparse, encode_sparse
 from .teachers import load_teacher
+from .topk_rational import TopKRationalSAE
 from .train import train
 from .upgrade import upgrade
 
@@ -19,6 +20,7 @@ __all__ = [
     "GateFit",
     "RationalGate",
     "SparseCode",
+    "TopKRationalSAE",
     "decode_sparse",
     "encode_sparse",
     "evaluate",

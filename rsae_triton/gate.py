@@ -25,7 +25,7 @@ def smooth_step() -> tuple[list[float], list[float]]:
 
 
 class RationalGate(nn.Module):
-    """A rational gate for `d_sae` features; feature f uses coefficient set ``f * groups // d_sae``.
+    """A rational gate for `d_sae` features; feature f uses coefficient set ``f * groups // d_sae``, or ``group_of[f]``.
 
     Trained are alpha = a / s_a and beta = b / s_b, where s_a and s_b are the *unit-influence scales* (how much
     one unit of a coefficient moves the gate at most), so that every parameter is O(1) although the coefficients
@@ -35,7 +35,8 @@ class RationalGate(nn.Module):
         d_sae: number of features.
         degree: (p, q), 0 to 12 each.
         a, b: coefficients [p+1] and [q] (shared at first by all groups), or [groups, p+1] and [groups, q].
-        groups: number of coefficient sets; divides d_sae. 1 is "shared", d_sae "per feature".
+        groups: number of coefficient sets; divides d_sae unless group_of is given. 1 is "shared", d_sae "per feature".
+        group_of: which set each feature uses, [d_sae] integers below groups; equal runs of neighbours when None.
         form, domain, amplitude, backward: see `GateSpec`.
         centre: c, a number or [groups].
         input_scale, output_scale: C_in > 0 and C_out; a number, [groups] or [d_sae].
@@ -50,6 +51,7 @@ class RationalGate(nn.Module):
     numerator_scale: Tensor
     denominator_scale: Tensor
     activity_threshold: Tensor
+    group_of: Tensor | None
 
     def __init__(
         self,
@@ -59,6 +61,7 @@ class RationalGate(nn.Module):
         b: Any,
         *,
         groups: int = 1,
+        group_of: Any = None,
         form: str = "direct",
         domain: str = "clamp",
         amplitude: str = "rational",
@@ -75,13 +78,16 @@ class RationalGate(nn.Module):
         super().__init__()
         if len(degree) != 2:
             raise ConfigError(f"degree is {degree!r}; give two integers (p, q)")
-        if not isinstance(groups, int) or groups < 1 or d_sae % groups:
+        if not isinstance(groups, int) or groups < 1 or (d_sae % groups and group_of is None):
             raise ConfigError(f"groups={groups} does not divide d_sae={d_sae}; choose a divisor (1 = shared)")
         self.d_sae, self.groups = d_sae, groups
         self.degree = (degree[0], degree[1])
         self.form, self.domain, self.amplitude, self.backward = form, domain, amplitude, backward
         self.spec()  # refuses bad settings before any tensor is made
         p, q = self.degree
+        assigned = None if group_of is None else torch.as_tensor(group_of, device=device).detach().clone()
+        self.register_buffer("group_of", assigned)
+        self.check_groups()
 
         def tensor(name: str, value: Any, *shapes: tuple[int, ...]) -> Tensor:
             made = torch.as_tensor(value, dtype=torch.float32, device=device).detach().clone()
@@ -185,15 +191,30 @@ class RationalGate(nn.Module):
         amplitude = self.amplitude if hard else "rational"
         return GateSpec(*self.degree, self.form, self.domain, amplitude, hard, self.backward if hard else "soft")
 
+    def check_groups(self) -> None:
+        """Refuses a `group_of` that does not name a group for every feature (ShapeError, ConfigError)."""
+        if self.group_of is None:
+            return
+        if self.group_of.shape != (self.d_sae,) or self.group_of.dtype != torch.int64:
+            raise ShapeError(
+                f"group_of is {self.group_of.dtype} of shape {tuple(self.group_of.shape)}; give int64 [{self.d_sae}]"
+            )
+        if bool((self.group_of < 0).any()) or bool((self.group_of >= self.groups).any()):
+            raise ConfigError(f"group_of names a group outside 0 to {self.groups - 1}; there are groups={self.groups}")
+
+    def _per_feature(self, values: Tensor) -> Tensor:
+        """One row for each feature from one row for each group (or for all, or for each feature already)."""
+        if self.group_of is not None and len(values) == self.groups > 1:
+            return values[self.group_of]
+        return values.repeat_interleave(self.d_sae // len(values), dim=0)
+
     def tensors(self) -> GateTensors:
         """Everything per feature: [1, ...] where one set serves all features, [d_sae, ...] otherwise."""
         a, b = self.numerator(), self.denominator()
         centre: Tensor = self.centre
         scale_in, scale_out = self.input_scale, self.output_scale.view(-1)
         if any(len(one) > 1 for one in (a, scale_in, scale_out)):
-            a, b, centre, scale_in, scale_out = (
-                one.repeat_interleave(self.d_sae // len(one), dim=0) for one in (a, b, centre, scale_in, scale_out)
-            )
+            a, b, centre, scale_in, scale_out = (self._per_feature(one) for one in (a, b, centre, scale_in, scale_out))
         activity = self.activity_threshold.expand(self.d_sae)
         return GateTensors(a, b, centre, scale_in, scale_out, self.threshold, activity)
 
@@ -231,23 +252,21 @@ class RationalGate(nn.Module):
         if scale.shape != (self.d_sae,) or not bool((scale > 0).all()):
             raise ShapeError(f"scale has shape {tuple(scale.shape)}; give a positive number for each of {self.d_sae}")
 
-        def per_feature(values: Tensor) -> Tensor:
-            return values.repeat_interleave(self.d_sae // len(values))
-
         def replaced(old: nn.Parameter, values: Tensor) -> nn.Parameter:
             return nn.Parameter(values, requires_grad=old.requires_grad)
 
         self.threshold.mul_(scale)
-        self.log_input_scale = replaced(self.log_input_scale, per_feature(self.log_input_scale) + scale.log())
+        self.log_input_scale = replaced(self.log_input_scale, self._per_feature(self.log_input_scale) + scale.log())
         if self.form == "direct":
-            self.output_scale = replaced(self.output_scale, per_feature(self.output_scale) * scale)
-        self.activity_threshold = per_feature(self.activity_threshold) * scale
+            self.output_scale = replaced(self.output_scale, self._per_feature(self.output_scale) * scale)
+        self.activity_threshold = self._per_feature(self.activity_threshold) * scale
 
     def config(self) -> dict[str, Any]:
         """What it takes to build an empty gate of this kind and size."""
         return {
             "degree": list(self.degree),
             "groups": self.groups,
+            "groups_assigned": self.group_of is not None,
             "form": self.form,
             "domain": self.domain,
             "amplitude": self.amplitude,
@@ -273,6 +292,7 @@ class RationalGate(nn.Module):
             [0.0] * (p + 1),
             [0.0] * q,
             groups=config["groups"],
+            group_of=torch.zeros(config["d_sae"], dtype=torch.int64) if config.get("groups_assigned") else None,
             form=config["form"],
             domain=config["domain"],
             amplitude=config["amplitude"],

@@ -13,6 +13,7 @@ from .errors import ConfigError
 from .memory import MemoryPlan
 from .sae import FusedRationalSAE
 from .teachers import BatchTopKSAE, JumpReluSAE, ReluSAE, TopKSAE, keep_largest
+from .topk_rational import TopKRationalSAE
 
 TANH_SLOPE = 4.0
 GATE_PARAMETERS = ("alpha", "beta", "centre", "log_input_scale")
@@ -81,7 +82,9 @@ def recipe_for(sae: SparseAutoencoder, name: str = "auto") -> Recipe:
         ConfigError: an unknown recipe, or one that this SAE cannot be trained with.
     """
     if name == "auto":
-        if isinstance(sae, FusedRationalSAE):
+        if isinstance(sae, TopKRationalSAE):
+            name = "topk"
+        elif isinstance(sae, FusedRationalSAE):
             name = "hard" if sae.gate.form == "gated" else "paper"
         elif isinstance(sae, JumpReluSAE):
             name = "jumprelu"
@@ -94,7 +97,7 @@ def recipe_for(sae: SparseAutoencoder, name: str = "auto") -> Recipe:
     if recipe.soft and not isinstance(sae, FusedRationalSAE):
         raise ConfigError(f"recipe {name!r} trains a rational code; a {sae.architecture} SAE has none")
     direct = isinstance(sae, FusedRationalSAE) and sae.gate.form == "direct"
-    if recipe.sparsity == "l0" and (isinstance(sae, ReluSAE | TopKSAE | BatchTopKSAE) or direct):
+    if recipe.sparsity == "l0" and (isinstance(sae, ReluSAE | TopKSAE | BatchTopKSAE | TopKRationalSAE) or direct):
         raise ConfigError(f"recipe {name!r} needs trainable thresholds; use a gated rational or a JumpReLU SAE")
     return recipe
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .autoencode import Autoencoded, rational_autoencode
 from .base import SparseAutoencoder
-from .errors import ConfigError
+from .errors import ConfigError, FormatError
 from .gate import RationalGate
 from .ops import rational_encode, resolve_backend
 from .reference import Encoded
@@ -174,6 +174,16 @@ class FusedRationalSAE(SparseAutoencoder):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         return cls(gate=RationalGate.from_config(config), **cls.common_arguments(config))
+
+    @classmethod
+    def from_files(cls, config: dict[str, Any], weights: dict[str, Tensor], source: str | Path) -> Self:
+        """As `SparseAutoencoder.from_files`; FormatError also for features of a coefficient set that is not there."""
+        sae = super().from_files(config, weights, source)
+        try:
+            sae.gate.check_groups()
+        except ConfigError as error:
+            raise FormatError(f"gate.group_of in {source}: {error}") from error
+        return sae
 
     @classmethod
     def from_pretrained(

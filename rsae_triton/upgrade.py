@@ -16,6 +16,7 @@ from .gate import RationalGate
 from .remez import GateFit, fit_gate
 from .sae import FusedRationalSAE
 from .teachers import BatchTopKSAE, JumpReluSAE, ReluSAE, TopKSAE
+from .topk_rational import TopKRationalSAE
 
 LADDER = ((3, 2), (5, 4), (7, 6), (9, 8))
 # A direct JumpReLU is fitted with its jump at THETA of the clip, so that codes up to 1 / THETA thresholds are covered.
@@ -63,6 +64,13 @@ class Sample(NamedTuple):
     thresholds: Tensor
 
 
+class Grouping(NamedTuple):
+    """How many coefficient sets, and which of them each feature uses (None: one for all, or one for each)."""
+
+    groups: int
+    group_of: Tensor | None
+
+
 def upgrade(
     teacher: SparseAutoencoder,
     activations: Tensor | Any,
@@ -70,6 +78,7 @@ def upgrade(
     form: str = "auto",
     degree: str | tuple[int, int] = "auto",
     coefficients: str | int = "shared",
+    thresholds: str = "feature",
     tolerance: float = 0.0085,
     n_tokens: int = 8192,
     backend: str = "auto",
@@ -78,15 +87,17 @@ def upgrade(
     """Turns a teacher into a Rational SAE: weights copied bit for bit, the gate fitted and calibrated.
 
     Args:
-        teacher: a ReLU, JumpReLU or TopK SAE. A TopK gate looks at a whole token; each feature gets the fixed
-            threshold at which it fires as often as it does in the teacher.
+        teacher: a ReLU, JumpReLU, TopK or BatchTopK SAE.
         activations: [n, d_in] in the teacher's units, or an `ActivationStore`.
         form: "gated" (z = h * r, zeros by thresholds; "auto") or "direct" (the paper's z = r).
-        degree: (p, q), "p,q", or "auto": the smallest of the ladder whose code is within `tolerance` (direct);
-            the smooth step of type (2, 2) (gated).
-        coefficients: "shared", "per_feature", or a number of groups.
-        tolerance: largest relative error of the code (direct: what degree="auto" accepts; gated: what limits the
-            width of the step, together with the change of mse, against a code with thresholds but no step).
+        degree: (p, q), "p,q", or "auto": the smallest of the ladder whose code is within `tolerance`.
+        coefficients: "shared", "per_feature", or a number of groups: features whose active pre-activations are
+            equally strong (root mean square on the sample) share a coefficient set.
+        thresholds: of a TopK teacher, whose gate looks at a whole token. "feature": each feature gets the fixed one at
+            which it fires as often as in the teacher; no sort, but not the same code. "token": between each token's
+            k-th and (k+1)-th pre-activation; the teacher's code (`TopKRationalSAE`).
+        tolerance: largest relative error of the code that degree="auto" accepts (gated: and of the mse, against a code
+            with thresholds but no ramp).
         n_tokens: how many activations to calibrate on. backend: of the result. seed: of the sample.
 
     Returns:
@@ -104,6 +115,10 @@ def upgrade(
         raise ConfigError("the teacher is a transcoder; stage 1 calibrates against the activations that go in")
     if form not in ("auto", "gated", "direct"):
         raise ConfigError(f"form is {form!r}; choose auto, gated or direct")
+    if thresholds not in ("feature", "token"):
+        raise ConfigError(f"thresholds is {thresholds!r}; choose feature or token")
+    if thresholds == "token" and (not isinstance(teacher, TopKSAE) or form == "direct"):
+        raise ConfigError("thresholds='token' is for the gated form of a TopK teacher; use thresholds='feature'")
     x = sample(activations, teacher, n_tokens, seed)
     with torch.no_grad():
         h, z = teacher.hidden_pre(x), teacher.encode(x)
@@ -112,10 +127,17 @@ def upgrade(
     groups = {"shared": 1, "per_feature": teacher.d_sae}.get(str(coefficients), coefficients)
     if not isinstance(groups, int):
         raise ConfigError(f"coefficients is {coefficients!r}; choose shared, per_feature or a number of groups")
+    if not 1 <= groups <= teacher.d_sae:
+        raise ConfigError(f"coefficients is {groups} groups; there are {teacher.d_sae} features to put into them")
     kind = _direct if form == "direct" else _gated
     seen = Sample(x, h, z, teacher_thresholds(teacher, h, z))
-    gate, facts = kind(teacher, seen, parse_degree(degree), groups, tolerance)
-    rsae = FusedRationalSAE(
+    grouping = Grouping(groups, None if groups in (1, teacher.d_sae) else strength_groups(h, z, groups))
+    gate, facts = kind(teacher, seen, parse_degree(degree), grouping, tolerance)
+    options: dict[str, Any] = {}
+    if thresholds == "token" and isinstance(teacher, TopKSAE):
+        # Whatever is below tau is replaced, not added: a slope there would pull at features that cannot all open.
+        gate.backward, options = "soft", {"k": teacher.k}
+    rsae = (TopKRationalSAE if options else FusedRationalSAE)(
         teacher.d_in,
         teacher.d_sae,
         gate=gate,
@@ -125,6 +147,7 @@ def upgrade(
         dtype=teacher.W_enc.dtype,
         device=teacher.W_enc.device,
         metadata=teacher.metadata,
+        **options,
     )
     with torch.no_grad():
         for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
@@ -187,8 +210,20 @@ def teacher_thresholds(teacher: SparseAutoencoder, h: Tensor, z: Tensor) -> Tens
     return torch.where(fires > 0, (last + following) / 2, last).clamp_min(0)
 
 
+def strength_groups(h: Tensor, z: Tensor, groups: int) -> Tensor:
+    """[d_sae] int64: features in `groups` equal parts by the root mean square of their active pre-activations.
+
+    Features of one strength cover the same stretch of the gate, which is what they have to share. One that is never
+    active on the sample counts as weakest.
+    """
+    active = z != 0
+    strength = (h.float().square() * active).sum(0) / active.sum(0).clamp_min(1)
+    rank = strength.argsort(stable=True).argsort()
+    return rank * groups // len(rank)
+
+
 def _gated(
-    teacher: SparseAutoencoder, seen: Sample, degree: tuple[int, int] | None, groups: int, tolerance: float
+    teacher: SparseAutoencoder, seen: Sample, degree: tuple[int, int] | None, grouping: Grouping, tolerance: float
 ) -> tuple[RationalGate, dict[str, Any]]:
     """z = h * r where h > theta_f, r the minimax fit of a ramp that is complete at theta.
 
@@ -209,7 +244,7 @@ def _gated(
             teacher.d_sae,
             thresholds=seen.thresholds,
             form="gated",
-            groups=groups,
+            **grouping._asdict(),
             backward="rational",
             input_scale=width,
         ).to(h.device)
@@ -226,7 +261,7 @@ def _gated(
 
 
 def _direct(
-    teacher: SparseAutoencoder, seen: Sample, degree: tuple[int, int] | None, groups: int, tolerance: float
+    teacher: SparseAutoencoder, seen: Sample, degree: tuple[int, int] | None, grouping: Grouping, tolerance: float
 ) -> tuple[RationalGate, dict[str, Any]]:
     """z = C_out * (r(h / C_in) + tail): the minimax fit of the teacher's gate, calibrated; thresholds by C_in."""
     jump, thresholds = not isinstance(teacher, ReluSAE), seen.thresholds
@@ -254,7 +289,7 @@ def _direct(
         fit.degree,
         calibration.a,
         calibration.b,
-        groups=groups,
+        **grouping._asdict(),
         form="direct",
         centre=fit.centre,
         input_scale=scale * c_in if jump else c_in,

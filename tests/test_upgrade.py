@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from rsae_triton import FusedRationalSAE, train, upgrade
-from rsae_triton.errors import ConfigError, NumericsError, ShapeError
+from rsae_triton import FusedRationalSAE, TopKRationalSAE, train, upgrade
+from rsae_triton.errors import ConfigError, FormatError, NumericsError, ShapeError
 from rsae_triton.evaluate import reconstruction
+from rsae_triton.evaluate.held_out import load_sae
 from rsae_triton.recipes import RECIPES, Recipe
+from rsae_triton.reference import rational_gate
 from rsae_triton.teachers import JumpReluSAE, ReluSAE, TopKSAE
 
 FAMILIES = {
@@ -84,6 +86,51 @@ def test_per_feature_and_grouped_coefficients(teachers, activations):
         assert torch.allclose(rsae(activations[:50]), shared(activations[:50]), atol=1e-5)
 
 
+def test_groups_are_made_of_equally_strong_features(teachers, activations):
+    teacher = teachers["relu"]
+    rsae = upgrade(teacher, activations, coefficients=5)  # does not divide 64
+    with torch.no_grad():
+        z = teacher.encode(activations)
+    strength = (z.square().sum(0) / (z != 0).sum(0).clamp_min(1)).sqrt()
+    groups = [strength[rsae.gate.group_of == group] for group in range(5)]
+    assert [len(one) for one in groups] == [13, 13, 13, 13, 12]
+    # The sample is not all activations: groups may overlap at their ends, their middles may not.
+    medians = [float(one.median()) for one in groups]
+    assert medians == sorted(medians)
+    assert medians[-1] > 1.2 * medians[0]
+
+
+def test_a_group_moves_its_own_features_only(teachers, activations, tmp_path):
+    rsae = upgrade(teachers["relu"], activations, coefficients=5)
+    before = rsae.encode(activations)
+    with torch.no_grad():
+        rsae.gate.alpha[2] *= 1.5
+    changed = ((rsae.encode(activations) - before).abs().amax(0) > 1e-6).nonzero().flatten()
+    assert len(changed)
+    assert set(changed.tolist()) <= set((rsae.gate.group_of == 2).nonzero().flatten().tolist())
+    rsae.encode(activations).square().sum().backward()
+    assert len(rsae.gate.alpha.grad) == 5
+    loaded = type(rsae).from_pretrained(rsae.save_pretrained(tmp_path / "grouped"))
+    assert torch.equal(loaded.encode(activations), rsae.encode(activations))
+
+
+def test_a_file_that_names_a_group_that_is_not_there_is_refused(teachers, activations, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = upgrade(teachers["relu"], activations, coefficients=5).save_pretrained(tmp_path / "bad")
+    weights = load_file(folder / "sae_weights.safetensors")
+    for wrong in (weights["gate.group_of"] + 3, weights["gate.group_of"] - 1):
+        save_file({**weights, "gate.group_of": wrong}, folder / "sae_weights.safetensors")
+        with pytest.raises(FormatError, match="group_of"):
+            FusedRationalSAE.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("coefficients", [0, -1, 65, "some", 2.5])
+def test_a_number_of_groups_that_cannot_be_is_refused(teachers, activations, coefficients):
+    with pytest.raises(ConfigError, match="coefficients is"):
+        upgrade(teachers["relu"], activations, coefficients=coefficients)
+
+
 def test_the_gate_is_the_smallest_ramp_that_is_close_enough(teachers, activations):
     degrees = [upgrade(teachers["relu"], activations, tolerance=tol).gate.degree for tol in (0.05, 0.0085, 0.001)]
     assert degrees == [(3, 2), (5, 4), (7, 6)]
@@ -126,7 +173,6 @@ def test_the_slope_lies_below_the_threshold(teachers, activations, name):
         ({"degree": "3"}, ConfigError, "degree"),
         ({"degree": "three,2"}, ConfigError, "degree"),
         ({"coefficients": "many"}, ConfigError, "coefficients"),
-        ({"coefficients": 7}, ConfigError, "groups=7"),
     ],
 )
 def test_bad_settings_are_named(activations, options, error, message):
@@ -144,3 +190,66 @@ def test_bad_activations_are_named(activations):
         upgrade(teacher, torch.cat([activations[:5], torch.full((1, 16), float("inf"))]))
     with pytest.raises(ConfigError, match="cannot be upgraded"):
         upgrade(FusedRationalSAE(16, 64), activations)
+
+
+class TestThresholdsByToken:
+    """TopK exactly: tau between the k-th and (k+1)-th pre-activation of each token."""
+
+    @pytest.fixture
+    def rsae(self, teachers, activations):
+        return upgrade(teachers["topk"], activations, thresholds="token")
+
+    def test_it_is_the_teachers_code(self, rsae, teachers, activations):
+        with torch.no_grad():
+            code, expected = rsae.encode(activations), teachers["topk"].encode(activations)
+        assert isinstance(rsae, TopKRationalSAE)
+        assert torch.equal(code != 0, expected != 0)
+        assert (code - expected).norm() < 0.0085 * expected.norm()
+        # Thresholds by feature cannot do that.
+        fixed = upgrade(teachers["topk"], activations).encode(activations)
+        assert not torch.equal(fixed != 0, expected != 0)
+
+    def test_the_gradient_is_that_of_the_reference_with_thresholds_supplied(self, rsae, activations):
+        x = activations[:40].double()
+        rsae = rsae.double()
+        h = rsae.hidden_pre(x).detach().requires_grad_()
+        tau = rsae.token_thresholds(h.detach())
+        ranked = h.detach().sort(1, descending=True).values
+        assert torch.equal(tau[:, 0], ((ranked[:, 5] + ranked[:, 6]) / 2).clamp_min(0))
+        upstream = torch.randn(40, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        gate = rsae.gate.tensors()._replace(threshold=tau)
+        (expected,) = torch.autograd.grad((rational_gate(h, gate, rsae.gate.spec())[0] * upstream).sum(), h)
+        (rsae.encode(x) * upstream).sum().backward()
+        torch.testing.assert_close(rsae.b_enc.grad, expected.sum(0))
+        assert float(rsae.b_enc.grad.norm()) > 0
+
+    def test_it_trains_saves_and_loads(self, rsae, activations, tmp_path):
+        before = reconstruction(rsae, activations).mse
+        log = train(rsae, activations, steps=60, batch_size=128, progress=False)
+        after = reconstruction(rsae, activations)
+        assert log.recipe == "topk"
+        assert after.mse < before
+        assert after.l0 <= 6
+        loaded = TopKRationalSAE.from_pretrained(rsae.save_pretrained(tmp_path / "token"))
+        assert torch.equal(loaded(activations), rsae(activations))
+        assert load_sae(tmp_path / "token").k == 6
+
+    def test_k_of_every_feature_is_a_relu(self, rsae, activations):
+        every = TopKRationalSAE(16, 64, k=64, gate=rsae.gate)
+        every.load_state_dict(rsae.state_dict())
+        assert torch.equal(every.encode(activations) != 0, every.hidden_pre(activations) > 0)
+
+    def test_what_needs_thresholds_by_feature_says_so(self, rsae, teachers, activations):
+        for call in (rsae.autoencode, rsae.encode_sparse, rsae.to_jumprelu):
+            with pytest.raises(ConfigError, match="thresholds"):
+                call(activations)
+        with pytest.raises(ConfigError, match="rank"):
+            rsae._scale_nonlinearity_(torch.arange(1.0, 65.0))
+        with pytest.raises(ConfigError, match="TopK teacher"):
+            upgrade(teachers["relu"], activations, thresholds="token")
+        with pytest.raises(ConfigError, match="thresholds is"):
+            upgrade(teachers["topk"], activations, thresholds="none")
+        with pytest.raises(ConfigError, match="k is"):
+            TopKRationalSAE(16, 64, k=65, gate=rsae.gate)
+        with pytest.raises(ConfigError, match="trainable thresholds"):
+            train(rsae, activations, steps=1, recipe="hard", batch_size=128, progress=False)

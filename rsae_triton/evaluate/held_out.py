@@ -15,6 +15,7 @@ from ..errors import ConfigError, ShapeError
 from ..files import read_json
 from ..sae import FusedRationalSAE
 from ..teachers import load_teacher
+from ..topk_rational import TopKRationalSAE
 from .downstream import Splice
 
 
@@ -53,8 +54,10 @@ def load_sae(source: str | Path) -> SparseAutoencoder:
         FormatError: no SAE, or a corrupt one. SourceError: a hub id that cannot be fetched.
     """
     config = Path(source, CONFIG_FILE)
-    if config.is_file() and read_json(config).get("architecture") == FusedRationalSAE.architecture:
-        return FusedRationalSAE.from_pretrained(source)
+    architecture = read_json(config).get("architecture") if config.is_file() else None
+    for kind in (FusedRationalSAE, TopKRationalSAE):
+        if architecture == kind.architecture:
+            return kind.from_pretrained(source)
     return load_teacher(source)
 
 
