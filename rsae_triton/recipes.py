@@ -69,8 +69,8 @@ RECIPES = {
         # The weight starts at three times where it settles: thresholds that rise early leave more steps to use them.
         # The gate's own numbers stay as fitted: trained, they bend the slope that trains everything else
         # (docs/experiments.md).
-        Recipe("hard", "l0", weight=0.0017, frozen=GATE_PARAMETERS, lr_scale={"threshold": 30.0}),
-        Recipe("hard-trained", "l0", weight=0.0017, lr_scale={"threshold": 30.0}),
+        Recipe("hard", "l0", weight=0.0017, frozen=GATE_PARAMETERS, lr_scale={"threshold": 15.0}),
+        Recipe("hard-trained", "l0", weight=0.0017, lr_scale={"threshold": 15.0}),
     )
 }
 

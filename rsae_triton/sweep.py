@@ -28,7 +28,7 @@ from .recipes import RECIPES, training_l0
 from .report.fronts import write_sweep_report
 from .teach import FAMILIES, TeacherPlan, make_teacher, splits_for
 from .teachers import load_teacher
-from .train import train
+from .train import LR, train
 from .upgrade import upgrade
 
 SCHEMA = 1
@@ -152,6 +152,9 @@ class Cell:
             **({"center_writing_weights": True} if sweep.center_writing_weights else {}),
             "text": list(sweep.text),
             "contenders": list(sweep.contenders),
+            # A recipe that was changed gives other numbers: its cells are other cells.
+            "recipes": {name: asdict(RECIPES[name]) for name in ("hard", self.teacher) if name in RECIPES},
+            "lr": LR,
         }
 
     @property

@@ -17,6 +17,8 @@ from .errors import ConfigError, NumericsError, ShapeError
 from .memory import plan_memory
 from .recipes import Recipe, SparsityController, holding, losses, recipe_for
 
+LR = 6e-4
+
 
 class Activations(Protocol):
     """What can be trained on besides a tensor: an `ActivationStore`, or anything with these two."""
@@ -63,7 +65,7 @@ def train(
     recipe: str | Recipe = "auto",
     target_l0: float | None = None,
     batch_size: int = 512,
-    lr: float = 3e-4,
+    lr: float = LR,
     warmup: int | None = None,
     decay: float = 0.2,
     sparsity_warmup: int = 0,
