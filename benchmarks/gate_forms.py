@@ -33,7 +33,7 @@ from rsae_triton.recipes import RECIPES, training_l0
 from rsae_triton.remez import fit_gate
 from rsae_triton.sae import FusedRationalSAE
 from rsae_triton.teach import TeacherPlan, make_teacher, splits_for
-from rsae_triton.train import train
+from rsae_triton.train import LR, train
 from rsae_triton.upgrade import upgrade
 
 
@@ -113,17 +113,21 @@ def contenders(teacher: SparseAutoencoder, x: torch.Tensor) -> dict[str, Callabl
         "minimax step (8,8), forward": lambda: Contender(
             gated(init, **from_fit("step", (8, 8), 10 * width, margin=0.1)), trained
         ),
-        "weight .0008, thresholds 10 x": lambda: Contender(
-            ramp(), replace(hard, weight=0.0008, lr_scale={"threshold": 10.0})
+        "weight .0008, thresholds 5 x": lambda: Contender(
+            ramp(), replace(hard, weight=0.0008, lr_scale={"threshold": 5.0})
         ),
-        "weight .0017, thresholds 10 x": lambda: Contender(ramp(), replace(hard, lr_scale={"threshold": 10.0})),
-        "weight .0030, thresholds 30 x": lambda: Contender(ramp(), replace(hard, weight=0.003)),
+        "weight .0017, thresholds 5 x": lambda: Contender(ramp(), replace(hard, lr_scale={"threshold": 5.0})),
+        "weight .0030, thresholds 15 x": lambda: Contender(ramp(), replace(hard, weight=0.003)),
+        "control, lr 3e-4": lambda: contender("control", teacher, init),
+        "ramp, lr 3e-4": lambda: Contender(ramp(), replace(hard, lr_scale={"threshold": 30.0})),
         "control, lr 1e-3": lambda: contender("control", teacher, init),
         "ramp, lr 1e-3": lambda: Contender(ramp(), replace(hard, lr_scale={"threshold": 9.0})),
     }
 
 
-LEARNING_RATES = {"control, lr 1e-3": 1e-3, "ramp, lr 1e-3": 1e-3}
+def lr_of(name: str) -> float:
+    """Of a contender whose name ends in one, else the default."""
+    return float(name.rpartition(", lr ")[2]) if ", lr " in name else LR
 
 
 def main(options: Options) -> None:
@@ -147,7 +151,7 @@ def main(options: Options) -> None:
                 steps=options.steps,
                 recipe=entry.recipe or "auto",
                 target_l0=target,
-                lr=LEARNING_RATES.get(name, 3e-4),
+                lr=lr_of(name),
                 seed=seed,
                 label=name,
             )
