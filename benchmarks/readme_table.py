@@ -1,8 +1,8 @@
-"""Writes the README's table from the committed metrics of the demo.
+"""Writes the tables of README.md and docs/experiments.md from the committed results.
 
     rsae demo --figure docs/demo.svg && python benchmarks/readme_table.py --metrics out/demo/metrics.json
 
-copies the metrics to benchmarks/results/ and renders them; without --metrics it renders what is committed there.
+copies the demo's metrics to benchmarks/results/; without --metrics everything is rendered from what is committed there.
 """
 
 from __future__ import annotations
@@ -12,12 +12,21 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import tyro
 
+from rsae_triton.report.fronts import interval, with_sd
+
 COMMITTED = Path("benchmarks/results/demo-smollm2.json")
-README = Path("README.md")
+GRID = Path("benchmarks/results/reproduce-smollm2.json")
+FORMS = {
+    "gate-forms": Path("benchmarks/results/gate-forms.json"),
+    "gate-forms-jumprelu": Path("benchmarks/results/gate-forms-jumprelu.json"),
+    "gate-forms-topk": Path("benchmarks/results/gate-forms-topk.json"),
+}
+README, EXPERIMENTS = Path("README.md"), Path("docs/experiments.md")
 NAMES = {"teacher": "teacher", "init": "RSAE, stage 1", "rsae": "**RSAE**", "control": "control: teacher, same steps"}
 
 
@@ -54,16 +63,80 @@ def table(metrics: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def grid_table(result: dict[str, Any], sparsities: tuple[float, ...] | None = None) -> str:
+    """The Markdown table of a table.json of `rsae reproduce`, one row a setting, and where it comes from."""
+    titles = ("layer", "features", "teacher", "l0", "seeds", "teacher mse", "control", "rectangle", "**RSAE**")
+    titles += ("RSAE − control (95 %)", "RSAE − rectangle", "Δ CE: control", "RSAE", "RSAE − control (95 %)")
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    rows = [row for row in result["rows"] if sparsities is None or row["sparsity"] in sparsities]
+    order = {"relu": 0, "jumprelu": 1, "topk": 2}
+    rows.sort(key=lambda r: (order.get(r["teacher"], 9), -layer(r), -r["d_sae"], r["l0"]["mean"]))
+    for row in rows:
+        equal = {name: kinds["matched"] for name, kinds in row["scores"].items()}
+        against = row["against"]
+        line = [
+            f"{layer(row)}",
+            f"{row['d_sae']:,}",
+            row["teacher"],
+            f"{row['l0']['mean']:.1f}",
+            f"{len(row['seeds'])}",
+        ]
+        line += [with_sd(equal[name]["mse"], ".2f") for name in ("teacher", "control", "rectangle", "rsae")]
+        line += [interval(against["mse"][name], relative=True) for name in ("control", "rectangle")]
+        line += [with_sd(equal[name]["delta_ce"], ".3f") for name in ("control", "rsae")]
+        line.append(interval(against["delta_ce"]["control"], relative=False))
+        lines.append("| " + " | ".join(line) + " |")
+    one = result["cells"][0]["cell"]
+    lines += [
+        "",
+        f"`{result['command']}`: {one['tokens']:,} training tokens, teachers of {one['plan']['steps']:,} steps, then "
+        f"{one['steps']} steps for every contender, {one['batch_size']} tokens a step; test split, mean ± standard "
+        "deviation over seeds, differences paired by seed with a Student interval (bold: below zero). "
+        f"{', '.join(result['machine'])}, torch {', '.join(result['torch'])}.",
+    ]
+    return "\n".join(lines)
+
+
+def layer(row: dict[str, Any]) -> int:
+    return int(re.findall(r"\d+", row["hook_name"])[0])
+
+
+def forms_table(result: dict[str, Any]) -> str:
+    """The Markdown table of gate-forms.json: mean and spread over the seeds that are in it."""
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        by_name.setdefault(row["contender"], []).append(row)
+    lines = ["| contender | mse | @ l0 | l1 | alive | seeds |", "|---|---|---|---|---|---|"]
+    for name, rows in by_name.items():
+        means = [mean([row["matched"][metric] for row in rows]) for metric in ("mse", "l0", "l1", "alive_fraction")]
+        spread = f" ± {stdev([row['matched']['mse'] for row in rows]):.2f}" if len(rows) > 1 else ""
+        lines.append(
+            f"| {name} | {means[0]:.2f}{spread} | {means[1]:.2f} | {means[2]:.1f} | {means[3]:.3f} | {len(rows)} |"
+        )
+    own = result["teacher"]
+    lines += ["", f"The teacher itself: {own['mse']:.2f} @ {own['l0']:.2f}, l1 {own['l1']:.1f}. {result['machine']}."]
+    return "\n".join(lines)
+
+
+def place(path: Path, name: str, text: str) -> None:
+    """Puts `text` between the markers `<!-- NAME table: ... -->` and `<!-- /NAME table -->` of a page."""
+    pattern = rf"(<!-- {name} table:.*?-->\n).*?(<!-- /{name} table -->)"
+    page, count = re.subn(pattern, lambda m: f"{m[1]}{text}\n{m[2]}", path.read_text(), flags=re.DOTALL)
+    if count != 1:
+        raise SystemExit(f"{path} has {count} places for the {name} table; it must have one")
+    path.write_text(page)
+
+
 def main(options: Options) -> None:
     if options.metrics is not None:
         COMMITTED.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(options.metrics, COMMITTED)
-    rendered = table(json.loads(COMMITTED.read_text()))
-    pattern = r"(<!-- demo table:.*?-->\n).*?(<!-- /demo table -->)"
-    text, count = re.subn(pattern, lambda m: f"{m[1]}{rendered}\n{m[2]}", README.read_text(), flags=re.DOTALL)
-    if count != 1:
-        raise SystemExit(f"{README} has {count} places for the table; it must have one")
-    README.write_text(text)
+    place(README, "demo", table(json.loads(COMMITTED.read_text())))
+    grid = json.loads(GRID.read_text())
+    place(README, "grid", grid_table(grid, sparsities=(1.0,)))
+    place(EXPERIMENTS, "grid", grid_table(grid))
+    for name, path in FORMS.items():
+        place(EXPERIMENTS, name, forms_table(json.loads(path.read_text())))
 
 
 if __name__ == "__main__":
