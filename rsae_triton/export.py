@@ -61,10 +61,11 @@ def to_jumprelu(sae: FusedRationalSAE, activations: Tensor) -> tuple[JumpReluSAE
         raise NumericsError("the activations hold NaN or infinity; drop those tokens first")
     fitted, held = x[0::2], x[1::2]
     h, z = sae.hidden_pre(fitted).float(), sae.encode(fitted).float()
-    parts = [_fit(h[:, part], z[:, part]) for part in torch.arange(sae.d_sae, device=h.device).split(_FEATURES)]
+    theta = sae.gate.threshold.double()
+    parts = [
+        _fit(h[:, part], z[:, part], theta[part]) for part in torch.arange(sae.d_sae, device=h.device).split(_FEATURES)
+    ]
     gain, offset, threshold = (torch.cat(one) for one in zip(*parts, strict=True))
-    # Of a feature that the sample never woke only the gate knows where it would.
-    threshold = torch.where((z != 0).any(0), threshold, torch.maximum(threshold, sae.gate.threshold.float()))
     jumprelu = JumpReluSAE(
         sae.d_in,
         sae.d_sae,
@@ -84,8 +85,8 @@ def to_jumprelu(sae: FusedRationalSAE, activations: Tensor) -> tuple[JumpReluSAE
     return jumprelu, loss
 
 
-def _fit(h: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """g, c and threshold [n_features] from pre-activations and codes [n_tokens, n_features]."""
+def _fit(h: Tensor, z: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """g, c and threshold [n_features] from pre-activations and codes [n_tokens, n_features]; theta is the gate's."""
     h, order = h.double().sort(dim=0, descending=True)
     z = z.double().gather(0, order)
     active = (z != 0).double()
@@ -96,14 +97,14 @@ def _fit(h: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     regression = (slope, mean_z - slope * mean_h)
     usable = (variance > 1e-9) & (slope > 0)
     identity = (torch.ones_like(slope), torch.zeros_like(slope))
-    cost_r, theta_r = _cut(h, z, *regression)
-    cost_1, theta_1 = _cut(h, z, *identity)
+    cost_r, theta_r = _cut(h, z, *regression, theta)
+    cost_1, theta_1 = _cut(h, z, *identity, theta)
     use = usable & (cost_r < cost_1)
     gain, offset = (torch.where(use, r, one) for r, one in zip(regression, identity, strict=True))
     return gain.float(), offset.float(), torch.where(use, theta_r, theta_1).float()
 
 
-def _cut(h: Tensor, z: Tensor, gain: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+def _cut(h: Tensor, z: Tensor, gain: Tensor, offset: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
     """The least squared error over all thresholds, and the threshold; h is sorted, largest first."""
     value = gain * h + offset
     # Keeping the k largest: their error as codes, and the codes of the rest as zeros. Values must be positive.
@@ -111,9 +112,12 @@ def _cut(h: Tensor, z: Tensor, gain: Tensor, offset: Tensor) -> tuple[Tensor, Te
     cost = torch.cat([torch.zeros_like(change[:1]), change.cumsum(0)])
     best, k = cost.min(dim=0)
     padded = torch.cat([value, value[-1:] - 1])
-    inside, outside = padded.gather(0, (k - 1).clamp_min(0)[None])[0], padded.gather(0, k[None])[0]
-    # Halfway between the last that is kept and the first that is not; a feature that keeps none, at its largest.
-    threshold = torch.where(k > 0, (inside + outside) / 2, outside).clamp_min(0)
+    inside = padded.gather(0, (k - 1).clamp_min(0)[None])[0].where(k > 0, torch.inf)
+    outside = padded.gather(0, k[None])[0]
+    # All thresholds between the last that is kept and the first that is not fit the sample alike: the gate's own, if
+    # it is one of them, else the middle; for a feature that keeps none, its largest.
+    own, middle = gain * theta + offset, torch.where(k > 0, (inside + outside) / 2, outside)
+    threshold = torch.where((outside <= own) & (own < inside), own, middle).clamp_min(0)
     return best + z.square().sum(0), threshold
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from rational_cases import D_IN, D_SAE, FORMS, rsae
 
-from rsae_triton import FusedRationalSAE, upgrade
+from rsae_triton import FusedRationalSAE, RationalGate, upgrade
 from rsae_triton.errors import NumericsError, ShapeError
+from rsae_triton.gate import smooth_step
 from rsae_triton.teachers import JumpReluSAE, load_teacher
 
 
@@ -39,8 +40,8 @@ def test_the_loss_is_what_one_measures_oneself(form, normalize_activations, x, t
 @torch.no_grad()
 def test_it_is_nearer_than_reading_the_thresholds_off_the_gate(x):
     """The obvious export keeps weights and thresholds; it forgets what the gate does just above them."""
-    sae = rsae("gated")
-    sae.gate.log_input_scale.fill_(0.0)  # a gate as wide as the pre-activations
+    gate = RationalGate(D_SAE, (2, 2), *smooth_step(), form="gated", input_scale=1.0, threshold=0.3)
+    sae = FusedRationalSAE(D_IN, D_SAE, gate=gate)
     _, loss = sae.to_jumprelu(x)
     naive = JumpReluSAE(D_IN, D_SAE)
     for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
@@ -57,7 +58,8 @@ def test_a_jumprelu_in_disguise_loses_nothing(x):
     sae = FusedRationalSAE(D_IN, D_SAE, form="gated", amplitude="identity", backward="rational")
     sae.gate.threshold.fill_(0.7)
     dense, loss = sae.to_jumprelu(x)
-    assert loss.code_error < 2e-2  # thresholds lie between sampled pre-activations
+    assert loss.code_error < 1e-6
+    assert torch.allclose(dense.threshold, sae.gate.threshold)
     assert torch.allclose(dense.W_enc, sae.W_enc, atol=1e-3)
     assert loss.mse_jumprelu == pytest.approx(loss.mse, rel=1e-2)
 

@@ -60,7 +60,7 @@ from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepO
 class _GateConfig:
     """The fields of `RationalGate.config()`."""
 
-    degree: list[int] = field(default_factory=lambda: [2, 2])
+    degree: list[int] = field(default_factory=lambda: [3, 2])
     groups: int = 1
     form: str = "gated"
     domain: str = "clamp"
