@@ -12,6 +12,8 @@ from rich.markup import escape
 from tyro.extras import SubcommandApp
 
 from .demo import Demo, run
+from .doctor import Doctor
+from .doctor import doctor as run_doctor
 from .errors import RsaeError
 from .evaluate.commands import Eval, run_eval
 from .evaluate.match_command import Match, run_match
@@ -53,6 +55,10 @@ def reproduce(config: Annotated[Reproduce, tyro.conf.arg(name="")]) -> None:
     print(run_reproduce(config))
 
 
+def doctor(config: Annotated[Doctor, tyro.conf.arg(name="")]) -> int:
+    return run_doctor(config)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; 0 when it worked, 2 after an error that its one line explains."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -65,12 +71,13 @@ def main(arguments: list[str] | None = None) -> int:
     app.command(name="teach")(teach)
     app.command(name="sweep")(sweep)
     app.command(name="reproduce")(reproduce)
+    app.command(name="doctor")(doctor)
     gate_app.command(name="fit")(gates.fit)
     gate_app.command(name="show")(gates.show)
     gate_app.command(name="rebuild")(gates.rebuild)
     app.command(gate_app, name="gates", help="Fit rational gates, with proof.")
     try:
-        app.cli(args=[one for one in arguments if one != "--debug"], prog="rsae")
+        status = app.cli(args=[one for one in arguments if one != "--debug"], prog="rsae")
     except RsaeError as error:
         if debug:
             raise
@@ -84,4 +91,4 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("rsae: interrupted; what was finished is cached, run the same command to go on", file=sys.stderr)
         return 130
-    return 0
+    return status if isinstance(status, int) else 0
