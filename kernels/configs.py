@@ -89,9 +89,9 @@ MATMUL = {
 # lie along the features; otherwise every sum crosses warps.
 BACKWARD = {
     8: {
-        (2, False): MatmulTile(128, 32, 32, 2, 4, 4),
+        (2, False): MatmulTile(64, 32, 32, 2, 4, 4),
         (2, True): MatmulTile(64, 16, 32, 1, 4, 4),
-        (4, False): MatmulTile(128, 32, 32, 2, 4, 3),
+        (4, False): MatmulTile(64, 32, 32, 2, 4, 3),
         (4, True): MatmulTile(64, 16, 32, 1, 4, 3),
     },
     9: {
@@ -115,18 +115,24 @@ def generation(capability: int) -> int:
     return capability if capability in MATMUL else 8
 
 
+def large(p: int, q: int) -> bool:
+    return p + q >= LARGE_DEGREE
+
+
 def matmul_tile(capability: int, dtype: torch.dtype, p: int, q: int, shared: bool, n_tokens: int) -> MatmulTile:
     """The tile of `encode_forward` on a GPU of this major compute capability."""
-    large = p + q >= LARGE_DEGREE and not shared
-    tile = MATMUL[generation(capability)][dtype.itemsize, large]
+    tile = MATMUL[generation(capability)][dtype.itemsize, large(p, q) and not shared]
     if n_tokens % SPECIALISED:  # codes are stored one by one, each with a pointer of its own
         tile = tile._replace(tokens=min(tile.tokens, 64), sub=4)
     return tile
 
 
-def backward_tile(capability: int, dtype: torch.dtype, p: int, q: int) -> MatmulTile:
+def backward_tile(capability: int, dtype: torch.dtype, p: int, q: int, n_tokens: int) -> MatmulTile:
     """The tile of `encode_backward` on a GPU of this major compute capability."""
-    return BACKWARD[generation(capability)][dtype.itemsize, p + q >= LARGE_DEGREE]
+    tile = BACKWARD[generation(capability)][dtype.itemsize, large(p, q)]
+    if n_tokens % SPECIALISED and large(p, q) and tile.tokens <= 32:  # one part keeps fewer pointers alive than two
+        tile = tile._replace(sub=1)
+    return tile
 
 
 def pointwise_tile(dtype: torch.dtype, n_tokens: int) -> PointwiseTile:

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import backward_tile
+from .autotune import pick, product_tiles, shape_key
+from .configs import MatmulTile, backward_tile
 from .launch import capability, dot_precision, launching_on, pack_gate
 from .product import product, tile_of_program, token_parts
 from .rational import gate_backward, load_coefficients
@@ -149,21 +150,35 @@ def encode_backward(
     h_fm = h_fm.contiguous()
     dh_fm = torch.empty_like(h_fm, dtype=dh_dtype or g.dtype)
     z_fm = None if z_dtype is None else torch.empty_like(h_fm, dtype=z_dtype)
-    tile = backward_tile(capability(g), g.dtype, p, q)
-    token_blocks = triton.cdiv(n_tokens, tile.tokens)
-    partial = g.new_empty((token_blocks, p + q + 5, n_features), dtype=torch.float32)
-    if h_fm.numel() > 0:
-        counted = gated and dcounts is not None
+    counted = gated and dcounts is not None
+    constants = {
+        "P": p, "Q": q, "GATED": gated, "CLAMP": clamp, "IDENTITY": identity, "HARD": hard,
+        "RATIONAL_BACKWARD": backward_rational, "HAS_DCOUNTS": counted, "HAS_DL1": dl1 is not None,
+        "SAVE_Z": z_fm is not None, "SHARED": packed.shared, "PRECISION": dot_precision(g.dtype),
+    }  # fmt: skip
+    dcounts = dcounts.float().contiguous() if counted else packed.rows
+    dl1 = packed.rows if dl1 is None else dl1.float().contiguous()
+
+    def launch(tile: MatmulTile) -> Tensor:
+        token_blocks = triton.cdiv(n_tokens, tile.tokens)
+        partial = g.new_empty((token_blocks, p + q + 5, n_features), dtype=torch.float32)
+        encode_backward_kernel[(triton.cdiv(n_features, tile.features) * token_blocks,)](
+            g, W_dec, h_fm, dh_fm, dh_fm if z_fm is None else z_fm, dcounts, dl1, partial,
+            packed.coefficients, packed.rows, n_features, n_tokens, d_in, *g.stride(), *W_dec.stride(), **constants,
+            BLOCK_F=tile.features, BLOCK_N=tile.tokens, BLOCK_D=tile.inner, SUB=tile.sub, LANES=tile.lanes,
+            GROUP=tile.group, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        return partial
+
+    if h_fm.numel() == 0:
+        partial = g.new_zeros((1, p + q + 5, n_features), dtype=torch.float32)
+    else:
         with launching_on(g):
-            encode_backward_kernel[(triton.cdiv(n_features, tile.features) * token_blocks,)](
-                g, W_dec, h_fm, dh_fm, dh_fm if z_fm is None else z_fm,
-                dcounts.float().contiguous() if counted else packed.rows,
-                packed.rows if dl1 is None else dl1.float().contiguous(), partial,
-                packed.coefficients, packed.rows, n_features, n_tokens, d_in, *g.stride(), *W_dec.stride(),
-                P=p, Q=q, GATED=gated, CLAMP=clamp, IDENTITY=identity, HARD=hard,
-                RATIONAL_BACKWARD=backward_rational, HAS_DCOUNTS=counted, HAS_DL1=dl1 is not None,
-                SAVE_Z=z_fm is not None, SHARED=packed.shared,
-                BLOCK_F=tile.features, BLOCK_N=tile.tokens, BLOCK_D=tile.inner, SUB=tile.sub, LANES=tile.lanes,
-                GROUP=tile.group, PRECISION=dot_precision(g.dtype), num_warps=tile.warps, num_stages=tile.stages,
+            tile = pick(
+                "encode_backward", backward_tile(capability(g), g.dtype, p, q, n_tokens),
+                lambda: product_tiles(capability(g), g.itemsize, backward=True), g,
+                {**constants, "h": h_fm.dtype, "dh": dh_fm.dtype, "z": z_dtype,
+                 **shape_key(n_features, n_tokens, g, W_dec)}, launch,
             )  # fmt: skip
+            partial = launch(tile)
     return dh_fm, z_fm, finish(partial.sum(0, dtype=torch.float64), gate, p, q, gated)

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import matmul_tile
+from .autotune import pick, product_tiles, shape_key
+from .configs import MatmulTile, matmul_tile
 from .launch import capability, dot_precision, launching_on, pack_gate
 from .product import product, tile_of_program, token_parts
 from .rational import gate_forward, load_coefficients
@@ -116,16 +117,27 @@ def encode_forward(
     if z_fm.numel() == 0:
         return z_fm, h_fm, *x_c.new_zeros((2, n_features), dtype=torch.float32)
     packed = pack_gate(gate, p, q, b_enc)
-    tile = matmul_tile(capability(x_c), x_c.dtype, p, q, packed.shared, n_tokens)
-    token_blocks = triton.cdiv(n_tokens, tile.tokens)
-    partial = x_c.new_empty((token_blocks, 2, n_features), dtype=torch.float32)
-    with launching_on(x_c):
+    constants = {
+        "P": p, "Q": q, "GATED": gated, "CLAMP": clamp, "IDENTITY": identity, "HARD": hard,
+        "SAVE_H": h_fm is not None, "SHARED": packed.shared, "PRECISION": dot_precision(x_c.dtype),
+    }  # fmt: skip
+
+    def launch(tile: MatmulTile) -> Tensor:
+        token_blocks = triton.cdiv(n_tokens, tile.tokens)
+        partial = x_c.new_empty((token_blocks, 2, n_features), dtype=torch.float32)
         encode_forward_kernel[(triton.cdiv(n_features, tile.features) * token_blocks,)](
             x_c, W_enc, z_fm, z_fm if h_fm is None else h_fm, partial, packed.coefficients, packed.rows,
-            n_features, n_tokens, d_in, *x_c.stride(), *W_enc.stride(),
-            P=p, Q=q, GATED=gated, CLAMP=clamp, IDENTITY=identity, HARD=hard,
-            SAVE_H=h_fm is not None, SHARED=packed.shared,
+            n_features, n_tokens, d_in, *x_c.stride(), *W_enc.stride(), **constants,
             BLOCK_F=tile.features, BLOCK_N=tile.tokens, BLOCK_D=tile.inner, SUB=tile.sub, GROUP=tile.group,
-            PRECISION=dot_precision(x_c.dtype), num_warps=tile.warps, num_stages=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
+        return partial
+
+    with launching_on(x_c):
+        tile = pick(
+            "encode_forward", matmul_tile(capability(x_c), x_c.dtype, p, q, packed.shared, n_tokens),
+            lambda: product_tiles(capability(x_c), x_c.itemsize, backward=False), x_c,
+            {**constants, "h": save_h, **shape_key(n_features, n_tokens, x_c, W_enc)}, launch,
+        )  # fmt: skip
+        partial = launch(tile)
     return z_fm, h_fm, *partial.sum(0, dtype=torch.float64).float()

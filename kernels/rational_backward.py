@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import pointwise_tile
+from .autotune import pick, pointwise_tiles, shape_key
+from .configs import PointwiseTile, pointwise_tile
 from .launch import launching_on, pack_gate, split_tokens
 from .rational import gate_backward, load_coefficients
 
@@ -141,22 +142,37 @@ def rational_backward(
     h_fm, dz_given = h_fm.contiguous(), dz_fm
     dz_fm = dz_fm.contiguous()
     dh_fm = dz_fm if inplace or dz_fm is not dz_given else torch.empty_like(dz_fm)
-    tile = pointwise_tile(h_fm.dtype, n_tokens)
-    blocks = triton.cdiv(n_features, tile.features)
-    split = split_tokens(n_tokens, blocks, tile.lanes * tile.vector)
-    partial = h_fm.new_empty((split.count, p + q + 5, n_features), dtype=torch.float32)
-    if h_fm.numel() > 0:
-        counted = gated and dcounts is not None
+    counted = gated and dcounts is not None
+    constants = {
+        "P": p, "Q": q, "GATED": gated, "CLAMP": clamp, "IDENTITY": identity, "HARD": hard,
+        "RATIONAL_BACKWARD": backward_rational, "HAS_DCOUNTS": counted, "HAS_DL1": dl1 is not None,
+        "SHARED": packed.shared,
+    }  # fmt: skip
+    dcounts = dcounts.float().contiguous() if counted else packed.rows
+    dl1 = packed.rows if dl1 is None else dl1.float().contiguous()
+
+    def launch(tile: PointwiseTile, out: Tensor) -> Tensor:
+        blocks = triton.cdiv(n_features, tile.features)
+        split = split_tokens(n_tokens, blocks, tile.lanes * tile.vector)
+        partial = h_fm.new_empty((split.count, p + q + 5, n_features), dtype=torch.float32)
+        rational_backward_kernel[(blocks, split.count)](
+            h_fm, dz_fm, out, dcounts, dl1, partial, packed.coefficients, packed.rows,
+            n_features, n_tokens, split.tokens, **constants,
+            BLOCK_F=tile.features, LANES=tile.lanes, VECTOR=tile.vector, num_warps=tile.warps, num_stages=1,
+        )  # fmt: skip
+        return partial
+
+    if h_fm.numel() == 0:
+        partial = h_fm.new_zeros((1, p + q + 5, n_features), dtype=torch.float32)
+    else:
         with launching_on(h_fm):
-            rational_backward_kernel[(blocks, split.count)](
-                h_fm, dz_fm, dh_fm, dcounts.float().contiguous() if counted else packed.rows,
-                packed.rows if dl1 is None else dl1.float().contiguous(), partial,
-                packed.coefficients, packed.rows, n_features, n_tokens, split.tokens,
-                P=p, Q=q, GATED=gated, CLAMP=clamp, IDENTITY=identity, HARD=hard,
-                RATIONAL_BACKWARD=backward_rational, HAS_DCOUNTS=counted, HAS_DL1=dl1 is not None, SHARED=packed.shared,
-                BLOCK_F=tile.features, LANES=tile.lanes, VECTOR=tile.vector,
-                num_warps=tile.warps, num_stages=1,
+            tile = pick(
+                "rational_backward", pointwise_tile(h_fm.dtype, n_tokens),
+                lambda: pointwise_tiles(h_fm.itemsize, n_tokens), h_fm,
+                {**constants, **shape_key(n_features, n_tokens), "dtypes": (h_fm.dtype, dz_fm.dtype)},
+                lambda tile: launch(tile, torch.empty_like(dz_fm)),  # dz must live through all trials
             )  # fmt: skip
+            partial = launch(tile, dh_fm)
     return dh_fm, finish(partial.sum(0, dtype=torch.float64), gate, p, q, gated)
 
 

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import pointwise_tile
+from .autotune import pick, pointwise_tiles, shape_key
+from .configs import PointwiseTile, pointwise_tile
 from .launch import launching_on, pack_gate, split_tokens
 from .rational import gate_forward, load_coefficients
 
@@ -78,14 +79,25 @@ def rational_forward(
     if h_fm.numel() == 0:
         return z_fm, *h_fm.new_zeros((2, n_features), dtype=torch.float32)
     packed = pack_gate(gate, p, q)
-    tile = pointwise_tile(h_fm.dtype, n_tokens)
-    blocks = triton.cdiv(n_features, tile.features)
-    split = split_tokens(n_tokens, blocks, tile.lanes * tile.vector)
-    partial = h_fm.new_empty((split.count, 2, n_features), dtype=torch.float32)
-    with launching_on(h_fm):
+    constants = {
+        "P": p, "Q": q, "GATED": gated, "CLAMP": clamp, "IDENTITY": identity, "HARD": hard, "SHARED": packed.shared,
+    }  # fmt: skip
+
+    def launch(tile: PointwiseTile) -> Tensor:
+        blocks = triton.cdiv(n_features, tile.features)
+        split = split_tokens(n_tokens, blocks, tile.lanes * tile.vector)
+        partial = h_fm.new_empty((split.count, 2, n_features), dtype=torch.float32)
         rational_forward_kernel[(blocks, split.count)](
-            h_fm, z_fm, partial, packed.coefficients, packed.rows, n_features, n_tokens, split.tokens,
-            P=p, Q=q, GATED=gated, CLAMP=clamp, IDENTITY=identity, HARD=hard, SHARED=packed.shared,
+            h_fm, z_fm, partial, packed.coefficients, packed.rows, n_features, n_tokens, split.tokens, **constants,
             BLOCK_F=tile.features, LANES=tile.lanes, VECTOR=tile.vector, num_warps=tile.warps, num_stages=1,
         )  # fmt: skip
+        return partial
+
+    with launching_on(h_fm):
+        tile = pick(
+            "rational_forward", pointwise_tile(h_fm.dtype, n_tokens),
+            lambda: pointwise_tiles(h_fm.itemsize, n_tokens), h_fm,
+            {**constants, **shape_key(n_features, n_tokens), "dtypes": (h_fm.dtype, z_fm.dtype)}, launch,
+        )  # fmt: skip
+        partial = launch(tile)
     return z_fm, *partial.sum(0, dtype=torch.float64).float()
