@@ -1,4 +1,4 @@
-"""`python -m rsae_triton ...` is `rsae ...`."""
+"""`python -m rsae_triton` is `rsae`; torchrun starts it so: `torchrun --nproc-per-node 8 -m rsae_triton train ...`."""
 
 import sys
 

@@ -17,6 +17,7 @@ from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
 from . import backends
+from .across import Across
 from .backends import Codes, Workspace
 from .errors import ConfigError, ShapeError
 from .ops import GATE_SCHEMA, centred, check_inputs, product_dtype, settings, through_encoder, unpack
@@ -62,6 +63,7 @@ def rational_autoencode(
     target: Tensor | None = None,
     residual_scale: Tensor | None = None,
     backend: str = "auto",
+    across: Across | None = None,
 ) -> Autoencoded:
     """x -> loss, differentiated on the way: `total.backward()` only scales gradients that are there already.
 
@@ -81,6 +83,8 @@ def rational_autoencode(
             multiplies each token's target - x_hat. Both are constants; an SAE that normalises its input needs them
             for an mse in the input's units.
         backend: as in `rational_encode`; "eager" runs the written-out formulas in plain PyTorch.
+        across: the other processes that hold features of this SAE. mse is then that of all of them, l1, l0 and counts
+            are of the features here, and gradients of b_dec and of shared coefficients are to be added up.
 
     Raises:
         ShapeError: sizes that do not fit. ConfigError: settings that cannot be used; in backward: a gradient for
@@ -109,10 +113,13 @@ def rational_autoencode(
                 f"residual_scale has shape {tuple(residual_scale.shape)}; one number for each token is wanted"
             )
         residual_scale = residual_scale.detach().reshape(-1, 1).to(wide(dtype))
-    total, mse, l1, l0, counts, x_hat, *_ = _autoencode(
-        rows, W_enc, b_enc, W_dec, b_dec, *gate, *settings(spec), l1_weight, l0_weight, *sizes,
-        apply_b_dec_to_input, target, residual_scale, backend, dtype, wanted,
-    )  # fmt: skip
+    options = (l1_weight, l0_weight, *sizes, apply_b_dec_to_input, target, residual_scale, backend, dtype, wanted)
+    if across is None:
+        results = _autoencode(rows, W_enc, b_enc, W_dec, b_dec, *gate, *settings(spec), *options)
+    else:
+        # Not through the operator: what runs on several processes at once cannot be traced as one.
+        results = _Across.apply(across, gate, spec, options, *differentiable)
+    total, mse, l1, l0, counts, x_hat, *_ = results
     return Autoencoded(total, mse, l1, l0, counts, x_hat if x.dim() == 2 else x_hat.reshape(x.shape))
 
 
@@ -134,6 +141,7 @@ def run(
     backend: str,
     dtype: torch.dtype,
     wanted: list[bool],
+    across: Across | None = None,
 ) -> tuple[Tensor, ...]:
     """What the operator does: -> total, mse, l1, l0, counts, x_hat and the N_GRADIENTS gradients of total (of no
     elements where not wanted). x [n_tokens, d_in]; chunks of 0 mean all at once; dtype is that of the products."""
@@ -167,7 +175,11 @@ def run(
             _add_product(out, codes.z.t(), W_d, fresh=features.start == 0)
             counts[features] += codes.counts
             l1[features] += codes.l1
-        out = out.to(exact).add_(b_dec)
+        out = out.to(exact)
+        if across is None or across.first:
+            out.add_(b_dec)
+        if across is not None:
+            out = across.sum(out)
         x_hat[tokens] = out
         residual = out.sub_(part if target is None else target[tokens])
         if scale is not None:
@@ -188,7 +200,7 @@ def run(
                 coefficients=any(wanted[5:8]), fused=backward, out=codes.z,
             )  # fmt: skip
             found.encoder(tokens, features, x_c, W_e, grads)
-        found.residual(tokens, residual, of_x=target is None)
+        found.residual(tokens, residual, of_x=target is None, of_b_dec=across is None or across.first)
 
     mean = 1 / max(n, 1)
     mse, l1_mean, l0 = squares * mean, torch.dot(l1, norms) * mean, counts.sum() * mean
@@ -245,9 +257,10 @@ class _Gradients:
         for total, one in zip(self.gate, grads.gate, strict=False):
             (total if len(total) == len(one) else total[features]).add_(one)
 
-    def residual(self, tokens: slice, g: Tensor, *, of_x: bool) -> None:
+    def residual(self, tokens: slice, g: Tensor, *, of_x: bool, of_b_dec: bool) -> None:
         """g: the gradient of x_hat; minus that of x, beside what goes through the encoder, if x is the target."""
-        self.db_dec += g.sum(0)
+        if of_b_dec:
+            self.db_dec += g.sum(0)
         if self._wanted[0] and of_x:
             self.dx[tokens] -= g
 
@@ -356,6 +369,24 @@ def _scaled(gradients: list[Tensor], by: Tensor) -> list[Tensor]:
 
 
 _autoencode.register_autograd(_derivative, setup_context=_save)
+
+
+class _Across(torch.autograd.Function):
+    """`run` on one of several processes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, across: Across, gate: GateTensors, spec: GateSpec, options: tuple[Any, ...], *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        x, W_enc, b_enc, W_dec, b_dec = inputs[:5]
+        with torch.autocast(x.device.type, enabled=False):
+            results = run(x, W_enc, b_enc, W_dec, b_dec, gate, spec, *[*options, across])
+        _save(ctx, (options[-1],), results)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        return None, None, None, None, *_derivative(ctx, *grads)[:N_GRADIENTS]
 
 
 @register_flop_formula(torch.ops.rsae.autoencode)

@@ -15,6 +15,7 @@ from .demo import Demo, run
 from .doctor import Doctor
 from .doctor import doctor as run_doctor
 from .errors import RsaeError
+from .errors import RsaeError, Stopped
 from .evaluate.commands import Eval, run_eval
 from .evaluate.match_command import Match, run_match
 from .evaluate.probe_command import Probe, run_probe
@@ -25,6 +26,7 @@ from .sweep import Sweep
 from .sweep import sweep as run_sweep
 from .teach import Teach
 from .teach import teach as run_teach
+from .train_command import Export, Train, Upgrade, export, run_train, run_upgrade
 
 
 def demo(config: Annotated[Demo, tyro.conf.arg(name="")]) -> None:
@@ -59,6 +61,18 @@ def doctor(config: Annotated[Doctor, tyro.conf.arg(name="")]) -> int:
     return run_doctor(config)
 
 
+def upgrade(config: Annotated[Upgrade, tyro.conf.arg(name="")]) -> None:
+    print(run_upgrade(config))
+
+
+def train(config: Annotated[Train, tyro.conf.arg(name="")]) -> None:
+    print(run_train(config))
+
+
+def export_sae(config: Annotated[Export, tyro.conf.arg(name="")]) -> None:
+    print(export(config.run, config.out))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; 0 when it worked, 2 after an error that its one line explains."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -72,12 +86,19 @@ def main(arguments: list[str] | None = None) -> int:
     app.command(name="sweep")(sweep)
     app.command(name="reproduce")(reproduce)
     app.command(name="doctor")(doctor)
+    app.command(name="upgrade")(upgrade)
+    app.command(name="train")(train)
+    app.command(name="export")(export_sae)
     gate_app.command(name="fit")(gates.fit)
     gate_app.command(name="show")(gates.show)
     gate_app.command(name="rebuild")(gates.rebuild)
     app.command(gate_app, name="gates", help="Fit rational gates, with proof.")
     try:
         status = app.cli(args=[one for one in arguments if one != "--debug"], prog="rsae")
+        app.cli(args=[one for one in arguments if one != "--debug"], prog="rsae")
+    except Stopped as stopped:
+        Console(stderr=True, soft_wrap=True).print(escape(str(stopped)), highlight=False)
+        return 0
     except RsaeError as error:
         if debug:
             raise

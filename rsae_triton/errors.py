@@ -31,3 +31,11 @@ class SourceError(RsaeError):
 
 class ConvergenceError(NumericsError):
     """A solver stopped before its certificate held; the message carries the best bracket it had."""
+
+
+class StorageError(RsaeError, OSError):
+    """A file could not be written: the disk is full, or refuses."""
+
+
+class Stopped(RsaeError):  # noqa: N818  (nothing went wrong)
+    """A run was asked to stop, and saved itself; the message says how to go on."""

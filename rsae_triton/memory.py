@@ -141,8 +141,8 @@ def _step(sae: SparseAutoencoder, batch_size: int) -> Step:
 
 
 def _later(sae: SparseAutoencoder) -> int:
-    """Bytes that training makes besides: gradients, Adam's two moments, and the copy it can go back to."""
-    return sum(4 * one.numel() * one.element_size() for one in sae.parameters() if one.requires_grad)
+    """Bytes that training makes besides: gradients and Adam's two moments."""
+    return sum(3 * one.numel() * one.element_size() for one in sae.parameters() if one.requires_grad)
 
 
 def _halvings(size: int, least: int) -> list[int]:

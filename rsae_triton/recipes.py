@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from .across import Across, decode_across
 from .base import SparseAutoencoder
 from .errors import ConfigError
 from .memory import MemoryPlan
@@ -125,6 +126,8 @@ class SparsityController:
     weight at its limit, not as a loss that runs away.
     """
 
+    _STATE = ("weight", "_base", "_low", "_high", "_average")
+
     def __init__(
         self,
         recipe: Recipe,
@@ -149,6 +152,14 @@ class SparsityController:
             self.weight = self._base * math.exp(self._proportional * max(-1.0, min(1.0, error)))
         return self.weight
 
+    def state(self) -> dict[str, float | None]:
+        """What `restore` takes back: a controller goes on from there as if it had never stopped."""
+        return {name: getattr(self, name) for name in self._STATE}
+
+    def restore(self, state: dict[str, float | None]) -> None:
+        for name in self._STATE:
+            setattr(self, name, state[name])
+
 
 @dataclass
 class Losses:
@@ -167,12 +178,14 @@ def losses(
     weight: float,
     dead: Tensor | None = None,
     plan: MemoryPlan | None = None,
+    across: Across | None = None,
 ) -> Losses:
     """mse (mean over tokens of ||x - x_hat||^2) + weight * sparsity (mean over tokens).
 
     Args:
         x: [n_tokens, d_in]. weight: of the sparsity term. dead: [d_sae] bool, features for the auxiliary loss.
-        plan: how the step is cut to fit into memory; whole when None.
+        plan: how the step is cut to fit into memory; whole when None. across: the other processes that hold
+            features of this SAE; mse is then of the whole, sparsity, l0 and counts of the features here.
     """
     if plan is not None and plan.mode != "saved":
         assert isinstance(sae, FusedRationalSAE)
@@ -183,6 +196,7 @@ def losses(
             l0_weight=weight if recipe.sparsity == "l0" else 0.0,
             chunk_tokens=plan.chunk_tokens,
             chunk_features=plan.chunk_features,
+            across=across,
         )
         return Losses(cut.total, cut.mse.detach(), cut.l0.detach(), cut.counts.detach())
     if isinstance(sae, FusedRationalSAE):
@@ -190,13 +204,17 @@ def losses(
     else:
         z, counts = sae.encode_with_counts(x)
         l1 = None
-    residual = x - sae.decode(z, x)
+    if across is None:
+        x_hat = sae.decode(z, x)
+    else:
+        x_hat = sae.normalization(x).undo(decode_across(z, sae.W_dec, sae.b_dec, across))
+    residual = x - x_hat
     mse = residual.square().sum(-1).mean()
     total = mse
     l0 = counts.sum() / len(x)
     if recipe.sparsity == "l1":
         norms = sae.W_dec.norm(dim=1)
-        total = total + weight * ((z.abs() @ norms).mean() if l1 is None else l1 @ norms.to(l1.dtype) / len(x))
+        total = total + weight * ((z.abs() @ norms).mean() if l1 is None else (l1 * norms).sum() / len(x))
     elif recipe.sparsity == "tanh":
         total = total + weight * torch.tanh(TANH_SLOPE * z.abs() * sae.W_dec.norm(dim=1)).sum(1).mean()
     elif recipe.sparsity == "l0":

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from .across import Across
 from .autoencode import Autoencoded, rational_autoencode
 from .base import SparseAutoencoder
 from .errors import ConfigError, FormatError
@@ -109,6 +110,7 @@ class FusedRationalSAE(SparseAutoencoder):
         l0_weight: float = 0.0,
         chunk_tokens: int | None = None,
         chunk_features: int | None = None,
+        across: Across | None = None,
     ) -> Autoencoded:
         """The training loss of activations [..., d_in] and its gradients, piece by piece; see `rational_autoencode`.
 
@@ -143,6 +145,7 @@ class FusedRationalSAE(SparseAutoencoder):
             target=target,
             residual_scale=scale,
             backend=self.backend,
+            across=across,
         )
         return result._replace(x_hat=affine.undo(result.x_hat)) if normalized else result
 

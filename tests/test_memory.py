@@ -21,7 +21,7 @@ def rsae(d_in=16, d_sae=64, **options):
 
 def test_auto_takes_the_first_that_fits():
     sae = rsae(64, 8192)
-    later = 4 * 4 * sum(one.numel() for one in sae.parameters())
+    later = 3 * 4 * sum(one.numel() for one in sae.parameters())
     whole = plan_memory(sae, 4096, free=GENEROUS)
     assert (whole.mode, whole.chunk_tokens, whole.chunk_features) == ("saved", None, None)
     order, chunks = [], []

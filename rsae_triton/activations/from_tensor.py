@@ -1,0 +1,66 @@
+"""A store from activations that were read elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from rsae_triton.activations.store import MANIFEST, SCHEMA, ActivationStore, file_sha256
+from rsae_triton.errors import ConfigError, NumericsError, ShapeError
+
+
+def store_tensor(
+    x: torch.Tensor, folder: str | Path, *, rows_per_shard: int = 1 << 16, provenance: dict[str, Any] | None = None
+) -> ActivationStore:
+    """Writes x [n_tokens, d_in], in the model's own units and in its dtype, as an activation store.
+
+    Rows keep their order on disk; reading shuffles them. `provenance` (model, hook_name, ...) goes into the manifest.
+
+    Raises:
+        ShapeError, NumericsError: x is not [n_tokens, d_in], or not finite. ConfigError: the folder is there already.
+    """
+    folder = Path(folder)
+    if x.dim() != 2 or not len(x):
+        raise ShapeError(f"x has shape {tuple(x.shape)}; activations are [n_tokens, d_in]")
+    if not bool(torch.isfinite(x).all()):
+        raise NumericsError("x holds NaN or infinity; remove those rows")
+    if folder.exists():
+        raise ConfigError(f"{folder} is there already; choose another folder")
+    mean_norm = float(x.float().norm(dim=1).double().mean())
+    if mean_norm == 0:
+        raise NumericsError("all activations are zero")
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    shards, files = [], {}
+    parts = {f"shard-{number:05d}.safetensors": part for number, part in enumerate(x.split(rows_per_shard))}
+    for name, part in parts.items():
+        save_file({"activations": part.detach().cpu().contiguous()}, partial / name)
+        shards.append({"file": name, "rows": len(part)})
+    save_file({"mean": x.double().mean(0).float()}, partial / "mean.safetensors")
+    for name in (*parts, "mean.safetensors"):
+        files[name] = {"bytes": (partial / name).stat().st_size, "sha256": file_sha256(partial / name)}
+    key = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    manifest = {
+        **(provenance or {}),
+        "schema": SCHEMA,
+        "key": key,
+        "dtype": str(x.dtype).removeprefix("torch."),
+        "d_in": x.shape[1],
+        "n_tokens": len(x),
+        "scale": x.shape[1] ** 0.5 / mean_norm,
+        "mean_norm": mean_norm,
+        "mean_file": "mean.safetensors",
+        "shards": shards,
+        "files": files,
+    }
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    os.replace(partial, folder)
+    return ActivationStore(folder)

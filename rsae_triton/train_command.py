@@ -1,0 +1,131 @@
+"""`rsae upgrade`, `rsae train` and `rsae export`: the two stages on a store of activations, for runs of any length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import tyro
+
+from .activations import ActivationStore
+from .checkpoints import Checkpoints
+from .errors import ConfigError, FormatError
+from .evaluate.held_out import load_sae
+from .settings import TrainSettings
+from .train import train
+from .upgrade import upgrade as stage_1
+
+UNITS = "trained_at_scale"
+"""In the metadata of an SAE under training: what the store multiplies activations by."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upgrade:
+    """Stage 1: turn a saved SAE into a Rational SAE that computes the same code.
+
+    Examples:
+        rsae upgrade out/teacher --activations STORE --out out/rational
+    """
+
+    teacher: tyro.conf.Positional[Path]
+    """Folder of the teacher, in any format that load_teacher reads."""
+    activations: Path
+    """Folder of an activation store (`rsae extract`)."""
+    out: Path
+    """Folder for the Rational SAE."""
+    degree: str = "auto"
+    """Degree of the rational, as p,q."""
+    form: str = "auto"
+    """gated, direct, or auto."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(TrainSettings):
+    """Train a saved SAE on a store of activations; killed runs go on with --resume.
+
+    Examples:
+        rsae train out/rational --activations STORE --out out/run --steps 22000
+        rsae train out/rational --activations STORE --out out/run --steps 22000 --resume
+        torchrun --nproc-per-node 8 -m rsae_triton train out/rational --activations STORE --out out/run \\
+            --steps 22000 --features-over 8
+    """
+
+    sae: tyro.conf.Positional[Path]
+    """Folder of the SAE to train, in the model's own units."""
+    activations: Path
+    """Folder of an activation store (`rsae extract`)."""
+    out: Path
+    """Folder for sae/, metrics.jsonl and checkpoints/."""
+    recipe: str = "auto"
+    """What is minimised: a name of `recipes.RECIPES`, or auto for the one that fits the SAE."""
+    features_over: int = 1
+    """Processes that share the features of one SAE (under torchrun); the others split the tokens."""
+    device: str | None = None
+    """cpu or cuda; CUDA where there is one when not given."""
+
+    def settings(self) -> TrainSettings:
+        return TrainSettings(**{field.name: getattr(self, field.name) for field in fields(TrainSettings)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write the SAE of a run's latest checkpoint (or of one checkpoint) as a plain folder, in the model's units.
+
+    Examples:
+        rsae export out/run --out out/so_far
+    """
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run, or of one of its checkpoints."""
+    out: Path
+    """Folder for the SAE."""
+
+
+def run_upgrade(config: Upgrade) -> Path:
+    store = ActivationStore(config.activations)
+    teacher = load_sae(config.teacher).fold_activation_scale_(1 / store.scale)
+    rsae = stage_1(teacher, store, degree=config.degree, form=config.form)
+    print(rsae.metadata["stage1"]["summary"])
+    return rsae.fold_activation_scale_(store.scale).save_pretrained(config.out)
+
+
+def run_train(config: Train) -> Path:
+    """Trains, alone or with the processes that torchrun started; returns the folder of the SAE."""
+    from .distributed import launched, mesh_of
+
+    torch.set_float32_matmul_precision("high")
+    store = ActivationStore(config.activations)
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not launched() and config.features_over > 1:
+        raise ConfigError(
+            f"--features-over {config.features_over} needs as many processes; start with: torchrun --nproc-per-node "
+            f"{config.features_over} -m rsae_triton train ..."
+        )
+    with mesh_of(config.features_over, device) as mesh:
+        sae = load_sae(config.sae).fold_activation_scale_(1 / store.scale)
+        sae.metadata[UNITS] = store.scale
+        own = sae if mesh is None else mesh.shard(sae)
+        own.to(device if mesh is None else mesh.device)
+        log = train(own, store, config.settings(), mesh=mesh)
+        if mesh is not None and mesh.rank:
+            return config.out / "sae"
+    if log.mse:
+        print(f"mse {log.mse[-1]:.2f}  l0 {log.l0[-1]:.1f}  dead {log.dead[-1]}  {log.seconds:.0f} s")
+    return export(config.out, config.out / "sae")
+
+
+def export(run: Path, out: Path) -> Path:
+    """Writes the SAE of a checkpoint, or of a run's latest, as a plain folder in the model's own units.
+
+    Raises:
+        FormatError: there is no checkpoint that can be read.
+    """
+    from .sharded import read_sae
+
+    folders = [run] if run.name.startswith("step-") else [path for path, _ in Checkpoints(run).newest_first()]
+    if not folders:
+        raise FormatError(f"{run} holds no checkpoint; name the --out of a run, or one of its checkpoints")
+    sae = read_sae(folders[0])
+    scale = sae.metadata.pop(UNITS, 1.0)
+    return sae.fold_activation_scale_(scale).save_pretrained(out)

@@ -1,0 +1,98 @@
+"""Several processes train as one: the same curve, the same weights, and checkpoints for any number of them."""
+
+import json
+
+import pytest
+import torch
+from workers import run_together, small_sae
+
+from rsae_triton import train
+from rsae_triton.checkpoints import Checkpoints
+from rsae_triton.distributed import feature_axes
+from rsae_triton.sharded import read_sae
+from rsae_triton.train_command import export
+
+GATED = {"recipe": "hard", "target_l0": 6.0}
+
+
+def whole_of(found, sae):
+    """The weights of the whole SAE from its parts; copies must agree."""
+    axes, parts = feature_axes(sae), {}
+    for one in found:
+        parts.setdefault(one["place"][1][0], []).append(one["weights"])
+    for copies in parts.values():
+        for copy in copies[1:]:
+            assert all(torch.equal(copy[name], tensor) for name, tensor in copies[0].items())
+    columns = [parts[place][0] for place in sorted(parts)]
+    for name, axis in axes.items():
+        if axis is None:
+            assert all(torch.equal(one[name], columns[0][name]) for one in columns)
+    return {
+        name: columns[0][name] if axis is None else torch.cat([one[name] for one in columns], axis)
+        for name, axis in axes.items()
+    }
+
+
+CASES = [
+    # kind, processes, that share features, how: every axis, mode of a step, gate and recipe at least once
+    ("gated", 2, 2, {**GATED, "memory": "saved"}),
+    ("gated", 4, 2, {**GATED, "memory": "chunked"}),
+    ("gated-64", 2, 2, {**GATED, "memory": "streamed", "accumulate": 2}),
+    ("direct-4", 4, 4, {"recipe": "paper", "memory": "saved"}),
+    ("topk", 2, 1, {"recipe": "topk", "dead_after": 2000}),
+    ("relu", 2, 2, {"recipe": "relu"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "world", "features", "options"), CASES)
+def test_processes_train_as_one(tmp_path, activations, kind, world, features, options):
+    options = {"steps": 50, "batch_size": 512, "log_every": 1, "lr": 1e-3, **options}
+    alone = small_sae(kind)
+    log = train(alone, activations, progress=False, **options)
+    found = run_together(world, features, tmp_path, kind, **options)
+    for one in found:
+        assert one["log"]["mse"] == pytest.approx(log.mse, rel=1e-5)
+        assert one["log"]["l0"] == pytest.approx(log.l0, rel=2e-4)
+        assert one["log"]["weight"] == pytest.approx(log.weight, rel=1e-3)
+        assert one["log"]["dead"] == log.dead
+    for name, tensor in whole_of(found, alone).items():
+        assert torch.allclose(tensor, alone.state_dict()[name], rtol=1e-3, atol=2e-5), name
+
+
+def test_saved_on_four_resumed_on_two_and_on_one(tmp_path, activations):
+    options = {"steps": 30, "batch_size": 512, "log_every": 1, **GATED}
+    alone = small_sae("gated-64")
+    log = train(alone, activations, progress=False, **options)
+    out = tmp_path / "run"
+    more = {**options, "out": out, "checkpoint_every": 10, "keep": 9}
+    run_together(4, 4, tmp_path, "gated-64", **more)
+    checkpoints = Checkpoints(out)
+    assert checkpoints.steps() == [10, 20, 30]
+    assert len(list((checkpoints.path(10) / "state").iterdir())) == 4
+    assert not list(out.rglob("*.pkl")) + list(out.rglob(".metadata"))
+    finished = read_sae(checkpoints.path(30))
+    assert torch.allclose(finished.W_dec, alone.W_dec, rtol=1e-3, atol=2e-5)
+    curve = (out / "metrics.jsonl").read_text()
+    for step in (20, 30):
+        for file in (checkpoints.path(step) / "state").iterdir():
+            file.unlink()  # only the first is whole now
+    for world, features in ((2, 2), (2, 1), (1, 1)):
+        for step in (20, 30):
+            (checkpoints.path(step) / "training.json").unlink(missing_ok=True)
+        if world == 1:
+            sae = small_sae("gated-64")
+            with pytest.warns(UserWarning, match="going back"):
+                train(sae, activations, resume=True, progress=False, **more)
+        else:
+            run_together(world, features, tmp_path, "gated-64", **more, resume=True)
+        again = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        assert [row["mse"] for row in again] == pytest.approx(log.mse, rel=1e-5)
+        found = read_sae(checkpoints.path(30))
+        assert torch.allclose(found.W_dec, finished.W_dec, rtol=1e-3, atol=2e-5)
+        assert torch.allclose(found.gate.threshold, finished.gate.threshold, rtol=1e-3, atol=2e-5)
+    assert curve.splitlines()[:10] == (out / "metrics.jsonl").read_text().splitlines()[:10]
+    exported = export(out, tmp_path / "plain")
+    assert sorted(one.name for one in exported.iterdir() if one.suffix != ".md") == [
+        "cfg.json",
+        "sae_weights.safetensors",
+    ]
