@@ -14,7 +14,6 @@ from tyro.extras import SubcommandApp
 from .demo import Demo, run
 from .doctor import Doctor
 from .doctor import doctor as run_doctor
-from .errors import RsaeError
 from .errors import RsaeError, Stopped
 from .evaluate.commands import Eval, run_eval
 from .evaluate.match_command import Match, run_match
@@ -95,7 +94,6 @@ def main(arguments: list[str] | None = None) -> int:
     app.command(gate_app, name="gates", help="Fit rational gates, with proof.")
     try:
         status = app.cli(args=[one for one in arguments if one != "--debug"], prog="rsae")
-        app.cli(args=[one for one in arguments if one != "--debug"], prog="rsae")
     except Stopped as stopped:
         Console(stderr=True, soft_wrap=True).print(escape(str(stopped)), highlight=False)
         return 0

@@ -55,7 +55,7 @@ class Train(TrainSettings):
     """Folder of the SAE to train, in the model's own units."""
     activations: Path
     """Folder of an activation store (`rsae extract`)."""
-    out: Path
+    out: Path = tyro.MISSING  # a field without a default would inherit None
     """Folder for sae/, metrics.jsonl and checkpoints/."""
     recipe: str = "auto"
     """What is minimised: a name of `recipes.RECIPES`, or auto for the one that fits the SAE."""
