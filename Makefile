@@ -42,7 +42,7 @@ $(INTEROP)/.installed: pyproject.toml setup.py constraints.txt
 
 test-interop: $(INTEROP)/.installed
 	$(INTEROP)/bin/python -m pytest tests/interop tests/teachers tests/integrations tests/test_export.py
-	PYTHONPATH=$(LENS4) $(INTEROP)/bin/python -m pytest tests/integrations/test_splicing.py
+	PYTHONPATH=$(LENS4) $(INTEROP)/bin/python -m pytest tests/integrations/test_splicing.py tests/integrations/test_examples.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -3,9 +3,10 @@
 import torch
 
 from rsae_triton import FusedRationalSAE, RationalGate, fit_gate
+from rsae_triton.gate import smooth_step
 
 D_IN, D_SAE = 16, 40
-FORMS = ["gated", "direct", "direct per feature", "gated grouped", "free"]
+FORMS = ["gated", "direct", "direct per feature", "gated grouped", "groups assigned", "free"]
 
 
 def rsae(form="gated", d_in=D_IN, **options):
@@ -15,6 +16,11 @@ def rsae(form="gated", d_in=D_IN, **options):
         thresholds = 0.2 + torch.rand(D_SAE, generator=generator)
         fit = fit_gate("jumprelu", (9, 8), theta=0.1, margin=0.02)
         gate = RationalGate.from_fit(fit, D_SAE, thresholds=thresholds, activity_threshold=0.05)
+        sae = FusedRationalSAE(d_in, D_SAE, gate=gate, generator=generator, **options)
+    elif form == "groups assigned":
+        group_of = torch.randint(0, 3, (D_SAE,), generator=generator)
+        made = {"groups": 3, "group_of": group_of, "input_scale": torch.tensor([0.05, 0.2, 0.4]), "threshold": 0.2}
+        gate = RationalGate(D_SAE, (2, 2), *smooth_step(), form="gated", backward="rational", **made)
         sae = FusedRationalSAE(d_in, D_SAE, gate=gate, generator=generator, **options)
     else:
         kinds = {

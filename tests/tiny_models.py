@@ -26,7 +26,7 @@ def llama():
         num_hidden_layers=N_LAYERS,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=64,
+        max_position_embeddings=128,
         attn_implementation="eager",
     )
     return _louder(LlamaForCausalLM(config))
@@ -43,12 +43,14 @@ def gpt2():
 
 def tokenizer(folder):
     """A tokenizer saved in `folder`: TransformerLens reads it a second time, from where it came."""
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     vocabulary = {"<s>": 0, **{f"w{index}": index for index in range(1, VOCABULARY)}}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
     made = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<s>")),
+        tokenizer_object=words,
         unk_token="<s>",
         bos_token="<s>",
         eos_token="<s>",
@@ -56,6 +58,22 @@ def tokenizer(folder):
     )
     made.save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
+
+
+def saved(model, folder):
+    """A folder that every library loads `model` from, with its tokenizer."""
+    model.save_pretrained(folder)
+    tokenizer(folder)
+    return folder
+
+
+def text(folder, n_files=12, n_words=800):
+    """A folder of files of random words that the tokenizer knows."""
+    generator = torch.Generator().manual_seed(0)
+    for index in range(n_files):
+        words = torch.randint(1, VOCABULARY, (n_words,), generator=generator).tolist()
+        (folder / f"{index}.txt").write_text(" ".join(f"w{word}" for word in words))
+    return folder
 
 
 def bridge(model, folder, cls=None):

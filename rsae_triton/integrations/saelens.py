@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import SourceError
+from ..errors import ConfigError, FormatError, SourceError
 from ..gate import RationalGate
 from ..ops import rational_encode
 from ..reference import rational_gate
@@ -62,6 +62,7 @@ class _GateConfig:
 
     degree: list[int] = field(default_factory=lambda: [3, 2])
     groups: int = 1
+    groups_assigned: bool = False
     form: str = "gated"
     domain: str = "clamp"
     amplitude: str = "rational"
@@ -98,6 +99,8 @@ class _Rational:
         options["input_scale"] = torch.full((cfg.input_scale_groups,), getattr(cfg, "init_input_scale", 1.0))
         options["output_scale"] = torch.ones(cfg.output_scale_groups)
         options["activity_threshold"] = torch.zeros(cfg.activity_threshold_groups)
+        if cfg.groups_assigned:
+            options["group_of"] = torch.zeros(cfg.d_sae, dtype=torch.int64)  # to be loaded
         if cfg.form == "gated":
             options["threshold"] = getattr(cfg, "init_threshold", 0.0)
         degree = (int(cfg.degree[0]), int(cfg.degree[1]))
@@ -124,6 +127,7 @@ class _Rational:
         self.cfg.activity_threshold_groups = len(self.gate.activity_threshold)
 
     def process_state_dict_for_loading(self: Any, state_dict: dict[str, Any]) -> None:
+        """Puts right what SAELens did when it read everything, the gate too, in the dtype of the weights."""
         low = sorted(name for name, one in state_dict.items() if name.startswith("gate.") and one.element_size() < 4)
         if low:
             warnings.warn(
@@ -133,6 +137,10 @@ class _Rational:
             )
             for name in low:
                 state_dict[name] = state_dict[name].float()
+        if "gate.group_of" in low and self.cfg.groups > 256:
+            raise FormatError("groups of features cannot be read in low precision; use load_from_disk(dtype='float32')")
+        if "gate.group_of" in state_dict:
+            state_dict["gate.group_of"] = state_dict["gate.group_of"].long()
 
 
 class RationalSAE(_Rational, SAE):
@@ -210,7 +218,13 @@ class RationalTrainingSAE(_Rational, TrainingSAE):
 
 
 def to_saelens(sae: FusedRationalSAE) -> RationalSAE:
-    """The same SAE as a SAELens `SAE`, with copied weights: folding one does not touch the other."""
+    """The same SAE as a SAELens `SAE`, with copied weights: folding one does not touch the other.
+
+    Raises:
+        ConfigError: a subclass that computes something else, such as `TopKRationalSAE`.
+    """
+    if sae.architecture != ARCHITECTURE:
+        raise ConfigError(f"SAELens knows the architecture {ARCHITECTURE!r}, not {sae.architecture!r}")
     made = RationalSAE(RationalSAEConfig.from_dict({**sae.config(), "device": "meta"}))
     made.load_state_dict({name: one.detach().clone() for name, one in sae.state_dict().items()}, assign=True)
     return made.to(device=str(sae.W_enc.device), dtype=sae.W_enc.dtype)

@@ -7,6 +7,7 @@ from rational_cases import D_IN, D_SAE, FORMS, rsae
 from rsae_triton.errors import ConfigError
 from rsae_triton.integrations.saebench import SAEBenchSAE
 from rsae_triton.teachers import ReluSAE, TopKSAE
+from rsae_triton.topk_rational import TopKRationalSAE
 
 
 @pytest.fixture
@@ -74,9 +75,12 @@ def test_teachers_too(x):
     with torch.no_grad():
         teacher.W_dec.mul_(0.5 + torch.rand(D_SAE, 1))
         assert torch.allclose(SAEBenchSAE(teacher)(x), teacher(x), atol=1e-5)
-    topk = TopKSAE(D_IN, D_SAE, k=4)
-    assert SAEBenchSAE(topk, "tiny", "blocks.0.hook_resid_pre").check_decoder_norms()
-    with torch.no_grad():
-        topk.W_dec.mul_(0.5 + torch.rand(D_SAE, 1))
-    with pytest.raises(ConfigError, match="cannot be folded"):
-        SAEBenchSAE(topk, "tiny", "blocks.0.hook_resid_pre")
+
+
+def test_norms_that_decide_which_features_win_cannot_be_folded():
+    for topk in (TopKSAE(D_IN, D_SAE, k=4), TopKRationalSAE(D_IN, D_SAE, k=4, gate=rsae().gate)):
+        assert SAEBenchSAE(topk, "tiny", "blocks.0.hook_resid_pre").check_decoder_norms()
+        with torch.no_grad():
+            topk.W_dec.mul_(0.5 + torch.rand(D_SAE, 1))
+        with pytest.raises(ConfigError, match=r"cannot be folded|ranked differently"):
+            SAEBenchSAE(topk, "tiny", "blocks.0.hook_resid_pre")

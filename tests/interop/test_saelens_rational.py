@@ -12,8 +12,9 @@ from sae_lens import SAE, SAETransformerBridge, TrainingSAE
 from tiny_models import D_MODEL, bridge, llama
 
 from rsae_triton import FusedRationalSAE
-from rsae_triton.errors import SourceError
+from rsae_triton.errors import ConfigError, SourceError
 from rsae_triton.integrations import saelens, splice
+from rsae_triton.topk_rational import TopKRationalSAE
 
 
 @pytest.fixture
@@ -105,6 +106,11 @@ def test_low_precision_warns_that_the_gate_was_rounded(tmp_path, x):
     exact = SAE.load_from_disk(tmp_path, dtype="float32").to(dtype=torch.bfloat16)
     assert torch.equal(exact.gate.threshold, rsae().gate.threshold)
     assert exact.encode(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_only_the_same_function_is_handed_over():
+    with pytest.raises(ConfigError, match="rational_topk"):
+        saelens.to_saelens(TopKRationalSAE(D_IN, D_SAE, k=4, gate=rsae().gate))
 
 
 # -- splicing

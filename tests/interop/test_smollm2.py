@@ -41,7 +41,8 @@ def test_delta_ce_in_saelens_is_that_of_rsae_eval(upgraded, capsys):
     saes = load_saes([upgraded])
     host = open_host(options, saes)
     held_out = open_held_out(options, saes, host)
-    tokens, counted = (one[:8] for one in held_out.store.sequences)
+    sequences = held_out.store.sequences
+    tokens, counted = sequences.tokens[:8].long(), sequences.counted[:8]
     model = SAETransformerBridge.boot_transformers(find_model("smollm2")[0], dtype=torch.float32, device="cpu")
     theirs = SAE.load_from_disk(upgraded)
     name = model._resolve_hook_name(theirs.cfg.metadata.hook_name)  # its evals take no alias from a bridge
