@@ -7,13 +7,15 @@ INSTALLED := $(VENV)/.installed
 INTEROP := .venv-interop
 LENS4 := $(INTEROP)/transformer-lens-4
 
-.PHONY: demo test test-fast test-interop lint bench aot clean help
+.PHONY: demo test test-fast test-interop lint bench bench-gpu peers experiments aot clean help
 
 help:
 	@echo "make demo   upgrade an SAE of SmolLM2-135M, beside a fair control -> out/demo/report.html"
 	@echo "make test   lint, types and every test that needs no GPU"
 	@echo "make test-interop  SAELens, dictionary_learning, sparsify, SAEBench, TransformerLens 3 and 4, run as they are"
-	@echo "make bench  gate fits against other methods; which gate and recipe beats the control"
+	@echo "make bench  speed on the CPU: a training step and its parts, all contenders, under ten minutes on two cores"
+	@echo "make bench-gpu  the same on a CUDA device, under eight minutes; make peers adds SAELens and sparsify"
+	@echo "make experiments  gate fits against other methods; which gate and recipe beats the control"
 	@echo "make aot    compile every kernel configuration for sm_80, sm_90, sm_100 and print the table"
 
 # constraints.txt pins what was tested; torch first, so that nothing else can pull another build of it.
@@ -50,6 +52,18 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED)
+	$(BIN)/python -m pytest benchmarks -q --bench-out out/bench/cpu.json
+	$(BIN)/rsae bench --new out/bench/cpu.json
+
+bench-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest benchmarks -q --bench-device cuda --bench-minutes 7 --bench-out out/bench/gpu.json
+	$(BIN)/rsae bench --new out/bench/gpu.json
+
+# Other libraries' SAEs as contenders.
+peers: $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]'
+
+experiments: $(INSTALLED)
 	$(BIN)/python benchmarks/bench_gates.py
 	$(BIN)/python benchmarks/gate_forms.py
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from tyro.extras import SubcommandApp
 
+from .bench.commands import Bench, run_bench
 from .demo import Demo, run
 from .doctor import Doctor
 from .doctor import doctor as run_doctor
@@ -26,6 +27,10 @@ from .sweep import sweep as run_sweep
 from .teach import Teach
 from .teach import teach as run_teach
 from .train_command import Export, Train, Upgrade, export, run_train, run_upgrade
+
+
+def bench(config: Annotated[Bench, tyro.conf.arg(name="")]) -> None:
+    run_bench(config)
 
 
 def demo(config: Annotated[Demo, tyro.conf.arg(name="")]) -> None:
@@ -77,6 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
     app, gate_app = SubcommandApp(), SubcommandApp()
+    app.command(name="bench")(bench)
     app.command(name="demo")(demo)
     app.command(name="eval")(evaluate)
     app.command(name="match")(match)

@@ -1,0 +1,103 @@
+"""The suite: every case of cases.py, all contenders in turns, each proved right first (`make bench`, `make bench-gpu`).
+
+A pytest-benchmark round is one turn of all contenders; their own times go to the JSON of --bench-out.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from cases import Case, cpu_cases, gpu_cases, tiny_cases
+from contenders import Made
+from measuring import first_line, out_of_memory, spread, take_turns, tf32, warm_up
+
+from rsae_triton.cost import Ceilings, cost
+
+ADAM_PASSES = 7
+"""Reads of parameter, gradient and two moments, writes of all but the gradient."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" not in metafunc.fixturenames:
+        return
+    config = metafunc.config
+    cuda = config.getoption("--bench-device") == "cuda"
+    chosen = tiny_cases if config.getoption("--bench-sizes") == "tiny" else gpu_cases if cuda else cpu_cases
+    metafunc.parametrize("case", list(chosen()), ids=str)
+
+
+def test_case(case: Case, session: Any, benchmark: Any) -> None:
+    entry: dict[str, Any] = {**asdict(case), **floor(case, session.ceilings), "commit": session.commit}
+    if session.has(entry):
+        pytest.skip("measured before")
+    session.cases.append(entry)
+    if session.left() < 0:
+        entry["status"] = "not run: no time left"
+        session.save()
+        pytest.skip(entry["status"])
+    try:
+        with tf32(case.tf32):
+            entry["contenders"] = compared(case, session, benchmark)
+    except Exception as error:
+        entry["status"] = "out of memory" if out_of_memory(error) else f"failed: {first_line(error)}"
+        raise
+    finally:
+        session.save()
+        torch._dynamo.reset()
+        gc.collect()
+        if session.device.type == "cuda":
+            torch.cuda.empty_cache()
+    bad = ("wrong", "failed")
+    wrong = {name: one["status"] for name, one in entry["contenders"].items() if one["status"].startswith(bad)}
+    assert not wrong, wrong
+
+
+def compared(case: Case, session: Any, benchmark: Any) -> dict[str, dict[str, Any]]:
+    """{contender: status, times, memory, error, prediction}."""
+    contenders, reference = Made(case, session.device, peers=True).contenders()
+    fit, entries = warm_up(contenders, reference, case.dtype, session.device)
+    for one in contenders:
+        if one.strategy is not None:
+            entries[one.name] |= predicted(case, one.strategy, one.pieces, session.ceilings)
+    seconds = 0.0 if session.tiny else min(10.0 if case.sweep else 60.0, max(session.left(), 1.0))
+    times: dict[str, list[float]] = {}
+
+    def turns() -> None:
+        times.update(take_turns(fit, session.device, session.clock, seconds, least=2 if session.tiny else 3))
+
+    benchmark.pedantic(turns, rounds=1, iterations=1)
+    for name, taken in times.items():
+        entries[name] |= spread(taken)
+    benchmark.extra_info.update({name: one.get("median_s") for name, one in entries.items()})
+    return entries
+
+
+def floor(case: Case, on: Ceilings) -> dict[str, Any]:
+    """FLOPs and bytes that the work cannot do without, and the seconds they take on the measured ceilings."""
+    step = case.cost_step()
+    codes, weights, rows, size = step.codes, step.weights, step.n_tokens * step.d_in, step.itemsize
+    products, codes_moved, weights_moved = {
+        "encode": (1, 1, 1), "backward": (2, 3, 2), "step": (5, 3, 5), "sparse": (1, 0, 1), "coefficients": (0, 3, 0),
+    }[case.work]  # fmt: skip
+    flops = 2.0 * codes * step.d_in * products
+    moved = size * (codes_moved * codes + weights_moved * weights + 2 * rows * (case.work != "coefficients"))
+    if case.work == "step":
+        moved += ADAM_PASSES * 2 * weights * size
+    seconds = max(flops / on.products.get(size, on.products[min(on.products)]), moved / on.bandwidth)
+    return {"flops": flops, "bytes": moved, "floor_s": seconds}
+
+
+def predicted(case: Case, strategy: str, pieces: dict[str, int], on: Ceilings) -> dict[str, float]:
+    """The analytic cost of a whole step: seconds on the measured ceilings (with Adam), and peak bytes."""
+    step = case.cost_step()
+    found = cost(step, strategy, **pieces)
+    adam = ADAM_PASSES * 2 * step.weights * step.itemsize / on.bandwidth
+    return {"predicted_s": found.seconds(on) + adam, "predicted_bytes": found.peak_bytes}
