@@ -97,14 +97,14 @@ BACKWARD = {
     9: {
         (2, False): MatmulTile(64, 64, 64, 4, 4, 4),
         (2, True): MatmulTile(64, 32, 64, 2, 4, 4),
-        (4, False): MatmulTile(64, 64, 32, 4, 4, 4),
+        (4, False): MatmulTile(64, 32, 32, 2, 4, 4),
         (4, True): MatmulTile(64, 32, 32, 2, 4, 4),
     },
     10: {
         (2, False): MatmulTile(128, 32, 64, 4, 4, 4, lanes=1),
         (2, True): MatmulTile(128, 32, 64, 4, 4, 4, lanes=1),
         (4, False): MatmulTile(128, 32, 32, 4, 4, 4, lanes=1),
-        (4, True): MatmulTile(128, 32, 32, 4, 4, 4, lanes=1),
+        (4, True): MatmulTile(128, 16, 32, 2, 4, 4, lanes=1),
     },
 }
 

@@ -1,7 +1,6 @@
 """Pointwise backward: h, dz [n_features, n_tokens] -> dh and the gradient of every number of the gate.
 
-One pass and no atomics: a program owns a block of features and a run of tokens, keeps each sum in registers
-and writes it once; the runs are added in a fixed order in float64. Two calls agree to the last bit.
+No atomics: a program keeps the sums of a run of tokens in registers; the runs are added in a fixed order in float64.
 """
 
 from __future__ import annotations

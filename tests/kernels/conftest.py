@@ -22,6 +22,14 @@ def pytest_report_header() -> str:
     return f"kernels: {where}"
 
 
+def pytest_collection_modifyitems(items) -> None:
+    """`pytest -m gpu` on a GPU is these tests too, with the compiler in place of the interpreter."""
+    here = str(Path(__file__).parent)
+    for item in items:
+        if GPU and str(item.path).startswith(here) and "device" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.gpu)
+
+
 @pytest.fixture
 def device() -> str:
     if GPU:
