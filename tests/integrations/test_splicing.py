@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny_models import D_MODEL, N_LAYERS, bridge, gpt2, llama
 
-from rsae_triton import FusedRationalSAE
-from rsae_triton.errors import ConfigError, ShapeError
+from rsae_triton import FusedRationalSAE, load_host
+from rsae_triton.errors import ConfigError, ShapeError, SourceError
 from rsae_triton.integrations import splice
 from rsae_triton.teachers import ReluSAE
 
@@ -212,3 +212,30 @@ def test_a_place_that_is_not_computed_is_no_silent_success():
         model(torch.randn(2, 3, D_MODEL))
     with splice(model, identity(), "unused"):
         pass  # nothing ran, nothing was missed
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.network
+def test_smollm2():
+    """In the real model, as a Hugging Face module and behind a bridge: 30 layers, BOS a hundredfold longer."""
+    try:
+        host = load_host("smollm2", dtype="float32", device="cpu")
+    except SourceError as error:
+        pytest.skip(f"SmolLM2 cannot be fetched: {error}")
+    ids = host.tokenizer("The capital of Denmark is Copenhagen.", add_special_tokens=False)["input_ids"]
+    tokens = torch.tensor([[host.bos_token_id, *ids]])
+
+    def run(model):
+        out = model(tokens)
+        return getattr(out, "logits", out)
+
+    for model in filter(None, (host.model, host.bridge)):
+        clean, before = run(model), hooks(model)
+        with splice(model, identity(host.d_model), host.default_hook):
+            assert (run(model) - clean).abs().max() <= 1e-5
+        with contextlib.suppress(KeyboardInterrupt), splice(model, rsae(host.d_model), host.default_hook):
+            assert (run(model) - clean).abs().max() > 1
+            raise KeyboardInterrupt
+        assert hooks(model) == before
+        assert torch.equal(run(model), clean)

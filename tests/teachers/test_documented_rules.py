@@ -1,6 +1,7 @@
 """Formats whose library is not run: the documented encode rule, written out here in numpy, and cases done by hand."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from rsae_triton.errors import FormatError
-from rsae_triton.teachers import JumpReluSAE, ReluSAE, TopKSAE, load_teacher
+from rsae_triton.teachers import FORMATS, JumpReluSAE, ReluSAE, TopKSAE, load_teacher
 
 D_IN, D_SAE, K = 6, 20, 4
 RNG = np.random.default_rng(0)
@@ -45,6 +46,13 @@ def hand(teacher, x, z, x_hat):
     x = torch.tensor([x], dtype=torch.float32)
     assert teacher.encode(x).tolist() == [z]
     assert teacher(x).tolist() == [x_hat]
+
+
+def test_the_page_has_a_row_for_every_format():
+    page = (Path(__file__).parents[2] / "docs" / "formats.md").read_text()
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    for name in FORMATS:
+        assert any(f"`{name}`" in row for row in rows), name
 
 
 # -- Gemma Scope
