@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from tyro.extras import SubcommandApp
 
+from .activations.command import Extract, run_extract
 from .bench.commands import Bench, run_bench
 from .demo import Demo, run
 from .doctor import Doctor
@@ -65,6 +66,11 @@ def doctor(config: Annotated[Doctor, tyro.conf.arg(name="")]) -> int:
     return run_doctor(config)
 
 
+def extract(config: Annotated[Extract, tyro.conf.arg(name="")]) -> None:
+    for folder in run_extract(config):
+        print(folder)
+
+
 def upgrade(config: Annotated[Upgrade, tyro.conf.arg(name="")]) -> None:
     print(run_upgrade(config))
 
@@ -91,6 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
     app.command(name="sweep")(sweep)
     app.command(name="reproduce")(reproduce)
     app.command(name="doctor")(doctor)
+    app.command(name="extract")(extract)
     app.command(name="upgrade")(upgrade)
     app.command(name="train")(train)
     app.command(name="export")(export_sae)

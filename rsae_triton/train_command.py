@@ -59,6 +59,9 @@ class Train(TrainSettings):
     """Folder for sae/, metrics.jsonl and checkpoints/."""
     recipe: str = "auto"
     """What is minimised: a name of `recipes.RECIPES`, or auto for the one that fits the SAE."""
+    split_shards: bool = False
+    """Each process that sees other tokens reads its own shards only (on disks of their own); otherwise all read rows
+    of the same batches, and the numbers are those of one process."""
     features_over: int = 1
     """Processes that share the features of one SAE (under torchrun); the others split the tokens."""
     device: str | None = None
@@ -95,7 +98,6 @@ def run_train(config: Train) -> Path:
     from .distributed import launched, mesh_of
 
     torch.set_float32_matmul_precision("high")
-    store = ActivationStore(config.activations)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if not launched() and config.features_over > 1:
         raise ConfigError(
@@ -103,6 +105,8 @@ def run_train(config: Train) -> Path:
             f"{config.features_over} -m rsae_triton train ..."
         )
     with mesh_of(config.features_over, device) as mesh:
+        share = mesh.data if mesh is not None and config.split_shards else None
+        store = ActivationStore(config.activations, shards=share)
         sae = load_sae(config.sae).fold_activation_scale_(1 / store.scale)
         sae.metadata[UNITS] = store.scale
         own = sae if mesh is None else mesh.shard(sae)

@@ -3,7 +3,7 @@
 from rsae_triton.activations.corpus import load_corpus
 from rsae_triton.activations.documents import Document, corpus_sha256, split
 from rsae_triton.activations.downloads import cache_dir, fetch
-from rsae_triton.activations.extract import Splits, extract, extract_splits, split_three_ways
+from rsae_triton.activations.extract import Splits, extract, extract_hooks, extract_splits, split_three_ways
 from rsae_triton.activations.from_tensor import store_tensor
 from rsae_triton.activations.host import HostModel, SpliceLoss, load_host
 from rsae_triton.activations.store import ActivationStore, Sequences
@@ -18,6 +18,7 @@ __all__ = [
     "cache_dir",
     "corpus_sha256",
     "extract",
+    "extract_hooks",
     "extract_splits",
     "fetch",
     "load_corpus",

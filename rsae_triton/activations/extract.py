@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from rsae_triton.activations.downloads import cache_dir
 from rsae_triton.activations.host import HostModel
 from rsae_triton.activations.loading import parse_dtype
 from rsae_triton.activations.store import SCHEMA, ActivationStore
-from rsae_triton.activations.writing import Extraction
+from rsae_triton.activations.writing import Extraction, write_shards
 from rsae_triton.errors import ConfigError, FormatError
 
 
@@ -36,29 +37,47 @@ def extract(
     hook_name: str | None = None,
     n_tokens: int = 200_000,
     *,
+    like: ActivationStore | None = None,
+    **options: Any,
+) -> ActivationStore:
+    """`extract_hooks` of one place, the host's default where none is named."""
+    return extract_hooks(host, documents, [hook_name], n_tokens, like=None if like is None else [like], **options)[0]
+
+
+def extract_hooks(
+    host: HostModel,
+    documents: Sequence[Document],
+    hook_names: Sequence[str | None],
+    n_tokens: int = 200_000,
+    *,
     context: int = 128,
     batch: int | None = None,
     dtype: str | torch.dtype = torch.bfloat16,
     seed: int = 0,
     drop_outliers: float | None = 4.0,
+    keep_bos: bool = False,
     split: str = "train",
-    like: ActivationStore | None = None,
+    like: Sequence[ActivationStore] | None = None,
     root: str | Path | None = None,
     progress: bool = True,
-) -> ActivationStore:
-    """Read `n_tokens` activations at `hook_name` from `documents` into a store, or open the one made before.
+) -> list[ActivationStore]:
+    """Read `n_tokens` activations at each of `hook_names` from `documents`, one store per place, or open those made
+    before. All places are read in one pass, and the host stops at the last of them.
 
-    BOS positions are dropped, and so is every position whose norm exceeds `drop_outliers` times the median
-    (None keeps them): under one in a thousand, with several times the power of all the rest. Rows are kept in
-    host units as `dtype`; the store's scale takes them to mean norm sqrt(d_in). `like`: take scale and outlier
-    limit from this store instead (held-out text must be in the training text's units). `root` is the folder
-    that stores lie in, by default in the cache. A run that is killed goes on at the next shard.
+    BOS positions are dropped unless `keep_bos`, and so is every other position whose norm exceeds `drop_outliers`
+    times the median (None keeps them): under one in a thousand, with several times the power of all the rest. Rows
+    are kept in host units as `dtype`; the store's scale takes those that are not BOS to mean norm sqrt(d_in). `like`:
+    take scale and outlier limit from these stores instead, one per place (held-out text must be in the training
+    text's units). `root` is the folder that stores lie in, by default in the cache. A run that is killed goes on at
+    the next shard.
 
     Raises FormatError for text too short or a corrupt store, NumericsError for activations that are not finite,
     ConfigError for bad options.
     """
-    hook_name = host.resolve_hook(hook_name)
+    names = [host.resolve_hook(name) for name in hook_names]
     dtype = parse_dtype(dtype)
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(f"hooks {', '.join(names) or 'none'}: name at least one place, and each once")
     if n_tokens < 1 or not 2 <= context <= host.max_context:
         raise ConfigError(
             f"n_tokens={n_tokens} with context={context}: choose n_tokens >= 1 and 2 <= context <= {host.max_context}"
@@ -67,11 +86,10 @@ def extract(
         raise ConfigError(f"drop_outliers={drop_outliers} would drop half the text; choose about 4, or None")
     if not documents:
         raise FormatError("there is no text to read activations from; give at least one document")
-    identity: dict[str, Any] = {
+    common: dict[str, Any] = {
         "schema": SCHEMA,
         "model_fingerprint": host.fingerprint(),
         "host_dtype": str(host.dtype).removeprefix("torch."),
-        "hook_name": hook_name,
         "corpus_sha256": corpus_sha256(documents),
         "requested_tokens": n_tokens,
         "context": context,
@@ -79,21 +97,37 @@ def extract(
         "seed": seed,
         "drop_outliers": drop_outliers,
         "split": split,
-        "units": None if like is None else {"scale": like.scale, "norm_limit": like.manifest["norm_limit"]},
+        **({"keep_bos": True} if keep_bos else {}),
     }
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    stem = re.sub(r"[^\w.-]+", "_", f"{Path(host.name).name}-{hook_name}-{split}")
-    folder = Path(root or cache_dir() / "activations") / f"{stem}-{key[:12]}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / f".{folder.name}.lock"):
-        if not folder.exists():
-            partial = folder.parent / f".{folder.name}.partial"
-            # Contexts of 128 in batches of 8 are the fastest on CPU: more overflow its cache.
-            contexts = batch or (max(1, 1024 // context) if host.device.type == "cpu" else 64)
-            run = Extraction(host, documents, identity, dtype, contexts, partial)
-            run.finish(run.write_shards(progress), key)
-            os.replace(partial, folder)
-    return ActivationStore(folder)
+    # Contexts of 128 in batches of 8 are the fastest on CPU: more overflow its cache.
+    contexts = batch or (max(1, 1024 // context) if host.device.type == "cpu" else 64)
+    folders, runs = [], []
+    with ExitStack() as locks:
+        for place, name in enumerate(names):
+            units = None
+            if like is not None:
+                units = {"scale": like[place].scale, "norm_limit": like[place].manifest["norm_limit"]}
+            identity = common | {"hook_name": name, "units": units}
+            key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+            stem = re.sub(r"[^\w.-]+", "_", f"{Path(host.name).name}-{name}-{split}")
+            folder = Path(root or cache_dir() / "activations") / f"{stem}-{key[:12]}"
+            folders.append(folder)
+            runs.append((folder, key, identity))
+        # In one order, so that two runs never wait for each other.
+        for folder in sorted(folders):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            locks.enter_context(FileLock(folder.parent / f".{folder.name}.lock"))
+        missing = [
+            (Extraction(host, documents, identity, dtype, contexts, folder.parent / f".{folder.name}.partial"), key)
+            for folder, key, identity in runs
+            if not folder.exists()
+        ]
+        if missing:
+            write_shards([one for one, _ in missing], progress)
+        for one, key in missing:
+            one.finish(key)
+            os.replace(one.partial, one.partial.with_name(one.partial.name[1:].removesuffix(".partial")))
+    return [ActivationStore(folder) for folder in folders]
 
 
 def extract_splits(

@@ -8,7 +8,7 @@ import difflib
 import hashlib
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -141,8 +141,33 @@ class HostModel:
             raise _Enough
 
         with contextlib.suppress(_Enough):
-            self._run_bridge(tokens, name, take)
+            self._run_bridge(tokens, {name: take})
         return found[0]
+
+    def residuals(self, tokens: torch.Tensor, hook_names: Sequence[str | None]) -> list[torch.Tensor]:
+        """`residual` at several places from one forward pass, which ends at the last of them."""
+        if len(hook_names) == 1:
+            return [self.residual(tokens, hook_names[0])]
+        names = [self.resolve_hook(name) for name in hook_names]
+        tokens = self._check_tokens(tokens)
+        depths = [self._depth(name) for name in names]
+        with torch.no_grad():
+            if all(depth is not None for depth in depths):
+                return stream.read_many(self.model, tokens, [depth for depth in depths if depth is not None])
+            found: dict[str, torch.Tensor] = {}
+
+            def keep(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+                def take(value: torch.Tensor) -> torch.Tensor:
+                    found[name] = value.clone()  # some modules write into what they return
+                    if len(found) == len(set(names)):
+                        raise _Enough
+                    return value
+
+                return take
+
+            with contextlib.suppress(_Enough):
+                self._run_bridge(tokens, {name: keep(name) for name in names})
+        return [found[name] for name in names]
 
     def next_token_loss(
         self, tokens: torch.Tensor, hook_name: str | None = None, replace: Replace | None = None
@@ -196,7 +221,7 @@ class HostModel:
 
         depth = self._depth(name)
         if depth is None:
-            return self._run_bridge(tokens, name, checked)
+            return self._run_bridge(tokens, {name: checked})
         if resid is None:
             return stream.replaced(self.model, tokens, depth, checked)
         return stream.resumed(self.model, tokens, depth, checked(resid))
@@ -213,31 +238,37 @@ class HostModel:
                 self._resumable[depth] = False
         return self._resumable[depth]
 
-    def _run_bridge(self, tokens: torch.Tensor, name: str, function: Callable[[torch.Tensor], Any]) -> torch.Tensor:
-        """Logits of a bridge's forward pass with the activation at `name`, as [B, T, d], put through `function`."""
-        ran = False
+    def _run_bridge(self, tokens: torch.Tensor, functions: Mapping[str, Callable[[torch.Tensor], Any]]) -> torch.Tensor:
+        """Logits of a bridge's forward pass with the activation at each name, as [B, T, d], put through a function."""
+        ran: set[str] = set()
 
-        def hook(value: Any, hook: Any) -> Any:
-            nonlocal ran
-            ran = True
-            if not isinstance(value, torch.Tensor) or value.dim() < 3 or value.shape[:2] != tokens.shape:
-                raise ConfigError(
-                    f"{name} holds no [batch, token, width] activations; choose a residual, mlp or z hook"
-                )
-            new = function(value.flatten(2))
-            return new.view_as(value)
+        def hooked(name: str, function: Callable[[torch.Tensor], Any]) -> Callable[..., Any]:
+            def hook(value: Any, hook: Any) -> Any:
+                ran.add(name)
+                if not isinstance(value, torch.Tensor) or value.dim() < 3 or value.shape[:2] != tokens.shape:
+                    raise ConfigError(
+                        f"{name} holds no [batch, token, width] activations; choose a residual, mlp or z hook"
+                    )
+                new = function(value.flatten(2))
+                return new.view_as(value)
 
+            return hook
+
+        names = " or ".join(functions)
         try:
-            logits = self.bridge.run_with_hooks(tokens, fwd_hooks=[(name, hook)], return_type="logits")
+            hooks = [(name, hooked(name, function)) for name, function in functions.items()]
+            logits = self.bridge.run_with_hooks(tokens, fwd_hooks=hooks, return_type="logits")
         except (ConfigError, ShapeError, _Enough):
             raise
         except (AssertionError, KeyError, ValueError) as error:
             if ran:
                 raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-            raise ConfigError(f"{name} cannot be hooked ({reason}); try {self.default_hook}") from error
-        if not ran:
-            raise ConfigError(f"{name} is never computed in {self.name!r}; try {self.default_hook}")
+            raise ConfigError(f"{names} cannot be hooked ({reason}); try {self.default_hook}") from error
+        if missing := functions.keys() - ran:
+            raise ConfigError(
+                f"{' or '.join(sorted(missing))} is never computed in {self.name!r}; try {self.default_hook}"
+            )
         return logits
 
     def _depth(self, name: str) -> int | None:

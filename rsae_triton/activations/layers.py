@@ -7,7 +7,7 @@ of layer L is depth L + 1.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -43,6 +43,30 @@ def read(model: Any, tokens: torch.Tensor, depth: int) -> torch.Tensor:
             model(input_ids=tokens, use_cache=False)
         except _Reached:
             return found[0]
+    raise RuntimeError("the forward pass ended without running the hooked layer")
+
+
+def read_many(model: Any, tokens: torch.Tensor, depths: list[int]) -> list[torch.Tensor]:
+    """The residuals [B, T, d] at several depths, in one pass that ends at the last of them."""
+    found: dict[int, torch.Tensor] = {}
+
+    def keep(depth: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        def take(hidden: torch.Tensor) -> torch.Tensor:
+            # A copy: some layers write into their input.
+            found[depth] = hidden.clone()
+            if depth == max(depths):
+                raise _Reached
+            return hidden
+
+        return take
+
+    with ExitStack() as stack:
+        for depth in set(depths):
+            stack.enter_context(tapped(model, depth, keep(depth)))
+        try:
+            model(input_ids=tokens, use_cache=False)
+        except _Reached:
+            return [found[depth] for depth in depths]
     raise RuntimeError("the forward pass ended without running the hooked layer")
 
 

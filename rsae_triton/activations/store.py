@@ -13,6 +13,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from rsae_triton.activations.order import EpochOrder, mix_seed
+from rsae_triton.activations.prefetch import prefetched
 from rsae_triton.errors import ConfigError, FormatError
 
 SCHEMA = 1
@@ -44,11 +46,14 @@ class ActivationStore:
 
     Open one with `ActivationStore(folder)`; `extract` makes them. Raises FormatError, naming the file and the
     folder to delete, when something is missing, foreign or corrupt. `verify` compares every checksum (default:
-    only in stores below 2 GiB).
+    only in stores below 2 GiB). `shards`=(rank, size) opens every size-th shard only, beginning with the rank-th: the
+    share of one of several processes, which needs to have no other on its disk.
     """
 
-    def __init__(self, folder: str | Path, *, verify: bool | None = None) -> None:
-        self.folder = Path(folder)
+    def __init__(
+        self, folder: str | Path, *, verify: bool | None = None, shards: tuple[int, int] | None = None
+    ) -> None:
+        self.folder, self.share = Path(folder), shards
         try:
             self.manifest: dict[str, Any] = json.loads((self.folder / MANIFEST).read_text())
         except FileNotFoundError as error:
@@ -63,9 +68,10 @@ class ActivationStore:
             self.d_in = int(self.manifest["d_in"])
             self.n_tokens = int(self.manifest["n_tokens"])
             self.scale = float(self.manifest["scale"])
+            self._shares(self.n_tokens)
             self._check_files(verify)
         except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, FormatError):
+            if isinstance(error, FormatError | ConfigError):
                 raise
             raise self._broken(MANIFEST, f"lacks or garbles {error}") from error
 
@@ -101,23 +107,42 @@ class ActivationStore:
         start: int = 0,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        part: tuple[int, int] = (0, 1),
+        prefetch: int | None = None,
     ) -> Iterator[torch.Tensor]:
         """Batches [batch_size, d_in] of rows in SAE units, shuffled anew each epoch, for ever or for `epochs`.
 
         Batch number i is the same whenever seed and batch_size are: `start` = number of batches already taken
         resumes. The rows left over at an epoch's end are skipped (others each epoch).
+
+        part: (rank, size), for one of several processes: its rows of every batch, batch_size / size of them; from a
+        store opened with shards=(rank, size), of its own shards' rows. prefetch: batches read ahead by a thread;
+        4 where rows are read from files, 0 where they are in memory.
         """
+        rank, size = part
+        if self.share is not None:
+            if self.share != part:
+                raise ConfigError(f"the store was opened for part {self.share} of its shards, not {part}")
+            batch_size, rank, size = batch_size // size, 0, 1
         per_epoch = self.n_tokens // batch_size if batch_size > 0 else 0
-        if per_epoch == 0:
-            raise ConfigError(f"batch_size={batch_size} does not fit {self.n_tokens} rows; choose 1 to {self.n_tokens}")
-        epoch, first = divmod(start, per_epoch)
-        while epochs is None or epoch < epochs:
-            generator = torch.Generator().manual_seed(mix_seed(seed, epoch))
-            order = torch.randperm(self.n_tokens, generator=generator)
-            for number in range(first, per_epoch):
-                rows = self._gather(order[number * batch_size : (number + 1) * batch_size])
-                yield (rows.to(device).float() * self.scale).to(dtype)
-            epoch, first = epoch + 1, 0
+        if per_epoch == 0 or batch_size % size:
+            raise ConfigError(
+                f"batch_size={batch_size} does not fit {self.n_tokens} rows and {size} processes; choose a multiple "
+                f"of {size}, at most {self.n_tokens}"
+            )
+        mine = slice(rank * (batch_size // size), (rank + 1) * (batch_size // size))
+
+        def read() -> Iterator[torch.Tensor]:
+            epoch, first = divmod(start, per_epoch)
+            while epochs is None or epoch < epochs:
+                order = EpochOrder([shard["rows"] for shard in self.manifest["shards"]], mix_seed(seed, epoch))
+                for number in range(first, per_epoch):
+                    yield self._gather(order.rows(number * batch_size, (number + 1) * batch_size)[mine])
+                epoch, first = epoch + 1, 0
+
+        ahead = (0 if self._resident is not None else 4) if prefetch is None else prefetch
+        for rows in prefetched(read, ahead) if ahead else read():
+            yield (rows.to(device).float() * self.scale).to(dtype)
 
     @cached_property
     def _resident(self) -> torch.Tensor | None:
@@ -149,7 +174,7 @@ class ActivationStore:
 
     @cached_property
     def positions(self) -> torch.Tensor:
-        """The row's position in its context, int64 [n_tokens]; 0 is BOS and never kept."""
+        """The row's position in its context, int64 [n_tokens]; 0 is BOS, and kept only if the manifest says so."""
         return self._column("positions")
 
     @cached_property
@@ -179,7 +204,14 @@ class ActivationStore:
     @cached_property
     def _shards(self) -> list[dict[str, torch.Tensor]]:
         # load_file maps the files into memory, so this costs nothing until rows are read.
-        return [self._load(shard["file"]) for shard in self.manifest["shards"]]
+        shards = [self._load(shard["file"]) for shard in self.manifest["shards"]]
+        for shard, entry in zip(shards, self.manifest["shards"], strict=True):
+            rows, dtype = shard.get("activations"), str(self.manifest.get("dtype"))
+            shape = (entry["rows"], self.d_in)
+            if rows is None or tuple(rows.shape) != shape or str(rows.dtype).removeprefix("torch.") != dtype:
+                found = "no activations" if rows is None else f"{tuple(rows.shape)} {rows.dtype}"
+                raise self._broken(entry["file"], f"holds {found} instead of {shape} {dtype}")
+        return shards
 
     @cached_property
     def _ends(self) -> torch.Tensor:
@@ -194,6 +226,22 @@ class ActivationStore:
         except (OSError, SafetensorError) as error:
             raise self._broken(file, "cannot be read") from error
 
+    def _shares(self, n_tokens: int) -> None:
+        """Leaves in the manifest at hand what this process reads."""
+        shards = self.manifest["shards"]
+        if sum(shard["rows"] for shard in shards) != n_tokens:
+            raise self._broken(MANIFEST, "counts other rows than its shards")
+        if self.share is None:
+            return
+        rank, size = self.share
+        if not 0 <= rank < size <= len(shards):
+            raise ConfigError(f"shards={self.share}: {self.folder} has {len(shards)} shards for {size} processes")
+        own = shards[rank::size]
+        others = {shard["file"] for shard in shards} - {shard["file"] for shard in own}
+        self.manifest["shards"] = own
+        self.manifest["files"] = {name: one for name, one in self.manifest["files"].items() if name not in others}
+        self.n_tokens = sum(shard["rows"] for shard in own)
+
     def _check_files(self, verify: bool | None) -> None:
         files: dict[str, dict[str, Any]] = self.manifest["files"]
         if verify is None:
@@ -206,13 +254,6 @@ class ActivationStore:
                 raise self._broken(file, f"has {path.stat().st_size} bytes instead of {entry['bytes']}")
             if verify and file_sha256(path) != entry["sha256"]:
                 raise self._broken(file, "does not have the checksum in the manifest")
-        if sum(shard["rows"] for shard in self.manifest["shards"]) != self.n_tokens:
-            raise self._broken(MANIFEST, "counts other rows than its shards")
 
     def _broken(self, file: str, what: str) -> FormatError:
         return FormatError(f"{self.folder / file} {what}; delete the folder {self.folder} and extract again")
-
-
-def mix_seed(seed: int, number: int) -> int:
-    """A seed for the `number`-th part of what `seed` determines; neighbouring seeds share none."""
-    return int.from_bytes(hashlib.sha256(f"{seed}|{number}".encode()).digest()[:7], "little")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,19 +48,22 @@ class _Pending:
 
     def __init__(self, contexts: int) -> None:
         self.contexts = contexts
-        self.rows = self.bytes = self.bos_dropped = self.outliers_dropped = 0
+        self.rows = self.bytes = self.bos_dropped = self.bos_kept = self.outliers_dropped = 0
         self.norm_sum = 0.0
         self._columns: dict[str, list[torch.Tensor]] = {}
 
-    def add(self, block: _Block, limit: float | None, dtype: torch.dtype, room: int) -> int:
+    def add(self, block: _Block, limit: float | None, dtype: torch.dtype, room: int, keep_bos: bool) -> int:
         """Take at most `room` rows of `block`; returns how many were kept."""
         outlier = torch.zeros_like(block.is_bos) if limit is None else (block.norms > limit) & ~block.is_bos
-        keep = (~block.is_bos & ~outlier).nonzero()[:room]
+        keep = (~outlier if keep_bos else ~block.is_bos & ~outlier).nonzero()[:room]
         row, position = keep.unbind(1)
+        is_bos = block.is_bos[row, position]
         # The block's counts are of what was read up to the last kept row, so that rates are rates of one text.
-        self.bos_dropped += int(block.is_bos.sum())
+        self.bos_kept += int(is_bos.sum())
+        self.bos_dropped += 0 if keep_bos else int(block.is_bos.sum())
         self.outliers_dropped += int(outlier.sum())
-        self.norm_sum += float(block.norms[row, position].double().sum())
+        # Units must not depend on whether BOS, a hundred times as long as others, is kept.
+        self.norm_sum += float(block.norms[row, position].double()[~is_bos].sum())
         on_device = keep.to(block.residual.device).unbind(1)
         for name, column in {
             "activations": block.residual[on_device].to(dtype).cpu(),
@@ -84,7 +87,7 @@ class _Pending:
 
 @dataclass
 class _Shard:
-    """What is known of a finished shard; `contexts` counts those read up to its end."""
+    """What is known of a finished shard; `contexts` counts those read up to its end. `norm_sum` is without BOS."""
 
     file: str
     rows: int
@@ -94,11 +97,12 @@ class _Shard:
     bos_dropped: int
     outliers_dropped: int
     contexts: int
+    bos_kept: int = 0
 
 
 @dataclass
 class Extraction:
-    """One extraction into the folder `partial`."""
+    """One extraction, of one place, into the folder `partial`."""
 
     host: HostModel
     documents: Sequence[Document]
@@ -107,44 +111,71 @@ class Extraction:
     batch: int
     partial: Path
 
-    def write_shards(self, progress: bool) -> dict[str, Any]:
-        """Write what is missing of the shards; returns the state that `progress.json` also holds."""
-        state = self._resume()
-        shards: list[_Shard] = state["shards"]
-        wanted = self.identity["requested_tokens"]
-        done = sum(shard.rows for shard in shards)
-        skip = shards[-1].contexts if shards else 0
-        blocks = self._blocks(skip)
-        pending = _Pending(skip)
-        with _bar(progress, f"activations ({self.identity['split']})", wanted, done) as advance:
-            if state["median_norm"] is None:
-                head = list(islice(blocks, -(-_MEDIAN_CONTEXTS // self.batch)))
-                if head:
-                    state["norm_limit"], state["median_norm"] = self._norm_limit(head)
-                blocks = chain(head, blocks)
-            for block in blocks:
-                kept = pending.add(block, state["norm_limit"], self.dtype, wanted - done)
-                done += kept
-                advance(kept)
-                if pending.bytes >= _SHARD_BYTES or done == wanted:
-                    self._save(state, pending)
-                    pending = _Pending(pending.contexts)
-                if done == wanted:
-                    break
-        if pending.rows:
-            self._save(state, pending)
-        if not done:
+    def begin(self) -> None:
+        """Takes up what a killed run left."""
+        self.state = self._resume()
+        shards: list[_Shard] = self.state["shards"]
+        self.wanted: int = self.identity["requested_tokens"]
+        self.done = sum(shard.rows for shard in shards)
+        self._pending = _Pending(shards[-1].contexts if shards else 0)
+        self._head: list[_Block] = []
+
+    @property
+    def complete(self) -> bool:
+        return self.done == self.wanted
+
+    @property
+    def read(self) -> int:
+        """Contexts that need not be read again."""
+        return self._pending.contexts + sum(len(block.tokens) for block in self._head)
+
+    def take(self, tokens: torch.Tensor, documents: torch.Tensor, residual: torch.Tensor) -> int:
+        """The next contexts [B, T] and their activations; returns how many rows were kept."""
+        norms = residual.float().norm(dim=-1)
+        if not torch.isfinite(norms).all():
+            raise NumericsError(
+                f"{self.identity['hook_name']} holds NaN or infinity in {self.host.dtype}; "
+                "load the host with dtype='float32' or 'bfloat16'"
+            )
+        self._head.append(_Block(residual, norms.cpu(), tokens, documents, tokens == self.host.bos_token_id))
+        if self.state["median_norm"] is None and sum(len(one.tokens) for one in self._head) < _MEDIAN_CONTEXTS:
+            return 0
+        return self._keep()
+
+    def _keep(self) -> int:
+        """Takes the rows of the blocks that wait, the first ones once their norms' median is known."""
+        before, blocks, self._head = self.done, self._head, []
+        if self.state["median_norm"] is None and blocks:
+            self.state["norm_limit"], self.state["median_norm"] = self._norm_limit(blocks)
+        keep_bos = bool(self.identity.get("keep_bos"))
+        for block in blocks:
+            room = self.wanted - self.done
+            self.done += self._pending.add(block, self.state["norm_limit"], self.dtype, room, keep_bos)
+            if self._pending.bytes >= _SHARD_BYTES or self.complete:
+                self._save(self.state, self._pending)
+                self._pending = _Pending(self._pending.contexts)
+            if self.complete:
+                break
+        return self.done - before
+
+    def end(self) -> None:
+        """Writes the last shard; the text is at its end."""
+        self._keep()
+        if self._pending.rows:
+            self._save(self.state, self._pending)
+        if not self.done:
             context = self.identity["context"]
             raise FormatError(f"the text fills no context of {context} tokens; give more text or a smaller context")
-        if done < wanted:
+        if not self.complete:
             warnings.warn(
-                f"the {self.identity['split']} text ended after {done} of {wanted} tokens; give more text for more",
-                stacklevel=4,
+                f"the {self.identity['split']} text ended after {self.done} of {self.wanted} tokens; give more text "
+                "for more",
+                stacklevel=5,
             )
-        return state
 
-    def finish(self, state: dict[str, Any], key: str) -> None:
+    def finish(self, key: str) -> None:
         """Write everything beside the shards, the manifest last."""
+        state = self.state
         shards: list[_Shard] = state["shards"]
         rows = sum(shard.rows for shard in shards)
         total = torch.zeros(0, dtype=torch.float64)
@@ -155,7 +186,7 @@ class Extraction:
             counts = torch.bincount(loaded["documents"].long(), minlength=len(self.documents))
             for index in counts.nonzero().squeeze(1).tolist():
                 sources[self.documents[index].source] += int(counts[index])
-        mean_norm = sum(shard.norm_sum for shard in shards) / rows
+        mean_norm = sum(shard.norm_sum for shard in shards) / max(1, rows - sum(shard.bos_kept for shard in shards))
         if mean_norm == 0:
             raise NumericsError(f"all activations at {self.identity['hook_name']} are zero; choose another hook")
         units = self.identity["units"]
@@ -189,6 +220,7 @@ class Extraction:
             "median_norm": state["median_norm"],
             "norm_limit": state["norm_limit"],
             "outliers_dropped": sum(shard.outliers_dropped for shard in shards),
+            "bos": "kept" if self.identity.get("keep_bos") else "dropped",
             "bos_dropped": sum(shard.bos_dropped for shard in shards),
             "sources": dict(sources),
             "mean_file": "mean.safetensors",
@@ -201,25 +233,6 @@ class Extraction:
         }
         _write_json(self.partial / MANIFEST, manifest)
         (self.partial / _PROGRESS).unlink()
-
-    def _blocks(self, skip: int) -> Iterator[_Block]:
-        """Contexts with their residuals, from context number `skip` on."""
-        seen = 0
-        for contexts in pack(self.documents, self.host, self.identity["context"], self.batch, self.identity["seed"]):
-            new = Contexts(*(column[max(0, skip - seen) :] for column in contexts))
-            seen += len(contexts.tokens)
-            if not len(new.tokens):
-                continue
-            tokens = torch.from_numpy(new.tokens)
-            residual = self.host.residual(tokens, self.identity["hook_name"])
-            norms = residual.float().norm(dim=-1)
-            if not torch.isfinite(norms).all():
-                raise NumericsError(
-                    f"{self.identity['hook_name']} holds NaN or infinity in {self.host.dtype}; "
-                    "load the host with dtype='float32' or 'bfloat16'"
-                )
-            is_bos = tokens == self.host.bos_token_id
-            yield _Block(residual, norms.cpu(), tokens, torch.from_numpy(new.documents), is_bos)
 
     def _norm_limit(self, head: list[_Block]) -> tuple[float | None, float]:
         """`(limit, median)` of the norms on `head`; the limit of the given units, if there are any."""
@@ -239,7 +252,7 @@ class Extraction:
         save_file(tensors, temporary)
         state["shards"].append(
             _Shard(file, pending.rows, temporary.stat().st_size, file_sha256(temporary), pending.norm_sum,
-                   pending.bos_dropped, pending.outliers_dropped, pending.contexts)
+                   pending.bos_dropped, pending.outliers_dropped, pending.contexts, pending.bos_kept)
         )  # fmt: skip
         os.replace(temporary, self.partial / file)
         _write_json(self.partial / _PROGRESS, {**state, "shards": [asdict(shard) for shard in state["shards"]]})
@@ -258,6 +271,34 @@ class Extraction:
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
         return {"identity": self.identity, "norm_limit": None, "median_norm": None, "shards": []}
+
+
+def write_shards(extractions: Sequence[Extraction], progress: bool) -> None:
+    """Writes what is missing of the shards of several places, from one pass through model and text."""
+    some = extractions[0]
+    for one in extractions:
+        one.begin()
+    missing = [one for one in extractions if not one.complete]
+    wanted, done = (sum(getattr(one, name) for one in extractions) for name in ("wanted", "done"))
+    batches = pack(some.documents, some.host, some.identity["context"], some.batch, some.identity["seed"])
+    seen = 0
+    with _bar(progress, f"activations ({some.identity['split']})", wanted, done) as advance:
+        for contexts in batches:
+            if not missing:
+                break
+            start, seen = seen, seen + len(contexts.tokens)
+            waiting = [one for one in missing if one.read < seen]
+            if not waiting:
+                continue
+            start, first = max(start, min(one.read for one in waiting)), start
+            tokens, documents = (torch.from_numpy(column[start - first :]) for column in contexts)
+            residuals = some.host.residuals(tokens, [one.identity["hook_name"] for one in waiting])
+            for one, residual in zip(waiting, residuals, strict=True):
+                new = slice(max(0, one.read - start), None)
+                advance(one.take(tokens[new], documents[new], residual[new]))
+            missing = [one for one in missing if not one.complete]
+    for one in extractions:
+        one.end()
 
 
 class _TokensPerSecond(ProgressColumn):
