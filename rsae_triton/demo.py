@@ -55,7 +55,7 @@ class Demo:
     """Where to read, in TransformerLens' names; the middle of the model when not given."""
     teacher: str = "relu"
     """relu, jumprelu or topk to train one here, or the folder of a saved SAE (in the model's own units)."""
-    recipe: Literal["auto", "hard", "paper"] = "auto"
+    recipe: Literal["auto", "hard", "hard-trained", "paper"] = "auto"
     """Stage 2: hard trains the code that is shipped, paper is mse + l1 on the dense code."""
     degree: str = "auto"
     """Degree of the rational, as p,q."""
