@@ -95,6 +95,7 @@ def contenders(teacher: SparseAutoencoder, x: torch.Tensor) -> dict[str, Callabl
 
     return {
         "control": lambda: contender("control", teacher, init),
+        "thresholds": lambda: contender("thresholds", teacher, init),
         "ramp (the default)": lambda: Contender(ramp(), hard),
         "ramp, half as wide": lambda: Contender(ramp(times=0.5), hard),
         "ramp, twice as wide": lambda: Contender(ramp(times=2.0), hard),
@@ -142,19 +143,24 @@ def main(options: Options) -> None:
     rows = []
     for seed in range(1, options.seeds + 1):
         made = contenders(teacher, x)
+        longer = replace(plan, steps=plan.steps + options.steps)
+        made["scratch"] = lambda longer=longer: Contender(make_teacher(longer, splits, x)[0], None)
         for name in options.contenders or made:
             entry = made[name]()
             started = time.perf_counter()
-            log = train(
-                entry.sae,
-                x,
-                steps=options.steps,
-                recipe=entry.recipe or "auto",
-                target_l0=target,
-                lr=lr_of(name),
-                seed=seed,
-                label=name,
-            )
+            weight = None
+            if entry.recipe is not None:
+                log = train(
+                    entry.sae,
+                    x,
+                    steps=options.steps,
+                    recipe=entry.recipe,
+                    target_l0=target,
+                    lr=lr_of(name),
+                    seed=seed,
+                    label=name,
+                )
+                weight = log.weight[-1]
             seconds = time.perf_counter() - started
             shipped, matched = reconstruction(entry.sae, validation), at_l0(entry.sae, validation, own["l0"])
             rows.append(
@@ -163,7 +169,7 @@ def main(options: Options) -> None:
                     "seed": seed,
                     "shipped": asdict(shipped),
                     "matched": {**asdict(reconstruction(matched, validation)), "tau": matched.tau},
-                    "last_weight": log.weight[-1],
+                    "last_weight": weight,
                     "seconds": round(seconds, 1),
                 }
             )

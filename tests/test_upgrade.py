@@ -10,6 +10,7 @@ from rsae_triton.evaluate.held_out import load_sae
 from rsae_triton.recipes import RECIPES, Recipe
 from rsae_triton.reference import rational_gate
 from rsae_triton.teachers import JumpReluSAE, ReluSAE, TopKSAE
+from rsae_triton.upgrade import teacher_thresholds
 
 FAMILIES = {
     "relu": (ReluSAE, {}, Recipe("relu", "l1", weight=0.08)),
@@ -123,6 +124,20 @@ def test_a_file_that_names_a_group_that_is_not_there_is_refused(teachers, activa
         save_file({**weights, "gate.group_of": wrong}, folder / "sae_weights.safetensors")
         with pytest.raises(FormatError, match="group_of"):
             FusedRationalSAE.from_pretrained(folder)
+
+
+def test_a_topk_threshold_lies_halfway_to_the_next_pre_activation(teachers, activations):
+    """Not at it: on other text the next one would fire."""
+    teacher = teachers["topk"]
+    with torch.no_grad():
+        h, z = teacher.hidden_pre(activations), teacher.encode(activations)
+    theta = teacher_thresholds(teacher, h, z)
+    fires = (z != 0).sum(0)
+    assert torch.equal((h > theta).sum(0), torch.where(theta > 0, fires, (h > 0).sum(0)))
+    ranked = h.sort(0, descending=True).values
+    for feature in ((fires > 0) & (theta > 0)).nonzero().flatten().tolist():
+        last, following = ranked[fires[feature] - 1, feature], ranked[fires[feature], feature]
+        assert theta[feature] == pytest.approx(float(last + following) / 2, rel=1e-6)
 
 
 @pytest.mark.parametrize("coefficients", [0, -1, 65, "some", 2.5])
