@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import tyro
 from rich.console import Console
 from torch import Tensor
 
@@ -105,7 +106,7 @@ class Teach:
         rsae teach topk --k 64 --d-sae 4608 --steps 2000 --out out/topk64
     """
 
-    family: Literal["relu", "jumprelu", "topk", "batchtopk"]
+    family: tyro.conf.Positional[Literal["relu", "jumprelu", "topk", "batchtopk"]]
     """Nonlinearity of the teacher."""
     out: Path
     """Folder to save it to."""

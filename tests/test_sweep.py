@@ -76,6 +76,17 @@ def test_a_sweep_is_resumed_and_widened(tiny, capsys, monkeypatch):
     assert all(not cell.path.exists() for cell in replace(tiny, steps=11).cells())
 
 
+def test_sparsities_multiply_k_and_divide_weights():
+    cells = list(Sweep(teachers=("relu", "jumprelu", "topk"), sparsities=(0.5, 2.0)).cells())
+    plans = {(cell.teacher, cell.sparsity): cell.plan() for cell in cells}
+    assert len(plans) == 6
+    assert [plans["topk", factor].k for factor in (0.5, 2.0)] == [16, 64]
+    for family in ("relu", "jumprelu"):
+        usual = RECIPES[family].weight
+        assert [plans[family, factor].weight for factor in (0.5, 2.0)] == [2 * usual, usual / 2]
+        assert plans[family, 2.0].recipe().weight == usual / 2
+
+
 def test_a_cell_repeats_to_the_bit(tiny):
     one = replace(tiny, sparsities=(1.0,), seeds=(0,))
     cell = next(iter(one.cells()))

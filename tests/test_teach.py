@@ -111,3 +111,35 @@ def test_bad_plans_are_named():
 def test_an_sae_of_unknown_training_gets_its_familys_objective():
     sae = JumpReluSAE(16, 64)
     assert objective_of(sae) == recipe_for(sae)
+
+
+def test_rsae_teach_saves_an_sae_of_the_models_own_units(tmp_path, monkeypatch, capsys, activations):
+    """The store's activations are the model's times its scale; what is saved reads the model's."""
+    from rsae_triton import teach as module
+    from rsae_triton.cli import main
+
+    class Store:
+        scale, d_in, mean = 0.25, 16, torch.zeros(16)
+        manifest = {"key": "k", "hook_name": "blocks.1.hook_resid_pre"}  # noqa: RUF012
+
+        def tensor(self):
+            return activations
+
+    class Found:
+        train = validation = Store()
+
+    class Host:
+        device, name = torch.device("cpu"), "synthetic"
+
+    monkeypatch.setattr(module, "load_host", lambda *_, **__: Host())
+    monkeypatch.setattr(module, "load_corpus", lambda *_: [])
+    monkeypatch.setattr(module, "splits_for", lambda *_: Found())
+    out = tmp_path / "teacher"
+    assert main(["teach", "topk", "--k", "5", "--d-sae", "64", "--steps", "60", "--out", str(out)]) == 0
+    assert "alive" in capsys.readouterr().out
+    saved = load_teacher(out)
+    assert saved.metadata["hook_name"] == "blocks.1.hook_resid_pre"
+    cached, _ = make_teacher(TeacherPlan("topk", 64, k=5, steps=60), Found(), activations)
+    torch.testing.assert_close(saved(activations / 0.25), cached(activations) / 0.25)
+    assert main(["teach", "topk", "--steps", "0", "--out", str(out)]) == 2
+    assert "--steps is 0" in capsys.readouterr().err
