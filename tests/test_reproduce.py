@@ -119,6 +119,9 @@ def test_centred_gpt2_has_a_stream_without_mean_and_the_same_logits():
     from rsae_triton.activations.centring import center_writing_weights_
 
     model = gpt2()
+    with torch.no_grad():  # as trained ones are: with a plain last norm a tied unembedding would not show
+        model.transformer.ln_f.weight.normal_(generator=torch.Generator().manual_seed(1))
+        model.transformer.ln_f.bias.normal_(generator=torch.Generator().manual_seed(2))
     tokens = torch.randint(0, model.config.vocab_size, (2, 20), generator=torch.Generator().manual_seed(0))
     before = model(tokens, output_hidden_states=True)
     assert before.hidden_states[1].mean(-1).abs().max() > 1e-2
