@@ -22,6 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-sizes", default="full", choices=("full", "tiny"), help="tiny: a test of the program")
     group.addoption("--bench-minutes", type=float, default=9.0, help="cases that would start later are left out")
     group.addoption("--bench-threads", type=int, default=1, help="CPU threads; with one the clock is CPU time")
+    group.addoption("--bench-tokens", type=int, default=0, help="n_tokens of all cases but the sweeps; 0: as listed")
     group.addoption("--bench-resume", action="store_true", help="keep the cases that --bench-out already has")
     group.addoption("--bench-out", type=Path, default=None, help="the JSON file; nothing is written without")
 

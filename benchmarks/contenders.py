@@ -8,7 +8,7 @@ from typing import Any
 import kat
 import torch
 from cases import Case, make_sae
-from measuring import Contender
+from measuring import Contender, tf32
 from torch import Tensor
 
 from rsae_triton import FusedRationalSAE
@@ -120,7 +120,8 @@ class Made:
         dtype = torch.float64 if case.n_tokens * case.d_sae <= 2**21 else torch.float32
         sae, x = self.in_dtype(dtype), self.x.to(dtype)
         cut = {"l1_weight" if case.form == "direct" else "l0_weight": self.weight}
-        total = sae.autoencode(x, hard=not self.recipe.soft, chunk_tokens=max(2**22 // case.d_sae, 16), **cut).total
+        with tf32(False):
+            total = sae.autoencode(x, hard=not self.recipe.soft, chunk_tokens=max(2**22 // case.d_sae, 16), **cut).total
         total.backward()
         return {"loss": total.detach(), **{n: p.grad for n, p in sae.named_parameters() if p.grad is not None}}
 

@@ -106,9 +106,18 @@ def check(errors: dict[str, float], eager: dict[str, float], limit: float) -> No
 
 
 def take_turns(
-    contenders: list[Contender], device: torch.device, clock: str, seconds: float, least: int = 3, most: int = 20
-) -> dict[str, list[float]]:
-    """Times by name. The contenders take turns, so that what else the machine does hits all of them alike."""
+    contenders: list[Contender],
+    device: torch.device,
+    clock: str,
+    seconds: float,
+    after: Callable[[dict[str, list[float]]], None],
+    least: int = 3,
+    most: int = 20,
+) -> None:
+    """The contenders take turns, so that what else the machine does hits all of them alike.
+
+    after: is given all times by name after each turn.
+    """
     times: dict[str, list[float]] = {one.name: [] for one in contenders}
     began = time.perf_counter()
     turn = 0
@@ -116,7 +125,7 @@ def take_turns(
         for one in contenders[turn % len(contenders) :] + contenders[: turn % len(contenders)]:
             times[one.name].append(timed(one.run, device, clock))
         turn += 1
-    return times
+        after(times)
 
 
 def timed(run: Callable[[], None], device: torch.device, clock: str) -> float:

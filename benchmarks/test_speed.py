@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     config = metafunc.config
     cuda = config.getoption("--bench-device") == "cuda"
     chosen = tiny_cases if config.getoption("--bench-sizes") == "tiny" else gpu_cases if cuda else cpu_cases
-    metafunc.parametrize("case", list(chosen()), ids=str)
+    tokens = config.getoption("--bench-tokens")
+    cases = [case if case.sweep or not tokens else replace(case, n_tokens=tokens) for case in chosen()]
+    metafunc.parametrize("case", cases, ids=str)
 
 
 def test_case(case: Case, session: Any, benchmark: Any) -> None:
@@ -45,7 +47,7 @@ def test_case(case: Case, session: Any, benchmark: Any) -> None:
         pytest.skip(entry["status"])
     try:
         with tf32(case.tf32):
-            entry["contenders"] = compared(case, session, benchmark)
+            compared(case, session, benchmark, entry)
     except Exception as error:
         entry["status"] = "out of memory" if out_of_memory(error) else f"failed: {first_line(error)}"
         raise
@@ -60,24 +62,24 @@ def test_case(case: Case, session: Any, benchmark: Any) -> None:
     assert not wrong, wrong
 
 
-def compared(case: Case, session: Any, benchmark: Any) -> dict[str, dict[str, Any]]:
-    """{contender: status, times, memory, error, prediction}."""
+def compared(case: Case, session: Any, benchmark: Any, entry: dict[str, Any]) -> None:
+    """Fills in entry["contenders"], {name: status, times, memory, error, prediction}, from turn to turn."""
     contenders, reference = Made(case, session.device, peers=True).contenders()
     fit, entries = warm_up(contenders, reference, case.dtype, session.device)
     for one in contenders:
         if one.strategy is not None:
             entries[one.name] |= predicted(case, one.strategy, one.pieces, session.ceilings)
     seconds = 0.0 if session.tiny else min(10.0 if case.sweep else 60.0, max(session.left(), 1.0))
-    times: dict[str, list[float]] = {}
 
-    def turns() -> None:
-        times.update(take_turns(fit, session.device, session.clock, seconds, least=2 if session.tiny else 3))
+    def keep(times: dict[str, list[float]]) -> None:
+        for name, taken in times.items():
+            entries[name] |= spread(taken)
+        entry["contenders"] = entries
+        session.save()
 
-    benchmark.pedantic(turns, rounds=1, iterations=1)
-    for name, taken in times.items():
-        entries[name] |= spread(taken)
+    least = 2 if session.tiny else 3
+    benchmark.pedantic(lambda: take_turns(fit, session.device, session.clock, seconds, keep, least), rounds=1)
     benchmark.extra_info.update({name: one.get("median_s") for name, one in entries.items()})
-    return entries
 
 
 def floor(case: Case, on: Ceilings) -> dict[str, Any]:

@@ -85,8 +85,8 @@ def test_exponents_are_those_of_the_larger_half():
 def test_targets_take_the_faster_eager_and_say_what_is_missed():
     lines = tables.page({"a": result(case())}, {}).splitlines()
     rows = {line.split("|")[1].strip(): line for line in lines if line.startswith("|") and "18432" in line}
-    assert "| 2.00 | met |" in rows["step 2048 x 576 x 18432, (3, 2) shared: times faster than eager"]
-    assert "| not measured |" in rows["step 2048 x 576 x 18432, (9, 8) per feature: times faster than eager"]
+    assert "| 2.00 | met |" in rows["step, d_in 576, d_sae 18432, (3, 2) shared: times faster than eager"]
+    assert "| not measured |" in rows["step, d_in 576, d_sae 18432, (9, 8) per feature: times faster than eager"]
     streamed = next(line for line in lines if "streamed: times faster" in line)
     assert "| 1.60 | **missed** |" in streamed
     assert "| 1.33 | **missed** |" in next(line for line in lines if "bare products' time" in line)

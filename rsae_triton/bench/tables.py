@@ -182,7 +182,7 @@ def readme_table(results: dict[str, dict[str, Any]]) -> str:
         seen.append(wanted_case)
         of_kind = [one for one in results.values() if one["device"]["kind"] == kind]
         case = next((case for one in of_kind if (case := find(one, wanted_case))), None)
-        name = title({**wanted_case, "tf32": False})
+        name = title(case or {"n_tokens": "any", **wanted_case, "tf32": False})
         cells = [_short(timed(case).get(column)) if case else "not measured" for column in README_COLUMNS]
         lines.append(f"| {'GPU' if kind == 'cuda' else 'CPU'}: {name} | {' | '.join(cells)} |")
     lines += [
