@@ -14,8 +14,10 @@ operator and holds the formulas to that. Times are predictions until a benchmark
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from .errors import ConfigError
 
@@ -29,8 +31,9 @@ class Ceilings:
     Attributes:
         products: FLOP/s of the library's matrix products by bytes of an element. bandwidth: bytes/s.
         instructions: fp32 instructions/s over all lanes. launch: seconds a kernel costs beside its work.
-        triton_products: of `products`, what a Triton product reaches. hidden: of a gate inside a product, the part
-            that another program's product hides.
+        triton_products: of `products`, what a Triton product with a large tile reaches. l2: bytes/s from the L2 cache,
+            which limits one with a small tile. generation: which tiles it has (the major compute capability).
+        hidden: of a gate inside a product, the part that another program's product hides.
         measured: False where these are estimates from data sheets.
     """
 
@@ -42,18 +45,36 @@ class Ceilings:
     triton_products: float = 0.8
     hidden: float = 0.5
     measured: bool = False
+    l2: float = math.inf
+    generation: int = 9
 
 
 # 2 bytes: bf16; 4 bytes: tf32. Products at 0.68 and bandwidth at 0.9 of the data sheet; instructions at 0.85 of
-# multiprocessors * lanes * boost clock.
+# multiprocessors * lanes * boost clock; L2 at 0.9 of 5120 bytes a clock.
 CEILINGS = {
     ceilings.name: ceilings
     for ceilings in (
-        Ceilings("A100", {2: 212e12, 4: 106e12}, 1.8e12, 0.85 * 108 * 64 * 1.41e9),
-        Ceilings("H100", {2: 672e12, 4: 336e12}, 3.0e12, 0.85 * 132 * 128 * 1.755e9),
-        Ceilings("H200", {2: 672e12, 4: 336e12}, 4.3e12, 0.85 * 132 * 128 * 1.755e9),
+        Ceilings("A100", {2: 212e12, 4: 106e12}, 1.8e12, 0.85 * 108 * 64 * 1.41e9, l2=6.5e12, generation=8),
+        Ceilings("H100", {2: 672e12, 4: 336e12}, 3.0e12, 0.85 * 132 * 128 * 1.755e9, l2=8.1e12),
+        Ceilings("H200", {2: 672e12, 4: 336e12}, 4.3e12, 0.85 * 132 * 128 * 1.755e9, l2=8.1e12),
     )
 }
+
+
+# [features, tokens] of the fused kernels' tiles by generation, bytes of an element, backward or not, and whether there
+# are many coefficients: those of kernels/configs.py, which a test compares (it cannot be imported without Triton).
+TILES = {
+    8: {
+        (2, False, False): (128, 128), (2, False, True): (128, 64), (4, False, False): (128, 64),
+        (4, False, True): (128, 64), (2, True, False): (64, 32), (2, True, True): (64, 16),
+        (4, True, False): (64, 32), (4, True, True): (64, 16),
+    },
+    9: {
+        (2, False, False): (128, 128), (2, False, True): (128, 128), (4, False, False): (128, 64),
+        (4, False, True): (128, 64), (2, True, False): (64, 64), (2, True, True): (64, 32),
+        (4, True, False): (64, 32), (4, True, True): (64, 32),
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,10 +110,16 @@ class Kernel:
     bytes: float = 0.0
     instructions: float = 0.0
     launches: int = 1
-    triton: bool = False
+    tile: tuple[bool, bool] | None = None
+    """Of a Triton product: whether it is the backward one, and has many coefficients."""
 
     def seconds(self, on: Ceilings, itemsize: int) -> float:
-        rate = on.products.get(itemsize, on.products[min(on.products)]) * (on.triton_products if self.triton else 1)
+        rate = on.products.get(itemsize, on.products[min(on.products)])
+        if self.tile:
+            features, tokens = TILES[on.generation][(2 if itemsize == 2 else 4, *self.tile)]
+            # A step of the inner dimension reads features + tokens elements for that many times two FLOPs.
+            intensity = 2 * features * tokens / (itemsize * (features + tokens))
+            rate = min(rate * on.triton_products, on.l2 * intensity)
         gate, product = self.instructions / on.instructions, self.flops / rate
         # Inside a product the instructions that nothing hides come on top.
         work = max(product, gate) + (1 - on.hidden) * min(product, gate) if self.flops else gate
@@ -167,11 +194,11 @@ def product_seconds(step: Step, on: Ceilings, *, backward: bool, fused: bool) ->
     return _product("", step).seconds(on, step.itemsize) + kernels[2 if backward else 1].seconds(on, step.itemsize)
 
 
-def _product(name: str, step: Step, count: float = 1, **more: float) -> Kernel:
+def _product(name: str, step: Step, count: float = 1, **more: Any) -> Kernel:
     """`count` of the step's matrix products; every one reads or writes a code, a weight matrix and an [n, d_in]."""
     traffic = count * step.itemsize * (step.codes + step.weights + step.n_tokens * step.d_in)
     extra = more.pop("bytes", 0.0)
-    return Kernel(name, 2.0 * step.codes * step.d_in * count, traffic + extra, launches=max(1, round(count)), **more)  # type: ignore[arg-type]
+    return Kernel(name, 2.0 * step.codes * step.d_in * count, traffic + extra, launches=max(1, round(count)), **more)
 
 
 def _eager(step: Step) -> Iterable[Kernel]:
@@ -200,8 +227,10 @@ def _ours(step: Step, strategy: str, chunk_tokens: int, chunk_features: int) -> 
     forward, backward = forward_instructions(step.p, step.q), backward_instructions(step.p, step.q)
     encodings = 2 if chunk_features < step.d_sae else 1
     if strategy == "fused":
-        yield _product("encode + gate", step, triton=True, instructions=codes * forward, bytes=codes * e)
-        yield _product("dz + gate backward", step, triton=True, instructions=codes * backward, bytes=codes * e)
+        many = step.p + step.q >= 8  # as kernels/configs.py has it
+        tiles = (False, many and not step.shared), (True, many)
+        yield _product("encode + gate", step, tile=tiles[0], instructions=codes * forward, bytes=codes * e)
+        yield _product("dz + gate backward", step, tile=tiles[1], instructions=codes * backward, bytes=codes * e)
         yield _product("products", step, 3)
     else:
         yield _product("products", step, 4 + encodings)

@@ -106,7 +106,9 @@ def test_predictions_are_in_the_order_that_traffic_implies():
         assert seconds["eager"] == pytest.approx(eager, rel=0.2)
         assert seconds["eager"] > 8 * seconds["compiled"]
         assert seconds["compiled"] > 1.15 * seconds["split"]
-        assert 1.2e-3 < seconds["fused"] < 2e-3
+        assert 1.2e-3 < seconds["split"] < 2e-3
+        # The fused backward's tiles are small, for its many sums: the L2 cache holds its product up.
+        assert seconds["split"] < seconds["fused"] < 1.3 * seconds["split"]
 
 
 def test_instructions_are_those_of_the_machine_code():
