@@ -38,7 +38,8 @@ $(INTEROP)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(INTEROP)
 	$(INTEROP)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(INTEROP)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,interop]'
-	$(INTEROP)/bin/pip install --quiet --disable-pip-version-check --no-deps dictionary-learning==0.1.0 sae-bench==0.6.0 tabulate
+	$(INTEROP)/bin/pip install --quiet --disable-pip-version-check tabulate zstandard
+	$(INTEROP)/bin/pip install --quiet --disable-pip-version-check --no-deps dictionary-learning==0.1.0 sae-bench==0.6.0
 	$(INTEROP)/bin/pip install --quiet --disable-pip-version-check --no-deps --target $(LENS4) transformer-lens==4.3.0
 	touch $@
 

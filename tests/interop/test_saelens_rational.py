@@ -125,6 +125,8 @@ def test_spliced_into_a_hooked_transformer(model):
     hook = (ours.metadata["hook_name"], lambda value, hook: ours(value))
     assert torch.allclose(spliced, model.run_with_hooks(tokens, fwd_hooks=[hook]), atol=1e-4)
     assert (spliced - clean).abs().max() > 1e-2
+    with splice(model, ours):  # our own context, on a HookedTransformer
+        assert torch.allclose(model(tokens), spliced, atol=1e-4)
     assert torch.allclose(model.run_with_saes(tokens, saes=[theirs], use_error_term=True), clean, atol=1e-4)
     assert torch.equal(model(tokens), clean)
     _, cache = model.run_with_cache_with_saes(tokens, saes=[theirs])

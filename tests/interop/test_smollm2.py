@@ -9,40 +9,45 @@ from sae_lens.evals import get_recons_loss
 from sae_lens.training.activation_scaler import ActivationScaler
 
 import rsae_triton.integrations.saelens  # noqa: F401  (registers the architecture)
-from rsae_triton import FusedRationalSAE
-from rsae_triton.activations import fetch
+from rsae_triton import FusedRationalSAE, load_host, train, upgrade
+from rsae_triton.activations import extract_splits, load_corpus
 from rsae_triton.activations.loading import find_model
-from rsae_triton.cli import main
 from rsae_triton.errors import SourceError
 from rsae_triton.evaluate.commands import Eval, run_eval
 from rsae_triton.evaluate.held_out import load_saes, open_held_out, open_host
 from rsae_triton.integrations import splice
+from rsae_triton.teach import TeacherPlan, make_teacher
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]
 
 
 @pytest.fixture(scope="module")
 def upgraded(tmp_path_factory):
-    """What `rsae demo --quick` upgrades: 512 features at blocks.16.hook_resid_pre."""
+    """The folder of a small SAE of blocks.16.hook_resid_pre: trained, upgraded, trained on, saved."""
     try:
-        fetch("smollm2")
+        host = load_host("smollm2", dtype="float32", device="cpu")
+        documents = load_corpus("demo")
     except SourceError as error:
         pytest.skip(f"the demo's files cannot be fetched: {error}")
-    out = tmp_path_factory.mktemp("demo")
-    assert main(["demo", "--quick", "--out", str(out)]) == 0
-    return out / "rsae"
+    splits = extract_splits(host, documents, n_train=6_000, n_validation=400, n_test=400)
+    teacher = make_teacher(TeacherPlan("relu", 512, steps=100), splits, splits.train.tensor())[0]
+    teacher.metadata.update(model_name=host.name, hook_name=host.default_hook, activation_scale=splits.train.scale)
+    rsae = upgrade(teacher, splits.train)
+    train(rsae, splits.train, steps=20, target_l0=rsae.metadata["stage1"]["teacher_l0"], progress=False)
+    folder = tmp_path_factory.mktemp("upgraded") / "rsae"
+    return rsae.fold_activation_scale_(splits.train.scale).save_pretrained(folder)
 
 
 @torch.no_grad()
 def test_delta_ce_in_saelens_is_that_of_rsae_eval(upgraded, capsys):
-    options = Eval(paths=(upgraded,), tokens=800, sequences=8, dtype="float32")
+    options = Eval(paths=(upgraded,), tokens=500, sequences=4, dtype="float32")
     ours = run_eval(options)["saes"]["rsae"]
 
     saes = load_saes([upgraded])
     host = open_host(options, saes)
     held_out = open_held_out(options, saes, host)
     sequences = held_out.store.sequences
-    tokens, counted = sequences.tokens[:8].long(), sequences.counted[:8]
+    tokens, counted = sequences.tokens[:4].long(), sequences.counted[:4]
     model = SAETransformerBridge.boot_transformers(find_model("smollm2")[0], dtype=torch.float32, device="cpu")
     theirs = SAE.load_from_disk(upgraded)
     name = model._resolve_hook_name(theirs.cfg.metadata.hook_name)  # its evals take no alias from a bridge
@@ -55,7 +60,7 @@ def test_delta_ce_in_saelens_is_that_of_rsae_eval(upgraded, capsys):
     difference = (found["ce_loss_with_sae"] - found["ce_loss_without_sae"]).double() * counted
     delta_ce = float((difference.sum(1) / counted.sum(1)).mean())
     with capsys.disabled():
-        print(f"\ndelta_ce of 8 sequences: rsae eval {ours['delta_ce']:.6f}, SAELens {delta_ce:.6f}")
+        print(f"\ndelta_ce of {len(tokens)} sequences: rsae eval {ours['delta_ce']:.6f}, SAELens {delta_ce:.6f}")
     assert ours["delta_ce"] > 0.05
     assert delta_ce == pytest.approx(ours["delta_ce"], abs=1e-4)
 
