@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 INTEROP := .venv-interop
 LENS4 := $(INTEROP)/transformer-lens-4
 
-.PHONY: demo test test-fast test-interop lint bench bench-gpu peers experiments aot clean help
+.PHONY: demo test test-fast test-interop test-gpu lint bench bench-gpu peers experiments aot aot-record clean help
 
 help:
 	@echo "make demo   upgrade an SAE of SmolLM2-135M, beside a fair control -> out/demo/report.html"
@@ -16,7 +16,8 @@ help:
 	@echo "make bench  speed on the CPU: a training step and its parts, all contenders, under ten minutes on two cores"
 	@echo "make bench-gpu  the same on a CUDA device, under eight minutes; make peers adds SAELens and sparsify"
 	@echo "make experiments  gate fits against other methods; which gate and recipe beats the control"
-	@echo "make aot    compile every kernel configuration for sm_80, sm_90, sm_100 and print the table"
+	@echo "make aot    compile every kernel configuration for sm_80, sm_90, sm_100; the table goes into docs/kernels.md"
+	@echo "make test-gpu  the kernels on a CUDA device: tests, sanitizer, graphs, timings"
 
 # constraints.txt pins what was tested; torch first, so that nothing else can pull another build of it.
 $(INSTALLED): pyproject.toml setup.py constraints.txt
@@ -68,8 +69,16 @@ experiments: $(INSTALLED)
 	$(BIN)/python benchmarks/bench_gates.py
 	$(BIN)/python benchmarks/gate_forms.py
 
+AOT := $(BIN)/python -m rsae_triton.kernels.aot --recorded tests/kernels/machine_code.json --page docs/kernels.md
+
 aot: $(INSTALLED)
-	$(BIN)/python -m rsae_triton.kernels.aot
+	$(AOT)
+
+aot-record: $(INSTALLED)
+	$(AOT) --record
+
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -m gpu
 
 clean:
 	rm -rf $(VENV) $(INTEROP) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,55 +1,68 @@
 """What the compiler makes of the kernels, without a GPU: `python -m rsae_triton.kernels.aot` prints the table.
 
-Every tile in `configs` is compiled for sm_80, sm_90 and sm_100, and the machine code is read back with the
-tools that ship inside the triton package: registers, spills, stack, shared memory, tensor-core instructions.
-ptxas gives no warning when it spills ten thousand times, so `faults` looks. Not for use under the interpreter.
+Every tile in `configs` is compiled for sm_80, sm_90 and sm_100 and held to what is shipped: no spills, no stack,
+shared memory in bounds, tensor cores in every matrix product, few enough registers for the programs that a
+multiprocessor is to run at a time, and fp32 instructions per element within a tenth of those on record. ptxas gives
+no warning when it spills ten thousand times. Not for use under the interpreter.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from . import aot_sparse
-from .configs import matmul_tile, pointwise_tile
+from .configs import (
+    MatmulTile,
+    backward_tile,
+    large,
+    matmul_tile,
+    pointwise_tile,
+    sparse_tile,
+)
+from .encode_backward import encode_backward_kernel
 from .encode_forward import encode_forward_kernel
-from .interpreter import INTERPRETED
+from .machine_code import Launch, Usage, inspect
 from .rational_backward import rational_backward_kernel
 from .rational_forward import rational_forward_kernel
 
+ARCHS = (80, 90, 100)
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+REGISTERS = 65536
+"""Of a multiprocessor, in all three generations; a thread can have 255."""
+DRIFT = 0.1
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 KERNELS = {
     "encode_forward": encode_forward_kernel,
+    "encode_backward": encode_backward_kernel,
     "rational_forward": rational_forward_kernel,
     "rational_backward": rational_backward_kernel,
     **aot_sparse.KERNELS,
 }
-PRODUCTS = ("encode_forward", "sparse_encode")
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTC.{0,2}MMA"}
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+PRODUCTS = ("encode_forward", "encode_backward", "sparse_encode")
+NO_GATE = aot_sparse.KERNELS.keys() - {"sparse_encode"}
 
 
 class Variant(NamedTuple):
-    """One kernel as it would be launched: for which GPU, in which dtype, with which gate."""
+    """One kernel as it would be launched: for which GPU, in which dtype, with which gate (if it has one)."""
 
     kernel: str
     arch: int
     dtype: torch.dtype
-    p: int
-    q: int
-    shared: bool
+    p: int = 0
+    q: int = 0
+    shared: bool = True
     gated: bool = False
     precision: str = "tf32"
     ragged: bool = False
@@ -58,115 +71,125 @@ class Variant(NamedTuple):
     """The top-k variant of the sparse kernels: codes in float32."""
 
     def __str__(self) -> str:
-        form, sets = "gated" if self.gated else "direct", "shared" if self.shared else "per feature"
-        precision = f" {self.precision}" if self.dtype == torch.float32 and self.kernel in PRODUCTS else ""
-        flags = f"{' ragged' if self.ragged else ''}{' top-k' if self.ranked else ''}"
-        if self.kernel in aot_sparse.KERNELS and self.kernel not in PRODUCTS:
-            return f"{NAMES[self.dtype]}{flags}"
-        return f"{NAMES[self.dtype]}{precision} {form} ({self.p}, {self.q}) {sets}{flags}"
+        words = [NAMES[self.dtype]]
+        if self.dtype == torch.float32 and self.kernel in PRODUCTS:
+            words.append(self.precision)
+        if self.kernel not in NO_GATE:
+            words += ["gated" if self.gated else "direct", f"({self.p}, {self.q})"]
+            words.append("shared" if self.shared else "per feature")
+        return " ".join(words + ["ragged"] * self.ragged + ["top-k"] * self.ranked)
+
+    @property
+    def key(self) -> str:
+        return f"{self.kernel} sm_{self.arch} {self}"
 
 
 class Report(NamedTuple):
-    """What the machine code of a variant uses. `spills` counts its loads and stores of local memory."""
+    """What the machine code of a variant uses; `arithmetic` is fp32 instructions per element of the gate, or None."""
 
     variant: Variant
     tile: str
-    registers: int
-    spills: int
-    stack: int
-    shared_memory: int
-    tensor_core: int
+    usage: Usage
+    ceiling: int
+    arithmetic: float | None
 
-    def faults(self) -> list[str]:
-        """What must not be in a kernel that is shipped."""
-        found = []
-        if self.spills or self.stack:
-            found.append(f"{self.spills} spill instructions, {self.stack} bytes of stack")
-        if self.shared_memory > SHARED_MEMORY[self.variant.arch]:
-            found.append(f"{self.shared_memory} bytes of shared memory")
-        if self.variant.kernel in PRODUCTS and not self.tensor_core:
+    def faults(self, recorded: float | None = None) -> list[str]:
+        """What must not be in a kernel that is shipped. recorded: fp32 instructions per element, if on record."""
+        used, found = self.usage, []
+        if used.spills or used.stack:
+            found.append(f"{used.spills} spill instructions, {used.stack} bytes of stack")
+        if used.shared_memory > SHARED_MEMORY[self.variant.arch]:
+            found.append(f"{used.shared_memory} bytes of shared memory")
+        if used.registers > self.ceiling:
+            found.append(f"{used.registers} registers, {self.ceiling} allowed")
+        if self.variant.kernel in PRODUCTS and not used.tensor_core:
             found.append("no tensor-core instruction")
+        if recorded and self.arithmetic is not None and abs(self.arithmetic / recorded - 1) > DRIFT:
+            found.append(f"{self.arithmetic} fp32 instructions per element, {recorded} on record")
         return found
 
 
-def _launch(v: Variant) -> tuple[dict, dict, str]:
-    """Compile-time constants, launch options and the tile's name, as the wrappers choose them."""
+def programs(v: Variant) -> int:
+    """How many programs a multiprocessor should have the registers for."""
+    if v.kernel in PRODUCTS:
+        return 1 if _tile(v).warps == 8 else 2
+    if v.kernel == "rational_backward" and large(v.p, v.q):
+        return 2 if v.arch == 100 else 3
+    return {"rational_forward": 8}.get(v.kernel, 4)
+
+
+def _tile(v: Variant) -> MatmulTile:
+    n_tokens = 15 if v.ragged else 16
+    if v.kernel == "encode_backward":
+        return backward_tile(v.arch // 10, v.dtype, v.p, v.q, n_tokens)
+    choose = matmul_tile if v.kernel == "encode_forward" else sparse_tile
+    return choose(v.arch // 10, v.dtype, v.p, v.q, v.shared, n_tokens)
+
+
+def launch(v: Variant) -> tuple[Launch, str, float]:
+    """As the wrappers launch it; the tile's name; how many elements of the gate a thread has (0: no gate)."""
+    element, unaligned = f"*{NAMES[v.dtype]}", ("n_tokens",) if v.ragged else ()
     if v.kernel in aot_sparse.KERNELS:
-        return aot_sparse.launch(v)
-    gate = {
+        constants, options, name = aot_sparse.launch(v)
+        made = Launch(KERNELS[v.kernel], aot_sparse.types(v, NAMES[v.dtype]), constants, options, unaligned)
+        return made, name, _elements(constants, options) if v.kernel in PRODUCTS else 0
+    types = dict.fromkeys(("x", "w", "g", "h", "z", "dz", "dh"), element)
+    types |= dict.fromkeys(("dcounts", "dl1", "partial", "coefficients", "rows"), "*fp32")
+    constants = {
         "P": v.p, "Q": v.q, "GATED": v.gated, "CLAMP": True, "IDENTITY": False, "HARD": True, "SHARED": v.shared,
     }  # fmt: skip
-    if v.kernel == "encode_forward":
-        tile = matmul_tile(v.arch // 10, v.dtype, v.p, v.q, v.shared, 15 if v.ragged else 16)
-        constants = {
-            **gate, "SAVE_H": True, "BLOCK_F": tile.features, "BLOCK_N": tile.tokens, "BLOCK_D": tile.inner,
-            "SUB": tile.sub, "GROUP": tile.group, "stride_xd": 1, "stride_wf": 1,
-            "PRECISION": v.precision if v.dtype == torch.float32 else "ieee",
-        }  # fmt: skip
-        name = f"{tile.features}x{tile.tokens}x{tile.inner} sub {tile.sub} w{tile.warps} s{tile.stages}"
-        return constants, {"num_warps": tile.warps, "num_stages": tile.stages}, name
-    tile = pointwise_tile(v.dtype, 15 if v.ragged else 16)
-    constants = {**gate, "BLOCK_F": tile.features, "LANES": tile.lanes, "VECTOR": tile.vector}
-    if v.kernel == "rational_backward":
+    if v.kernel.endswith("_backward"):
         constants |= {"RATIONAL_BACKWARD": v.gated, "HAS_DCOUNTS": v.gated, "HAS_DL1": True}
-    name = f"{tile.features}x{tile.lanes * tile.vector} w{tile.warps}"
-    return constants, {"num_warps": tile.warps, "num_stages": 1}, name
+    if v.kernel in PRODUCTS:
+        tile = _tile(v)
+        constants |= {
+            "BLOCK_F": tile.features, "BLOCK_N": tile.tokens, "BLOCK_D": tile.inner, "SUB": tile.sub,
+            "GROUP": tile.group, "PRECISION": v.precision if v.dtype == torch.float32 else "ieee",
+        }  # fmt: skip
+        if v.kernel == "encode_backward":
+            constants |= {"stride_gd": 1, "stride_wd": 1, "SAVE_Z": False, "LANES": tile.lanes}
+        else:
+            constants |= {"stride_xd": 1, "stride_wf": 1, "SAVE_H": True}
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        name = f"{tile.features}x{tile.tokens}x{tile.inner} sub {tile.sub} w{tile.warps} s{tile.stages}"
+    else:
+        flat = pointwise_tile(v.dtype, 15 if v.ragged else 16)
+        constants |= {"BLOCK_F": flat.features, "LANES": flat.lanes, "VECTOR": flat.vector}
+        options = {"num_warps": flat.warps, "num_stages": 1}
+        name = f"{flat.features}x{flat.lanes * flat.vector} w{flat.warps}"
+    return Launch(KERNELS[v.kernel], types, constants, options, unaligned), name, _elements(constants, options)
+
+
+def _elements(constants: dict[str, int], options: dict[str, int]) -> float:
+    tokens = constants["BLOCK_N"] if "BLOCK_N" in constants else constants["LANES"] * constants["VECTOR"]
+    return constants["BLOCK_F"] * tokens / (32 * options["num_warps"])
 
 
 def compile_variant(v: Variant) -> Report:
     """Compiles a variant down to machine code and reads it back. Seconds each; triton caches the result."""
-    if INTERPRETED:
-        raise RuntimeError("the interpreter is on: unset TRITON_INTERPRET to compile ahead of time")
-    kernel = KERNELS[v.kernel]
-    constants, options, tile = _launch(v)
-    element = NAMES[v.dtype]
-    types = dict.fromkeys(("x", "w", "z", "h", "dz", "dh"), f"*{element}")
-    types |= dict.fromkeys(("dcounts", "dl1", "partial", "coefficients", "rows"), "*fp32")
-    if v.kernel in aot_sparse.KERNELS:
-        types = aot_sparse.types(v, element)
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
-    # Pointers from torch are aligned to 16 bytes; so are sizes that are multiples of 16.
-    attrs = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or (signature[name] == "i32" and not (v.ragged and name == "n_tokens"))
-    }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
-    built = triton.compile(source, target=GPUTarget("cuda", v.arch, 32), options=options)
-    usage, code = _cuobjdump(built.asm["cubin"], "--dump-resource-usage"), _cuobjdump(built.asm["cubin"], "-sass")
-    used = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", usage)}
-    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", code, re.MULTILINE)
-    return Report(
-        v, tile, used["REG"], sum(op in ("STL", "LDL") for op in opcodes), used["STACK"], built.metadata.shared,
-        sum(re.fullmatch(TENSOR_CORE[v.arch], op) is not None for op in opcodes),
-    )  # fmt: skip
+    made, tile, elements = launch(v)
+    usage = inspect(made, v.arch)
+    ceiling = min(255, REGISTERS // (32 * made.options["num_warps"] * programs(v)) // 8 * 8)
+    return Report(v, tile, usage, ceiling, round(usage.arithmetic / elements, 1) if elements else None)
 
 
-def _cuobjdump(cubin: bytes, option: str) -> str:
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"}  # it calls nvdisasm
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        command = [str(tools / "cuobjdump"), option, str(path)]
-        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-
-
-def variants(archs: tuple[int, ...] = (80, 90, 100)) -> Iterator[Variant]:
+def variants(archs: Iterable[int] = ARCHS) -> Iterator[Variant]:
     """The table: each kernel, generation, dtype and degree bucket, at the heaviest gates of the bucket."""
+    bf16, fp32 = torch.bfloat16, torch.float32
     for arch in archs:
         for shared, degree in ((True, (3, 2)), (True, (9, 8)), (False, (3, 2)), (False, (5, 4)), (False, (9, 8)),
                                (False, (12, 12))):  # fmt: skip
             for gated in (False, True):
-                for dtype in (torch.bfloat16, torch.float32):
-                    yield Variant("encode_forward", arch, dtype, *degree, shared, gated)
-                    yield Variant("rational_backward", arch, dtype, *degree, shared, gated)
-            yield Variant("rational_forward", arch, torch.bfloat16, *degree, shared)
+                for dtype in (bf16, fp32):
+                    for kernel in ("encode_forward", "encode_backward", "rational_backward"):
+                        yield Variant(kernel, arch, dtype, *degree, shared, gated)
+            yield Variant("rational_forward", arch, bf16, *degree, shared)
         for degree in ((3, 2), (9, 8)):
-            yield Variant("encode_forward", arch, torch.float32, *degree, False, precision="tf32x3")
-            for dtype in (torch.bfloat16, torch.float32):
-                yield Variant("encode_forward", arch, dtype, *degree, False, ragged=True)
-                yield Variant("rational_backward", arch, dtype, *degree, False, ragged=True)
+            for kernel in ("encode_forward", "encode_backward"):
+                yield Variant(kernel, arch, fp32, *degree, False, precision="tf32x3")
+            for dtype in (bf16, fp32):
+                for kernel in ("encode_forward", "encode_backward", "rational_backward"):
+                    yield Variant(kernel, arch, dtype, *degree, False, ragged=True)
         yield from sparse_variants(arch)
 
 
@@ -178,53 +201,133 @@ def sparse_variants(arch: int) -> Iterator[Variant]:
                 if gated == ranked or degree == (12, 12):
                     yield Variant("sparse_encode", arch, dtype, *degree, shared, gated, ranked=ranked)
         yield Variant("sparse_encode", arch, dtype, 9, 8, False, ragged=True)
-        yield Variant("gather_rows", arch, dtype, 0, 0, True)
+        yield Variant("gather_rows", arch, dtype)
         for kernel in ("gather_rows", "keep_largest"):
-            yield Variant(kernel, arch, dtype, 0, 0, True, ranked=True)
+            yield Variant(kernel, arch, dtype, ranked=True)
         for kernel in ("sparse_decode", "sparse_dots", "segment_sum"):
-            yield Variant(kernel, arch, dtype, 0, 0, True)
+            yield Variant(kernel, arch, dtype)
 
 
 def representative(arch: int) -> list[Variant]:
     """The few that the test suite has time for: the heaviest usual gate, and float32."""
+    bf16 = torch.bfloat16
     return [
-        Variant("encode_forward", arch, torch.bfloat16, 9, 8, shared=False),
-        Variant("encode_forward", arch, torch.float32, 3, 2, shared=True, gated=True),
-        Variant("rational_backward", arch, torch.bfloat16, 9, 8, shared=False, gated=True),
-        Variant("rational_forward", arch, torch.bfloat16, 9, 8, shared=False),
-        Variant("sparse_encode", arch, torch.bfloat16, 9, 8, shared=False, ranked=True),
-        Variant("gather_rows", arch, torch.bfloat16, 0, 0, shared=True, ranked=True),
-        Variant("sparse_decode", arch, torch.bfloat16, 0, 0, shared=True),
+        Variant("encode_forward", arch, bf16, 9, 8, shared=False),
+        Variant("encode_forward", arch, torch.float32, 3, 2, gated=True),
+        Variant("encode_backward", arch, bf16, 3, 2),
+        Variant("rational_backward", arch, bf16, 9, 8, shared=False, gated=True),
+        Variant("rational_forward", arch, bf16, 9, 8, shared=False),
+        Variant("sparse_encode", arch, bf16, 9, 8, shared=False, ranked=True),
+        Variant("gather_rows", arch, bf16, ranked=True),
+        Variant("sparse_decode", arch, bf16),
     ]
 
 
-HEADER = """| kernel | gate | sm | tile | registers | spills | stack | shared memory | tensor-core ops |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+def every_variant() -> list[Variant]:
+    return [*variants(), *(v for arch in ARCHS for v in representative(arch))]
+
+
+COLUMNS = ("kernel", "gate", "sm", "tile", "registers", "spills", "stack", "shared memory", "tensor-core ops")
+HEADER = "\n".join(f"| {' | '.join(cells)} |" for cells in ((*COLUMNS, "fp32 per element"), ("---",) * 10))
 
 
 def row(r: Report) -> str:
+    u, per_element = r.usage, "" if r.arithmetic is None else r.arithmetic
     return (
-        f"| {r.variant.kernel} | {r.variant} | {r.variant.arch} | {r.tile} | {r.registers} | {r.spills} "
-        f"| {r.stack} | {r.shared_memory} | {r.tensor_core} |"
+        f"| {r.variant.kernel} | {r.variant} | {r.variant.arch} | {r.tile} | {u.registers} | {u.spills} "
+        f"| {u.stack} | {u.shared_memory} | {u.tensor_core} | {per_element} |"
     )
+
+
+def summary(reports: list[Report]) -> str:
+    """One line for each kernel and generation."""
+    lines = [
+        "| kernel | sm | variants | registers | spills and stack | shared memory, most | tensor-core ops, fewest |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for kernel in KERNELS:
+        for arch in ARCHS:
+            used = [r.usage for r in reports if (r.variant.kernel, r.variant.arch) == (kernel, arch)]
+            if used:
+                registers = sorted(u.registers for u in used)
+                bad = sum(u.spills + u.stack > 0 for u in used)
+                lines.append(
+                    f"| {kernel} | {arch} | {len(used)} | {registers[0]} to {registers[-1]} | {bad or 'none'} "
+                    f"| {max(u.shared_memory for u in used)} | {min(u.tensor_core for u in used)} |"
+                )
+    return "\n".join(lines)
+
+
+def read_record(path: Path | None) -> dict:
+    return json.loads(path.read_text()) if path and path.exists() else {}
+
+
+def write_record(path: Path, reports: list[Report]) -> None:
+    """Puts the fp32 instructions per element on record, beside those of other variants by the same Triton."""
+    record = read_record(path)
+    counts = record["fp32_per_element"] if record.get("triton") == triton.__version__ else {}
+    counts |= {r.variant.key: r.arithmetic for r in reports if r.arithmetic is not None}
+    known = sorted(counts.keys() & {v.key for v in every_variant()})
+    made = {"triton": triton.__version__, "fp32_per_element": {key: counts[key] for key in known}}
+    _replace(path, json.dumps(made, indent=1) + "\n")
+
+
+def write_page(page: Path, reports: list[Report]) -> None:
+    """Puts both tables between the page's marks."""
+    start, end = "<!-- made by `make aot`: begin -->", "<!-- made by `make aot`: end -->"
+    text = page.read_text()
+    if text.count(start) != 1 or text.count(end) != 1:
+        raise ValueError(f"{page} has no place for the table: put the lines {start!r} and {end!r} into it")
+    head, tail = text.split(start)[0], text.split(end)[1]
+    table = "\n".join([HEADER, *map(row, reports)])
+    title = f"{len(reports)} of {len({v.key for v in every_variant()})} variants, Triton {triton.__version__}"
+    made = f"{title}:\n\n{summary(reports)}\n\n<details><summary>All of them</summary>\n\n{table}\n\n</details>"
+    _replace(page, f"{head}{start}\n\n{made}\n\n{end}{tail}")
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_suffix(f"{path.suffix}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_MEMORY), help="default: all")
-    parser.add_argument("--kernel", choices=sorted(KERNELS), help="default: all")
+    parser.add_argument("--arch", type=int, action="append", choices=ARCHS, help="default: all")
+    parser.add_argument("--kernel", choices=sorted(KERNELS), action="append", help="default: all")
     parser.add_argument("--few", action="store_true", help="a representative few of each GPU generation")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time (default: one a core)")
+    parser.add_argument("--recorded", type=Path, help="JSON with the fp32 instructions per element to compare with")
+    parser.add_argument("--record", action="store_true", help="write them instead of comparing")
+    parser.add_argument("--page", type=Path, help="the page that the tables are written into (docs/kernels.md)")
     options = parser.parse_args()
-    archs = tuple(options.arch or SHARED_MEMORY)
+    archs = tuple(options.arch or ARCHS)
     every = [v for arch in archs for v in representative(arch)] if options.few else variants(archs)
-    wanted = [v for v in every if options.kernel in (None, v.kernel)]
-    print(f"triton {triton.__version__}, {len(wanted)} variants\n\n{HEADER}")
-    faulty = []
-    for variant in sorted(wanted, key=lambda v: (v.kernel, v.arch)):
-        report = compile_variant(variant)
-        print(row(report), flush=True)
-        faulty += [f"{variant.kernel} sm_{variant.arch} {variant}: {fault}" for fault in report.faults()]
-    print("\n" + ("\n".join(faulty) or "no spills, no stack, shared memory in bounds, tensor cores in use"))
+    wanted = [v for v in every if v.kernel in (options.kernel or KERNELS)]
+    wanted.sort(key=lambda v: (list(KERNELS).index(v.kernel), v.arch))
+    record = read_record(options.recorded)
+    old = record.get("fp32_per_element", {})
+    comparable = record.get("triton") == triton.__version__ and not options.record
+    print(f"triton {triton.__version__}, {len(wanted)} variants\n\n{HEADER}", flush=True)
+    reports, faulty = [], []
+    with contextlib.ExitStack() as stack:
+        pool = (
+            stack.enter_context(ProcessPoolExecutor(options.jobs, get_context("spawn"))) if options.jobs > 1 else None
+        )
+        for report in (pool.map if pool else map)(compile_variant, wanted):
+            print(row(report), flush=True)
+            reports.append(report)
+            faults = report.faults(old.get(report.variant.key) if comparable else None)
+            faulty += [f"{report.variant.key}: {fault}" for fault in faults]
+    print(
+        "\n" + ("\n".join(faulty) or "no spills, no stack, registers and shared memory in bounds, tensor cores in use")
+    )
+    if record and not comparable and not options.record:
+        print(f"instructions not compared: those on record are of triton {record['triton']}")
+    if options.record and options.recorded:
+        write_record(options.recorded, reports)
+    if options.page:
+        write_page(options.page, reports)
     return 1 if faulty else 0
 
 
