@@ -19,6 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import backends
 from .across import Across
 from .backends import Codes, Workspace
+from .checks import check_integer, check_number, check_tensor
 from .errors import ConfigError, ShapeError
 from .ops import GATE_SCHEMA, centred, check_inputs, product_dtype, settings, through_encoder, unpack
 from .reference import GateSpec, GateTensors
@@ -90,13 +91,14 @@ def rational_autoencode(
         ShapeError: sizes that do not fit. ConfigError: settings that cannot be used; in backward: a gradient for
             anything but `total`, a second backward pass, or a second derivative.
     """
+    for name, needed in (("W_dec", W_dec), ("b_dec", b_dec)):
+        check_tensor(name, needed)
     check_inputs(x, W_enc, b_enc, b_dec, W_dec, gate, spec)
     for name, weight in (("l1_weight", l1_weight), ("l0_weight", l0_weight)):
-        if not (weight >= 0 and math.isfinite(weight)):
-            raise ConfigError(f"{name} is {weight}; give a finite number that is not negative")
+        check_number(name, weight, least=0)
     for name, chunk in (("chunk_tokens", chunk_tokens), ("chunk_features", chunk_features)):
-        if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
-            raise ConfigError(f"{name} is {chunk!r}; give a positive integer, or None for all at once")
+        if chunk is not None:
+            check_integer(name, chunk, 1)
     dtype = product_dtype(x)
     gate = GateTensors(*(one.to(wide(dtype)) for one in gate))
     rows = x.reshape(-1, x.shape[-1])
@@ -104,10 +106,12 @@ def rational_autoencode(
     wanted = [torch.is_grad_enabled() and one.requires_grad for one in differentiable]
     sizes = [0 if one is None else one for one in (chunk_tokens, chunk_features)]
     if target is not None:
+        check_tensor("target", target, x.device)
         if target.shape != x.shape:
             raise ShapeError(f"target has shape {tuple(target.shape)}; that of x is wanted, {tuple(x.shape)}")
         target = target.detach().reshape(rows.shape)
     if residual_scale is not None:
+        check_tensor("residual_scale", residual_scale, x.device)
         if residual_scale.numel() != len(rows):
             raise ShapeError(
                 f"residual_scale has shape {tuple(residual_scale.shape)}; one number for each token is wanted"

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .card import write_card
-from .errors import ConfigError, FormatError, NumericsError, RsaeError, ShapeError
-from .files import read_json, read_safetensors, write_atomically, write_text
+from .checks import check_finite, check_integer, check_room, check_tensor, parse_device
+from .errors import ConfigError, FormatError, NumericsError, ResourceError, RsaeError, ShapeError
+from .files import make_folder, read_json, read_safetensors, write_atomically, write_text
 from .hub import local_path, upload
 from .normalization import MODES, Affine, normalize
 
@@ -59,22 +60,25 @@ class SparseAutoencoder(nn.Module, abc.ABC):
     ) -> None:
         super().__init__()
         for name, size in (("d_in", d_in), ("d_sae", d_sae)):
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ConfigError(f"{name} is {size!r}; give a positive integer")
+            check_integer(name, size, 1)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ConfigError(f"dtype is {dtype!r}; give one of floating point, such as torch.float32")
+        if metadata is not None and not isinstance(metadata, Mapping):
+            raise ConfigError(f"metadata is a {type(metadata).__name__}; give a dictionary")
+        check_room(f"W_enc [d_in={d_in}, d_sae={d_sae}]", (d_in, d_sae), dtype)
+        device = parse_device(device)
         if normalize_activations not in MODES:
             raise ConfigError(f"normalize_activations is {normalize_activations!r}; choose one of {', '.join(MODES)}")
         self.d_in, self.d_sae = d_in, d_sae
         self.apply_b_dec_to_input = apply_b_dec_to_input
         self.normalize_activations = normalize_activations
         self.metadata = dict(metadata or {})
-        if initialise:
-            decoder = torch.randn(d_sae, d_in, generator=generator)
-            decoder = (decoder / decoder.norm(dim=1, keepdim=True)).to(device=device, dtype=dtype)
-            encoder = decoder.t().contiguous().clone()
-        else:
-            encoder, decoder = (
-                torch.empty(shape, device=device, dtype=dtype) for shape in ((d_in, d_sae), (d_sae, d_in))
-            )
+        try:
+            encoder, decoder = _weights(d_in, d_sae, dtype, device, generator, initialise)
+        except RuntimeError as error:
+            if "memory" not in str(error):
+                raise
+            raise ResourceError(f"no memory for an SAE of d_in={d_in}, d_sae={d_sae} on {device or 'cpu'}") from error
         self.W_dec = nn.Parameter(decoder)
         self.W_enc = nn.Parameter(encoder)
         self.b_enc = nn.Parameter(torch.zeros(d_sae, dtype=dtype, device=device))
@@ -111,7 +115,11 @@ class SparseAutoencoder(nn.Module, abc.ABC):
         """x_hat [..., d_in] with each token's own mean and scale again, as `decode` returns it."""
         if self.normalize_activations == "none":
             return x_hat
-        if x is None:
+        if x is not None:
+            check_tensor("x", x, x_hat.device)
+            if x.shape != x_hat.shape:
+                raise ShapeError(f"x has shape {tuple(x.shape)}; the code is of activations {tuple(x_hat.shape)}")
+        else:
             raise ConfigError(
                 f"this SAE normalises every token ({self.normalize_activations}) and a code alone does not say what "
                 "to undo; use decode(feature_acts, x) or forward(x)"
@@ -137,8 +145,14 @@ class SparseAutoencoder(nn.Module, abc.ABC):
         return _CentredLinear.apply(x, self.W_enc, self.b_enc, self.b_dec)
 
     def _check_last(self, tensor: Tensor, name: str, size_name: str, size: int) -> None:
+        weights = self.W_dec
+        check_tensor(name, tensor, weights.device)
         if tensor.dim() == 0 or tensor.shape[-1] != size:
             raise ShapeError(f"{name} has shape {tuple(tensor.shape)}; its last dimension must be {size_name}={size}")
+        if tensor.dtype != weights.dtype and not torch.is_autocast_enabled(weights.device.type):
+            raise ConfigError(
+                f"{name} is {tensor.dtype} but the SAE is {weights.dtype}; convert one of them with .to(...)"
+            )
 
     # -- weights
 
@@ -158,8 +172,8 @@ class SparseAutoencoder(nn.Module, abc.ABC):
         Activations are scaled to a mean norm of sqrt(d_in) for training; what is saved should read the model's
         own activations. An SAE that normalises every token sees the same either way, and is left as it is.
         """
-        if not scale > 0:
-            raise NumericsError(f"activation scale is {scale}; it must be a positive number")
+        if not isinstance(scale, int | float) or not 0 < scale < float("inf"):
+            raise NumericsError(f"activation scale is {scale!r}; it must be a positive number")
         if self.normalize_activations != "none":
             return self
         self.W_enc.mul_(scale)
@@ -237,18 +251,20 @@ class SparseAutoencoder(nn.Module, abc.ABC):
             The folder.
 
         Raises:
-            NumericsError: a weight is NaN or infinite (nothing is written). OSError: the disk refuses.
+            NumericsError: a weight is NaN or infinite. ConfigError: metadata that JSON cannot hold. Then nothing is
+            written. StorageError: the disk refuses.
         """
         folder = Path(folder)
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         for name, tensor in weights.items():
-            if not bool(torch.isfinite(tensor).all()):
-                bad = int((~torch.isfinite(tensor)).sum())
-                raise NumericsError(f"{name} holds {bad} NaN or infinite values; nothing was written to {folder}")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(weights, path))
+            check_finite(name, tensor, f"nothing was written to {folder}")
         config = self.config()
-        text = json.dumps(config, indent=2, sort_keys=True)
+        try:
+            text = json.dumps(config, indent=2, sort_keys=True)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"metadata holds what JSON cannot ({error}); nothing was written to {folder}") from error
+        make_folder(folder)
+        write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(weights, path))
         write_text(folder / CONFIG_FILE, text + "\n")
         write_card(folder, config, metrics)
         return folder
@@ -292,6 +308,7 @@ class SparseAutoencoder(nn.Module, abc.ABC):
             FormatError: a file is missing, truncated, of another architecture, or lacks a tensor.
             SourceError: a hub id that cannot be fetched.
         """
+        device = parse_device(device) or torch.device("cpu")
         folder = local_path(source, revision)
         config, weights = read_folder(folder)
         if config["architecture"] != cls.architecture:
@@ -330,10 +347,27 @@ class SparseAutoencoder(nn.Module, abc.ABC):
                     f"{name} in {Path(source) / WEIGHTS_FILE} has shape {tuple(tensor.shape)}; "
                     f"cfg.json implies {tuple(expected[name].shape)}"
                 )
-            if not bool(torch.isfinite(tensor).all()):
-                raise NumericsError(f"{name} in {Path(source) / WEIGHTS_FILE} holds NaN or infinity; the file is bad")
+            check_finite(f"{name} in {Path(source) / WEIGHTS_FILE}", tensor, "the file is bad")
         sae.load_state_dict(weights)
         return sae
+
+
+def _weights(
+    d_in: int,
+    d_sae: int,
+    dtype: torch.dtype,
+    device: torch.device | None,
+    generator: torch.Generator | None,
+    initialise: bool,
+) -> tuple[Tensor, Tensor]:
+    """W_enc and W_dec: random directions and their transpose, or whatever is in memory."""
+    if not initialise:
+        return torch.empty(d_in, d_sae, device=device, dtype=dtype), torch.empty(
+            d_sae, d_in, device=device, dtype=dtype
+        )
+    decoder = torch.randn(d_sae, d_in, generator=generator)
+    decoder = (decoder / decoder.norm(dim=1, keepdim=True)).to(device=device, dtype=dtype)
+    return decoder.t().contiguous().clone(), decoder
 
 
 class _CentredLinear(torch.autograd.Function):
@@ -352,6 +386,14 @@ class _CentredLinear(torch.autograd.Function):
         dh = grads[0].reshape(-1, W_enc.shape[1])
         db_enc = dh.sum(0)
         return None, centred.t() @ dh, db_enc, -(W_enc @ db_enc)
+
+
+def check_sae(name: str, value: Any) -> None:
+    """Raises ConfigError unless `value` is an SAE of this package."""
+    if not isinstance(value, SparseAutoencoder):
+        raise ConfigError(
+            f"{name} is a {type(value).__name__}; give an SAE of this package, such as load_teacher returns"
+        )
 
 
 def parse_dtype(name: str) -> torch.dtype:

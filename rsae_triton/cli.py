@@ -6,6 +6,7 @@ import os
 import sys
 from typing import Annotated
 
+import torch
 import tyro
 from rich.console import Console
 from rich.markup import escape
@@ -110,16 +111,18 @@ def main(arguments: list[str] | None = None) -> int:
     except Stopped as stopped:
         Console(stderr=True, soft_wrap=True).print(escape(str(stopped)), highlight=False)
         return 0
-    except RsaeError as error:
-        if debug:
-            raise
-        message = " ".join(str(error).split())
-        Console(stderr=True, soft_wrap=True).print(f"[red]rsae:[/red] {escape(message)}", highlight=False)
-        return 2
     except BrokenPipeError:
         # Whoever read our output (head, a pager) has seen enough; a flush at exit must not complain either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (RsaeError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        if debug:
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        if not isinstance(error, RsaeError):
+            message += " (the machine, not the input: room on the disk, leave to write, or memory; --debug says where)"
+        Console(stderr=True, soft_wrap=True).print(f"[red]rsae:[/red] {escape(message)}", highlight=False)
+        return 2
     except KeyboardInterrupt:
         print("rsae: interrupted; what was finished is cached, run the same command to go on", file=sys.stderr)
         return 130

@@ -19,19 +19,20 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from .activations import HostModel, Splits, corpus_sha256, load_corpus, load_host
+from .activations import HostModel, Splits, check_corpus, corpus_sha256, load_corpus, load_host
 from .base import SparseAutoencoder
+from .checks import check_seed
 from .errors import ConfigError, FormatError, ShapeError
 from .evaluate import compare
 from .evaluate.compare import splice_of
-from .files import write_text
+from .files import check_folder, write_text
 from .recipes import training_l0
 from .report import summary_table, write_report
 from .teach import FAMILIES, TeacherPlan, objective_of, splits_for
 from .teach import make_teacher as train_or_load
 from .teachers import load_teacher
 from .train import TrainLog, train
-from .upgrade import upgrade
+from .upgrade import parse_degree, upgrade
 
 SHARED = ("W_enc", "b_enc", "W_dec", "b_dec")
 
@@ -178,6 +179,11 @@ def check(demo: Demo) -> None:
     for name in ("d_sae", "tokens", "teacher_steps", "steps", "batch_size"):
         if getattr(demo, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(demo, name)}; give a positive number")
+    check_seed(demo.seed)
+    if demo.degree != "auto":
+        parse_degree(demo.degree)
+    check_corpus(demo.text)
+    check_folder(demo.out)
     if demo.sequences < 2:
         raise ConfigError(f"--sequences is {demo.sequences}; an interval takes at least 2, better 48")
     if demo.tokens < demo.batch_size:

@@ -1,7 +1,7 @@
 """The errors a user can meet. Each message says what was wrong and what to do about it.
 
-The command line prints the message of any `RsaeError` on one line and exits with 2; anything else is a bug
-and shows its traceback.
+The command line prints the message of any `RsaeError` on one line and exits with 2, and so that of the system's own
+errors (disk, permissions, memory); anything else is a bug and shows its traceback.
 """
 
 
@@ -29,11 +29,15 @@ class SourceError(RsaeError):
     """Something outside could not be had: a model, a text, a download, an optional library."""
 
 
+class ResourceError(RsaeError, OSError):
+    """The machine does not have what it takes: memory, or (`StorageError`) room and permission to write."""
+
+
 class ConvergenceError(NumericsError):
     """A solver stopped before its certificate held; the message carries the best bracket it had."""
 
 
-class StorageError(RsaeError, OSError):
+class StorageError(ResourceError):
     """A file could not be written: the disk is full, or refuses."""
 
 

@@ -81,7 +81,7 @@ def gate_backward(
     t, s, Q, r, slope, sign = _rational(h, gate, spec)
     inside = (t.abs() <= 1).to(h.dtype) if spec.domain == "clamp" else torch.ones_like(t)
     masked = spec.hard and spec.backward == "soft"
-    d_output_scale = torch.zeros_like(h[:, 0])
+    d_output_scale = h.new_zeros(len(h))
     if spec.form == "direct":
         above = (t > 1).to(h.dtype) if spec.domain == "clamp" else torch.zeros_like(t)
         value = r + above * (t - 1)
@@ -120,7 +120,7 @@ def gate_backward(
         da, db, d_centre = (
             h.new_zeros(len(h), spec.p + 1),
             h.new_zeros(len(h), spec.q),
-            torch.zeros_like(h[:, 0]),
+            h.new_zeros(len(h)),
         )
     unused = torch.zeros_like(d_theta)
     return dh, dh.sum(1), GateTensors(da, db, d_centre, d_input_scale, d_output_scale, d_theta, unused)

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from .errors import NumericsError, ShapeError
+from .checks import check_finite, check_tensor
+from .errors import ConfigError, ShapeError
 from .sae import FusedRationalSAE
 from .teachers import JumpReluSAE
 
@@ -54,11 +55,13 @@ def to_jumprelu(sae: FusedRationalSAE, activations: Tensor) -> tuple[JumpReluSAE
     Raises:
         ShapeError, NumericsError: activations that do not fit, are fewer than two or are not finite.
     """
+    if not isinstance(sae, FusedRationalSAE):
+        raise ConfigError(f"sae is a {type(sae).__name__}; give a FusedRationalSAE")
+    check_tensor("activations", activations)
     if activations.dim() != 2 or activations.shape[1] != sae.d_in or len(activations) < 2:
         raise ShapeError(f"activations have shape {tuple(activations.shape)}; give [n_tokens >= 2, d_in={sae.d_in}]")
     x = activations.to(device=sae.W_enc.device, dtype=sae.W_enc.dtype)
-    if not bool(torch.isfinite(x).all()):
-        raise NumericsError("the activations hold NaN or infinity; drop those tokens first")
+    check_finite("activations", x, "drop those tokens first")
     fitted, held = x[0::2], x[1::2]
     h, z = sae.hidden_pre(fitted).float(), sae.encode(fitted).float()
     theta = sae.gate.threshold.double()

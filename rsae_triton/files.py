@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .errors import FormatError
+from .errors import FormatError, StorageError
 
 _MAX_TEXT = 16 << 20
 _MAX_PICKLE = 4 << 20  # the structure of a checkpoint without its tensors
@@ -160,14 +161,42 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes beside `path` and renames: a killed run leaves the old file or the new one, never half of one."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it. Raises StorageError where that is not possible."""
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"the folder {folder} cannot be made ({error.strerror}); choose another place") from error
+
+
+def check_folder(folder: Path) -> None:
+    """Raises StorageError unless files can be written into the folder, or into the nearest above it that is there;
+    leaves nothing behind. Asked before hours of work whose result goes there."""
+    above = next((one for one in (folder, *folder.absolute().parents) if one.exists()), Path("/"))
+    try:
+        with tempfile.TemporaryDirectory(dir=above):
+            pass
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be written to ({error.strerror}); choose another place") from error
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes beside `path` and renames: a killed run leaves the old file or the new one, never half of one.
+
+    Raises:
+        StorageError: the disk is full, or the folder cannot be written; what was there before is untouched.
+    """
+    temporary: Path | None = None
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(name)
         write(temporary)
         temporary.chmod(0o644)
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise StorageError(f"{path} cannot be written ({reason}); what was there before is untouched") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)

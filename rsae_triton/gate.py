@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .checks import check_finite, check_integer, check_tensor
 from .errors import ConfigError, NumericsError, ShapeError
 from .reference import GateSpec, GateTensors, rational_gate
 
@@ -22,6 +23,13 @@ def smooth_step() -> tuple[list[float], list[float]]:
     the smoothest rational stand-in for a Heaviside step, used where the gate's slope trains a threshold.
     """
     return [0.5, 1.0, 0.5], [0.0, 1.0]
+
+
+def _as_tensor(name: str, value: Any, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:
+    try:
+        return torch.as_tensor(value, dtype=dtype, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{name} is {str(value)[:60]!r}; give a number, or numbers ({error})") from error
 
 
 class RationalGate(nn.Module):
@@ -76,29 +84,30 @@ class RationalGate(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if len(degree) != 2:
+        if not isinstance(degree, Sequence) or isinstance(degree, str) or len(degree) != 2:
             raise ConfigError(f"degree is {degree!r}; give two integers (p, q)")
-        if not isinstance(groups, int) or groups < 1 or (d_sae % groups and group_of is None):
+        check_integer("d_sae", d_sae, 1)
+        check_integer("groups", groups, 1)
+        if d_sae % groups and group_of is None:
             raise ConfigError(f"groups={groups} does not divide d_sae={d_sae}; choose a divisor (1 = shared)")
         self.d_sae, self.groups = d_sae, groups
         self.degree = (degree[0], degree[1])
         self.form, self.domain, self.amplitude, self.backward = form, domain, amplitude, backward
         self.spec()  # refuses bad settings before any tensor is made
         p, q = self.degree
-        assigned = None if group_of is None else torch.as_tensor(group_of, device=device).detach().clone()
+        assigned = None if group_of is None else _as_tensor("group_of", group_of, None, device).detach().clone()
         self.register_buffer("group_of", assigned)
         self.check_groups()
 
         def tensor(name: str, value: Any, *shapes: tuple[int, ...]) -> Tensor:
-            made = torch.as_tensor(value, dtype=torch.float32, device=device).detach().clone()
+            made = _as_tensor(name, value, torch.float32, device).detach().clone()
             if made.dim() == len(shapes[0]) - 1:
                 made = made.unsqueeze(0)
             if made.shape[1:] == shapes[0][1:] and made.shape[0] == 1 and (1, *shapes[0][1:]) not in shapes:
                 made = made.expand(shapes[0]).clone()
             if tuple(made.shape) not in shapes:
                 raise ShapeError(f"{name} has shape {tuple(made.shape)}; expected {' or '.join(map(str, shapes))}")
-            if not bool(torch.isfinite(made).all()):
-                raise NumericsError(f"{name} holds NaN or infinity; gate parameters must be finite")
+            check_finite(name, made, "gate parameters must be finite")
             return made
 
         scale_a = tensor(
@@ -124,7 +133,11 @@ class RationalGate(nn.Module):
         self.log_input_scale = nn.Parameter(scale_in.log())
         self.output_scale = nn.Parameter(tensor("output_scale", output_scale, (groups,), (1,), (d_sae,)))
         self.threshold = nn.Parameter(tensor("threshold", threshold, (d_sae,)))
-        self.register_buffer("activity_threshold", tensor("activity_threshold", activity_threshold, (1,), (d_sae,)))
+        activity = tensor("activity_threshold", activity_threshold, (1,), (d_sae,))
+        for name, values in (("activity_threshold", activity), *([("threshold", self.threshold)] * (form == "gated"))):
+            if bool((values < 0).any()):
+                raise NumericsError(f"{name} must not be negative; got a smallest value of {float(values.min()):g}")
+        self.register_buffer("activity_threshold", activity)
 
     @classmethod
     def from_fit(
@@ -149,6 +162,8 @@ class RationalGate(nn.Module):
         Raises:
             ConfigError: thresholds with a direct fit whose own theta is 0, or that are not positive.
         """
+        if not all(hasattr(fit, name) for name in ("a", "b", "degree", "theta")):
+            raise ConfigError(f"fit is a {type(fit).__name__}; give what fit_gate returned")
         if thresholds is not None and form == "direct":
             if fit.theta <= 0:
                 raise ConfigError(
@@ -220,6 +235,7 @@ class RationalGate(nn.Module):
 
     def forward(self, hidden_pre: Tensor, *, hard: bool = True) -> Tensor:
         """Pre-activations [..., d_sae] -> codes of the same shape, in plain PyTorch (float32 inside)."""
+        check_tensor("hidden_pre", hidden_pre, self.threshold.device)
         if hidden_pre.shape[-1:] != (self.d_sae,):
             raise ShapeError(f"hidden_pre ends in {tuple(hidden_pre.shape[-1:])}; this gate has d_sae={self.d_sae}")
         rows = hidden_pre.reshape(-1, self.d_sae)

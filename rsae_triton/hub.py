@@ -56,10 +56,14 @@ def local_path(source: str | Path, revision: str | None = None) -> Path:
         FormatError: neither a path nor a hub id, or a repository that holds several SAEs and no choice among them.
         SourceError: the hub, the repository or the revision cannot be had.
     """
-    path = Path(source).expanduser()
-    if path.exists():
-        return path
-    name = str(source)
+    if not isinstance(source, str | Path) or not str(source):
+        raise FormatError(f"source is {source!r}; give a folder, a file, or a hub id such as owner/repository/folder")
+    path, name = Path(source).expanduser(), str(source)
+    try:
+        if path.exists():
+            return path
+    except OSError as error:  # a name that no file can have
+        raise FormatError(f"{name[:60]}... cannot be a path ({error.strerror}); check it") from error
     if name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name) or ".." in name:
         raise FormatError(f"{name} does not exist; give a folder, a file, or a hub id such as owner/repository/folder")
     owner, repository, *inside = name.split("/")

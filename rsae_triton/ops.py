@@ -15,6 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import backends, reference
 from .backends import BACKENDS, interpreting, resolve_backend
+from .checks import check_tensor
 from .errors import ConfigError, ShapeError
 from .reference import Encoded, GateSpec, GateTensors
 from .tiles import wide
@@ -98,6 +99,15 @@ def check_inputs(
     spec: GateSpec,
 ) -> None:
     """Raises ShapeError or ConfigError, naming the argument, if the tensors do not fit each other."""
+    if not isinstance(gate, GateTensors) or not isinstance(spec, GateSpec):
+        raise ConfigError(
+            f"gate is a {type(gate).__name__} and spec a {type(spec).__name__}; give RationalGate.tensors() and .spec()"
+        )
+    for name, given in (("x", x), ("W_enc", W_enc), ("b_enc", b_enc)):
+        check_tensor(name, given)
+    for name, optional in (("b_dec", b_dec), ("W_dec", W_dec)):
+        if optional is not None:
+            check_tensor(name, optional)
     if W_enc.dim() != 2 or x.dim() == 0 or x.shape[-1] != W_enc.shape[0]:
         raise ShapeError(
             f"x has shape {tuple(x.shape)} and W_enc {tuple(W_enc.shape)}; [..., d_in] and [d_in, d_sae] are wanted"
@@ -122,8 +132,6 @@ def check_inputs(
             raise ConfigError(f"{name} is on {tensor.device} and x on {x.device}; move them to one device")
     if W_enc.device != x.device:
         raise ConfigError(f"W_enc is on {W_enc.device} and x on {x.device}; move them to one device")
-    if not x.is_floating_point():
-        raise ConfigError(f"x is {x.dtype}; give floating-point activations")
     for name, tensor in (("W_enc", W_enc), ("b_enc", b_enc), ("b_dec", b_dec), ("W_dec", W_dec)):
         if tensor is not None and tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ConfigError(f"x is {x.dtype} but {name} is {tensor.dtype}; convert one of them with .to(...)")

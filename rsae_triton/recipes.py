@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .across import Across, decode_across
 from .base import SparseAutoencoder
+from .checks import check_number
 from .errors import ConfigError
 from .memory import MemoryPlan
 from .sae import FusedRationalSAE
@@ -49,10 +50,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.sparsity not in ("l1", "l0", "tanh", "none"):
             raise ConfigError(f"sparsity is {self.sparsity!r}; choose l1, l0, tanh or none")
-        if self.weight < 0 or not math.isfinite(self.weight):
-            raise ConfigError(f"the sparsity weight is {self.weight}; give a number that is not negative")
-        if self.target_l0 is not None and not self.target_l0 > 0:
-            raise ConfigError(f"target_l0 is {self.target_l0}; give a positive number of features")
+        check_number("the sparsity weight", self.weight, least=0)
+        if self.target_l0 is not None:
+            check_number("target_l0", self.target_l0, above=0)
 
 
 RECIPES = {

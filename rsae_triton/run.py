@@ -133,6 +133,7 @@ class Run:
         if bad is not None:
             count = int((~bad.isfinite()).sum())
             what = f"{name} holds {count} NaN or infinite of {bad.numel()} values"
+            what += f", the first at {(~bad.isfinite()).nonzero()[0].tolist()}" if bad.dim() else ""
             what += " (NaN or infinite activations)" if bad is x else ""
         last = checkpoints.steps() if checkpoints is not None else []
         good = f"the last good checkpoint is {checkpoints.path(last[-1])}" if checkpoints and last else "no checkpoint"

@@ -11,6 +11,7 @@ from torch import Tensor
 from .across import Across
 from .autoencode import Autoencoded, rational_autoencode
 from .base import SparseAutoencoder
+from .checks import parse_device
 from .errors import ConfigError, FormatError
 from .gate import RationalGate
 from .ops import rational_encode, resolve_backend
@@ -79,6 +80,8 @@ class FusedRationalSAE(SparseAutoencoder):
         if gate is None:
             options = {"groups": groups, "domain": domain, "amplitude": amplitude, "backward": backward}
             gate = initial_gate(d_sae, degree, form, options)
+        elif not isinstance(gate, RationalGate):
+            raise ConfigError(f"gate is a {type(gate).__name__}; give a RationalGate")
         elif gate.d_sae != d_sae:
             raise ConfigError(f"the gate has d_sae={gate.d_sae}, the SAE d_sae={d_sae}; they must agree")
         self.gate = gate.to(device) if device is not None else gate
@@ -198,6 +201,7 @@ class FusedRationalSAE(SparseAutoencoder):
         backend: str = "auto",
     ) -> Self:
         """Loads what `save_pretrained` or `push_to_hub` wrote; see `SparseAutoencoder.from_pretrained`."""
+        resolve_backend(backend, parse_device(device) or torch.device("cpu"), torch.float32)
         sae = super().from_pretrained(source, device, revision=revision)
         sae.backend = backend
         return sae

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from .checks import check_integer, check_number, check_seed
 from .errors import ConfigError
 from .recipes import Recipe
 
@@ -77,13 +77,15 @@ class TrainSettings:
     """Where metrics go besides metrics.jsonl."""
 
     def __post_init__(self) -> None:
-        for name, low in (("steps", 0), ("batch_size", 1), ("log_every", 1), ("accumulate", 1), ("keep", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ConfigError(f"{name} is {value!r}; give an integer of at least {low}")
+        counts = ("steps", "warmup", "sparsity_warmup", "dead_after")
+        for name in (*counts, "batch_size", "log_every", "accumulate", "keep", "checkpoint_every"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), 0 if name in counts else 1)
+        check_seed(self.seed)
         for name in ("lr", "clip", "checkpoint_minutes"):
-            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
-                raise ConfigError(f"{name} is {getattr(self, name)}; give a positive number")
+            check_number(name, getattr(self, name), above=0)
+        check_number("weight_decay", self.weight_decay, least=0)
+        check_number("decay", self.decay, least=0, most=1)
         for name, choices in (
             ("optimizer", ("adam", "adamw")),
             ("decoder_norm", ("keep", "unit", "free")),
@@ -93,10 +95,6 @@ class TrainSettings:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
         if unknown := set(self.track) - {"tensorboard", "wandb"}:
             raise ConfigError(f"track names {', '.join(sorted(unknown))}; there are tensorboard and wandb")
-        if self.checkpoint_every is not None and self.checkpoint_every < 1:
-            raise ConfigError(f"checkpoint_every is {self.checkpoint_every}; give a positive number of steps")
-        if not 0 <= self.decay <= 1:
-            raise ConfigError(f"decay is {self.decay}; give a share of the steps, 0 to 1")
         if self.accumulate > self.batch_size:
             raise ConfigError(f"accumulate={self.accumulate} cuts a batch of {self.batch_size} into nothing")
         if self.out is None and (self.resume or self.track or self.checkpoint_every is not None):

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from . import backends, ops
+from .base import check_sae
+from .checks import check_integer, check_tensor
 from .errors import ConfigError, NumericsError, ShapeError
 from .gate import RationalGate
 from .reference import GateSpec, GateTensors
@@ -49,6 +51,7 @@ class SparseCode(NamedTuple):
             ShapeError: the parts do not fit each other, or an index is not below d_sae.
         """
         _check_code(self)
+        check_integer("d_sae", d_sae, 1)
         check_places(self.indices, self.counts, d_sae)
         values = torch.where(used(self.counts, self.values.shape[-1]), self.values, 0)
         # Added, not written: the places that are not in use all point at feature 0.
@@ -57,6 +60,7 @@ class SparseCode(NamedTuple):
     @classmethod
     def from_dense(cls, feature_acts: Tensor, capacity: int | None = None) -> SparseCode:
         """What is not zero in feature_acts [..., d_sae] (NaN is not zero); capacity as in `encode_sparse`."""
+        check_tensor("feature_acts", feature_acts)
         if feature_acts.dim() == 0:
             raise ShapeError("feature_acts is a scalar; give codes of shape [..., d_sae]")
         _check_count("capacity", capacity)
@@ -84,6 +88,7 @@ def encode_sparse(
     Raises:
         ShapeError, ConfigError: x, its dtype, capacity or k cannot be used. NumericsError: a code is NaN.
     """
+    check_sae("sae", sae)
     sae._check_last(x, "x", "d_in", sae.d_in)
     _check_count("capacity", capacity)
     _check_count("k", k)
@@ -124,7 +129,9 @@ def decode_sparse(sae: SparseAutoencoder, code: SparseCode, x: Tensor | None = N
             GPU, where looking would mean waiting, such an index makes its token's reconstruction NaN.
         ConfigError: such an SAE without x, or a second derivative.
     """
+    check_sae("sae", sae)
     _check_code(code)
+    check_tensor("code.values", code.values, sae.W_dec.device)
     n_tokens, width = code.counts.numel(), code.values.shape[-1]
     x_hat = sparse_decode(
         code.values.reshape(n_tokens, width), code.indices.reshape(n_tokens, width), code.counts.reshape(n_tokens),
@@ -208,7 +215,13 @@ def _check_count(name: str, count: int | None) -> None:
 
 
 def _check_code(code: SparseCode) -> None:
+    if not isinstance(code, SparseCode) or not all(isinstance(one, Tensor) for one in code):
+        raise ShapeError(f"code is a {type(code).__name__}; give the SparseCode that encode_sparse returns")
     values, indices, counts = code
+    if not values.device == indices.device == counts.device:
+        raise ConfigError(
+            f"values are on {values.device}, indices on {indices.device}, counts on {counts.device}; move them to one"
+        )
     if values.dim() == 0 or indices.shape != values.shape or counts.shape != values.shape[:-1]:
         raise ShapeError(
             f"values {tuple(values.shape)}, indices {tuple(indices.shape)} and counts {tuple(counts.shape)} do not "

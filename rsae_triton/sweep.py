@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from .activations import HostModel, Splits, load_corpus, load_host
+from .activations import HostModel, Splits, check_corpus, load_corpus, load_host
 from .base import SparseAutoencoder
+from .checks import check_integer, check_number
 from .contenders import CONTENDERS, contender
 from .errors import ConfigError, FormatError
 from .evaluate import compare
@@ -89,6 +90,11 @@ class Sweep:
         for name in ("tokens", "teacher_steps", "steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give a positive number")
+        for width in self.widths:
+            check_integer("--widths", width, 1)
+        for factor in self.sparsities:
+            check_number("--sparsities", factor, above=0)
+        check_corpus(self.text)
         unknown = [name for name in self.contenders if name not in (*CONTENDERS, "scratch")]
         if unknown:
             raise ConfigError(f"--contenders {', '.join(unknown)}: choose from {', '.join(CONTENDERS)}, scratch")

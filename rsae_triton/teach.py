@@ -13,11 +13,12 @@ import tyro
 from rich.console import Console
 from torch import Tensor
 
-from .activations import Splits, cache_dir, extract_splits, load_corpus, load_host
+from .activations import Splits, cache_dir, check_corpus, extract_splits, load_corpus, load_host
 from .base import SparseAutoencoder
+from .checks import check_number
 from .errors import ConfigError
 from .evaluate import reconstruction
-from .files import write_text
+from .files import check_folder, write_text
 from .recipes import RECIPES, Recipe, recipe_for
 from .teachers import BatchTopKSAE, JumpReluSAE, ReluSAE, TopKSAE
 from .train import TrainLog, train
@@ -143,10 +144,16 @@ class Teach:
 
 def teach(config: Teach) -> Path:
     """Runs `rsae teach` and returns the folder."""
-    plan = config.plan()
-    for name in ("tokens", "steps", "batch_size"):
+    for name in ("tokens", "steps", "batch_size", "d_sae", "k"):
         if getattr(config, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(config, name)}; give a positive number")
+    if config.family in ("topk", "batchtopk") and config.k > config.d_sae:
+        raise ConfigError(f"--k is {config.k}; there are --d-sae {config.d_sae} features")
+    if config.weight is not None:
+        check_number("--weight", config.weight, least=0)
+    plan = config.plan()
+    check_corpus(config.text)
+    check_folder(config.out)
     torch.set_float32_matmul_precision("medium")
     host = load_host(config.model, device=config.device, hook_name=config.hook)
     splits = splits_for(host, load_corpus(list(config.text)), config.tokens)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from .base import SparseAutoencoder
+from .base import SparseAutoencoder, check_sae
 from .checkpoints import Checkpoints
+from .checks import check_tensor
 from .errors import ConfigError, ShapeError, Stopped
 from .memory import plan_memory
 from .metrics import Metrics, TrainLog, progress_bar, take_up
@@ -71,10 +72,19 @@ def train(
         StorageError: a checkpoint cannot be written. Stopped: a SIGTERM came, and the run is saved.
     """
     settings = TrainSettings(**changes) if settings is None else replace(settings, **changes)
+    check_sae("sae", sae)
     recipe = recipe_for(sae, settings.recipe) if isinstance(settings.recipe, str) else settings.recipe
+    if not isinstance(recipe, Recipe):
+        raise ConfigError(f"recipe is a {type(recipe).__name__}; give a name of RECIPES, or a Recipe")
     recipe = holding(recipe, settings.target_l0)
     together: Alone = Alone() if mesh is None else mesh
     together.check(sae, recipe, settings)
+    if isinstance(activations, Tensor):
+        check_tensor("activations", activations)
+        if activations.dim() != 2:
+            raise ShapeError(f"activations have shape {tuple(activations.shape)}; give [n_tokens, d_in={sae.d_in}]")
+    elif not hasattr(activations, "batches"):
+        raise ShapeError(f"activations is a {type(activations).__name__}; give a torch.Tensor or an ActivationStore")
     width = activations.shape[-1] if isinstance(activations, Tensor) else activations.d_in
     if width != sae.d_in:
         raise ShapeError(

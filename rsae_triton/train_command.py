@@ -10,10 +10,13 @@ import tyro
 
 from .activations import ActivationStore
 from .checkpoints import Checkpoints
+from .checks import parse_device
 from .errors import ConfigError, FormatError
 from .evaluate.held_out import load_sae
+from .files import check_folder
 from .settings import TrainSettings
 from .train import train
+from .upgrade import parse_degree
 from .upgrade import upgrade as stage_1
 
 UNITS = "trained_at_scale"
@@ -86,6 +89,8 @@ class Export:
 
 
 def run_upgrade(config: Upgrade) -> Path:
+    parse_degree(config.degree)
+    check_folder(config.out)
     store = ActivationStore(config.activations)
     teacher = load_sae(config.teacher).fold_activation_scale_(1 / store.scale)
     rsae = stage_1(teacher, store, degree=config.degree, form=config.form)
@@ -98,7 +103,9 @@ def run_train(config: Train) -> Path:
     from .distributed import launched, mesh_of
 
     torch.set_float32_matmul_precision("high")
+    settings = config.settings()
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    parse_device(device)
     if not launched() and config.features_over > 1:
         raise ConfigError(
             f"--features-over {config.features_over} needs as many processes; start with: torchrun --nproc-per-node "
@@ -111,7 +118,7 @@ def run_train(config: Train) -> Path:
         sae.metadata[UNITS] = store.scale
         own = sae if mesh is None else mesh.shard(sae)
         own.to(device if mesh is None else mesh.device)
-        log = train(own, store, config.settings(), mesh=mesh)
+        log = train(own, store, settings, mesh=mesh)
         if mesh is not None and mesh.rank:
             return config.out / "sae"
     if log.mse:

@@ -11,8 +11,11 @@ from torch import Tensor
 
 from .base import SparseAutoencoder
 from .calibrate import Calibration, Histogram, calibrate, histogram
+from .checks import check_finite, check_integer, check_number, check_seed, check_tensor
 from .errors import ConfigError, NumericsError, ShapeError
 from .gate import RationalGate
+from .ops import resolve_backend
+from .reference import GateSpec
 from .remez import GateFit, fit_gate
 from .sae import FusedRationalSAE
 from .teachers import BatchTopKSAE, JumpReluSAE, ReluSAE, TopKSAE
@@ -119,20 +122,25 @@ def upgrade(
         raise ConfigError(f"thresholds is {thresholds!r}; choose feature or token")
     if thresholds == "token" and (not isinstance(teacher, TopKSAE) or form == "direct"):
         raise ConfigError("thresholds='token' is for the gated form of a TopK teacher; use thresholds='feature'")
+    check_integer("n_tokens", n_tokens, 1)
+    check_seed(seed)
+    check_number("tolerance", tolerance, least=0)
+    pair = parse_degree(degree)
+    resolve_backend(backend, teacher.W_enc.device, teacher.W_enc.dtype)
     x = sample(activations, teacher, n_tokens, seed)
     with torch.no_grad():
         h, z = teacher.hidden_pre(x), teacher.encode(x)
     if not bool(torch.isfinite(h).all()):
         raise NumericsError("the teacher's pre-activations are not finite; its weights or the activations are bad")
     groups = {"shared": 1, "per_feature": teacher.d_sae}.get(str(coefficients), coefficients)
-    if not isinstance(groups, int):
+    if isinstance(groups, bool) or not isinstance(groups, int):
         raise ConfigError(f"coefficients is {coefficients!r}; choose shared, per_feature or a number of groups")
     if not 1 <= groups <= teacher.d_sae:
         raise ConfigError(f"coefficients is {groups} groups; there are {teacher.d_sae} features to put into them")
     kind = _direct if form == "direct" else _gated
     seen = Sample(x, h, z, teacher_thresholds(teacher, h, z))
     grouping = Grouping(groups, None if groups in (1, teacher.d_sae) else strength_groups(h, z, groups))
-    gate, facts = kind(teacher, seen, parse_degree(degree), grouping, tolerance)
+    gate, facts = kind(teacher, seen, pair, grouping, tolerance)
     options: dict[str, Any] = {}
     if thresholds == "token" and isinstance(teacher, TopKSAE):
         # Whatever is below tau is replaced, not added: a slope there would pull at features that cannot all open.
@@ -173,23 +181,25 @@ def parse_degree(degree: str | tuple[int, int]) -> tuple[int, int] | None:
         return None
     try:
         p, q = (int(part) for part in (degree.split(",") if isinstance(degree, str) else degree))
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"degree is {degree!r}; give 'auto' or two integers such as 9,8") from error
+    GateSpec(p, q)  # refuses degrees that no gate has
     return p, q
 
 
 def sample(activations: Tensor | Any, teacher: SparseAutoencoder, n_tokens: int, seed: int) -> Tensor:
     """n_tokens rows to calibrate on, in the teacher's dtype and on its device."""
+    if not isinstance(activations, Tensor) and not hasattr(activations, "tensor"):
+        raise ShapeError(f"activations is a {type(activations).__name__}; give a torch.Tensor or an ActivationStore")
     x = activations if isinstance(activations, Tensor) else activations.tensor()
+    check_tensor("activations", x)
     if x.dim() != 2 or x.shape[1] != teacher.d_in:
         raise ShapeError(f"activations have shape {tuple(x.shape)}; the teacher takes [n, d_in={teacher.d_in}]")
     if len(x) == 0:
         raise ShapeError("there are no activations to calibrate on; give at least a few hundred tokens")
     chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:n_tokens]
     x = x[chosen.to(x.device)].to(device=teacher.W_enc.device, dtype=teacher.W_enc.dtype)
-    if not bool(torch.isfinite(x).all()):
-        bad = int((~torch.isfinite(x)).any(1).sum())
-        raise NumericsError(f"{bad} of {len(x)} sampled activations hold NaN or infinity; drop them first")
+    check_finite("the sample of the activations", x, "drop those rows first")
     return x
 
 

@@ -201,7 +201,7 @@ def test_bad_activations_are_named(activations):
         upgrade(teacher, activations[:, :8])
     with pytest.raises(ShapeError, match="no activations"):
         upgrade(teacher, activations[:0])
-    with pytest.raises(NumericsError, match="1 of"):
+    with pytest.raises(NumericsError, match="16 NaN or infinite values"):
         upgrade(teacher, torch.cat([activations[:5], torch.full((1, 16), float("inf"))]))
     with pytest.raises(ConfigError, match="cannot be upgraded"):
         upgrade(FusedRationalSAE(16, 64), activations)

@@ -1,6 +1,6 @@
 """From a language model and text to activations on disk, and replaced activations back into the model."""
 
-from rsae_triton.activations.corpus import load_corpus
+from rsae_triton.activations.corpus import check_corpus, load_corpus
 from rsae_triton.activations.documents import Document, corpus_sha256, split
 from rsae_triton.activations.downloads import cache_dir, fetch
 from rsae_triton.activations.extract import Splits, extract, extract_hooks, extract_splits, split_three_ways
@@ -16,6 +16,7 @@ __all__ = [
     "SpliceLoss",
     "Splits",
     "cache_dir",
+    "check_corpus",
     "corpus_sha256",
     "extract",
     "extract_hooks",

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rsae_triton.activations.corpus import load_corpus
+from rsae_triton.activations.corpus import check_corpus, load_corpus
 from rsae_triton.activations.extract import extract_hooks, split_three_ways
 from rsae_triton.activations.host import load_host
-from rsae_triton.errors import ConfigError
+from rsae_triton.checks import check_integer, check_number
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,11 @@ class Extract:
 
 
 def run_extract(config: Extract) -> list[Path]:
-    if config.max_documents < 1:
-        raise ConfigError(f"--max-documents is {config.max_documents}; give a positive number")
+    for name, least in (("max_documents", 1), ("tokens", 1), ("context", 2)):
+        check_integer(f"--{name.replace('_', '-')}", getattr(config, name), least)
+    if config.drop_outliers is not None:
+        check_number("--drop-outliers", config.drop_outliers, above=1)
+    check_corpus(config.text)
     host = load_host(config.model, device=config.device)
     documents = load_corpus(list(config.text), max_documents=config.max_documents)
     stores = extract_hooks(

@@ -18,10 +18,10 @@ from rsae_triton.activations.documents import (
     split,
     strip_gutenberg,
 )
-from rsae_triton.errors import FormatError, SourceError
+from rsae_triton.errors import ConfigError, FormatError, SourceError
 from rsae_triton.hub import require_hub
 
-__all__ = ["Document", "corpus_sha256", "load_corpus", "split"]
+__all__ = ["Document", "check_corpus", "corpus_sha256", "load_corpus", "split"]
 
 _SUFFIXES = {".txt", ".md", ".jsonl"}
 _TEXT_FIELDS = ("text", "content", "document", "body")
@@ -49,6 +49,20 @@ def load_corpus(spec: str | Path | Sequence[str | Path] = "demo", *, max_documen
     if not documents:
         raise FormatError(f"no text in {', '.join(map(str, specs)) or 'an empty list'}; give files that hold some")
     return documents
+
+
+def check_corpus(spec: Sequence[str | Path]) -> None:
+    """Refuses local text that is not there (SourceError), before anything else is loaded or computed."""
+    if not spec:
+        raise ConfigError("--text is empty; give demo, files, folders, or a hub dataset")
+    for one in map(str, spec):
+        if one != "demo" and not Path(one).exists() and _looks_like_file(one):
+            raise SourceError(f"no file or folder at {one!r}; check the path")
+
+
+def _looks_like_file(spec: str) -> bool:
+    name = spec.split(":")[0]
+    return not name or Path(spec).suffix.lower() in _SUFFIXES or spec.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def _local(path: Path) -> Iterator[Document]:
@@ -105,8 +119,7 @@ def _hub(spec: str) -> Iterable[Document]:
     name, *rest = spec.split(":")
     config = rest[0] if rest and rest[0] else None
     part = rest[1] if len(rest) > 1 else "train"
-    looks_like_file = Path(spec).suffix.lower() in _SUFFIXES or spec.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_like_file or not name:
+    if _looks_like_file(spec):
         raise SourceError(f"no file or folder at {spec!r}; check the path")
     require_hub(f"no file or folder named {spec!r}, and as a hub dataset it")
     try:

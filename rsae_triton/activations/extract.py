@@ -21,6 +21,7 @@ from rsae_triton.activations.loading import parse_dtype
 from rsae_triton.activations.store import SCHEMA, ActivationStore
 from rsae_triton.activations.writing import Extraction, write_shards
 from rsae_triton.errors import ConfigError, FormatError
+from rsae_triton.files import make_folder
 
 
 class Splits(NamedTuple):
@@ -115,7 +116,7 @@ def extract_hooks(
             runs.append((folder, key, identity))
         # In one order, so that two runs never wait for each other.
         for folder in sorted(folders):
-            folder.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(folder.parent)
             locks.enter_context(FileLock(folder.parent / f".{folder.name}.lock"))
         missing = [
             (Extraction(host, documents, identity, dtype, contexts, folder.parent / f".{folder.name}.partial"), key)

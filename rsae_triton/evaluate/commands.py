@@ -20,10 +20,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..activations import HostModel
-from ..errors import ConfigError, SourceError
+from ..errors import ConfigError, StorageError
 from ..files import write_text
 from .compare import compare
-from .held_out import TextOptions, load_saes, open_held_out, open_host
+from .held_out import TextOptions, check_text, load_saes, open_held_out, open_host
 from .reconstruction import DENSE, measure
 
 # Rows of the table: key, label, format.
@@ -70,6 +70,7 @@ def run_eval(options: Eval) -> dict[str, Any]:
     """
     if options.sequences < 0 or options.sequences == 1:
         raise ConfigError(f"--sequences is {options.sequences}; an interval takes at least 2, 0 leaves them out")
+    check_text(options)
     check_writable(options.out)
     saes = load_saes(options.paths)
     host = open_host(options, saes)
@@ -192,15 +193,11 @@ def check_writable(out: Path | None) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SourceError(f"--out {out}: its folder cannot be made ({error.strerror}); choose another") from error
+        raise StorageError(f"--out {out}: its folder cannot be made ({error.strerror}); choose another") from error
 
 
 def write_json(out: Path | None, result: Mapping[str, Any]) -> None:
-    """Writes the result whole or not at all; nothing when `out` is None."""
+    """Writes the result whole or not at all (StorageError); nothing when `out` is None."""
     if out is None:
         return
-    text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
-    try:
-        write_text(out, text)
-    except OSError as error:
-        raise SourceError(f"cannot write {out} ({error.strerror}); choose another place") from error
+    write_text(out, json.dumps(result, indent=2, ensure_ascii=False) + "\n")

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..activations import ActivationStore
 from ..base import SparseAutoencoder
-from ..errors import ConfigError
+from ..checks import check_integer
+from ..errors import ConfigError, ShapeError
 from .downstream import Splice, Spliced, downstream, splice_sequences
 from .paired import mean_interval
 from .reconstruction import Codec, Measured, Thresholded, at_l0, measure
@@ -46,6 +47,12 @@ def compare(
         {name: the same, with the threshold `tau` that it took}, "paired": {"shipped": differences, "matched_l0":
         differences}} with differences[b][a] = {mse, delta_ce, kl: [b - a, low, high]} for every a before b.
     """
+    if not isinstance(saes, Mapping) or not saes:
+        raise ConfigError("saes is empty or no dictionary; give at least one SAE by name")
+    if measured is not None and set(measured) != set(saes):
+        raise ConfigError(f"measured is of {', '.join(measured) or 'nothing'}, not of {', '.join(saes)}")
+    if contexts is not None and len(contexts) != len(x):
+        raise ShapeError(f"contexts has {len(contexts)} entries for {len(x)} activations; give one each")
     measured = {name: measure(sae, x) for name, sae in saes.items()} if measured is None else measured
     target = next(iter(measured.values())).scores.l0 if l0 is None else l0
     matched: dict[str, Thresholded] = {name: at_l0(sae, x, target) for name, sae in saes.items()}
@@ -104,6 +111,11 @@ def evaluate(
         The fields of `Reconstruction` (mse, fvu, cosine, l0, l1, alive_fraction, dead_features, ...) and with a host
         those of `Downstream` (ce, delta_ce with its interval, loss_recovered, kl, ...).
     """
+    if not isinstance(activations, ActivationStore):
+        raise ConfigError(
+            f"activations is a {type(activations).__name__}; give an ActivationStore (of a tensor: reconstruction)"
+        )
+    check_integer("n_sequences", n_sequences, 1)
     options: dict[str, Any] = {}
     if host is not None:
         sequences = activations.sequences

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..activations import ActivationStore, HostModel, extract, load_corpus, load_host, split_three_ways
+from ..activations import ActivationStore, HostModel, check_corpus, extract, load_corpus, load_host, split_three_ways
 from ..base import CONFIG_FILE, SparseAutoencoder
 from ..errors import ConfigError, ShapeError
 from ..files import read_json
@@ -45,6 +45,13 @@ class TextOptions(HostOptions):
     """Of the split; what the SAE says it was trained with when not given, else 0."""
     whole_text: bool = False
     """Use all of the text, not only its test part: for an SAE that was trained on something else."""
+
+
+def check_text(options: TextOptions) -> None:
+    """Refuses what is wrong about the text before anything is loaded (ConfigError, SourceError)."""
+    if options.tokens < 1:
+        raise ConfigError(f"--tokens is {options.tokens}; give a positive number")
+    check_corpus(options.text)
 
 
 def load_sae(source: str | Path) -> SparseAutoencoder:
@@ -130,10 +137,8 @@ def open_held_out(options: TextOptions, saes: Mapping[str, SparseAutoencoder], h
     mean norm of x is sqrt(d_in).
 
     Raises:
-        ConfigError: a text too small to split, or no tokens asked for.
+        ConfigError: a text too small to split.
     """
-    if options.tokens < 1:
-        raise ConfigError(f"--tokens is {options.tokens}; give a positive number")
     documents = load_corpus(list(options.text))
     seed = options.seed if options.seed is not None else int(agreed(saes, "split_seed", None) or 0)
     if not options.whole_text:

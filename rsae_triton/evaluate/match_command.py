@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .commands import bar, check_writable, provenance, write_json
-from .held_out import TextOptions, load_saes, open_held_out, open_host
+from .held_out import TextOptions, check_text, load_saes, open_held_out, open_host
 from .matching import match_features, passes
 
 
@@ -47,6 +47,7 @@ def run_match(options: Match) -> dict[str, Any]:
         raise ConfigError(f"--changed is {options.changed}; give 0 or a positive number")
     if options.tokens < 2:
         raise ConfigError(f"--tokens is {options.tokens}; a correlation takes at least 2, better 10000")
+    check_text(options)
     check_writable(options.out)
     saes = load_saes([options.teacher, options.sae])
     host = open_host(options, saes)

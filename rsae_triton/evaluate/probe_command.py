@@ -64,8 +64,8 @@ def run_probe(options: Probe) -> dict[str, Any]:
     if options.items < 10 or options.context < 8:
         raise ConfigError(f"--items {options.items} --context {options.context}: choose at least 10 and 8")
     check_writable(options.out)
-    tasks, documents = choose(options)
     saes = load_saes(options.paths)
+    tasks, documents = choose(options)
     host = open_host(options, saes)
     items = windows(options, tasks, documents, host)
     probed, ceilings = probe(saes, host, items, seed=options.seed)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..base import SparseAutoencoder
-from ..errors import ConfigError, NumericsError, ShapeError
+from ..checks import check_finite, check_number, check_tensor
+from ..errors import ConfigError, ShapeError
 
 CHUNK = 2048
 # A feature active on more than this fraction of the tokens is called dense.
@@ -83,14 +84,15 @@ def strength(z: Tensor, W_dec: Tensor) -> Tensor:
 
 
 def _check(sae: Codec, x: Tensor) -> Tensor:
+    if not isinstance(getattr(sae, "W_dec", None), Tensor) or not hasattr(sae, "encode"):
+        raise ConfigError(f"sae is a {type(sae).__name__}; give an SAE of this package, such as load_teacher returns")
+    check_tensor("activations", x)
     d_in = sae.W_dec.shape[1]
     if x.dim() != 2 or x.shape[1] != d_in:
         raise ShapeError(f"activations have shape {tuple(x.shape)}; give [n_tokens, d_in={d_in}]")
     if len(x) == 0:
         raise ShapeError("there are no activations to evaluate on; give at least one token")
-    if not bool(torch.isfinite(x).all()):
-        bad = int((~torch.isfinite(x)).any(1).sum())
-        raise NumericsError(f"{bad} of {len(x)} activations hold NaN or infinity; drop them before evaluating")
+    check_finite("activations", x, "drop those rows before evaluating")
     return x
 
 
@@ -149,8 +151,7 @@ def at_l0(sae: SparseAutoencoder, x: Tensor, l0: float) -> Thresholded:
 
     A code that is sparser than that already is returned as it is (tau = 0): nothing can be added to it.
     """
-    if not l0 > 0:
-        raise ConfigError(f"l0 is {l0}; give a positive number of features per token")
+    check_number("l0", l0, above=0)
     x = _check(sae, x)
     strengths = []
     for chunk in x.split(CHUNK):

@@ -8,6 +8,7 @@ import numpy as np
 import tyro
 
 from rsae_triton.errors import ConfigError, FormatError
+from rsae_triton.files import make_folder, write_text
 from rsae_triton.remez import table
 from rsae_triton.remez.fit import fit_gate
 from rsae_triton.remez.gatefit import GateFit
@@ -42,8 +43,9 @@ def certificate(fit: GateFit) -> str:
 
 def _read_samples(path: Path) -> np.ndarray:
     try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+        # Mapped: a header that claims more than the file holds is refused before memory is taken.
+        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+    except (OSError, ValueError, EOFError, TypeError, SyntaxError, MemoryError) as error:
         raise FormatError(f"cannot read samples from {path}: {error}; save them with numpy.save") from error
 
 
@@ -94,11 +96,8 @@ def fit(
             raise ConfigError(f"cannot write the figure to {plot}: {error}") from error
         print(f"  figure       {plot}")
     if out is not None:
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(fitted.to_dict()) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"cannot write the fit to {out}: {error}") from error
+        make_folder(out.parent)
+        write_text(out, json.dumps(fitted.to_dict()) + "\n")
         print(f"  fit          {out}")
 
 

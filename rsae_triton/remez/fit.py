@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rsae_triton.checks import check_number
 from rsae_triton.errors import ConfigError, ConvergenceError
 from rsae_triton.remez.bound import program_bound
 from rsae_triton.remez.extrema import Peaks, alternation, find_peaks, near_poles
@@ -85,8 +86,7 @@ def fit_gate(
 
     if tol is None:
         return one(*limit)
-    if not tol > 0:
-        raise ConfigError(f"tol must be positive; got {tol}")
+    check_number("tol", tol, above=0)
     reached: list[float] = []
     refused: ConvergenceError | None = None
     for p, q in ladder(*limit):

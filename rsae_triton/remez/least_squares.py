@@ -20,7 +20,10 @@ BACKGROUND = 1e-3  # share of the mass spread evenly, so that the gate stays san
 
 def checked_samples(samples: np.ndarray) -> np.ndarray:
     """Samples as float64 [n], clipped to [-1, 1] as the gate clips. Raises ConfigError, NumericsError."""
-    t = np.asarray(samples, dtype=np.float64).ravel()
+    try:
+        t = np.asarray(samples, dtype=np.float64).ravel()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"samples is a {type(samples).__name__}; give an array of numbers ({error})") from error
     if t.size == 0:
         raise ConfigError("samples is empty; pass pre-activations t = (h - theta) / C_in, or None")
     if not np.all(np.isfinite(t)):

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rsae_triton.checks import check_integer, check_number
 from rsae_triton.errors import ConfigError, NumericsError
 
 Target = str | Callable[[np.ndarray], np.ndarray]
 Weight = Callable[[np.ndarray], np.ndarray] | np.ndarray
 TARGETS = ("relu", "step", "jumprelu", "ramp")
 MAX_DEGREE = 12
+MAX_POINTS = 10**7
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,10 @@ def _weight_function(weight: Weight | None, points: int) -> Callable[[np.ndarray
         return np.ones_like
     if callable(weight):
         return _checked(weight, "weight")
-    values = np.asarray(weight, dtype=np.float64)
+    try:
+        values = np.asarray(weight, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"weight is a {type(weight).__name__}; give a function of t, or numbers ({error})") from error
     if values.shape != (points,):
         raise ConfigError(f"an array weight needs shape ({points},), one value a grid point; got {values.shape}")
     grid = np.linspace(-1.0, 1.0, points)
@@ -135,11 +140,10 @@ def make_problem(
     Raises ConfigError for an unknown target, a gap that leaves no domain on one side, a weight that is negative
     or nowhere positive; NumericsError where target or weight is not finite.
     """
+    check_number("theta", theta)
+    check_number("margin", margin, least=0)
+    check_integer("points", points, 101, MAX_POINTS)
     theta, margin = float(theta), float(margin)
-    if not (np.isfinite(theta) and np.isfinite(margin)) or margin < 0:
-        raise ConfigError(f"theta must be finite and margin >= 0; got theta={theta}, margin={margin}")
-    if points < 101:
-        raise ConfigError(f"points must be at least 101; got {points}")
     if isinstance(target, str):
         if target not in TARGETS:
             raise ConfigError(f"unknown target {target!r}; use one of {', '.join(TARGETS)} or a callable")

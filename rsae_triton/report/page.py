@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from torch import Tensor
 from ..activations import ActivationStore
 from ..base import SparseAutoencoder
 from ..errors import ConfigError, ShapeError
+from ..files import make_folder, write_atomically
 from . import plots, scores
 from .codes import Codes, encode_sparse, mse_against_l0, subset
 from .snippets import CONTEXT, N_ROWS, Tokenizer, feature_snippets
@@ -60,7 +59,7 @@ def write_report(
 
     Raises:
         ConfigError: an SAE is missing or of the wrong kind. ShapeError: x does not fit the SAEs or the store.
-        OSError: the disk refuses.
+        StorageError: the disk refuses.
     """
     _check(saes, x, store)
     rows = subset(len(x), seed)
@@ -189,15 +188,7 @@ def _template() -> Any:
 
 
 def _replace(path: Path, page: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
-    try:
-        # Lone surrogates, which no UTF-8 file can hold, come out of some tokenizers.
-        with os.fdopen(handle, "w", encoding="utf-8", errors="replace", newline="\n") as file:
-            file.write(page)
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    make_folder(path.parent)
+    # Lone surrogates, which no UTF-8 file can hold, come out of some tokenizers.
+    write_atomically(path, lambda temporary: temporary.write_bytes(page.encode("utf-8", errors="replace")))
     return path

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ..base import SparseAutoencoder
+from ..checks import check_integer, check_number
 from ..errors import ConfigError, FormatError
 from ..hub import local_path
 from . import dictionary_learning, gemma_scope, goodfire, llama_scope, openai, qwen_scope, saelens, sparsify
@@ -70,6 +71,10 @@ def load_teacher(
     """
     if format != "auto" and format not in FORMATS:
         raise ConfigError(f"format is {format!r}; choose auto or one of {', '.join(FORMATS)}")
+    if k is not None:
+        check_integer("k", k, 1)
+    if activation_scale is not None:
+        check_number("activation_scale", activation_scale, above=0)
     files = Files(local_path(source, revision), str(source), k, activation_scale)
     reader = _recognise(files) if format == "auto" else FORMATS[format]
     teacher: SparseAutoencoder = reader.read(files)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import SparseAutoencoder
-from ..errors import ConfigError
+from ..errors import ConfigError, ShapeError
 
 
 class ReluSAE(SparseAutoencoder):
@@ -67,8 +67,10 @@ class JumpReluSAE(SparseAutoencoder):
         if not bandwidth > 0:
             raise ConfigError(f"bandwidth is {bandwidth}; give a positive width in units of h")
         initial = torch.as_tensor(threshold, dtype=torch.float32, device=self.W_enc.device)
-        if bool((initial < 0).any()):
-            raise ConfigError("a JumpReLU threshold must not be negative")
+        if initial.numel() not in (1, d_sae) or initial.dim() > 1:
+            raise ShapeError(f"threshold has shape {tuple(initial.shape)}; give a number, or one for each of {d_sae}")
+        if not bool((initial >= 0).all()):
+            raise ConfigError("a JumpReLU threshold must be a number and not negative")
         self.threshold = nn.Parameter(initial.expand(d_sae).clone())
         self.bandwidth, self.slope_to_h = bandwidth, slope_to_h
 

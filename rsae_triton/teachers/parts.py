@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..base import SparseAutoencoder
-from ..errors import ConfigError, FormatError, NumericsError
+from ..checks import check_finite
+from ..errors import ConfigError, FormatError
 from ..files import read_torch
 from .architectures import JumpReluSAE, ReluSAE, TopKSAE
 
@@ -179,8 +180,7 @@ class Parts:
             FormatError: sizes that do not fit. NumericsError: weights that are not finite.
         """
         for name, tensor in self.tensors().items():
-            if not bool(torch.isfinite(tensor).all()):
-                raise NumericsError(f"{name} of {files.name} holds NaN or infinity; the file is bad")
+            check_finite(f"{name} of {files.name}", tensor, "the file is bad")
         provenance = {"format": format_name, "source": files.name, "folded": self.folded}
         metadata = {name: value for name, value in self.metadata.items() if value is not None}
         options: dict[str, Any] = {
