@@ -330,9 +330,11 @@ class SparseAutoencoder(nn.Module, abc.ABC):
             )
         try:
             sae = cls.from_config(config)
+        except (ConfigError, ShapeError, NumericsError) as error:
+            raise FormatError(f"{Path(source) / CONFIG_FILE}: {error}") from error
         except RsaeError:
             raise
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise FormatError(f"{Path(source) / CONFIG_FILE} lacks or misuses the field {error}") from error
         expected = sae.state_dict()
         missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
@@ -347,6 +349,8 @@ class SparseAutoencoder(nn.Module, abc.ABC):
                     f"{name} in {Path(source) / WEIGHTS_FILE} has shape {tuple(tensor.shape)}; "
                     f"cfg.json implies {tuple(expected[name].shape)}"
                 )
+            if tensor.is_floating_point() != expected[name].is_floating_point():
+                raise FormatError(f"{name} in {Path(source) / WEIGHTS_FILE} is {tensor.dtype}; the file is bad")
             check_finite(f"{name} in {Path(source) / WEIGHTS_FILE}", tensor, "the file is bad")
         sae.load_state_dict(weights)
         return sae

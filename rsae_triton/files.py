@@ -26,6 +26,7 @@ from .errors import FormatError, StorageError
 _MAX_TEXT = 16 << 20
 _MAX_PICKLE = 4 << 20  # the structure of a checkpoint without its tensors
 _MAX_DEPTH = 16
+_MAX_ENTRIES = 100_000
 _BUILDERS = {
     "collections OrderedDict",
     "torch._utils _rebuild_tensor_v2",
@@ -145,15 +146,21 @@ def _check_pickle(path: Path, data: bytes) -> None:
             raise FormatError(f"{path} was not written by torch.save ({opcode.name} in its pickle); it is refused")
 
 
-def named_tensors(found: Mapping[Any, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(
+    found: Mapping[Any, Any], prefix: str = "", depth: int = 0, left: list[int] | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a nested dictionary with its dotted name."""
+    left = [_MAX_ENTRIES] if left is None else left
     if depth > _MAX_DEPTH:
         raise FormatError(f"{prefix[:60]}...: dictionaries nested more than {_MAX_DEPTH} deep are no checkpoint")
     for key, value in found.items():
+        left[0] -= 1
+        if left[0] < 0:  # a few bytes of pickle can put one dictionary into itself ten times, and that ten times
+            raise FormatError(f"{prefix[:60]}...: more than {_MAX_ENTRIES:,} entries are no checkpoint")
         if isinstance(value, Tensor):
             yield f"{prefix}{key}", value
         elif isinstance(value, Mapping):
-            yield from named_tensors(value, f"{prefix}{key}.", depth + 1)
+            yield from named_tensors(value, f"{prefix}{key}.", depth + 1, left)
 
 
 def write_text(path: Path, text: str) -> None:

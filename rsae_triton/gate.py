@@ -217,6 +217,17 @@ class RationalGate(nn.Module):
         if bool((self.group_of < 0).any()) or bool((self.group_of >= self.groups).any()):
             raise ConfigError(f"group_of names a group outside 0 to {self.groups - 1}; there are groups={self.groups}")
 
+    def check_values(self) -> None:
+        """Refuses numbers that no gate can have (NumericsError): scales that are not positive or overflow."""
+        for name, values in (("numerator", self.numerator()), ("denominator", self.denominator())):
+            check_finite(name, values, "its coefficients overflow")
+        for name, scale in (
+            ("numerator_scale", self.numerator_scale), ("denominator_scale", self.denominator_scale),
+            ("input_scale", self.input_scale),
+        ):  # fmt: skip
+            if not bool(((scale > 0) & scale.isfinite()).all()):
+                raise NumericsError(f"{name} must be positive and finite; got {scale.flatten()[:3].tolist()}")
+
     def _per_feature(self, values: Tensor) -> Tensor:
         """One row for each feature from one row for each group (or for all, or for each feature already)."""
         if self.group_of is not None and len(values) == self.groups > 1:

@@ -12,7 +12,7 @@ from .across import Across
 from .autoencode import Autoencoded, rational_autoencode
 from .base import SparseAutoencoder
 from .checks import parse_device
-from .errors import ConfigError, FormatError
+from .errors import ConfigError, FormatError, NumericsError, ShapeError
 from .gate import RationalGate
 from .ops import rational_encode, resolve_backend
 from .reference import Encoded
@@ -187,8 +187,11 @@ class FusedRationalSAE(SparseAutoencoder):
         sae = super().from_files(config, weights, source)
         try:
             sae.gate.check_groups()
-        except ConfigError as error:
+            sae.gate.check_values()
+        except (ConfigError, ShapeError) as error:
             raise FormatError(f"gate.group_of in {source}: {error}") from error
+        except NumericsError as error:
+            raise NumericsError(f"the gate in {source}: {error}") from error
         return sae
 
     @classmethod

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from rsae_triton.activations.order import EpochOrder, mix_seed
 from rsae_triton.activations.prefetch import prefetched
 from rsae_triton.errors import ConfigError, FormatError
+from rsae_triton.files import read_json
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -54,23 +54,22 @@ class ActivationStore:
         self, folder: str | Path, *, verify: bool | None = None, shards: tuple[int, int] | None = None
     ) -> None:
         self.folder, self.share = Path(folder), shards
+        if not (self.folder / MANIFEST).is_file():
+            raise FormatError(f"{self.folder} holds no {MANIFEST}, so it is no activation store; check the path")
         try:
-            self.manifest: dict[str, Any] = json.loads((self.folder / MANIFEST).read_text())
-        except FileNotFoundError as error:
-            raise FormatError(
-                f"{self.folder} holds no {MANIFEST}, so it is no activation store; check the path"
-            ) from error
-        except (OSError, ValueError) as error:
+            self.manifest: dict[str, Any] = read_json(self.folder / MANIFEST)
+        except (FormatError, OSError) as error:
             raise self._broken(MANIFEST, "cannot be read") from error
-        if not isinstance(self.manifest, dict) or self.manifest.get("schema") != SCHEMA:
+        if self.manifest.get("schema") != SCHEMA:
             raise self._broken(MANIFEST, f"is not of schema {SCHEMA}")
         try:
             self.d_in = int(self.manifest["d_in"])
             self.n_tokens = int(self.manifest["n_tokens"])
             self.scale = float(self.manifest["scale"])
+            self._check_manifest()
             self._shares(self.n_tokens)
             self._check_files(verify)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             if isinstance(error, FormatError | ConfigError):
                 raise
             raise self._broken(MANIFEST, f"lacks or garbles {error}") from error
@@ -86,7 +85,7 @@ class ActivationStore:
     @cached_property
     def mean(self) -> torch.Tensor:
         """The mean row, float32 [d_in], in SAE units."""
-        return self._load(self.manifest["mean_file"])["mean"] * self.scale
+        return self._load(self.manifest["mean_file"], mean=(self.d_in,))["mean"] * self.scale
 
     def tensor(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Every row in memory, [n_tokens, d_in], in SAE units."""
@@ -186,14 +185,25 @@ class ActivationStore:
     def sequences(self) -> Sequences:
         """The first contexts the rows were read from (all of them in a store of held-out text)."""
         loaded = self._load(self.manifest["sequences_file"])
-        tokens = loaded["tokens"].long()
+        tokens = loaded.get("tokens", torch.empty(0)).long()
+        if tokens.dim() != 2 or "documents" not in loaded or loaded["documents"].shape != tokens.shape:
+            raise self._broken(self.manifest["sequences_file"], "holds no sequences [n_sequences, context]")
         return Sequences(tokens, loaded["documents"].long(), tokens[:, 1:] != self.manifest["bos_token_id"])
 
     @cached_property
     def document_info(self) -> list[dict[str, Any]]:
         """Of every document: source, title, group, labels."""
-        lines = (self.folder / self.manifest["documents_file"]).read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        file = self.manifest["documents_file"]
+        try:
+            # JSON escapes what else would end a line in the middle of a title.
+            documents = [
+                json.loads(line) for line in (self.folder / file).read_text(encoding="utf-8").split("\n") if line
+            ]
+        except (OSError, ValueError, RecursionError) as error:
+            raise self._broken(file, "cannot be read") from error
+        if not all(isinstance(one, dict) and isinstance(one.get("labels"), dict) for one in documents):
+            raise self._broken(file, "describes no documents")
+        return documents
 
     def labels(self, name: str) -> list[str | None]:
         """The label `name` ("source", "author", "party", ...) of every document, None where it has none."""
@@ -218,13 +228,31 @@ class ActivationStore:
         return torch.tensor([shard["rows"] for shard in self.manifest["shards"]]).cumsum(0)
 
     def _column(self, name: str) -> torch.Tensor:
+        for shard, entry in zip(self._shards, self.manifest["shards"], strict=True):
+            if name not in shard or tuple(shard[name].shape) != (entry["rows"],):
+                raise self._broken(entry["file"], f"holds no {name} for each of its rows")
         return torch.cat([shard[name] for shard in self._shards]).long()
 
-    def _load(self, file: str) -> dict[str, torch.Tensor]:
+    def _load(self, file: str, **shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
         try:
-            return load_file(self.folder / file)
-        except (OSError, SafetensorError) as error:
+            found = load_file(self.folder / file)
+        except Exception as error:  # SafetensorError, and OSError, ValueError or MemoryError from the mapping
             raise self._broken(file, "cannot be read") from error
+        for name, shape in shapes.items():
+            if name not in found or tuple(found[name].shape) != shape:
+                raise self._broken(file, f"holds no {name} of shape {shape}")
+        return found
+
+    def _check_manifest(self) -> None:
+        """Numbers that mean something, and names of files that lie in the folder itself."""
+        if min(self.d_in, self.n_tokens) < 1 or not 0 < self.scale < float("inf"):
+            raise self._broken(MANIFEST, f"has d_in={self.d_in}, n_tokens={self.n_tokens}, scale={self.scale}")
+        named = [self.manifest[f"{kind}_file"] for kind in ("mean", "sequences", "documents")]
+        for name in (*self.manifest["files"], *(shard["file"] for shard in self.manifest["shards"]), *named):
+            if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
+                raise self._broken(MANIFEST, f"names {str(name)[:60]!r}, which is no file of its folder")
+        if any(not isinstance(shard["rows"], int) or shard["rows"] < 1 for shard in self.manifest["shards"]):
+            raise self._broken(MANIFEST, "lists shards without rows")
 
     def _shares(self, n_tokens: int) -> None:
         """Leaves in the manifest at hand what this process reads."""

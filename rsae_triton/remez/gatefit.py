@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rsae_triton.errors import FormatError
+from rsae_triton.errors import FormatError, NumericsError
 from rsae_triton.remez.problem import Problem
 from rsae_triton.remez.rational import Rational, float32_error, safe_pade
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NOT_SAVED = "problem"  # holds functions; `plot` rebuilds it for named targets
+NUMBERS = ("centre", "theta", "margin", "error", "lower_bound", "mse", "n_lps", "seconds")
 ARRAYS = ("a", "b", "reference", "numerator_scale", "denominator_scale")
 
 
@@ -97,8 +98,11 @@ class GateFit:
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> "GateFit":
-        """The inverse of `to_dict`. Raises FormatError for missing or unknown keys and for wrong array lengths."""
+        """The inverse of `to_dict`. Raises FormatError for missing or unknown keys and for wrong array lengths,
+        NumericsError for NaN or infinity."""
         names = {f.name for f in fields(cls)} - {NOT_SAVED}
+        if not isinstance(plain, dict):
+            raise FormatError(f"not a gate fit: a {type(plain).__name__}")
         if set(plain) != names:
             raise FormatError(f"not a gate fit: keys missing or unknown: {sorted(set(plain) ^ names)}")
         values = plain | {name: np.asarray(plain[name], dtype=np.float64) for name in ARRAYS}
@@ -106,6 +110,12 @@ class GateFit:
         for name, length in (("a", p + 1), ("b", q), ("numerator_scale", p + 1), ("denominator_scale", q)):
             if values[name].shape != (length,):
                 raise FormatError(f"not a gate fit of degree ({p}, {q}): {name} has shape {values[name].shape}")
+        numbers = (*(values[name] for name in ARRAYS), *(float(plain[name]) for name in NUMBERS))
+        if not all(np.all(np.isfinite(one)) for one in numbers):
+            raise NumericsError("not a gate fit: it holds NaN or infinity")
+        for name in ("target", "method", "certificate"):
+            if not isinstance(plain[name], str):
+                raise FormatError(f"not a gate fit: {name} is {plain[name]!r}")
         return cls(**(values | {"degree": (p, q)}))
 
     def plot(self, path: str | Path | None = None) -> "Figure":

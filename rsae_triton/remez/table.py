@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from rsae_triton.errors import FormatError
+from rsae_triton.errors import FormatError, RsaeError
+from rsae_triton.files import read_json
 from rsae_triton.remez.gatefit import GateFit
 from rsae_triton.remez.problem import parse_degree
 
@@ -35,12 +36,17 @@ ENTRIES: tuple[tuple[str, tuple[int, int], float, float], ...] = (
 def read_table(path: str | Path = PATH) -> tuple[GateFit, ...]:
     """The fits of a table file. Raises FormatError for a file that is missing or no such table."""
     try:
-        plain = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        plain = read_json(Path(path))
+    except (OSError, FormatError) as error:
         raise FormatError(f"cannot read the gate table {path}: {error}; rebuild it with `rebuild`") from error
-    if not isinstance(plain, dict) or plain.get("format") != FORMAT or not isinstance(plain.get("fits"), list):
+    if plain.get("format") != FORMAT or not isinstance(plain.get("fits"), list):
         raise FormatError(f"{path} is not a gate table of format {FORMAT}; rebuild it with `rebuild`")
-    return tuple(GateFit.from_dict(fit) for fit in plain["fits"])
+    try:
+        return tuple(GateFit.from_dict(fit) for fit in plain["fits"])
+    except RsaeError:
+        raise
+    except (TypeError, ValueError, OverflowError) as error:
+        raise FormatError(f"{path} holds what is no gate fit ({error}); rebuild it with `rebuild`") from error
 
 
 @cache

@@ -8,7 +8,7 @@ from types import ModuleType
 
 from ..base import SparseAutoencoder
 from ..checks import check_integer, check_number
-from ..errors import ConfigError, FormatError
+from ..errors import ConfigError, FormatError, RsaeError
 from ..hub import local_path
 from . import dictionary_learning, gemma_scope, goodfire, llama_scope, openai, qwen_scope, saelens, sparsify
 from .architectures import JumpReluSAE, ReluSAE, TopKSAE, keep_largest
@@ -77,7 +77,14 @@ def load_teacher(
         check_number("activation_scale", activation_scale, above=0)
     files = Files(local_path(source, revision), str(source), k, activation_scale)
     reader = _recognise(files) if format == "auto" else FORMATS[format]
-    teacher: SparseAutoencoder = reader.read(files)
+    try:
+        teacher: SparseAutoencoder = reader.read(files)
+    except RsaeError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        # A reader asks a file for what its format has; what a stranger has put there instead can be anything.
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise FormatError(f"{source} does not hold what {reader.NAME} files hold ({reason}); fetch it again") from error
     if teacher.metadata.get("transcoder"):
         warnings.warn(
             f"{source} is a transcoder: what it decodes are activations at another place than those it encodes",
