@@ -2,7 +2,6 @@
 
 import re
 import shlex
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -217,22 +216,6 @@ def test_what_the_machine_refuses_takes_one_line_too(error, monkeypatch, capsys)
     assert shown.startswith("rsae: ")
     with pytest.raises(type(error)):
         main(["demo", "--debug"])
-
-
-def examples():
-    for one in vars(cli).values():
-        if is_dataclass(one) and fields(one) and "Examples:" in (one.__doc__ or ""):
-            lines = one.__doc__.split("Examples:")[1].replace("\\\n", " ").splitlines()
-            yield from (line.strip() for line in lines if line.strip().startswith("rsae "))
-
-
-@pytest.mark.parametrize("line", examples())
-def test_every_example_of_the_help_is_a_command(line, monkeypatch):
-    ran = []
-    for name in [name for name in vars(cli) if name.startswith("run") or name == "export"]:
-        monkeypatch.setattr(cli, name, lambda *_, name=name: [ran.append(name)][:0])
-    assert main(shlex.split(line)[1:]) == 0
-    assert len(ran) == 1
 
 
 # -- what looks bad and is not

@@ -89,9 +89,10 @@ class ActivationStore:
 
     def tensor(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Every row in memory, [n_tokens, d_in], in SAE units."""
+        shards = self._shards  # checked against what the manifest claims, before memory is taken for it
         rows = torch.empty(self.n_tokens, self.d_in, dtype=dtype)
         start = 0
-        for shard in self._shards:
+        for shard in shards:
             part = shard["activations"]
             rows[start : start + len(part)] = part.float() * self.scale
             start += len(part)
