@@ -21,6 +21,7 @@ from .errors import RsaeError, Stopped
 from .evaluate.commands import Eval, run_eval
 from .evaluate.match_command import Match, run_match
 from .evaluate.probe_command import Probe, run_probe
+from .plan import Plan, run_plan
 from .remez import commands as gates
 from .reproduce import Reproduce
 from .reproduce import reproduce as run_reproduce
@@ -68,8 +69,11 @@ def doctor(config: Annotated[Doctor, tyro.conf.arg(name="")]) -> int:
 
 
 def extract(config: Annotated[Extract, tyro.conf.arg(name="")]) -> None:
-    for folder in run_extract(config):
-        print(folder)
+    run_extract(config)
+
+
+def plan(config: Annotated[Plan, tyro.conf.arg(name="")]) -> None:
+    run_plan(config)
 
 
 def upgrade(config: Annotated[Upgrade, tyro.conf.arg(name="")]) -> None:
@@ -99,6 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
     app.command(name="reproduce")(reproduce)
     app.command(name="doctor")(doctor)
     app.command(name="extract")(extract)
+    app.command(name="plan")(plan)
     app.command(name="upgrade")(upgrade)
     app.command(name="train")(train)
     app.command(name="export")(export_sae)

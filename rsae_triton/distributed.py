@@ -175,7 +175,7 @@ class Mesh(Alone):
         for one in (*own, *shared) if data > 1 else ():
             one.div_(data)
         zero = terms.mse.new_zeros((), dtype=torch.float64)
-        squares = [sum((one.double().square().sum() for one in some), zero) for some in (own, shared)]
+        squares = [sum((_square(one) for one in some), zero) for some in (own, shared)]
         numbers = [terms.mse.double() / features, terms.l0.double(), terms.total.detach().double(), squares[0]]
         summed = torch.stack([*numbers, *torch.tensor(flags, dtype=torch.float64, device=zero.device)])
         dist.all_reduce(summed)
@@ -276,6 +276,10 @@ def _cut(sae: SparseAutoencoder, axes: dict[str, int | None], place: int, parts:
 
 def _sharding(sae: SparseAutoencoder) -> Sharding:
     return sae.sharding  # type: ignore[return-value]
+
+
+def _square(one: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(one, dtype=torch.float64).square()
 
 
 def _wait(work: Any) -> None:

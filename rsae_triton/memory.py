@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,7 +28,8 @@ class MemoryPlan:
         mode: "saved" (autograd keeps h and z of the whole batch), "chunked" or "streamed" (`rational_autoencode`).
         chunk_tokens, chunk_features: of `rational_autoencode`; None for all at once.
         need: bytes the step takes at most, beside x, weights, gradients and optimiser state (predicted, `cost`).
-        free: bytes there are for it; None where that cannot be known.
+        free: bytes there are before training, for all of the following; None where that cannot be known.
+        weights: bytes of the SAE. optimiser: bytes that gradients and Adam's two moments will take.
     """
 
     mode: str
@@ -36,6 +37,8 @@ class MemoryPlan:
     chunk_features: int | None
     need: float
     free: float | None
+    weights: float = 0.0
+    optimiser: float = 0.0
 
     def __str__(self) -> str:
         pieces = [
@@ -43,8 +46,11 @@ class MemoryPlan:
             for name, size in (("tokens", self.chunk_tokens), ("features", self.chunk_features))
             if size is not None
         ]
-        there = "" if self.free is None else f" of {self.free / 1e9:.1f} GB free"
-        return f"memory: {', '.join([self.mode, *pieces])}; a step takes {self.need / 1e9:.2f} GB{there}"
+        there = "" if self.free is None else f"; {_size(self.free)} free"
+        return (
+            f"memory: {', '.join([self.mode, *pieces])}. weights {_size(self.weights)}, gradients and optimiser "
+            f"{_size(self.optimiser)}, activations {_size(self.need)}{there}"
+        )
 
 
 def plan_memory(
@@ -68,35 +74,42 @@ def plan_memory(
     if whole and memory in ("chunked", "streamed"):
         what = "a recipe with an auxiliary loss" if isinstance(sae, FusedRationalSAE) else f"a {sae.architecture} SAE"
         raise ConfigError(f"memory={memory!r} is for Rational SAEs; {what} needs the whole code: use 'saved' or 'auto'")
-    step = _step(sae, batch_size)
     if free is None:
         free = free_memory(sae.W_dec.device)
-    budget = None if free is None else SHARE * (free - _later(sae))
+    later = _later(sae)
+    # On the eager backend autograd keeps what eager PyTorch does.
+    eager = isinstance(sae, FusedRationalSAE) and sae.backend == "eager"
+    budget = None if free is None else SHARE * (free - later)
+    plan = cut(_step(sae, batch_size), budget, "saved" if whole else memory, eager=eager)
+    weights = sum(one.numel() * one.element_size() for one in sae.state_dict().values())
+    return replace(plan, free=free, weights=weights, optimiser=later)
+
+
+def cut(step: Step, budget: float | None, memory: str = "auto", *, eager: bool = False) -> MemoryPlan:
+    """The plan of one step that shall take `budget` bytes at most (None: any number), as `plan_memory` chooses it."""
 
     def plan(mode: str, tokens: int | None = None, features: int | None = None) -> MemoryPlan:
-        # On the eager backend autograd keeps what eager PyTorch does.
-        eager = isinstance(sae, FusedRationalSAE) and sae.backend == "eager"
         strategy = mode if mode != "saved" else "eager" if eager else "split"
         need = cost(step, strategy, chunk_tokens=tokens or 0, chunk_features=features or 0).peak_bytes
-        return MemoryPlan(mode, tokens, features, need, free)
+        return MemoryPlan(mode, tokens, features, need, None)
 
     def fits(one: MemoryPlan) -> bool:
         return budget is None or one.need <= budget
 
     saved = plan("saved")
-    if whole or memory == "saved" or (memory == "auto" and fits(saved)):
+    if memory == "saved" or (memory == "auto" and fits(saved)):
         return saved
-    chunked = [plan("chunked", tokens) for tokens in _halvings(batch_size, LEAST_TOKENS)]
+    chunked = [plan("chunked", tokens) for tokens in _halvings(step.n_tokens, LEAST_TOKENS)]
     if memory == "chunked":
         # The largest piece that fits, but a piece.
         pieces = chunked[1:] or chunked
         return next((one for one in pieces if fits(one)), pieces[-1])
     if memory == "auto" and (found := next((one for one in chunked if fits(one)), None)):
         return found
-    features = [size for size in _halvings(min(sae.d_sae, MOST_FEATURES), LEAST_FEATURES) if size < sae.d_sae]
-    streamed = [plan("streamed", None, size) for size in features or [max(1, sae.d_sae // 2)]]
+    features = [size for size in _halvings(min(step.d_sae, MOST_FEATURES), LEAST_FEATURES) if size < step.d_sae]
+    streamed = [plan("streamed", None, size) for size in features or [max(1, step.d_sae // 2)]]
     streamed += [
-        plan("streamed", tokens, streamed[-1].chunk_features) for tokens in _halvings(batch_size, LEAST_TOKENS)[1:]
+        plan("streamed", tokens, streamed[-1].chunk_features) for tokens in _halvings(step.n_tokens, LEAST_TOKENS)[1:]
     ]
     return next((one for one in streamed if fits(one)), streamed[-1])
 
@@ -110,6 +123,10 @@ def free_memory(device: torch.device) -> float | None:
         return None
     found = [one for one in (_meminfo(), _cgroup()) if one is not None]
     return min(found) if found else None
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"
 
 
 def _meminfo() -> float | None:

@@ -10,6 +10,7 @@ from .recipes import Recipe
 from .settings import TrainSettings
 
 _DECAYED = ("W_enc", "W_dec")
+_BLOCK = 1 << 22
 
 
 def make_optimizer(sae: SparseAutoencoder, recipe: Recipe, settings: TrainSettings) -> torch.optim.Optimizer:
@@ -37,8 +38,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 def remove_radial_gradient(W_dec: nn.Parameter) -> None:
     """Drops the part of the decoder's gradient along its rows: their norm is fixed, Adam must not chase it."""
-    grad, rows = W_dec.grad, W_dec.detach()
-    if grad is not None:
+    if W_dec.grad is None:
+        return
+    # Block by block: a product of the whole would be one more tensor of the decoder's size.
+    size = max(1, _BLOCK // W_dec.shape[1])
+    for grad, rows in zip(W_dec.grad.split(size), W_dec.detach().split(size), strict=True):
         along = (grad * rows).sum(1, keepdim=True) / rows.square().sum(1, keepdim=True).clamp_min(1e-12)
         grad.addcmul_(along, rows, value=-1)
 

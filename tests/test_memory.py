@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from workers import peak_of_a_run
 
 from rsae_triton import train
 from rsae_triton.errors import ConfigError
@@ -104,3 +105,17 @@ def test_training_in_pieces_follows_training_whole(activations, capsys):
         assert logs[memory].mse == pytest.approx(logs["saved"].mse, rel=1e-3)
         assert torch.allclose(weights[memory], weights["saved"], atol=2e-3)
     assert "memory: chunked, 256 tokens at a time" in capsys.readouterr().out
+
+
+def test_a_streamed_run_takes_no_more_memory_for_more_features_than_their_weights():
+    """Peaks that the system saw, of whole runs in processes of their own, at 4k, 16k and 64k features."""
+    n, d_in = 512, 32
+    beside = {}
+    for d_sae in (4096, 16384, 65536):
+        held = 4 * 4 * (2 * d_in * d_sae + 2 * d_sae)  # weights, gradients, two moments
+        beside[d_sae] = peak_of_a_run(n, d_in, d_sae, "streamed") - held
+    one_code = 4 * n * 65536
+    assert max(beside.values()) - min(beside.values()) < one_code / 4
+    assert max(beside.values()) < one_code / 2
+    # The way it is measured sees what is not flat.
+    assert peak_of_a_run(n, d_in, 65536, "saved") - held > 1.5 * one_code

@@ -91,3 +91,36 @@ def run_together(world: int, features: int, folder: Path, kind: str, timeout: fl
             one.join()
     assert codes == [0] * world, f"exit codes {codes}"
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
+
+
+def measured_run(n: int, d_in: int, d_sae: int, memory: str, answer) -> None:
+    """Trains for a step and answers by how many bytes this process grew at most (Linux)."""
+    os.environ["RSAE_CPU_ENGINE"] = "tiled"  # a compiler takes memory too
+    from rsae_triton import FusedRationalSAE, train
+
+    torch.set_num_threads(1)
+    x = torch.randn(n, d_in)
+    # What the first product and the first optimiser take for themselves.
+    train(FusedRationalSAE(d_in, 64, form="gated"), x[:64], steps=1, batch_size=64, progress=False)
+    before = resident("VmRSS")
+    sae = FusedRationalSAE(d_in, d_sae, form="gated", backend="cpu", initialise=False)
+    with torch.no_grad():
+        for one in (sae.W_enc, sae.W_dec):
+            one.uniform_(-0.1, 0.1)
+    Path("/proc/self/clear_refs").write_text("5")
+    train(sae, x, steps=1, batch_size=n, memory=memory, recipe="hard", progress=False)
+    answer.value = resident("VmHWM") - before
+
+
+def resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def peak_of_a_run(n: int, d_in: int, d_sae: int, memory: str) -> int:
+    answer = CONTEXT.Value("q", 0, lock=False)
+    process = CONTEXT.Process(target=measured_run, args=(n, d_in, d_sae, memory, answer))
+    process.start()
+    process.join(180)
+    assert process.exitcode == 0
+    return answer.value

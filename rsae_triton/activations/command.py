@@ -52,6 +52,7 @@ class Extract:
 
 
 def run_extract(config: Extract) -> list[Path]:
+    """Prints the folders of the stores and returns them."""
     for name, least in (("max_documents", 1), ("tokens", 1), ("context", 2)):
         check_integer(f"--{name.replace('_', '-')}", getattr(config, name), least)
     if config.drop_outliers is not None:
@@ -71,4 +72,6 @@ def run_extract(config: Extract) -> list[Path]:
         keep_bos=config.keep_bos,
         root=config.root,
     )
+    for store in stores:
+        print(store.folder)
     return [store.folder for store in stores]
