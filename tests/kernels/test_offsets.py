@@ -15,7 +15,7 @@ from rsae_triton.kernels.rational_forward import rational_forward_kernel
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="looks into Triton's interpreter")
 
-F, N, D = 2**20 + 5, 2**12 + 7, 3  # features, tokens, d_in: a code of 4.3e9 elements
+F, N, D = 2**20 + 5, 2**14 + 7, 3  # features, tokens, d_in: codes of 1.7e10 elements, and sums of more than 2^31
 WIDE = 2**13  # between the rows of a matrix
 GATE = {"P": 1, "Q": 1, "GATED": False, "CLAMP": True, "IDENTITY": False, "HARD": True, "SHARED": True}
 BACKWARD = {**GATE, "RATIONAL_BACKWARD": False, "HAS_DCOUNTS": False, "HAS_DL1": False}
