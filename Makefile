@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 INTEROP := .venv-interop
 LENS4 := $(INTEROP)/transformer-lens-4
 
-.PHONY: demo test test-fast test-interop test-gpu lint bench bench-gpu peers experiments aot aot-record clean help
+.PHONY: demo test test-fast test-interop test-gpu lint bench bench-gpu peers experiments aot aot-record routes clean help
 
 help:
 	@echo "make demo   upgrade an SAE of SmolLM2-135M, beside a fair control -> out/demo/report.html"
@@ -76,6 +76,10 @@ aot: $(INSTALLED)
 
 aot-record: $(INSTALLED)
 	$(AOT) --record
+
+# Which of two ways the GPU at hand is faster: measured rows for rsae_triton/routes.json.
+routes: $(INSTALLED)
+	$(BIN)/python -m rsae_triton.measure_routes
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu

@@ -1,8 +1,8 @@
 """Which of two ways a product and its gate run on a GPU: library product then pointwise kernel, or fused.
 
 One function decides, `route`, from a table of devices, dtypes, degrees and widths (routes.json). Its rows are
-predictions of `cost`, and say so; a row measured on a device takes the place of the predicted one
-(`write()` makes the predictions anew and keeps what is measured). Both ways are always
+predictions of `cost`, and say so; a row measured on a device takes the place of the predicted one (`make routes`;
+`write()` makes the predictions anew and keeps what is measured). Both ways are always
 reachable by name: RSAE_ENCODER=split|fused, or backend="triton:split" and "triton:fused".
 """
 
@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,9 @@ from .errors import ConfigError
 WAYS = ("split", "fused")
 TABLE = Path(__file__).with_name("routes.json")
 # What the table is made for: a training batch that fills a GPU.
-_N_TOKENS, _D_SAE = 4096, 24576
-_WIDTHS = (512, 768, 1024, 2048, 4096)
-_DEGREES = ((3, 2), (9, 8))
+N_TOKENS, D_SAE = 4096, 24576
+WIDTHS = (512, 768, 1024, 2048, 4096)
+DEGREES = ((3, 2), (9, 8))
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,10 @@ def predicted() -> list[dict[str, Any]]:
     rows = []
     for on in CEILINGS.values():
         for itemsize in (2, 4):
-            for p, q in _DEGREES:
+            for p, q in DEGREES:
                 for shared in (True, False):
-                    for d_in in _WIDTHS:
-                        step = Step(_N_TOKENS, d_in, _D_SAE, p, q, shared, itemsize=itemsize)
+                    for d_in in WIDTHS:
+                        step = Step(N_TOKENS, d_in, D_SAE, p, q, shared, itemsize=itemsize)
                         row: dict[str, Any] = {"device": on.name, "itemsize": itemsize, "d_in": d_in}
                         row |= {"p": p, "q": q, "shared": shared, "source": "predicted"}
                         for name, backward in (("forward", False), ("backward", True)):
@@ -102,14 +103,14 @@ def predicted() -> list[dict[str, Any]]:
     return rows
 
 
-def write(path: Path = TABLE) -> None:
-    """Predictions for every row that has not been measured; measured rows stay."""
+def write(path: Path = TABLE, measured: Iterable[dict[str, Any]] = ()) -> None:
+    """Predictions for every row that has not been measured; rows measured now, and before, stay."""
     from .files import write_text
 
     old = json.loads(path.read_text())["rows"] if path.exists() else []
     key = ("device", "itemsize", "d_in", "p", "q", "shared")
     rows = {tuple(row[name] for name in key): row for row in predicted()}
-    rows |= {tuple(row[name] for name in key): row for row in old if row["source"] == "measured"}
+    rows |= {tuple(row[name] for name in key): row for row in (*old, *measured) if row["source"] == "measured"}
     ceilings = {name: asdict(on) for name, on in CEILINGS.items()}
     lines = ",\n".join(f"  {json.dumps(row)}" for row in rows.values())
     text = f'{{"ceilings": {json.dumps(ceilings)},\n "rows": [\n{lines}\n]}}\n'

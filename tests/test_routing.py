@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from rsae_triton import backends, routing
+from rsae_triton import backends, measure_routes, routing
 from rsae_triton.errors import ConfigError
 from rsae_triton.reference import GateSpec, GateTensors
 
@@ -56,3 +56,36 @@ def test_a_way_can_be_named(way):
     cpu = torch.device("cpu")
     kind, route = backends.choose(f"triton:{way}", cpu, torch.float32, 8, gate, GateSpec(3, 2), True)
     assert (kind, route.forward, route.backward) == ("triton", way, way)
+
+
+def test_both_ways_are_timed_and_the_faster_goes_into_the_table(tmp_path, monkeypatch):
+    """In the interpreter, with a stub for a timer: the calls are the real ones."""
+    monkeypatch.setattr(routing, "WIDTHS", (16,))
+    monkeypatch.setattr(routing, "DEGREES", ((3, 2),))
+    answers = []
+
+    def timer(call):
+        answers.append(call())
+        return [0.5, 0.4, 0.2, 0.3][(len(answers) - 1) % 4]
+
+    rows = list(measure_routes.measure(torch.device("cpu"), timer, n_tokens=20, d_sae=24))
+    assert len(rows) == 2 * 2
+    assert all((row["forward"], row["backward"], row["source"]) == ("fused", "split", "measured") for row in rows)
+    assert rows[0]["forward_split_ms"] == 0.5
+    for split, fused in zip(answers[::2], answers[1::2], strict=True):  # both ways do the same work
+        one, other = (found.z if hasattr(found, "z") else found.dh for found in (split, fused))
+        assert ((one - other).abs() < 0.05).float().mean() > 0.98  # but where rounding decides on activity
+    path = tmp_path / "routes.json"
+    routing.write(path, [{**row, "device": "GPU of tomorrow"} for row in rows])
+    written = json.loads(path.read_text())["rows"]
+    assert [row for row in written if row["source"] == "measured"] == [
+        {**row, "device": "GPU of tomorrow"} for row in rows
+    ]
+    assert measure_routes.name_in_table("NVIDIA H100 80GB HBM3") == "H100"
+    assert measure_routes.name_in_table("GPU of tomorrow") == "GPU of tomorrow"
+
+
+def test_nothing_is_measured_without_a_gpu():
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="CUDA device"):
+            measure_routes.main()
