@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 import tyro
 
 from .activations import ActivationStore
+from .base import SparseAutoencoder
 from .checkpoints import Checkpoints
 from .checks import parse_device
 from .errors import ConfigError, FormatError
 from .evaluate.held_out import load_sae
 from .files import check_folder
+from .recipes import training_l0
 from .settings import TrainSettings
 from .train import train
 from .upgrade import parse_degree
@@ -21,6 +23,8 @@ from .upgrade import upgrade as stage_1
 
 UNITS = "trained_at_scale"
 """In the metadata of an SAE under training: what the store multiplies activations by."""
+TARGET = "train_at_l0"
+"""In the metadata after stage 1: the l0 to hold in stage 2."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +66,8 @@ class Train(TrainSettings):
     """Folder for sae/, metrics.jsonl and checkpoints/."""
     recipe: str = "auto"
     """What is minimised: a name of `recipes.RECIPES`, or auto for the one that fits the SAE."""
+    target_l0: float | None = None
+    """Hold l0 here by steering the sparsity weight; what `rsae upgrade` noted when not given."""
     split_shards: bool = False
     """Each process that sees other tokens reads its own shards only (on disks of their own); otherwise all read rows
     of the same batches, and the numbers are those of one process."""
@@ -94,7 +100,8 @@ def run_upgrade(config: Upgrade) -> Path:
     store = ActivationStore(config.activations)
     teacher = load_sae(config.teacher).fold_activation_scale_(1 / store.scale)
     rsae = stage_1(teacher, store, degree=config.degree, form=config.form)
-    print(rsae.metadata["stage1"]["summary"])
+    rsae.metadata[TARGET] = training_l0(teacher, rsae.metadata["stage1"]["teacher_l0"])
+    print(f"{rsae.metadata['stage1']['summary']}; rsae train holds l0 at {rsae.metadata[TARGET]:.2f}")
     return rsae.fold_activation_scale_(store.scale).save_pretrained(config.out)
 
 
@@ -115,7 +122,9 @@ def run_train(config: Train) -> Path:
         share = mesh.data if mesh is not None and config.split_shards else None
         store = ActivationStore(config.activations, shards=share)
         sae = load_sae(config.sae).fold_activation_scale_(1 / store.scale)
-        sae.metadata[UNITS] = store.scale
+        _note(sae, store)
+        if settings.target_l0 is None:
+            settings = replace(settings, target_l0=sae.metadata.get(TARGET))
         own = sae if mesh is None else mesh.shard(sae)
         own.to(device if mesh is None else mesh.device)
         log = train(own, store, settings, mesh=mesh)
@@ -124,6 +133,14 @@ def run_train(config: Train) -> Path:
     if log.mse:
         print(f"mse {log.mse[-1]:.2f}  l0 {log.l0[-1]:.1f}  dead {log.dead[-1]}  {log.seconds:.0f} s")
     return export(config.out, config.out / "sae")
+
+
+def _note(sae: SparseAutoencoder, store: ActivationStore) -> None:
+    """What evaluation asks an SAE for: units, model and place."""
+    sae.metadata[UNITS] = sae.metadata["activation_scale"] = store.scale
+    for name, key in (("model_name", "model"), ("hook_name", "hook_name")):
+        if store.manifest.get(key) is not None:
+            sae.metadata.setdefault(name, store.manifest[key])
 
 
 def export(run: Path, out: Path) -> Path:

@@ -58,6 +58,8 @@ def store_tensor(
         "scale": x.shape[1] ** 0.5 / mean_norm,
         "mean_norm": mean_norm,
         "mean_file": "mean.safetensors",
+        "sequences_file": None,
+        "documents_file": None,
         "shards": shards,
         "files": files,
     }

@@ -185,7 +185,7 @@ class ActivationStore:
     @cached_property
     def sequences(self) -> Sequences:
         """The first contexts the rows were read from (all of them in a store of held-out text)."""
-        loaded = self._load(self.manifest["sequences_file"])
+        loaded = self._load(self._text_file("sequences_file"))
         tokens = loaded.get("tokens", torch.empty(0)).long()
         if tokens.dim() != 2 or "documents" not in loaded or loaded["documents"].shape != tokens.shape:
             raise self._broken(self.manifest["sequences_file"], "holds no sequences [n_sequences, context]")
@@ -194,7 +194,7 @@ class ActivationStore:
     @cached_property
     def document_info(self) -> list[dict[str, Any]]:
         """Of every document: source, title, group, labels."""
-        file = self.manifest["documents_file"]
+        file = self._text_file("documents_file")
         try:
             # JSON escapes what else would end a line in the middle of a title.
             documents = [
@@ -228,7 +228,13 @@ class ActivationStore:
     def _ends(self) -> torch.Tensor:
         return torch.tensor([shard["rows"] for shard in self.manifest["shards"]]).cumsum(0)
 
+    def _text_file(self, name: str) -> str:
+        if self.manifest[name] is None:
+            raise FormatError(f"{self.folder} was made of a tensor and knows no text; read activations with `extract`")
+        return self.manifest[name]
+
     def _column(self, name: str) -> torch.Tensor:
+        self._text_file("documents_file")
         for shard, entry in zip(self._shards, self.manifest["shards"], strict=True):
             if name not in shard or tuple(shard[name].shape) != (entry["rows"],):
                 raise self._broken(entry["file"], f"holds no {name} for each of its rows")
@@ -249,6 +255,7 @@ class ActivationStore:
         if min(self.d_in, self.n_tokens) < 1 or not 0 < self.scale < float("inf"):
             raise self._broken(MANIFEST, f"has d_in={self.d_in}, n_tokens={self.n_tokens}, scale={self.scale}")
         named = [self.manifest[f"{kind}_file"] for kind in ("mean", "sequences", "documents")]
+        named = [name for name in named if name is not None]  # a store of one's own tensor has no text
         for name in (*self.manifest["files"], *(shard["file"] for shard in self.manifest["shards"]), *named):
             if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
                 raise self._broken(MANIFEST, f"names {str(name)[:60]!r}, which is no file of its folder")
