@@ -83,7 +83,7 @@ def cpu_cases() -> Iterator[Case]:
 def gpu_cases() -> Iterator[Case]:
     """In the order of what matters: a budget of time cuts the end. torch.compile costs half a minute a case."""
     gpt2, gemma = Case("step", 4096, 768, 24576, dtype="bf16"), Case("step", 4096, 2304, 65536, dtype="bf16")
-    large = Case("step", 8192, 4096, 131072, dtype="bf16", compiled=False)
+    large = Case("step", 8192, 4096, 131072, dtype="bf16")
     for size in (gpt2, gemma, large):
         for gate in (SHARED, FEATURE):
             yield replace(size, **gate)

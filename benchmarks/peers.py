@@ -7,6 +7,7 @@ instead. Needs `pip install rsae-triton[peers]`; what is not installed does not 
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -50,7 +51,7 @@ def saelens(case: Case, sae: FusedRationalSAE, x: Tensor) -> list[Contender]:
         "d_in": case.d_in, "d_sae": case.d_sae, "dtype": names[x.dtype], "device": str(x.device),
         "normalize_activations": "none", "apply_b_dec_to_input": True,
     }  # fmt: skip
-    level = -float(sae.b_enc[0])
+    level = -float(sae.b_enc[0].detach())
 
     def contender(name: str, peer: Any, coefficients: dict[str, float], exact: Callable[[Tensor], Tensor]) -> Contender:
         with torch.no_grad():
@@ -84,6 +85,9 @@ def saelens(case: Case, sae: FusedRationalSAE, x: Tensor) -> list[Contender]:
 
 
 def sparsify(case: Case, sae: FusedRationalSAE, x: Tensor) -> list[Contender]:
+    if x.device.type == "cpu":
+        # Its decoder is a Triton kernel wherever Triton is installed.
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
     from sparsify import SparseCoder, SparseCoderConfig
 
     peer = SparseCoder(case.d_in, SparseCoderConfig(num_latents=case.d_sae, k=TOP_K), x.device, x.dtype)

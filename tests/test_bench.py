@@ -109,7 +109,8 @@ def test_render_writes_page_plots_and_readme(tmp_path):
     assert readme.startswith("# x\n")
     assert readme.endswith("-->\nrest\n")
     assert "4 s, 400 MB" in readme
-    assert "GPU: 4096 x 768 x 24576, (3, 2) shared, direct, bf16 | not measured |" in readme
+    assert "| CPU: any x 576 x 18432, (9, 8) per feature, direct, fp32 | not measured |" in readme
+    assert readme.count("| GPU: not measured yet |") == 1
     again = [path.read_bytes() for path in render(load_results(tmp_path / "benchmarks" / "results"), tmp_path)]
     assert again == [path.read_bytes() for path in render(load_results(tmp_path / "benchmarks" / "results"), tmp_path)]
 

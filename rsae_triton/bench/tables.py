@@ -165,6 +165,7 @@ def _unmeasured() -> Iterator[str]:
             yield f"| {one.text} | {'at least' if one.at_least else 'at most'} {one.bound:.2f} | not measured |"
 
 
+DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 README_COLUMNS = ("eager, Horner", "torch.compile", "SAELens JumpReLU", "ours", "ours, streamed", FLOOR)
 
 
@@ -181,10 +182,14 @@ def readme_table(results: dict[str, dict[str, Any]]) -> str:
             continue
         seen.append(wanted_case)
         of_kind = [one for one in results.values() if one["device"]["kind"] == kind]
+        if not of_kind:
+            if not any(line.startswith(f"| {DEVICES[kind]}") for line in lines):
+                lines.append(f"| {DEVICES[kind]}: not measured yet |{' |' * len(README_COLUMNS)}")
+            continue
         case = next((case for one in of_kind if (case := find(one, wanted_case))), None)
         name = title(case or {"n_tokens": "any", **wanted_case, "tf32": False})
         cells = [_short(timed(case).get(column)) if case else "not measured" for column in README_COLUMNS]
-        lines.append(f"| {'GPU' if kind == 'cuda' else 'CPU'}: {name} | {' | '.join(cells)} |")
+        lines.append(f"| {DEVICES[kind]}: {name} | {' | '.join(cells)} |")
     lines += [
         "",
         "Loss, backward and Adam; median time and transient memory (beyond weights, gradients and optimiser state). "
