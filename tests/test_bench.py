@@ -29,7 +29,7 @@ def case(n_tokens=2048, d_sae=18432, degree=(3, 2), groups=1, sweep="", scale=1.
         "ours": contender(4 * scale, 4e8 * scale),
         "ours, streamed": contender(5 * scale, 3e7),
         "bare products": contender(3 * scale, 0),
-        "sparsify TopK": {"status": "out of memory"},
+        "sparsify TopK": {"status": "out of memory", "turns": 0},
     }
     return {
         "work": "step", "n_tokens": n_tokens, "d_in": 576, "d_sae": d_sae, "degree": list(degree), "groups": groups,
@@ -91,6 +91,17 @@ def test_targets_take_the_faster_eager_and_say_what_is_missed():
     assert "| 1.60 | **missed** |" in streamed
     assert "| 1.33 | **missed** |" in next(line for line in lines if "bare products' time" in line)
     assert any("out of memory" in line for line in lines)
+
+
+def test_a_single_turn_is_no_verdict():
+    once = case()
+    for one in once["contenders"].values():
+        one["turns"] = 1
+    page = tables.page({"a": result(once)}, {})
+    assert "| 2.00 | no verdict: turns are 1 |" in page
+    assert "4 s (turns: 1)" in page
+    assert "(turns: 1)" in tables.readme_table({"a": result(once)})
+    assert guard(result(case(ours=contender(7.0))), result(once)) == []
 
 
 def test_render_writes_page_plots_and_readme(tmp_path):

@@ -27,6 +27,7 @@ def draw(result: dict[str, Any], what: str, path: Path) -> bool:
     """An SVG with a panel for each sweep there is, False if there is none; what: "median_s" or "peak_bytes"."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter, NullLocator
 
     lines = {sweep: series(result, sweep, what) for sweep in SWEEPS}
     lines = {sweep: found for sweep, found in lines.items() if found}
@@ -40,6 +41,10 @@ def draw(result: dict[str, Any], what: str, path: Path) -> bool:
             style = {"linewidth": 1.4, "markersize": 4, **STYLES.get(name, {"color": "#777777", "marker": "x"})}
             (seen[name],) = axes.plot([x for x, _ in points], [scale * y for _, y in points], label=name, **style)
         axes.set(xscale="log", yscale="log", xlabel=LABELS[sweep])
+        sizes = sorted({x for points in found.values() for x, _ in points})
+        axes.set_xticks(sizes, [f"{size:g}" for size in sizes], fontsize=8)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(True, which="major", color="#d5d9de", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel(LABELS[what])

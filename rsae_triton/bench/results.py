@@ -19,6 +19,8 @@ EAGER = ("eager, Horner", "eager, powers")
 FLOOR = "bare products"
 SWEEPS = ("d_sae", "n_tokens", "degree", "groups")
 SIZES = ("work", "n_tokens", "d_in", "d_sae", "degree", "groups", "form", "dtype", "tf32", "sweep")
+ENOUGH_TURNS = 3
+"""With fewer there is no verdict on a target, and no warning."""
 SLACK = 1.25
 """How much worse a ratio may get before the guard warns."""
 
@@ -84,13 +86,20 @@ def ours(case: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: one for name, one in timed(case).items() if name.startswith("ours")}
 
 
+def turns(case: dict[str, Any]) -> int:
+    """How many turns every contender of a case had."""
+    return min((one["turns"] for one in timed(case).values()), default=0)
+
+
 def guard(new: dict[str, Any], old: dict[str, Any]) -> list[str]:
     """Where ours became slower relative to eager PyTorch than SLACK times the committed ratio. Never absolute times."""
     known = {key(case): case for case in old["cases"]}
     found = []
     for case in new["cases"]:
         before = known.get(key(case))
-        if before is None or (now := eager(case)) is None or (then := eager(before)) is None:
+        if before is None or min(turns(case), turns(before)) < ENOUGH_TURNS:
+            continue
+        if (now := eager(case)) is None or (then := eager(before)) is None:
             continue
         for name, one in ours(case).items():
             if name not in timed(before):

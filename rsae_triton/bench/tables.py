@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..cost import CEILINGS, Step, cost
-from .results import FLOOR, SWEEPS, eager, exponents, timed, title
+from .results import ENOUGH_TURNS, FLOOR, SWEEPS, eager, exponents, timed, title, turns
 from .targets import FEATURE, SHARED, find, targets
 
 WORK = {
@@ -27,7 +27,7 @@ and take turns: a turn runs each once, so that what else the machine does hits a
 contender's loss and every gradient are compared with the written-out formulas (float64 for small cases, else float32):
 its error may be twice eager PyTorch's in the same dtype plus a stated limit (1e-3 in float32, 3e-2 in bf16, of the
 norm), or it gets no time. Adam's learning rate is 0, so that every turn does the same work. Times are medians (20th to
-80th percentile).
+80th percentile; turns).
 
 **Columns.** *Memory*: most bytes alive at once beyond weights, optimiser state and the last step's gradients.
 *Predicted*: the cost model of `rsae_triton/cost.py` on the ceilings measured in the same run. *Floor*: the longer of
@@ -86,7 +86,10 @@ def _targets(result: dict[str, Any]) -> Iterator[str]:
         case = find(result, one.case)
         value = None if case is None else one.measured(case)
         sign = "at least" if one.at_least else "at most"
-        found = ("not measured", "") if value is None else (f"{value:.2f}", "met" if one.met(value) else "**missed**")
+        verdict = "" if value is None else "met" if one.met(value) else "**missed**"
+        if case is not None and value is not None and turns(case) < ENOUGH_TURNS:
+            verdict = f"no verdict: turns are {turns(case)}"
+        found = ("not measured" if value is None else f"{value:.2f}", verdict)
         yield f"| {one.text} | {sign} {one.bound:.2f} | {found[0]} | {found[1]} |"
 
 
@@ -107,7 +110,7 @@ def _case(case: dict[str, Any]) -> Iterator[str]:
             yield f"| {name} | {one['status']} | | | | | | |"
             continue
         cells = [
-            f"{seconds(median)} ({seconds(one['p20_s'])} to {seconds(one['p80_s'])})",
+            f"{seconds(median)} ({_spread(one)}{one['turns']})",
             f"{base[1] / median:.2f}" if base else "",
             f"{median / floor['median_s']:.2f}" if floor else "",
             memory(one.get("peak_bytes")),
@@ -117,6 +120,10 @@ def _case(case: dict[str, Any]) -> Iterator[str]:
         ]
         bold = "**" * name.startswith("ours")
         yield f"| {bold}{name}{bold} | {' | '.join(cells)} |"
+
+
+def _spread(one: dict[str, Any]) -> str:
+    return f"{seconds(one['p20_s'])} to {seconds(one['p80_s'])}; " if one["turns"] > 1 else "turns: "
 
 
 def _growth(result: dict[str, Any], plots: list[str]) -> Iterator[str]:
@@ -189,6 +196,8 @@ def readme_table(results: dict[str, dict[str, Any]]) -> str:
         case = next((case for one in of_kind if (case := find(one, wanted_case))), None)
         name = title(case or {"n_tokens": "any", **wanted_case, "tf32": False})
         cells = [_short(timed(case).get(column)) if case else "not measured" for column in README_COLUMNS]
+        if case and turns(case) < ENOUGH_TURNS:
+            name += f" (turns: {turns(case)})"
         lines.append(f"| {DEVICES[kind]}: {name} | {' | '.join(cells)} |")
     lines += [
         "",
