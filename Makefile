@@ -3,11 +3,12 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DOCS := .venv-docs
 # SAELens needs transformer-lens < 4: an environment of its own, with version 4 beside it.
 INTEROP := .venv-interop
 LENS4 := $(INTEROP)/transformer-lens-4
 
-.PHONY: demo test test-fast test-interop test-gpu lint bench bench-gpu peers experiments aot aot-record routes clean help
+.PHONY: demo test test-fast test-interop test-gpu lint bench bench-gpu peers experiments aot aot-record routes fuzz soak docs audit clean help
 
 help:
 	@echo "make demo   upgrade an SAE of SmolLM2-135M, beside a fair control -> out/demo/report.html"
@@ -17,6 +18,9 @@ help:
 	@echo "make bench-gpu  the same on a CUDA device, under eight minutes; make peers adds SAELens and sparsify"
 	@echo "make experiments  gate fits against other methods; which gate and recipe beats the control"
 	@echo "make aot    compile every kernel configuration for sm_80, sm_90, sm_100; the table goes into docs/kernels.md"
+	@echo "make fuzz   coverage-guided fuzzing of every file reader, ten minutes (FUZZ_SECONDS)"
+	@echo "make soak   20,000 training steps with stressed coefficients; make audit asks pip-audit about the dependencies"
+	@echo "make docs   the documentation as a site, warnings are errors -> site/"
 	@echo "make test-gpu  the kernels on a CUDA device: tests, sanitizer, graphs, timings"
 
 # constraints.txt pins what was tested; torch first, so that nothing else can pull another build of it.
@@ -47,6 +51,27 @@ $(INTEROP)/.installed: pyproject.toml setup.py constraints.txt
 test-interop: $(INTEROP)/.installed
 	$(INTEROP)/bin/python -m pytest tests/interop tests/teachers tests/integrations tests/test_export.py
 	PYTHONPATH=$(LENS4) $(INTEROP)/bin/python -m pytest tests/integrations/test_splicing.py tests/integrations/test_examples.py
+
+fuzz: $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check 'atheris>=2.3'
+	TRITON_INTERPRET=1 $(BIN)/python fuzz/readers.py
+
+soak: $(INSTALLED)
+	SOAK_STEPS=20000 $(BIN)/python -m pytest -q tests/test_soak.py
+
+$(DOCS)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --disable-pip-version-check $$($(PYTHON) -c "import tomllib; \
+	print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
+	touch $@
+
+# The sources are parsed, not imported: torch is not needed.
+docs: $(DOCS)/.installed
+	$(DOCS)/bin/mkdocs build --strict
+
+audit: $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check pip-audit
+	$(BIN)/pip-audit --skip-editable
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -85,4 +110,4 @@ test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu
 
 clean:
-	rm -rf $(VENV) $(INTEROP) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(INTEROP) $(DOCS) site build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache

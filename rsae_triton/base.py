@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from .card import write_card
 from .checks import check_finite, check_integer, check_room, check_tensor, parse_device
 from .errors import ConfigError, FormatError, NumericsError, ResourceError, RsaeError, ShapeError
-from .files import make_folder, read_json, read_safetensors, write_atomically, write_text
+from .files import make_folder, read_json, read_safetensors, write_together
 from .hub import local_path, upload
 from .normalization import MODES, Affine, normalize
 
@@ -241,7 +241,7 @@ class SparseAutoencoder(nn.Module, abc.ABC):
         }
 
     def save_pretrained(self, folder: str | Path, *, metrics: Mapping[str, Any] | None = None) -> Path:
-        """Writes cfg.json, sae_weights.safetensors (SAELens' layout) and a model card, each atomically.
+        """Writes cfg.json and sae_weights.safetensors (SAELens' layout) together or not at all, and a model card.
 
         Args:
             metrics: the scores that go into the card, as metrics.json of a run holds them. A README.md that is not
@@ -264,8 +264,11 @@ class SparseAutoencoder(nn.Module, abc.ABC):
         except (TypeError, ValueError) as error:
             raise ConfigError(f"metadata holds what JSON cannot ({error}); nothing was written to {folder}") from error
         make_folder(folder)
-        write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(weights, path))
-        write_text(folder / CONFIG_FILE, text + "\n")
+        files: dict[str, Callable[[Path], Any]] = {
+            WEIGHTS_FILE: lambda path: save_file(weights, path),
+            CONFIG_FILE: lambda path: path.write_text(text + "\n", encoding="utf-8"),
+        }
+        write_together(folder, files)
         write_card(folder, config, metrics)
         return folder
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import least_squares
 
 from .errors import NumericsError
 from .remez import GateFit
@@ -70,6 +69,8 @@ def calibrate(fit: GateFit, data: Histogram, input_scale: float, *, tail: bool) 
         fit: the start; its centre and unit-influence scales are kept. data: what to fit. input_scale: C.
         tail: continue with slope one beyond v = C (the direct form of a gate that does so).
     """
+    from scipy.optimize import least_squares  # half a second, and only where something is fitted
+
     t = data.value / input_scale
     s = np.clip(t, -1, 1) - fit.centre
     target = data.target / input_scale - (np.maximum(t - 1, 0) if tail else 0)

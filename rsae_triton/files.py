@@ -6,6 +6,7 @@ a truncated, foreign or dangerous one with a `FormatError` that names it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickletools
@@ -168,6 +169,15 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as handle:
+        digest = hashlib.sha256()
+        while block := handle.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def make_folder(folder: Path) -> None:
     """Makes a folder and those above it. Raises StorageError where that is not possible."""
     try:
@@ -193,17 +203,31 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     Raises:
         StorageError: the disk is full, or the folder cannot be written; what was there before is untouched.
     """
-    temporary: Path | None = None
+    write_together(path.parent, {path.name: write})
+
+
+def write_together(folder: Path, files: Mapping[str, Callable[[Path], Any]]) -> None:
+    """As `write_atomically` for files that belong together: none is replaced before all are written.
+
+    Raises:
+        StorageError: as there; every old file is still there.
+    """
+    temporary: dict[str, Path] = {}
+    name = ""
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        temporary = Path(name)
-        write(temporary)
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
+        for name, write in files.items():
+            handle, made = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
+            os.close(handle)
+            temporary[name] = Path(made)
+            write(temporary[name])
+            temporary[name].chmod(0o644)
+        for name, path in temporary.items():
+            os.replace(path, folder / name)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise StorageError(f"{path} cannot be written ({reason}); what was there before is untouched") from error
+        raise StorageError(
+            f"{folder / name} cannot be written ({reason}); what was there before is untouched"
+        ) from error
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        for path in temporary.values():
+            path.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ the kernels of `kernels/sparse_*.py` write and read rows only; elsewhere `sparse
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -68,8 +69,6 @@ class SparseCode(NamedTuple):
         return _shaped(_rows([entries_of(rows)], len(rows), capacity), feature_acts.shape[:-1])
 
 
-@torch.no_grad()
-@torch.compiler.disable
 def encode_sparse(
     sae: SparseAutoencoder, x: Tensor, capacity: int | None = None, *, k: int | None = None
 ) -> SparseCode:
@@ -88,6 +87,13 @@ def encode_sparse(
     Raises:
         ShapeError, ConfigError: x, its dtype, capacity or k cannot be used. NumericsError: a code is NaN.
     """
+    if "torch._dynamo" in sys.modules:  # else nobody compiles, and importing it to say "not this" takes seconds
+        return torch.compiler.disable(_encode_sparse)(sae, x, capacity, k)
+    return _encode_sparse(sae, x, capacity, k)
+
+
+@torch.no_grad()
+def _encode_sparse(sae: SparseAutoencoder, x: Tensor, capacity: int | None, k: int | None) -> SparseCode:
     check_sae("sae", sae)
     sae._check_last(x, "x", "d_in", sae.d_in)
     _check_count("capacity", capacity)

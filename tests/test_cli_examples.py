@@ -42,7 +42,7 @@ def test_there_are_examples_for_every_command():
 def test_the_command_line_takes_it(where, line, monkeypatch):
     called = []
     for name in DOORS:
-        monkeypatch.setattr(cli, name, lambda *arguments: called.append(arguments))
+        monkeypatch.setattr(cli, name, lambda *arguments: called.append(arguments) or [])
     for name in ("fit", "show", "rebuild"):
         monkeypatch.setattr(gates, name, _with_signature(getattr(gates, name), called))
     arguments = shlex.split(line.partition(" #")[0])[1:]

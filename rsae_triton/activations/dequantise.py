@@ -16,6 +16,7 @@ from filelock import FileLock
 
 from rsae_triton.activations.downloads import DOWNLOADS, cache_dir, fetch
 from rsae_triton.errors import FormatError, SourceError
+from rsae_triton.files import make_folder
 
 
 def embedded_model() -> Path:
@@ -55,7 +56,9 @@ def _folder(name: str, identity: str) -> Path:
 
 def _dequantise(gguf: Path, folder: Path) -> Path:
     """Write `gguf` as config.json, model.safetensors (float32) and tokenizer files into `folder`, all or nothing."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.is_dir():  # renamed to when whole; a cache that is not ours to write has no place for a lock
+        return folder
+    make_folder(folder.parent)
     with FileLock(folder.parent / f"{folder.name}.lock"):
         if folder.is_dir():
             return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from rsae_triton.errors import SourceError
+from rsae_triton.files import file_sha256
 
 _TIMEOUT_S = 60
 
@@ -82,8 +84,20 @@ def fetch(name: str) -> Path:
         raise SourceError(
             f"cannot write to the cache folder {folder} ({error.strerror}); set RSAE_CACHE to a writable folder"
         ) from error
-    with FileLock(folder / f"{pinned.filename}.lock"):
-        return _fetch_locked(pinned, folder)
+    try:
+        with FileLock(folder / f"{pinned.filename}.lock"):
+            return _fetch_locked(pinned, folder)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        # A cache that others filled and that is not ours to write is as good, if it holds the file.
+        path = folder / pinned.filename
+        if path.is_file() and file_sha256(path) == pinned.sha256:
+            return path
+        raise SourceError(
+            f"{folder} cannot be written to ({error.strerror}) and does not hold {pinned.filename}; "
+            "set RSAE_CACHE to a writable folder"
+        ) from error
 
 
 def _fetch_locked(pinned: Download, folder: Path) -> Path:

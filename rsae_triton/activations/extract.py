@@ -116,6 +116,8 @@ def extract_hooks(
             runs.append((folder, key, identity))
         # In one order, so that two runs never wait for each other.
         for folder in sorted(folders):
+            if folder.exists():  # renamed to when whole; a cache that is not ours to write has no place for a lock
+                continue
             make_folder(folder.parent)
             locks.enter_context(FileLock(folder.parent / f".{folder.name}.lock"))
         missing = [

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from rsae_triton.activations.store import MANIFEST, SCHEMA, ActivationStore, file_sha256
+from rsae_triton.activations.store import MANIFEST, SCHEMA, ActivationStore
 from rsae_triton.errors import ConfigError, NumericsError, ShapeError
+from rsae_triton.files import file_sha256
 
 
 def store_tensor(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from functools import cached_property
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 from rsae_triton.activations.order import EpochOrder, mix_seed
 from rsae_triton.activations.prefetch import prefetched
 from rsae_triton.errors import ConfigError, FormatError
-from rsae_triton.files import read_json
+from rsae_triton.files import file_sha256, read_json
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -31,14 +30,6 @@ class Sequences(NamedTuple):
     tokens: torch.Tensor
     documents: torch.Tensor
     counted: torch.Tensor
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as handle:
-        digest = hashlib.sha256()
-        while block := handle.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 class ActivationStore:

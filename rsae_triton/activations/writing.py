@@ -24,8 +24,9 @@ from safetensors.torch import load_file, save_file
 from rsae_triton.activations.documents import Document
 from rsae_triton.activations.host import HostModel
 from rsae_triton.activations.packing import Contexts, pack
-from rsae_triton.activations.store import MANIFEST, file_sha256, mix_seed
+from rsae_triton.activations.store import MANIFEST, mix_seed
 from rsae_triton.errors import FormatError, NumericsError
+from rsae_triton.files import file_sha256
 
 _PROGRESS = "progress.json"
 _SHARD_BYTES = 64 << 20  # half a minute of extraction on two cores: what a killed run loses at most

@@ -5,7 +5,6 @@ Q >= 0 other than Q = 0. Both are convex cones in the coefficients (Loeb 1960), 
 """
 
 import numpy as np
-from scipy.optimize import linprog
 
 from rsae_triton.remez.problem import Problem
 from rsae_triton.remez.rational import Rational
@@ -21,6 +20,8 @@ def program_bound(problem: Problem, r: Rational, points: np.ndarray) -> tuple[fl
 
     points: [n] of the domain. support: the points on which the infeasibility rests (nonzero multipliers).
     """
+    from scipy.optimize import linprog  # half a second, and only where something is fitted
+
     hull = np.union1d(problem.grid, problem.gap)
     weight = problem.weight(points)
     error = weight * (problem.value(points) - r(points))

@@ -8,7 +8,6 @@ where D is the largest error now; Q > 0 at active and gap points keeps poles out
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import linprog
 
 from rsae_triton.errors import ConvergenceError
 from rsae_triton.remez.problem import Problem
@@ -36,6 +35,8 @@ def correct(problem: Problem, r: Rational, active: np.ndarray, guards: np.ndarra
 
     Raises ConvergenceError when the linear program has no answer.
     """
+    from scipy.optimize import linprog  # half a second, and only where something is fitted
+
     hull = np.union1d(problem.grid, problem.gap)
     weight = problem.weight(active)
     error = weight * (problem.value(active) - r(active))

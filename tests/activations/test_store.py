@@ -282,7 +282,7 @@ def _flip(path):
         (_flip, "mean.safetensors", "checksum"),
         (lambda p: p.unlink(), "documents.jsonl", "is missing"),
         (lambda p: p.write_text("{"), "manifest.json", "cannot be read"),
-        (lambda p: p.write_text("[]"), "manifest.json", "schema"),
+        (lambda p: p.write_text("[]"), "manifest.json", "cannot be read"),
         (lambda p: p.write_text('{"schema": 99}'), "manifest.json", "schema"),
         (lambda p: p.write_text('{"schema": 1}'), "manifest.json", "d_in"),
     ],

@@ -1,0 +1,241 @@
+"""The machine fails in the middle: nothing that was there is lost, nothing half is left, the next run recovers.
+
+Killed and full-disk training is in test_checkpoints.py, killed extraction in tests/activations/test_store.py.
+"""
+
+import hashlib
+import http.server
+import os
+import resource
+import signal
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from valid_files import store
+
+from rsae_triton import FusedRationalSAE, train
+from rsae_triton.activations import ActivationStore, downloads
+from rsae_triton.activations.downloads import Download, cache_dir, fetch
+from rsae_triton.errors import FormatError, SourceError, StorageError
+from rsae_triton.files import write_text, write_together
+
+CONTENT = bytes(range(256)) * 2000
+linux = pytest.mark.skipif(sys.platform != "linux", reason="forks and limits of Linux")
+
+
+def sae(seed=0, d_sae=8):
+    return FusedRationalSAE(4, d_sae, form="gated", generator=torch.Generator().manual_seed(seed))
+
+
+def everything(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def in_a_child(action):
+    """Runs `action` in a forked process and returns the text it returns; the process may limit itself first."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            text = str(action())
+        except BaseException as error:
+            text = f"{type(error).__name__}: {error}"
+        os.write(writer, text.encode()[:60_000])
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as stream:
+        text = stream.read().decode()
+    os.waitpid(child, 0)
+    return text
+
+
+def limited_to(size, action):
+    """`action` where no file may grow beyond `size` bytes: what a full disk is to a program."""
+
+    def run():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        return action()
+
+    return in_a_child(run)
+
+
+# -- a full disk
+
+
+@linux
+@pytest.mark.parametrize("size", [0, 300, 1000])
+def test_a_full_disk_leaves_the_saved_sae_as_it_was(tmp_path, size):
+    sae(0).save_pretrained(tmp_path / "sae")
+    before = everything(tmp_path)
+    said = limited_to(size, lambda: sae(1).save_pretrained(tmp_path / "sae"))
+    assert said.startswith("StorageError: ")
+    assert "sae_weights.safetensors" in said or "cfg.json" in said
+    assert "untouched" in said
+    assert everything(tmp_path) == before
+    sae(1).save_pretrained(tmp_path / "sae")
+    assert torch.equal(FusedRationalSAE.from_pretrained(tmp_path / "sae").W_enc, sae(1).W_enc)
+
+
+@linux
+def test_a_full_disk_leaves_a_report_as_it_was(tmp_path):
+    write_text(tmp_path / "report.html", "old")
+    said = limited_to(1000, lambda: write_text(tmp_path / "report.html", "x" * 5000))
+    assert said.startswith("StorageError: ")
+    assert everything(tmp_path) == {"report.html": b"old"}
+
+
+def test_files_that_belong_together_are_replaced_together(tmp_path):
+    write_together(tmp_path, {"a": lambda path: path.write_text("1"), "b": lambda path: path.write_text("1")})
+
+    def fail(path):
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(StorageError, match=r"b cannot be written \(No space left on device\)"):
+        write_together(tmp_path, {"a": lambda path: path.write_text("2"), "b": fail})
+    assert everything(tmp_path) == {"a": b"1", "b": b"1"}
+
+
+# -- a cache that is not ours to write
+
+
+def as_nobody(action):
+    """`action` without the rights of root, for whom every folder is writable."""
+
+    def run():
+        if os.geteuid() == 0:
+            os.setgid(65534)
+            os.setuid(65534)
+        return action()
+
+    return in_a_child(run)
+
+
+@pytest.fixture
+def public():
+    """A folder that everybody can enter; pytest's own are root's."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+        for path in [Path(name), *Path(name).rglob("*")]:
+            if path.is_dir():
+                path.chmod(0o755)
+
+
+@linux
+def test_a_read_only_cache_is_read_and_says_what_it_lacks(public, monkeypatch):
+    monkeypatch.setenv("RSAE_CACHE", str(public / "cache"))
+    pin = Download("file.bin", "http://127.0.0.1:9/x", hashlib.sha256(CONTENT).hexdigest())
+    monkeypatch.setitem(downloads.DOWNLOADS, "stub", pin)
+    folder = public / "cache" / "downloads"
+    folder.mkdir(parents=True)
+    (folder / "file.bin").write_bytes(CONTENT)
+    folder.chmod(0o555)
+    before = everything(public)
+    assert as_nobody(lambda: fetch("stub").read_bytes() == CONTENT) == "True"
+    (folder / "file.bin").write_bytes(b"damaged")
+    said = as_nobody(lambda: fetch("stub"))
+    assert said.startswith("SourceError: ")
+    assert "set RSAE_CACHE" in said
+    assert everything(public).keys() == before.keys()
+
+
+@linux
+def test_a_folder_that_cannot_be_written_is_named(public):
+    public.chmod(0o555)
+    said = as_nobody(lambda: sae().save_pretrained(public / "sae"))
+    assert said.startswith("StorageError: ")
+    assert str(public / "sae") in said
+    assert not (public / "sae").exists()
+
+
+# -- the network goes away
+
+
+@pytest.fixture
+def network(monkeypatch, tmp_path):
+    """A server that closes the connection in the middle while `network.works` is False; counts what it is asked."""
+    monkeypatch.setenv("RSAE_CACHE", str(tmp_path / "cache"))
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.server.asked += 1
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(CONTENT)))
+            self.end_headers()
+            self.wfile.write(CONTENT if self.server.works else CONTENT[: len(CONTENT) // 2])
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.asked, server.works = 0, True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    pin = Download("file.bin", f"http://127.0.0.1:{server.server_port}/x", hashlib.sha256(CONTENT).hexdigest())
+    monkeypatch.setitem(downloads.DOWNLOADS, "stub", pin)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_connection_lost_in_the_middle_leaves_nothing_and_the_next_run_recovers(network):
+    network.works = False
+    with pytest.raises(SourceError, match="check the connection"):
+        fetch("stub")
+    assert [path.suffix for path in (cache_dir() / "downloads").iterdir() if path.suffix != ".lock"] == []
+    network.works = True
+    assert fetch("stub").read_bytes() == CONTENT
+    assert fetch("stub").read_bytes() == CONTENT
+    assert network.asked == 2
+
+
+@linux
+def test_two_processes_on_one_cache_download_once(network):
+    children = []
+    for _ in range(2):
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.write(writer, b"whole" if fetch("stub").read_bytes() == CONTENT else b"half")
+            os._exit(0)
+        os.close(writer)
+        children.append((child, reader))
+    for child, reader in children:
+        with os.fdopen(reader, "rb") as stream:
+            assert stream.read() == b"whole"
+        os.waitpid(child, 0)
+    assert network.asked == 1
+
+
+# -- a shard torn by a crash, a clock that jumps
+
+
+@pytest.mark.parametrize("tear", [lambda data: data[: len(data) // 2], lambda data: data[:-40] + bytes(40)])
+def test_a_torn_shard_is_found_when_the_store_is_opened(tmp_path, tear):
+    store(tmp_path)
+    shard = tmp_path / "shard-00000.safetensors"
+    shard.write_bytes(tear(shard.read_bytes()))
+    with pytest.raises(FormatError, match=r"shard-00000\.safetensors.*extract again"):
+        ActivationStore(tmp_path)
+
+
+def test_a_clock_that_jumps_changes_no_number(tmp_path, monkeypatch):
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(3))
+    weights = []
+    for jumps in (False, True):
+        one = sae()
+        with monkeypatch.context() as patch:
+            if jumps:
+                clock = iter(range(10**9, 0, -3600))
+                for name in ("time", "perf_counter", "monotonic"):
+                    patch.setattr(time, name, lambda clock=clock: float(next(clock)))
+            out = tmp_path / str(jumps)
+            train(one, x, steps=6, batch_size=16, progress=jumps, out=out, checkpoint_every=2, log_every=2)
+        weights.append(one.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
