@@ -52,8 +52,8 @@ def rational_encode(
         `Encoded`: z [..., d_sae] in the dtype of the matrix product; counts and l1 [d_sae], over all tokens.
 
     Raises:
-        ShapeError: sizes that do not fit. ConfigError: dtypes or devices that differ, an unknown backend or one that
-        cannot work here, or a second derivative.
+        ShapeError: sizes that do not fit.
+        ConfigError: dtypes or devices that differ, a backend that is unknown or cannot work, or a second derivative.
     """
     check_inputs(x, W_enc, b_enc, b_dec, None, gate, spec)
     dtype = product_dtype(x)

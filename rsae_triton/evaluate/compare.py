@@ -45,7 +45,7 @@ def compare(
     Returns:
         {name: {mse, fvu, cosine, l0, l1, alive_fraction, ..., and with a host delta_ce, kl, ...}, "matched_l0":
         {name: the same, with the threshold `tau` that it took}, "paired": {"shipped": differences, "matched_l0":
-        differences}} with differences[b][a] = {mse, delta_ce, kl: [b - a, low, high]} for every a before b.
+        differences}} with `differences[b][a]` = {mse, delta_ce, kl: [b - a, low, high]} for every a before b.
     """
     if not isinstance(saes, Mapping) or not saes:
         raise ConfigError("saes is empty or no dictionary; give at least one SAE by name")
