@@ -89,10 +89,9 @@ class Made:
             return Contender(name, self.using(backend, step(planned(*cut))), found, strategy=strategy, pieces=pieces)
 
         tokens, features = max(n // 4, 16), max(min(1024, d_sae // 4), 16)
-        made = [
-            ours("eager, Horner", "eager", "eager", "saved"),
-            Contender("eager, powers", step(lambda: naive_loss(self)), found, strategy="eager"),
-        ]
+        made = [ours("eager, Horner", "eager", "eager", "saved")]
+        if case.powers:
+            made.append(Contender("eager, powers", step(lambda: naive_loss(self)), found, strategy="eager"))
         if case.compiled:
             made.append(
                 Contender(

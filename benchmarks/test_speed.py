@@ -69,7 +69,7 @@ def compared(case: Case, session: Any, benchmark: Any, entry: dict[str, Any]) ->
     for one in contenders:
         if one.strategy is not None:
             entries[one.name] |= predicted(case, one.strategy, one.pieces, session.ceilings)
-    seconds = 0.0 if session.tiny else min(10.0 if case.sweep else 60.0, max(session.left(), 1.0))
+    seconds = 0.0 if session.tiny else min(3.0 if case.sweep else 20.0, max(session.left(), 1.0))
 
     def keep(times: dict[str, list[float]]) -> None:
         for name, taken in times.items():

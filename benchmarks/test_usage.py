@@ -1,4 +1,4 @@
-"""What is no contest between contenders: gate fits, activation extraction, the demo end to end."""
+"""After the contests (test_speed.py), what is none: gate fits, activation extraction, the demo end to end."""
 
 from __future__ import annotations
 
