@@ -137,7 +137,8 @@ class Cost:
 
     def total(self, what: str) -> float:
         """The sum of "flops", "bytes", "instructions" or "launches" over the kernels."""
-        return sum(getattr(kernel, what) for kernel in self.kernels)
+        total: float = sum(getattr(kernel, what) for kernel in self.kernels)
+        return total
 
     def seconds(self, on: Ceilings) -> float:
         """Predicted, or from measured ceilings: see `Ceilings.measured`."""
