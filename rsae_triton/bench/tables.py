@@ -173,7 +173,15 @@ def _unmeasured() -> Iterator[str]:
 
 
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
-README_COLUMNS = ("eager, Horner", "torch.compile", "SAELens JumpReLU", "ours", "ours, streamed", FLOOR)
+README_COLUMNS = (
+    "eager, Horner",
+    "torch.compile",
+    "SAELens JumpReLU",
+    "ours",
+    "ours, chunked",
+    "ours, streamed",
+    FLOOR,
+)
 
 
 def readme_table(results: dict[str, dict[str, Any]]) -> str:
