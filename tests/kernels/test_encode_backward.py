@@ -218,3 +218,18 @@ def test_autoencode_takes_the_way_that_is_named(way, device, monkeypatch, small_
     assert len(called) == (3 if way == "fused" else 0)
     for found, expected in zip(*gradients.values(), strict=True):
         torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-5)
+
+
+def test_euler_identity(device, small_tiles):
+    """sum i a_i da_i + sum j b_j db_j = sum g_r s r': exact where nothing is clipped, and so for the whole sum."""
+    small_tiles()
+    n_features = 21
+    gate = random_gate(5, 4, n_features, 1)
+    gate = gate._replace(centre=torch.zeros(1), threshold=torch.zeros(n_features))
+    spec = GateSpec(5, 4, domain="free", hard=False)
+    g, W, h, _, _ = inputs(spec, gate, torch.float32, SHAPE, sums=False)
+    h = h.T.contiguous().to(device)
+    _, _, grads = encode_backward(g.to(device), W.to(device), h, None, None, to(gate, device), **flags(spec, True))
+    euler = (torch.arange(6) * gate.a[0] * grads.a[0].cpu()).sum()
+    euler += (torch.arange(1, 5) * gate.b[0] * grads.b[0].cpu()).sum()
+    torch.testing.assert_close(euler, -(grads.input_scale.cpu() * gate.input_scale)[0], rtol=1e-4, atol=1e-4)
