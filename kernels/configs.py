@@ -130,7 +130,7 @@ def matmul_tile(capability: int, dtype: torch.dtype, p: int, q: int, shared: boo
 def backward_tile(capability: int, dtype: torch.dtype, p: int, q: int, n_tokens: int) -> MatmulTile:
     """The tile of `encode_backward` on a GPU of this major compute capability."""
     tile = BACKWARD[generation(capability)][dtype.itemsize, large(p, q)]
-    if n_tokens % SPECIALISED and large(p, q) and tile.tokens <= 32:  # one part keeps fewer pointers alive than two
+    if n_tokens % SPECIALISED and large(p, q) and tile.lanes > 1:  # one part keeps fewer pointers alive than two
         tile = tile._replace(sub=1)
     return tile
 
