@@ -74,7 +74,7 @@ def off(value, truth):
 
 
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(case=cases())
 def test_backends_agree(dtype, case):
     gate, n_tokens, d_in, subtract, seed = case
