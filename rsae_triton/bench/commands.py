@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -64,7 +65,7 @@ def run_bench(options: Bench, root: Path = Path()) -> None:
         console.print(tables.page(shown, {}), markup=False, highlight=False)
 
 
-def render(results: dict, root: Path = Path()) -> list[Path]:
+def render(results: dict[str, dict[str, Any]], root: Path = Path()) -> list[Path]:
     """Writes docs/benchmarks.md, two plots for each device, and the README's table; returns the files.
 
     Raises:
