@@ -23,8 +23,9 @@ from safetensors.torch import load_file, save_file
 
 from rsae_triton.activations.documents import Document
 from rsae_triton.activations.host import HostModel
+from rsae_triton.activations.order import mix_seed
 from rsae_triton.activations.packing import Contexts, pack
-from rsae_triton.activations.store import MANIFEST, mix_seed
+from rsae_triton.activations.store import MANIFEST
 from rsae_triton.errors import FormatError, NumericsError
 from rsae_triton.files import file_sha256
 
