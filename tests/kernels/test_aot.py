@@ -38,7 +38,7 @@ def test_machine_code_is_clean(arch, tmp_path):
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     command = [sys.executable, "-m", "rsae_triton.kernels.aot", "--arch", str(arch), "--few", "--jobs", "1"]
     run = subprocess.run(
-        [*command, "--recorded", str(RECORD)], env=environment, capture_output=True, text=True, timeout=300
+        [*command, "--recorded", str(RECORD)], env=environment, capture_output=True, text=True, timeout=900
     )
     assert run.returncode == 0, run.stdout + run.stderr
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in run.stdout.splitlines() if "|" in line]
