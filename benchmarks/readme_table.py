@@ -21,11 +21,7 @@ from rsae_triton.report.fronts import interval, with_sd
 
 COMMITTED = Path("benchmarks/results/demo-smollm2.json")
 GRID = Path("benchmarks/results/reproduce-smollm2.json")
-FORMS = {
-    "gate-forms": Path("benchmarks/results/gate-forms.json"),
-    "gate-forms-jumprelu": Path("benchmarks/results/gate-forms-jumprelu.json"),
-    "gate-forms-topk": Path("benchmarks/results/gate-forms-topk.json"),
-}
+FORMS = {"gate-forms": Path("benchmarks/results/gate-forms.json")}
 README, EXPERIMENTS = Path("README.md"), Path("docs/experiments.md")
 NAMES = {"teacher": "teacher", "init": "RSAE, stage 1", "rsae": "**RSAE**", "control": "control: teacher, same steps"}
 
@@ -127,16 +123,23 @@ def place(path: Path, name: str, text: str) -> None:
     path.write_text(page)
 
 
+def tables() -> list[tuple[Path, str, str]]:
+    """(page, name, text) of every table, from what is committed."""
+    grid = json.loads(GRID.read_text())
+    return [
+        (README, "demo", table(json.loads(COMMITTED.read_text()))),
+        (README, "grid", grid_table(grid, sparsities=(1.0,))),
+        (EXPERIMENTS, "grid", grid_table(grid)),
+        *((EXPERIMENTS, name, forms_table(json.loads(path.read_text()))) for name, path in FORMS.items()),
+    ]
+
+
 def main(options: Options) -> None:
     if options.metrics is not None:
         COMMITTED.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(options.metrics, COMMITTED)
-    place(README, "demo", table(json.loads(COMMITTED.read_text())))
-    grid = json.loads(GRID.read_text())
-    place(README, "grid", grid_table(grid, sparsities=(1.0,)))
-    place(EXPERIMENTS, "grid", grid_table(grid))
-    for name, path in FORMS.items():
-        place(EXPERIMENTS, name, forms_table(json.loads(path.read_text())))
+    for page, name, text in tables():
+        place(page, name, text)
 
 
 if __name__ == "__main__":
