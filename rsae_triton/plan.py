@@ -200,7 +200,10 @@ def run_plan(plan: Plan, console: Console | None = None) -> list[Estimate]:
     shown = (fitting or found)[: plan.rows]
     eager = next(one for one in found if one.strategy == "eager")
     shown += [] if eager in shown else [eager]
-    console = console or Console()
+    if console is None:
+        console = Console()
+        # Thirteen columns squeezed into 80 characters say nothing; a narrow terminal folds the lines instead.
+        console = Console(width=max(console.width, 150))
     best = found[0]
     console.print(
         f"d_in {plan.d_in}, d_sae {plan.d_sae}, {plan.tokens} tokens a step, {plan.precision} products, "
