@@ -123,7 +123,8 @@ def matmul_tile(capability: int, dtype: torch.dtype, p: int, q: int, shared: boo
     """The tile of `encode_forward` on a GPU of this major compute capability."""
     tile = MATMUL[generation(capability)][dtype.itemsize, large(p, q) and not shared]
     if n_tokens % SPECIALISED:  # codes are stored one by one, each with a pointer of its own
-        tile = tile._replace(tokens=min(tile.tokens, 64), sub=4)
+        most = 32 if generation(capability) == 10 else 64
+        tile = tile._replace(tokens=min(tile.tokens, most), sub=4)
     return tile
 
 

@@ -36,13 +36,13 @@ def check_number(
 
 
 def check_tensor(name: str, value: Any, device: torch.device | None = None) -> None:
-    """Raises ShapeError unless `value` is a dense tensor of floating-point numbers, ConfigError for another device."""
+    """Raises ShapeError unless `value` is a dense tensor, ConfigError unless it is of floats and on the device."""
     if not isinstance(value, Tensor):
         raise ShapeError(f"{name} is a {type(value).__name__}; give a torch.Tensor")
     if value.layout is not torch.strided:
         raise ShapeError(f"{name} is {value.layout}; give a dense tensor, for example {name}.to_dense()")
     if not value.is_floating_point():
-        raise ShapeError(f"{name} is {value.dtype}; give floating-point numbers, for example {name}.float()")
+        raise ConfigError(f"{name} is {value.dtype}; give floating-point numbers, for example {name}.float()")
     if device is not None and value.device != device:
         raise ConfigError(f"{name} is on {value.device}, the rest on {device}; move them to one device with .to(...)")
 

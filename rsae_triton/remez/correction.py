@@ -6,6 +6,7 @@ where D is the largest error now; Q > 0 at active and gap points keeps poles out
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +29,13 @@ class Correction:
     guards: np.ndarray
 
 
+def linear_program(*arguments: Any, **options: Any) -> Any:
+    """scipy's `linprog`, imported where something is fitted: it takes half a second."""
+    from scipy.optimize import linprog
+
+    return linprog(*arguments, **options)
+
+
 def correct(problem: Problem, r: Rational, active: np.ndarray, guards: np.ndarray, far: np.ndarray) -> Correction:
     """One differential-correction step from r on the points `active` [n]; `guards` [m] only keep Q positive.
 
@@ -35,7 +43,6 @@ def correct(problem: Problem, r: Rational, active: np.ndarray, guards: np.ndarra
 
     Raises ConvergenceError when the linear program has no answer.
     """
-    from scipy.optimize import linprog  # half a second, and only where something is fitted
 
     hull = np.union1d(problem.grid, problem.gap)
     weight = problem.weight(active)
@@ -61,7 +68,7 @@ def correct(problem: Problem, r: Rational, active: np.ndarray, guards: np.ndarra
         cost[-1] = 1.0
         if not np.all(np.isfinite(rows)):
             raise ConvergenceError(f"powers of s overflow; largest error so far {size:.6g}")
-        answer = linprog(
+        answer = linear_program(
             cost,
             A_ub=np.column_stack([rows, y]),
             b_ub=bound,

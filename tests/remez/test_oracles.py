@@ -90,13 +90,13 @@ def test_what_has_no_best_approximant_is_refused_with_its_bracket():
 
 def test_a_linear_program_that_stops_leaves_a_bracket_or_an_error(monkeypatch):
     """HiGHS gives up after the third program: the fit is refused with what was proved until then."""
-    solved, real = [], correction.linprog
+    solved, real = [], correction.linear_program
 
     def broken(*arguments, **options):
         solved.append(1)
         return real(*arguments, **options) if len(solved) <= 3 else OptimizeResult(x=None, message="gave up")
 
-    monkeypatch.setattr(correction, "linprog", broken)
+    monkeypatch.setattr(correction, "linear_program", broken)
     with pytest.raises(ConvergenceError, match=r"lies in \[\d[^,]*, 0\.\d+") as caught:
         fit_gate("jumprelu", "9,8", theta=0.1, margin=0.03)
     low, high = (float(x) for x in re.search(r"\[(\S+), (\S+)\]", str(caught.value)).groups())
@@ -105,5 +105,5 @@ def test_a_linear_program_that_stops_leaves_a_bracket_or_an_error(monkeypatch):
 
 def fit_gate_error() -> float:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(correction, "linprog", linprog)
+        patch.setattr(correction, "linear_program", linprog)
         return fit_gate("jumprelu", "9,8", theta=0.1, margin=0.03).error
