@@ -1,37 +1,28 @@
-"""What every SAE of this package is: weights in SAELens' layout, shape checks, decoding, saving and loading."""
+"""What every SAE of this package is: weights in SAELens' layout, shape checks, encoding, decoding, scaling."""
 
 from __future__ import annotations
 
 import abc
-import json
-import tempfile
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .card import write_card
-from .checks import check_finite, check_integer, check_room, check_tensor, parse_device
-from .errors import ConfigError, FormatError, NumericsError, ResourceError, RsaeError, ShapeError
-from .files import make_folder, read_json, read_safetensors, write_together
-from .hub import local_path, upload
+from .checks import check_integer, check_room, check_tensor, parse_device
+from .errors import ConfigError, NumericsError, ResourceError, ShapeError
 from .normalization import MODES, Affine, normalize
-
-CONFIG_FILE = "cfg.json"
-WEIGHTS_FILE = "sae_weights.safetensors"
-# The SAELens layout this follows; its readers look at this field first.
-SAE_LENS_VERSION = "6.54.0"
+from .pretrained import Pretrained
 
 
-class SparseAutoencoder(nn.Module, abc.ABC):
+class SparseAutoencoder(Pretrained):
     """Base of teachers and of `FusedRationalSAE`.
 
     Attributes:
         W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in]: trainable.
+        compares_features: whether a feature's code depends on the token's other features (TopK), so that neither the
+            features nor a loss over them can be cut into pieces.
         metadata: provenance (hook_name, model_name, activation_scale, ...), saved and loaded along.
 
     Args:
@@ -43,7 +34,7 @@ class SparseAutoencoder(nn.Module, abc.ABC):
         initialise: False leaves the weights as they are in memory, for weights to be loaded.
     """
 
-    architecture: ClassVar[str]
+    compares_features: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -205,159 +196,6 @@ class SparseAutoencoder(nn.Module, abc.ABC):
         """Makes the nonlinearity f of every feature scale * f(h / scale), scale [d_sae]."""
         raise ConfigError(f"the decoder norms of a {type(self).__name__} cannot be folded into its codes")
 
-    # -- files
-
-    def config(self) -> dict[str, Any]:
-        """What cfg.json holds: enough to build an empty SAE of this kind."""
-        return {
-            "architecture": self.architecture,
-            "d_in": self.d_in,
-            "d_sae": self.d_sae,
-            "dtype": str(self.W_enc.dtype).removeprefix("torch."),
-            "device": "cpu",
-            "apply_b_dec_to_input": self.apply_b_dec_to_input,
-            "normalize_activations": self.normalize_activations,
-            # Activations of attention heads [..., head, d_head] are flattened by whoever holds them.
-            "reshape_activations": "hook_z" if str(self.metadata.get("hook_name")).endswith("hook_z") else "none",
-            "metadata": {"sae_lens_version": SAE_LENS_VERSION, **self.metadata},
-        }
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Self:
-        """An SAE of this kind with the sizes of `config` and weights still to be loaded."""
-        return cls(**cls.common_arguments(config))
-
-    @staticmethod
-    def common_arguments(config: dict[str, Any]) -> dict[str, Any]:
-        """The constructor's arguments that every kind shares."""
-        return {
-            "d_in": config["d_in"],
-            "d_sae": config["d_sae"],
-            "apply_b_dec_to_input": config.get("apply_b_dec_to_input", True),
-            "normalize_activations": config.get("normalize_activations") or "none",
-            "initialise": False,
-            "dtype": parse_dtype(config.get("dtype", "float32")),
-            "metadata": {k: v for k, v in config.get("metadata", {}).items() if k != "sae_lens_version"},
-        }
-
-    def save_pretrained(self, folder: str | Path, *, metrics: Mapping[str, Any] | None = None) -> Path:
-        """Writes cfg.json and sae_weights.safetensors (SAELens' layout) together or not at all, and a model card.
-
-        Args:
-            metrics: the scores that go into the card, as metrics.json of a run holds them. A README.md that is not
-                such a card is left alone.
-
-        Returns:
-            The folder.
-
-        Raises:
-            NumericsError: a weight is NaN or infinite. ConfigError: metadata that JSON cannot hold. Then nothing is
-            written. StorageError: the disk refuses.
-        """
-        folder = Path(folder)
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        for name, tensor in weights.items():
-            check_finite(name, tensor, f"nothing was written to {folder}")
-        config = self.config()
-        try:
-            text = json.dumps(config, indent=2, sort_keys=True)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"metadata holds what JSON cannot ({error}); nothing was written to {folder}") from error
-        make_folder(folder)
-        files: dict[str, Callable[[Path], Any]] = {
-            WEIGHTS_FILE: lambda path: save_file(weights, path),
-            CONFIG_FILE: lambda path: path.write_text(text + "\n", encoding="utf-8"),
-        }
-        write_together(folder, files)
-        write_card(folder, config, metrics)
-        return folder
-
-    def push_to_hub(
-        self,
-        repo: str,
-        *,
-        metrics: Mapping[str, Any] | None = None,
-        private: bool = False,
-        revision: str | None = None,
-        message: str = "Upload a sparse autoencoder",
-        token: str | None = None,
-    ) -> str:
-        """Saves into a repository of the Hugging Face hub, which is made if it is not there.
-
-        Args:
-            repo: "owner/name". metrics: for the card. private: of a repository that is made. revision: a branch,
-                made if it is not there. token: the hub's, where `hf auth login` has not stored one.
-
-        Returns:
-            The address of the commit.
-
-        Raises:
-            SourceError: the hub cannot be reached, or refuses. NumericsError: as `save_pretrained`.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, metrics=metrics)
-            return upload(Path(folder), repo, private=private, revision=revision, message=message, token=token)
-
-    @classmethod
-    def from_pretrained(
-        cls, source: str | Path, device: torch.device | str = "cpu", *, revision: str | None = None
-    ) -> Self:
-        """Loads what `save_pretrained` or `push_to_hub` wrote.
-
-        Args:
-            source: a folder, or a hub id "owner/name" or "owner/name/folder". revision: of a hub id.
-
-        Raises:
-            FormatError: a file is missing, truncated, of another architecture, or lacks a tensor.
-            SourceError: a hub id that cannot be fetched.
-        """
-        device = parse_device(device) or torch.device("cpu")
-        folder = local_path(source, revision)
-        config, weights = read_folder(folder)
-        if config["architecture"] != cls.architecture:
-            raise FormatError(
-                f"{folder} holds an SAE of architecture {config['architecture']!r}, not {cls.architecture!r}; "
-                "use rsae_triton.load_teacher for teachers, FusedRationalSAE.from_pretrained for rational SAEs"
-            )
-        return cls.from_files(config, weights, folder).to(device)
-
-    @classmethod
-    def from_files(cls, config: dict[str, Any], weights: dict[str, Tensor], source: str | Path) -> Self:
-        """An SAE from a parsed configuration and its tensors; `source` is named in errors."""
-        # Before anything of the size that the configuration claims is made: the file bounds it.
-        found, claimed = getattr(weights.get("W_enc"), "shape", None), (config.get("d_in"), config.get("d_sae"))
-        if found is None or tuple(found) != claimed:
-            raise FormatError(
-                f"W_enc in {Path(source) / WEIGHTS_FILE} has shape {found and tuple(found)}; {CONFIG_FILE} makes it "
-                f"{claimed}"
-            )
-        try:
-            sae = cls.from_config(config)
-        except (ConfigError, ShapeError, NumericsError) as error:
-            raise FormatError(f"{Path(source) / CONFIG_FILE}: {error}") from error
-        except RsaeError:
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise FormatError(f"{Path(source) / CONFIG_FILE} lacks or misuses the field {error}") from error
-        expected = sae.state_dict()
-        missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
-        if missing or unknown:
-            raise FormatError(
-                f"{Path(source) / WEIGHTS_FILE} does not fit its cfg.json: missing {missing or 'nothing'}, "
-                f"unknown {unknown or 'nothing'}"
-            )
-        for name, tensor in weights.items():
-            if tensor.shape != expected[name].shape:
-                raise FormatError(
-                    f"{name} in {Path(source) / WEIGHTS_FILE} has shape {tuple(tensor.shape)}; "
-                    f"cfg.json implies {tuple(expected[name].shape)}"
-                )
-            if tensor.is_floating_point() != expected[name].is_floating_point():
-                raise FormatError(f"{name} in {Path(source) / WEIGHTS_FILE} is {tensor.dtype}; the file is bad")
-            check_finite(f"{name} in {Path(source) / WEIGHTS_FILE}", tensor, "the file is bad")
-        sae.load_state_dict(weights)
-        return sae
-
 
 def _weights(
     d_in: int,
@@ -401,27 +239,3 @@ def check_sae(name: str, value: Any) -> None:
         raise ConfigError(
             f"{name} is a {type(value).__name__}; give an SAE of this package, such as load_teacher returns"
         )
-
-
-def parse_dtype(name: str) -> torch.dtype:
-    """ "float32" or "torch.float32" -> torch.float32."""
-    dtype = getattr(torch, name.removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype):
-        raise FormatError(f"dtype {name!r} is not one torch knows; use float32, bfloat16 or float16")
-    return dtype
-
-
-def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """cfg.json and the tensors of a saved SAE.
-
-    Raises:
-        FormatError: missing or unreadable files, or a configuration without an architecture.
-    """
-    folder = Path(folder)
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise FormatError(f"{folder / name} does not exist; an SAE folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
-    config = read_json(folder / CONFIG_FILE)
-    if not isinstance(config.get("architecture"), str):
-        raise FormatError(f"{folder / CONFIG_FILE} names no architecture; it is not the configuration of an SAE")
-    return config, read_safetensors(folder / WEIGHTS_FILE)

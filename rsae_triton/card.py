@@ -18,6 +18,8 @@ _ROWS = {
     "rsae": "Rational SAE",
     "control": "control: teacher, same steps",
 }
+# Architectures of Rational SAEs and the class that loads them; the classes' module imports this one.
+_RATIONAL = {"rational": "FusedRationalSAE", "rational_topk": "TopKRationalSAE"}
 _COLUMNS = (
     ("mse", "mse", "{:.2f}"),
     ("l0", "l0", "{:.2f}"),
@@ -44,7 +46,8 @@ def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any] | None = No
         config: what cfg.json holds. metrics: what metrics.json of a run holds; scores by code, "matched_l0", "meta".
     """
     metadata = config.get("metadata") or {}
-    rational = config["architecture"] == "rational"
+    loads = _RATIONAL.get(config["architecture"])
+    rational = loads is not None
     front = {
         "library_name": "rsae-triton",
         "tags": ["sparse-autoencoder", "mechanistic-interpretability", "saelens"] + ["rational-sae"] * rational,
@@ -58,13 +61,15 @@ def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any] | None = No
     if rational:
         p, q = config["degree"]
         facts += [("gate", f"{config['form']}, degree ({p}, {q}), {config['groups']} coefficient set(s)")]
+        if "k" in config:
+            facts += [("thresholds", f"by token, {config['k']} features each (by a sort)")]
     facts += [("normalisation of activations", config["normalize_activations"])]
     if (metadata.get("stage1") or {}).get("summary"):
         facts += [("stage 1", metadata["stage1"]["summary"])]
     if metadata.get("loaded_from"):
         facts += [("made from", json.dumps(metadata["loaded_from"]))]
-    loader = "from rsae_triton import FusedRationalSAE" if rational else "from rsae_triton import load_teacher"
-    call = 'FusedRationalSAE.from_pretrained("FOLDER OR HUB ID")' if rational else 'load_teacher("FOLDER OR HUB ID")'
+    loader = f"from rsae_triton import {loads or 'load_teacher'}"
+    call = f'{loads}.from_pretrained("FOLDER OR HUB ID")' if loads else 'load_teacher("FOLDER OR HUB ID")'
     lines = [
         "---",
         *(f"{name}: {json.dumps(value)}" for name, value in front.items()),
@@ -89,7 +94,7 @@ def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any] | None = No
         "```",
         "",
     ]
-    if rational:
+    if config["architecture"] == "rational":
         lines += [
             "In SAELens: `import rsae_triton.integrations.saelens`, then `sae_lens.SAE.load_from_disk(folder)`.",
             "Codes carry exact zeros: they are thresholded, and every number above is of the thresholded code.",

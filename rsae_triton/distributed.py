@@ -34,7 +34,7 @@ from .recipes import Losses, Recipe, losses
 from .sae import FusedRationalSAE
 from .settings import TrainSettings
 from .sharded import read_parts, shapes_of, write_parts
-from .teachers import BatchTopKSAE, TopKSAE
+from .teachers import BatchTopKSAE
 
 if TYPE_CHECKING:
     from .run import Run
@@ -119,6 +119,12 @@ class Mesh(Alone):
                         f"{name} has {tensor.shape[axis]} features or groups, which {parts} processes cannot share "
                         "equally; choose a divisor"
                     )
+            gate = sae.gate if isinstance(sae, FusedRationalSAE) else None
+            if gate is not None and gate.group_of is not None and gate.groups >= sae.d_sae // parts:
+                raise ConfigError(
+                    f"groups={gate.groups} are assigned to features, of which each of {parts} processes would hold "
+                    f"{sae.d_sae // parts}; assign fewer groups than that"
+                )
             sae = _cut(sae, axes, place, parts)
         sae.sharding = sharding  # type: ignore[assignment]
         return sae
@@ -132,7 +138,7 @@ class Mesh(Alone):
             )
         if self.data[1] > 1 and isinstance(sae, BatchTopKSAE):
             raise ConfigError("a BatchTopK SAE ranks the whole batch; train it on one process, or use TopK")
-        if self.features[1] > 1 and (isinstance(sae, TopKSAE | BatchTopKSAE) or recipe.aux_k):
+        if self.features[1] > 1 and (sae.compares_features or recipe.aux_k):
             raise ConfigError(
                 f"a {sae.architecture} SAE with recipe {recipe.name!r} compares all features of a token, which lie on "
                 "several processes; split the tokens instead (--features-over 1)"
@@ -250,10 +256,15 @@ class Mesh(Alone):
 def feature_axes(sae: SparseAutoencoder) -> dict[str, int | None]:
     """By name, the axis of every tensor of an SAE that counts features (or groups of them); None where none does."""
 
+    # Features that were assigned to groups lie anywhere: every process holds all of the groups.
+    gate = sae.gate if isinstance(sae, FusedRationalSAE) else None
+    groups = None if gate is None or gate.group_of is None else gate.groups
+
     def axis(name: str, tensor: Tensor) -> int | None:
         if name == "W_enc":
             return 1
-        return None if name == "b_dec" or tensor.dim() == 0 or len(tensor) == 1 else 0
+        shared = name == "b_dec" or tensor.dim() == 0 or len(tensor) in (1, groups)
+        return None if shared else 0
 
     return {name: axis(name, tensor) for name, tensor in sae.state_dict().items()}
 
@@ -270,7 +281,8 @@ def _cut(sae: SparseAutoencoder, axes: dict[str, int | None], place: int, parts:
     own.d_sae //= parts
     if isinstance(own, FusedRationalSAE):
         own.gate.d_sae = own.d_sae
-        own.gate.groups = max(1, own.gate.groups // parts)
+        if own.gate.group_of is None:
+            own.gate.groups = max(1, own.gate.groups // parts)
     return own
 
 

@@ -136,7 +136,9 @@ class RationalGate(nn.Module):
         activity = tensor("activity_threshold", activity_threshold, (1,), (d_sae,))
         for name, values in (("activity_threshold", activity), *([("threshold", self.threshold)] * (form == "gated"))):
             if bool((values < 0).any()):
-                raise NumericsError(f"{name} must not be negative; got a smallest value of {float(values.min()):g}")
+                raise NumericsError(
+                    f"{name} must not be negative; got a smallest value of {float(values.detach().min()):g}"
+                )
         self.register_buffer("activity_threshold", activity)
 
     @classmethod

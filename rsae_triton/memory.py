@@ -70,10 +70,14 @@ def plan_memory(
     """
     if memory not in MODES:
         raise ConfigError(f"memory is {memory!r}; choose one of {', '.join(MODES)}")
-    whole = not isinstance(sae, FusedRationalSAE) or aux_k > 0
+    rational = isinstance(sae, FusedRationalSAE) and not sae.compares_features
+    whole = not rational or aux_k > 0
     if whole and memory in ("chunked", "streamed"):
-        what = "a recipe with an auxiliary loss" if isinstance(sae, FusedRationalSAE) else f"a {sae.architecture} SAE"
-        raise ConfigError(f"memory={memory!r} is for Rational SAEs; {what} needs the whole code: use 'saved' or 'auto'")
+        what = "a recipe with an auxiliary loss" if rational else f"a {sae.architecture} SAE"
+        raise ConfigError(
+            f"memory={memory!r} is for Rational SAEs with thresholds per feature; {what} needs the whole code: "
+            "use 'saved' or 'auto'"
+        )
     if free is None:
         free = free_memory(sae.W_dec.device)
     later = _later(sae)

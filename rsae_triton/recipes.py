@@ -98,7 +98,7 @@ def recipe_for(sae: SparseAutoencoder, name: str = "auto") -> Recipe:
     if recipe.soft and not isinstance(sae, FusedRationalSAE):
         raise ConfigError(f"recipe {name!r} trains a rational code; a {sae.architecture} SAE has none")
     direct = isinstance(sae, FusedRationalSAE) and sae.gate.form == "direct"
-    if recipe.sparsity == "l0" and (isinstance(sae, ReluSAE | TopKSAE | BatchTopKSAE | TopKRationalSAE) or direct):
+    if recipe.sparsity == "l0" and (isinstance(sae, ReluSAE) or sae.compares_features or direct):
         raise ConfigError(f"recipe {name!r} needs trainable thresholds; use a gated rational or a JumpReLU SAE")
     return recipe
 

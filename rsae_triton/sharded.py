@@ -15,12 +15,11 @@ from torch import Tensor
 from .base import SparseAutoencoder
 from .checkpoints import STATE, is_sharded, read_info, read_state
 from .errors import FormatError, SourceError
-from .sae import FusedRationalSAE
 from .teachers import BatchTopKSAE, JumpReluSAE, ReluSAE, TopKSAE
+from .topk_rational import RATIONAL
 
-_KINDS: dict[str, type[SparseAutoencoder]] = {
-    kind.architecture: kind for kind in (FusedRationalSAE, ReluSAE, JumpReluSAE, TopKSAE, BatchTopKSAE)
-}
+_TEACHERS: tuple[type[SparseAutoencoder], ...] = (ReluSAE, JumpReluSAE, TopKSAE, BatchTopKSAE)
+_KINDS: dict[str, type[SparseAutoencoder]] = {kind.architecture: kind for kind in (*RATIONAL, *_TEACHERS)}
 
 
 def write_parts(folder: Path, tensors: dict[str, Tensor]) -> None:

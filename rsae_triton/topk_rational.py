@@ -29,6 +29,7 @@ class TopKRationalSAE(FusedRationalSAE):
     """
 
     architecture: ClassVar[str] = "rational_topk"
+    compares_features: ClassVar[bool] = True
 
     def __init__(self, d_in: int, d_sae: int, *, k: int, gate: RationalGate, **options: Any) -> None:
         super().__init__(d_in, d_sae, gate=gate, **options)
@@ -77,3 +78,7 @@ class TopKRationalSAE(FusedRationalSAE):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> TopKRationalSAE:
         return cls(gate=RationalGate.from_config(config), k=config["k"], **cls.common_arguments(config))
+
+
+RATIONAL: tuple[type[FusedRationalSAE], ...] = (FusedRationalSAE, TopKRationalSAE)
+"""The kinds of Rational SAE, each with an `architecture` of its own in cfg.json."""

@@ -18,7 +18,7 @@ from .files import check_folder
 from .recipes import training_l0
 from .settings import TrainSettings
 from .train import train
-from .upgrade import parse_degree
+from .upgrade import parse_coefficients, parse_degree
 from .upgrade import upgrade as stage_1
 
 UNITS = "trained_at_scale"
@@ -45,6 +45,10 @@ class Upgrade:
     """Degree of the rational, as p,q."""
     form: str = "auto"
     """gated, direct, or auto."""
+    coefficients: str = "shared"
+    """shared, per_feature, or a number of groups by strength."""
+    thresholds: str = "feature"
+    """Of a TopK teacher: feature (fixed ones, no sort) or token (exact, by a sort)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +100,18 @@ class Export:
 
 def run_upgrade(config: Upgrade) -> Path:
     parse_degree(config.degree)
+    parse_coefficients(config.coefficients)
     check_folder(config.out)
     store = ActivationStore(config.activations)
     teacher = load_sae(config.teacher).fold_activation_scale_(1 / store.scale)
-    rsae = stage_1(teacher, store, degree=config.degree, form=config.form)
+    rsae = stage_1(
+        teacher,
+        store,
+        degree=config.degree,
+        form=config.form,
+        coefficients=parse_coefficients(config.coefficients),
+        thresholds=config.thresholds,
+    )
     rsae.metadata[TARGET] = training_l0(teacher, rsae.metadata["stage1"]["teacher_l0"])
     print(f"{rsae.metadata['stage1']['summary']}; rsae train holds l0 at {rsae.metadata[TARGET]:.2f}")
     return rsae.fold_activation_scale_(store.scale).save_pretrained(config.out)

@@ -132,9 +132,8 @@ def upgrade(
         h, z = teacher.hidden_pre(x), teacher.encode(x)
     if not bool(torch.isfinite(h).all()):
         raise NumericsError("the teacher's pre-activations are not finite; its weights or the activations are bad")
-    groups = {"shared": 1, "per_feature": teacher.d_sae}.get(str(coefficients), coefficients)
-    if isinstance(groups, bool) or not isinstance(groups, int):
-        raise ConfigError(f"coefficients is {coefficients!r}; choose shared, per_feature or a number of groups")
+    given = parse_coefficients(coefficients)
+    groups = given if isinstance(given, int) else {"shared": 1, "per_feature": teacher.d_sae}[given]
     if not 1 <= groups <= teacher.d_sae:
         raise ConfigError(f"coefficients is {groups} groups; there are {teacher.d_sae} features to put into them")
     kind = _direct if form == "direct" else _gated
@@ -185,6 +184,17 @@ def parse_degree(degree: str | tuple[int, int]) -> tuple[int, int] | None:
         raise ConfigError(f"degree is {degree!r}; give 'auto' or two integers such as 9,8") from error
     GateSpec(p, q)  # refuses degrees that no gate has
     return p, q
+
+
+def parse_coefficients(coefficients: str | int) -> str | int:
+    """ "shared", "per_feature", or a number of groups, also as text."""
+    if isinstance(coefficients, str) and coefficients.isdecimal():
+        return int(coefficients)
+    if isinstance(coefficients, bool) or not (
+        isinstance(coefficients, int) or coefficients in ("shared", "per_feature")
+    ):
+        raise ConfigError(f"coefficients is {coefficients!r}; choose shared, per_feature or a number of groups")
+    return coefficients
 
 
 def sample(activations: Tensor | Any, teacher: SparseAutoencoder, n_tokens: int, seed: int) -> Tensor:

@@ -125,6 +125,7 @@ COMMANDS = [
     ("upgrade {at}/good --activations {at}/nowhere --out {new}", "nowhere"),
     ("upgrade {at}/good --activations {at}/empty --out {new}", "manifest.json"),
     ("upgrade {at}/good --activations {at}/empty --out {new} --degree x", "degree is 'x'"),
+    ("upgrade {at}/good --activations {at}/empty --out {new} --coefficients some", "coefficients is 'some'"),
     ("upgrade {at}/good --activations {at}/empty --out {at}/text.json/x", "text.json"),
     ("train", "--steps"),
     ("train {at}/good --activations {at}/empty --out {new} --steps x", "--steps"),

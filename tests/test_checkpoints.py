@@ -204,9 +204,11 @@ def test_time_makes_checkpoints_too_and_the_last_are_kept(tmp_path, activations)
     assert Checkpoints(tmp_path).steps() == [4, 5, 6]
 
 
-def test_the_sae_of_a_checkpoint_can_be_read(tmp_path, activations):
-    sae = small_sae("gated-64")
-    train(sae, activations, steps=4, out=tmp_path, **OPTIONS)
+@pytest.mark.parametrize("kind", ["gated-64", "gated-assigned", "token", "topk"])
+def test_the_sae_of_a_checkpoint_can_be_read(tmp_path, activations, kind):
+    sae = small_sae(kind)
+    options = OPTIONS if kind.startswith("gated") else {**OPTIONS, "recipe": "topk", "target_l0": None}
+    train(sae, activations, steps=4, out=tmp_path, **options)
     found = read_sae(Checkpoints(tmp_path).path(4))
     assert all(torch.equal(one, found.state_dict()[name]) for name, one in sae.state_dict().items())
     assert found.config() | {"metadata": {}} == sae.config() | {"metadata": {}}

@@ -8,7 +8,10 @@ from workers import run_together, small_sae
 
 from rsae_triton import train
 from rsae_triton.checkpoints import Checkpoints
-from rsae_triton.distributed import feature_axes
+from rsae_triton.distributed import Mesh, feature_axes
+from rsae_triton.errors import ConfigError
+from rsae_triton.recipes import recipe_for
+from rsae_triton.settings import TrainSettings
 from rsae_triton.sharded import read_sae
 from rsae_triton.train_command import export
 
@@ -42,6 +45,7 @@ CASES = [
     ("gated", 2, 2, {**GATED, "memory": "saved"}),
     ("gated", 4, 2, {**GATED, "memory": "chunked"}),
     ("gated-64", 2, 2, {**GATED, "memory": "streamed", "accumulate": 2}),
+    ("gated-assigned", 2, 2, {"recipe": "hard-trained", "target_l0": 6.0, "memory": "saved"}),
     ("direct-4", 4, 4, {"recipe": "paper", "memory": "saved"}),
     ("topk", 2, 1, {"recipe": "topk", "dead_after": 2000}),
     ("relu", 2, 2, {"recipe": "relu"}),
@@ -64,6 +68,32 @@ def test_processes_train_as_one(tmp_path, activations, kind, world, features, op
         assert values == pytest.approx(expected, rel=near.get(name, 0), abs=0), name
     for name, tensor in whole_of(found, alone).items():
         assert torch.allclose(tensor, alone.state_dict()[name], rtol=1e-3, atol=2e-5), name
+
+
+def mesh_of_two():
+    """What the first of two processes that share features sees; it never talks to the other."""
+    mesh = Mesh.__new__(Mesh)
+    mesh.data, mesh.features, mesh.device = (0, 1), (0, 2), torch.device("cpu")
+    return mesh
+
+
+def test_what_cannot_be_cut_by_features_is_refused():
+    mesh = mesh_of_two()
+    for kind in ("topk", "token"):
+        sae = small_sae(kind)
+        with pytest.raises(ConfigError, match="compares all features of a token"):
+            mesh.check(mesh.shard(sae), recipe_for(sae), TrainSettings(steps=1))
+    for d_sae, message in ((16, "assign fewer groups"), (15, "choose a divisor")):
+        with pytest.raises(ConfigError, match=message):
+            mesh.shard(small_sae("gated-assigned", d_sae))
+
+
+def test_assigned_groups_are_held_whole_and_their_features_are_shared():
+    sae = small_sae("gated-assigned")
+    part = mesh_of_two().shard(sae)
+    h = torch.randn(9, 64, generator=torch.Generator().manual_seed(0))
+    assert part.gate.alpha.shape == sae.gate.alpha.shape
+    assert torch.equal(part.gate(h[:, :32]), sae.gate(h)[:, :32])
 
 
 def test_saved_on_four_resumed_on_two_and_on_one(tmp_path, activations):

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from workers import peak_of_a_run
+from workers import peak_of_a_run, small_sae
 
 from rsae_triton import train
 from rsae_triton.errors import ConfigError
 from rsae_triton.memory import _cgroup, free_memory, plan_memory
-from rsae_triton.recipes import RECIPES, Recipe, losses
+from rsae_triton.recipes import RECIPES, Recipe, losses, recipe_for
 from rsae_triton.sae import FusedRationalSAE
 from rsae_triton.teachers import ReluSAE, TopKSAE
 
@@ -52,6 +52,7 @@ def test_a_mode_that_is_asked_for_is_used():
         (rsae(), "fast", 0, "choose one of"),
         (ReluSAE(16, 64), "chunked", 0, "Rational SAEs"),
         (rsae(), "streamed", 32, "auxiliary loss"),
+        (small_sae("token"), "chunked", 0, "thresholds per feature; a rational_topk SAE"),
     ],
 )
 def test_what_cannot_be_done_is_said(sae, memory, aux_k, message):
@@ -61,6 +62,16 @@ def test_what_cannot_be_done_is_said(sae, memory, aux_k, message):
 
 def test_teachers_are_never_cut():
     assert plan_memory(TopKSAE(16, 64, k=4), 64, free=1.0).mode == "saved"
+
+
+def test_thresholds_by_token_are_never_cut(activations):
+    """Little memory once chose "chunked" for them, which fails in the first step."""
+    sae = small_sae("token")
+    plan = plan_memory(sae, 64, free=1.0)
+    assert plan.mode == "saved"
+    terms = losses(sae, activations[:64], recipe_for(sae), 0.0, None, plan)
+    terms.total.backward()
+    assert float(sae.W_dec.grad.norm()) > 0
 
 
 def test_memory_of_this_machine_is_known():

@@ -9,10 +9,11 @@ import pytest
 import torch
 from workers import small_sae
 
-from rsae_triton import FusedRationalSAE, load_teacher
+from rsae_triton import FusedRationalSAE, TopKRationalSAE, load_teacher
 from rsae_triton.activations import ActivationStore, store_tensor
 from rsae_triton.cli import main
 from rsae_triton.evaluate import reconstruction
+from rsae_triton.evaluate.held_out import load_sae
 
 
 def words(line):
@@ -51,6 +52,20 @@ def test_stage_2_holds_what_stage_1_noted_and_improves_on_it(place, activations,
         last = [json.loads(line)["l0"] for line in lines][-5:]
     assert sum(last) / 5 == pytest.approx(metadata["train_at_l0"], rel=0.25)
     assert scores["rsae"].mse < scores["teacher"].mse
+
+
+def test_coefficients_and_thresholds_by_command(place, activations):
+    assert main(words("upgrade teacher --activations STORE --out grouped --coefficients 8")) == 0
+    assert FusedRationalSAE.from_pretrained("grouped").gate.groups == 8
+    small_sae("topk").save_pretrained("topk")
+    assert (
+        main(words("upgrade topk --activations STORE --out token --thresholds token --coefficients per_feature")) == 0
+    )
+    rsae = load_sae("token")
+    assert isinstance(rsae, TopKRationalSAE)
+    assert rsae.gate.groups == 64
+    codes = [one.encode(5 * activations) for one in (rsae, load_sae("topk"))]
+    torch.testing.assert_close(*codes, rtol=0.05, atol=0.05)
 
 
 def test_torchrun_trains_the_same_sae(place):

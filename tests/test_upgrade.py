@@ -248,6 +248,10 @@ class TestThresholdsByToken:
         loaded = TopKRationalSAE.from_pretrained(rsae.save_pretrained(tmp_path / "token"))
         assert torch.equal(loaded(activations), rsae(activations))
         assert load_sae(tmp_path / "token").k == 6
+        card = (tmp_path / "token" / "README.md").read_text()
+        assert "from rsae_triton import TopKRationalSAE" in card
+        assert "by token, 6 features each" in card
+        assert "SAELens" not in card
 
     def test_k_of_every_feature_is_a_relu(self, rsae, activations):
         every = TopKRationalSAE(16, 64, k=64, gate=rsae.gate)

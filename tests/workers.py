@@ -15,7 +15,8 @@ CONTEXT.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "rsae_t
 
 
 def small_sae(kind: str, d_sae: int = 64):
-    from rsae_triton import FusedRationalSAE
+    from rsae_triton import FusedRationalSAE, TopKRationalSAE
+    from rsae_triton.gate import RationalGate, smooth_step
     from rsae_triton.teachers import JumpReluSAE, ReluSAE, TopKSAE
 
     generator = torch.Generator().manual_seed(0)
@@ -23,10 +24,21 @@ def small_sae(kind: str, d_sae: int = 64):
         options = {"k": 8} if kind == "topk" else {}
         made = {"relu": ReluSAE, "jumprelu": JumpReluSAE, "topk": TopKSAE}[kind]
         return made(16, d_sae, generator=generator, **options)
+    if kind == "token":
+        gate = RationalGate(d_sae, (2, 2), *smooth_step(), form="gated", threshold=0.0)
+        return TopKRationalSAE(16, d_sae, k=8, gate=gate, generator=generator)
     form, _, groups = kind.partition("-")
     backward = "rational" if form == "gated" else "soft"
     # The tiled engine, whatever the batch: Inductor's compiler would take longer than the test.
-    options = {"form": form, "backward": backward, "groups": int(groups or 1), "generator": generator}
+    options = {"form": form, "backward": backward, "generator": generator}
+    if groups == "assigned":
+        # Eight groups that lie anywhere among the features.
+        shuffled = torch.randperm(d_sae, generator=generator) % 8
+        gate = RationalGate(
+            d_sae, (2, 2), *smooth_step(), groups=8, group_of=shuffled, form=form, backward=backward, threshold=0.05
+        )
+        return FusedRationalSAE(16, d_sae, gate=gate, backend="eager", generator=generator)
+    options["groups"] = int(groups or 1)
     return FusedRationalSAE(16, d_sae, backend="eager", **options)
 
 

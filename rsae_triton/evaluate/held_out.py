@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 
 from ..activations import ActivationStore, HostModel, check_corpus, extract, load_corpus, load_host, split_three_ways
-from ..base import CONFIG_FILE, SparseAutoencoder
+from ..base import SparseAutoencoder
 from ..errors import ConfigError, ShapeError
 from ..files import read_json
-from ..sae import FusedRationalSAE
+from ..pretrained import CONFIG_FILE
 from ..teachers import load_teacher
-from ..topk_rational import TopKRationalSAE
+from ..topk_rational import RATIONAL
 from .downstream import Splice
 
 
@@ -62,7 +62,7 @@ def load_sae(source: str | Path) -> SparseAutoencoder:
     """
     config = Path(source, CONFIG_FILE)
     architecture = read_json(config).get("architecture") if config.is_file() else None
-    for kind in (FusedRationalSAE, TopKRationalSAE):
+    for kind in RATIONAL:
         if architecture == kind.architecture:
             return kind.from_pretrained(source)
     return load_teacher(source)

@@ -100,6 +100,7 @@ class TopKSAE(SparseAutoencoder):
     """
 
     architecture: ClassVar[str] = "topk"
+    compares_features: ClassVar[bool] = True
 
     def __init__(self, d_in: int, d_sae: int, *, k: int = 32, relu: bool = True, **options: Any) -> None:
         super().__init__(d_in, d_sae, **options)

@@ -25,6 +25,7 @@ class BatchTopKSAE(SparseAutoencoder):
     """
 
     architecture: ClassVar[str] = "batchtopk"
+    compares_features: ClassVar[bool] = True
     topk_threshold: Tensor
 
     def __init__(self, d_in: int, d_sae: int, *, k: int = 32, memory: float = 0.9, **options: Any) -> None:

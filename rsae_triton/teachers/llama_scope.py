@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base import WEIGHTS_FILE, SparseAutoencoder
+from ..base import SparseAutoencoder
 from ..errors import FormatError
 from ..files import read_json, read_safetensors
+from ..pretrained import WEIGHTS_FILE
 from .parts import Files, Parts, require
 
 NAME = "llama_scope"

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder, parse_dtype
+from ..base import SparseAutoencoder
 from ..errors import FormatError
 from ..files import read_json, read_safetensors
 from ..normalization import MODES
+from ..pretrained import CONFIG_FILE, WEIGHTS_FILE, parse_dtype
 from .parts import Files, Parts, require
 
 NAME = "saelens"

@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ..base import CONFIG_FILE, SparseAutoencoder
+from ..base import SparseAutoencoder
 from ..errors import FormatError
 from ..files import read_json, read_safetensors
+from ..pretrained import CONFIG_FILE
 from .parts import Files, Parts, require
 
 NAME = "sparsify"
