@@ -29,7 +29,13 @@ seeds = [0, 1]
 [[small.sweeps]]
 teachers = ["topk"]
 sparsities = [1.0]
-contenders = ["rsae", "control", "thresholds"]
+contenders = ["rsae", "control"]
+seeds = [0, 1]
+
+[[small.sweeps]]
+teachers = ["topk"]
+sparsities = [1.0]
+contenders = ["thresholds", "scratch"]
 seeds = [0, 1]
 
 [small.published.relu]
@@ -52,16 +58,22 @@ def test_both_families_get_their_rows_and_the_published_numbers_stand_beside(sma
     values = [cell["matched_l0"]["rsae"]["mse"] for cell in table["cells"] if cell["cell"]["teacher"] == "relu"]
     row = next(line for line in page.splitlines() if "| relu | RSAE |" in line)
     assert float(row.split("|")[5].split("±")[0]) == pytest.approx(sum(values) / 2, abs=0.006)
+    # Contenders of another sweep of the same teachers stand in the same row, and are compared seed by seed.
+    topk = table["rows"][1]
+    assert list(topk["scores"]) == ["teacher", "init", "rsae", "control", "thresholds", "scratch"]
+    assert topk["against"]["mse"]["scratch"]["n"] == 2
+    scratch = [cell["matched_l0"]["scratch"]["mse"] for cell in table["cells"] if "scratch" in cell["matched_l0"]]
+    assert topk["scores"]["scratch"]["matched"]["mse"]["mean"] == pytest.approx(sum(scratch) / 2)
     assert "thresholds" in page
     assert "| relu | mse | 0.5 | 0.25 |" in page
     reproduce(small)
-    assert "4 cells, 4 of them done before" in capsys.readouterr().out
+    assert "6 cells, 6 of them done before" in capsys.readouterr().out
 
 
 def test_seeds_choose_cells_and_a_list_computes_nothing(small, capsys):
     reproduce(replace(small, seeds=(1,), list=True))
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2
+    assert len(lines) == 3
     assert all(line.startswith("waiting") and line.endswith("seed1") for line in lines)
     assert not small.out.exists()
     with pytest.raises(ConfigError, match="seeds"):
@@ -93,10 +105,14 @@ def test_the_hosts_that_come_along_are_whole(host):
     assert len({cell.path for cell in cells}) == len(cells) >= 3
     for one in sweeps:
         assert len(one.seeds) >= 3
-        assert {"rsae", "control", "rectangle"} <= set(one.contenders)
+    trained: dict = {}
+    for cell in cells:
+        trained.setdefault((cell.hook, cell.width, cell.teacher, cell.sparsity), set()).update(cell.sweep.contenders)
+    assert all({"rsae", "control", "rectangle"} <= names for names in trained.values())
     if host == "smollm2":
-        # 3 families x 3 sparsities x 3 seeds, and the middle sparsity at another layer and at another width.
-        assert len(cells) == 27 + 9 + 9
+        # 3 families x 3 seeds: 3 sparsities, the middle one at 2 layers x 2 widths, and more controls of the first.
+        assert len(cells) == 9 * (4 + 2 + 1)
+        assert "scratch" in trained["blocks.16.hook_resid_pre", 2304, "relu", 1.0]
         assert not published
     else:
         assert published

@@ -31,7 +31,8 @@ def summarise(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for cell in cells:
         groups[cell["hook_name"], cell["d_sae"], cell["cell"]["teacher"], cell["cell"]["sparsity"]].append(cell)
     rows = []
-    for (hook, d_sae, teacher, sparsity), members in groups.items():
+    for (hook, d_sae, teacher, sparsity), some in groups.items():
+        members = one_each(some)
         names = list(members[0]["scores"]["matched_l0"])
         rows.append(
             {
@@ -60,6 +61,26 @@ def summarise(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def one_each(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One cell for each seed: cells of one setting and seed differ in their contenders, and are joined.
+
+    A contender that some seeds lack is left out, so that everything is a mean over the same seeds.
+    """
+    joined: dict[int, dict[str, Any]] = {}
+    for cell in cells:
+        seed, scores = cell["cell"]["seed"], cell["scores"]
+        before = joined.get(seed, {}).get("scores", {"matched_l0": {}})
+        both = {**before, **{name: score for name, score in scores.items() if name not in before}}
+        both["matched_l0"] = {**before["matched_l0"], **scores["matched_l0"]}
+        joined[seed] = {**cell, **joined.get(seed, {}), "scores": both}
+    everywhere = set.intersection(*(set(one["scores"]["matched_l0"]) for one in joined.values()))
+    for one in joined.values():
+        scores = one["scores"]
+        equal = {name: score for name, score in scores["matched_l0"].items() if name in everywhere}
+        one["scores"] = {**{name: scores[name] for name in equal}, "matched_l0": equal}
+    return list(joined.values())
 
 
 def _all_metrics(scores: Sequence[Mapping[str, float]]) -> dict[str, Any]:
