@@ -95,7 +95,7 @@ peers: $(INSTALLED)
 
 experiments: $(INSTALLED)
 	$(BIN)/python benchmarks/bench_gates.py
-	$(BIN)/python benchmarks/gate_forms.py
+	for teacher in relu jumprelu topk; do $(BIN)/python benchmarks/gate_forms.py --teacher $$teacher || exit; done
 
 AOT := $(BIN)/python -m rsae_triton.kernels.aot --recorded tests/kernels/machine_code.json --page docs/kernels.md
 

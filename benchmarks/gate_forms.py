@@ -1,6 +1,6 @@
 """Which gate, trained how, beats the control at equal l0: the table of docs/experiments.md.
 
-    python benchmarks/gate_forms.py --steps 400 --seeds 1 --out benchmarks/results/gate-forms.json
+    python benchmarks/gate_forms.py --teacher relu
 
 Every contender starts from the demo's teacher, takes the same steps on the same batches with l0 held at the same
 target, and is scored on the validation split at the teacher's l0. "rectangle" is the second control: the same
@@ -46,7 +46,12 @@ class Options:
     seeds: int = 1
     contenders: tuple[str, ...] = ()
     """All that are named in the table when none is given."""
-    out: Path = Path("benchmarks/results/gate-forms.json")
+    out: Path | None = None
+    """benchmarks/results/gate-forms-TEACHER.json when not given."""
+
+    @property
+    def path(self) -> Path:
+        return self.out or Path(f"benchmarks/results/gate-forms-{self.teacher}.json")
 
 
 def gated(rsae: FusedRationalSAE, **options: Any) -> FusedRationalSAE:
@@ -179,22 +184,22 @@ def main(options: Options) -> None:
                 flush=True,
             )
             write(options, own, rows)
-    print(options.out)
+    print(options.path)
 
 
 def write(options: Options, teacher: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """After every row: a run that is stopped has what it measured."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     result = {
-        "options": {name: str(value) for name, value in asdict(options).items()},
+        "options": {"teacher": options.teacher, "steps": options.steps, "seeds": options.seeds},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "torch": torch.__version__,
         "commit": commit,
         "teacher": teacher,
         "rows": rows,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(options.out, json.dumps(result, indent=2) + "\n")
+    options.path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(options.path, json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

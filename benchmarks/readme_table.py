@@ -17,11 +17,11 @@ from typing import Any
 
 import tyro
 
-from rsae_triton.report.fronts import interval, with_sd
+from rsae_triton.report.fronts import interval, with_sd, write_front
 
 COMMITTED = Path("benchmarks/results/demo-smollm2.json")
 GRID = Path("benchmarks/results/reproduce-smollm2.json")
-FORMS = {"gate-forms": Path("benchmarks/results/gate-forms.json")}
+FORMS = {name: Path(f"benchmarks/results/gate-forms-{name}.json") for name in ("relu", "jumprelu", "topk")}
 README, EXPERIMENTS = Path("README.md"), Path("docs/experiments.md")
 NAMES = {"teacher": "teacher", "init": "RSAE, stage 1", "rsae": "**RSAE**", "control": "control: teacher, same steps"}
 
@@ -93,25 +93,48 @@ def grid_table(result: dict[str, Any], sparsities: tuple[float, ...] | None = No
     return "\n".join(lines)
 
 
+def fronts(result: dict[str, Any]) -> None:
+    """docs/front-*.svg: error against sparsity where the grid has several sparsities."""
+    settings = [(row["hook_name"], row["d_sae"]) for row in result["rows"]]
+    most = max(settings, key=settings.count)
+    shown = ("teacher", "control", "rectangle", "rsae")
+    rows = [
+        {**row, "scores": {name: row["scores"][name] for name in shown}}
+        for row, setting in zip(result["rows"], settings, strict=True)
+        if setting == most
+    ]
+    for metric in ("mse", "delta_ce"):
+        write_front(EXPERIMENTS.with_name(f"front-{metric.replace('_', '-')}.svg"), rows, metric)
+
+
 def layer(row: dict[str, Any]) -> int:
     return int(re.findall(r"\d+", row["hook_name"])[0])
 
 
-def forms_table(result: dict[str, Any]) -> str:
-    """The Markdown table of gate-forms.json: mean and spread over the seeds that are in it."""
-    by_name: dict[str, list[dict[str, Any]]] = {}
-    for row in result["rows"]:
-        by_name.setdefault(row["contender"], []).append(row)
-    lines = ["| contender | mse | @ l0 | l1 | alive | seeds |", "|---|---|---|---|---|---|"]
-    for name, rows in by_name.items():
-        means = [mean([row["matched"][metric] for row in rows]) for metric in ("mse", "l0", "l1", "alive_fraction")]
-        spread = f" ± {stdev([row['matched']['mse'] for row in rows]):.2f}" if len(rows) > 1 else ""
-        lines.append(
-            f"| {name} | {means[0]:.2f}{spread} | {means[1]:.2f} | {means[2]:.1f} | {means[3]:.3f} | {len(rows)} |"
-        )
-    own = result["teacher"]
-    lines += ["", f"The teacher itself: {own['mse']:.2f} @ {own['l0']:.2f}, l1 {own['l1']:.1f}. {result['machine']}."]
+def forms_table(results: dict[str, dict[str, Any]]) -> str:
+    """One table of the gate-forms files by teacher family: mse @ l0 of every contender, mean over a file's seeds."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for family, result in results.items():
+        for row in result["rows"]:
+            found.setdefault(row["contender"], {}).setdefault(family, []).append(row["matched"])
+    own = [f"{result['teacher']['mse']:.2f} @ {result['teacher']['l0']:.2f}" for result in results.values()]
+    lines = ["| contender | " + " | ".join(results) + " |", "|" + "---|" * (1 + len(results))]
+    lines.append("| the teacher, 1,000 steps | " + " | ".join(own) + " |")
+    for name, families in found.items():
+        cells = [mse_at_l0(families.get(family, [])) for family in results]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    one = next(iter(results.values()))
+    lines += ["", f"{one['options']['steps']} steps, seed 1 where no spread is given; {one['machine']}."]
     return "\n".join(lines)
+
+
+def mse_at_l0(scores: list[dict[str, Any]]) -> str:
+    """ "mse @ l0", with the standard deviation of mse where there are several seeds; empty where there is none."""
+    if not scores:
+        return ""
+    values = [one["mse"] for one in scores]
+    spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{mean(values):.2f}{spread} @ {mean([one['l0'] for one in scores]):.2f}"
 
 
 def place(path: Path, name: str, text: str) -> None:
@@ -130,7 +153,7 @@ def tables() -> list[tuple[Path, str, str]]:
         (README, "demo", table(json.loads(COMMITTED.read_text()))),
         (README, "grid", grid_table(grid, sparsities=(1.0,))),
         (EXPERIMENTS, "grid", grid_table(grid)),
-        *((EXPERIMENTS, name, forms_table(json.loads(path.read_text()))) for name, path in FORMS.items()),
+        (EXPERIMENTS, "gate-forms", forms_table({name: json.loads(path.read_text()) for name, path in FORMS.items()})),
     ]
 
 
@@ -140,6 +163,7 @@ def main(options: Options) -> None:
         shutil.copyfile(options.metrics, COMMITTED)
     for page, name, text in tables():
         place(page, name, text)
+    fronts(json.loads(GRID.read_text()))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from .style import COLOURS, DASHES, NAMES
 
 METRICS = ("mse", "fvu", "cosine", "l0", "l1", "alive_fraction", "delta_ce", "loss_recovered", "kl")
 # Downstream scores exist only where sequences were spliced.
-PAIRED = ("mse", "delta_ce")
+PAIRED = {"mse": "mse at equal l0", "delta_ce": "delta CE at equal l0 (nats)"}
 
 
 def summarise(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -112,11 +112,9 @@ def write_sweep_report(folder: Path, cells: Sequence[Mapping[str, Any]]) -> Path
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"rows": rows, "cells": list(cells)}, indent=1)
     write_text(folder / "sweep.json", text + "\n")
-    for metric, label in (("mse", "mse at equal l0"), ("delta_ce", "delta CE at equal l0 (nats)")):
+    for metric in PAIRED:
         if all(metric in cell["scores"]["teacher"] for cell in cells):
-            picture = io.StringIO()
-            front_figure(rows, metric, label).savefig(picture, format="svg")
-            write_text(folder / f"{metric}.svg", picture.getvalue())
+            write_front(folder / f"{metric}.svg", rows, metric)
     page = sweep_tables(rows)
     write_text(folder / "sweep.md", page)
     return folder / "sweep.md"
@@ -168,7 +166,17 @@ def interval(difference: Mapping[str, Any] | None, relative: bool) -> str:
     return f"**{shown}**" if high < 0 else shown
 
 
-def front_figure(rows: Sequence[Mapping[str, Any]], metric: str, label: str) -> Any:
+def write_front(path: Path, rows: Sequence[Mapping[str, Any]], metric: str) -> None:
+    """`front_figure` as an SVG, the same file for the same rows."""
+    import matplotlib as mpl
+
+    picture = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": metric}):
+        front_figure(rows, metric).savefig(picture, format="svg", metadata={"Date": None, "Creator": None})
+    write_text(path, picture.getvalue())
+
+
+def front_figure(rows: Sequence[Mapping[str, Any]], metric: str) -> Any:
     """metric against l0 for each teacher family (one panel each), a line per contender, bars of one sd."""
     from matplotlib.figure import Figure
 
@@ -193,7 +201,7 @@ def front_figure(rows: Sequence[Mapping[str, Any]], metric: str, label: str) -> 
                 l0, value, yerr=sd, marker="o", markersize=3, linewidth=1.3, capsize=2,
                 color=COLOURS.get(name, "#777777"), linestyle=DASHES.get(name, ":"), label=NAMES.get(name, name),
             )  # fmt: skip
-        axes.set(title=f"{Path(setting[2]).name}, {setting[0]}, {setting[1]}", xlabel="l0", ylabel=label)
+        axes.set(title=f"{Path(setting[2]).name}, {setting[0]}, {setting[1]}", xlabel="l0", ylabel=PAIRED[metric])
         axes.title.set_fontsize("small")
         axes.set_xscale("log")
         axes.grid(color=COLOURS["grid"], linewidth=0.5)
