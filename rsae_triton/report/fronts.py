@@ -179,6 +179,7 @@ def write_front(path: Path, rows: Sequence[Mapping[str, Any]], metric: str) -> N
 def front_figure(rows: Sequence[Mapping[str, Any]], metric: str) -> Any:
     """metric against l0 for each teacher family (one panel each), a line per contender, bars of one sd."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     settings = list(dict.fromkeys((row["hook_name"], row["d_sae"], row["teacher"]) for row in rows))
     columns = min(3, len(settings))
@@ -204,6 +205,9 @@ def front_figure(rows: Sequence[Mapping[str, Any]], metric: str) -> Any:
         axes.set(title=f"{Path(setting[2]).name}, {setting[0]}, {setting[1]}", xlabel="l0", ylabel=PAIRED[metric])
         axes.title.set_fontsize("small")
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(color=COLOURS["grid"], linewidth=0.5)
     for axes in panels[len(settings) :]:
         axes.remove()
