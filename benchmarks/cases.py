@@ -116,7 +116,7 @@ def sweeps(base: Case, tokens: tuple[int, int], features: tuple[int, int], group
     for name, (least, most) in (("n_tokens", tokens), ("d_sae", features)):
         size = least
         while size <= most:
-            yield replace(base, sweep=name, **{name: size})  # type: ignore[arg-type]
+            yield replace(base, sweep=name, **{name: size})
             size *= 2
     for degree in ((1, 0), (3, 2), (5, 4), (9, 8), (12, 12)):
         yield replace(base, sweep="degree", degree=degree)

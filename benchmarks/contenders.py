@@ -287,7 +287,6 @@ class Made:
             made.append(Contender("KAT's way (an atomic an element)", style(False), found))
             made.append(Contender("FlashKAT's way (an atomic a block)", style(True), found))
         exact = [one.double().requires_grad_() for one in (a, b)]
-        z = 0.0
         wide = gate._replace(a=exact[0], b=exact[1])
         for part, slope in zip(h.t().split(256), g.t().split(256), strict=True):
             z = (rational_gate(part.double(), wide, spec)[0] * slope).sum()
@@ -299,7 +298,7 @@ def naive_rational(s: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """P(s) / (1 + |B(s)|) by powers, the way it is first written; a [G, p+1], b [G, q]."""
     numerator = sum(a[:, i] * s**i for i in range(a.shape[1]))
     denominator = 1 + abs(sum(b[:, j] * s ** (j + 1) for j in range(b.shape[1])))
-    return numerator / denominator  # type: ignore[operator]
+    return numerator / denominator
 
 
 def naive_encode(sae: FusedRationalSAE, x: Tensor, hard: bool) -> tuple[Tensor, Tensor]:

@@ -166,7 +166,7 @@ def peak_bytes(one: Contender, device: torch.device) -> int:
             one.run()
     finally:
         torch.set_num_threads(threads)
-    events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
     live = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         live += event.nbytes()

@@ -119,8 +119,9 @@ def test_render_writes_page_plots_and_readme(tmp_path):
     assert "old" not in readme
     assert readme.startswith("# x\n")
     assert readme.endswith("-->\nrest\n")
+    assert "| CPU: 2048 tokens, d_in 576, d_sae 18432, (3, 2) shared, fp32 | 8 s" in readme
     assert "4 s, 400 MB" in readme
-    assert "| CPU: any x 576 x 18432, (9, 8) per feature, direct, fp32 | not measured |" in readme
+    assert "| CPU: d_in 576, d_sae 18432, (9, 8) per feature, fp32 | not measured |" in readme
     assert readme.count("| GPU: not measured yet |") == 1
     again = [path.read_bytes() for path in render(load_results(tmp_path / "benchmarks" / "results"), tmp_path)]
     assert again == [path.read_bytes() for path in render(load_results(tmp_path / "benchmarks" / "results"), tmp_path)]

@@ -202,7 +202,7 @@ def readme_table(results: dict[str, dict[str, Any]]) -> str:
                 lines.append(f"| {DEVICES[kind]}: not measured yet |{' |' * len(README_COLUMNS)}")
             continue
         case = next((case for one in of_kind if (case := find(one, wanted_case))), None)
-        name = title(case or {"n_tokens": "any", **wanted_case, "tf32": False})
+        name = plainly(case or wanted_case)
         cells = [_short(timed(case).get(column)) if case else "not measured" for column in README_COLUMNS]
         if case and turns(case) < ENOUGH_TURNS:
             name += f" (turns: {turns(case)})"
@@ -213,6 +213,14 @@ def readme_table(results: dict[str, dict[str, Any]]) -> str:
         "All contenders, sizes and settings, also where we lose: [docs/benchmarks.md](docs/benchmarks.md).",
     ]
     return "\n".join(lines)
+
+
+def plainly(case: dict[str, Any]) -> str:
+    """A whole step's sizes in words; n_tokens where it is known."""
+    tokens = f"{case['n_tokens']} tokens, " if "n_tokens" in case else ""
+    sets = "shared" if case["groups"] == 1 else "per feature"
+    p, q = case["degree"]
+    return f"{tokens}d_in {case['d_in']}, d_sae {case['d_sae']}, ({p}, {q}) {sets}, {case['dtype']}"
 
 
 def _short(one: dict[str, Any] | None) -> str:
