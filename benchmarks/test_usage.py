@@ -15,6 +15,8 @@ from rsae_triton.demo import Demo, run
 from rsae_triton.errors import SourceError
 from rsae_triton.remez import fit_gate
 
+NO_TIME = "no time is left of --bench-minutes"
+
 
 @pytest.mark.benchmark(timer=time.process_time)
 @pytest.mark.parametrize("degree", [(3, 2), (5, 4), (9, 8)], ids=str)
@@ -29,7 +31,7 @@ def test_gate_fit(target: str, degree: tuple[int, int], session: Any, benchmark:
 def test_extraction(session: Any, benchmark: Any, tmp_path: Path) -> None:
     """Tokens through the demo's language model into a store on disk."""
     if session.left() < 30:
-        pytest.skip("no time left")
+        pytest.skip(NO_TIME)
     n_tokens = 2_000 if session.device.type == "cpu" else 50_000
     if session.tiny:
         n_tokens = 256
@@ -54,8 +56,10 @@ def test_extraction(session: Any, benchmark: Any, tmp_path: Path) -> None:
 
 def test_demo(session: Any, benchmark: Any, tmp_path: Path) -> None:
     """`rsae demo --quick`, everything made anew but the downloads."""
-    if session.tiny or session.left() < 90:
-        pytest.skip("no time left")
+    if session.tiny:
+        pytest.skip("takes minutes, which a tiny run (--bench-sizes tiny) does not have")
+    if session.left() < 90:
+        pytest.skip(NO_TIME)
     try:
         fetch("smollm2")
     except SourceError as error:

@@ -29,6 +29,8 @@ from .tiles import wide
 
 BACKENDS = ("auto", "triton", "triton:split", "triton:fused", "cpu", "eager")
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OLDEST = (8, 0)
+"""The oldest compute capability that Triton 3 and its bfloat16 products support."""
 
 
 def kernels() -> ModuleType:
@@ -54,6 +56,20 @@ def _kernels_import() -> bool:
     return True
 
 
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a CUDA device."""
+    return torch.cuda.get_device_capability(device)
+
+
+def too_old(device: torch.device) -> str:
+    """Why the kernels do not run on a CUDA device older than `OLDEST`."""
+    return (
+        "needs compute capability {}.{} (Ampere: bfloat16 in hardware), {} has {}.{}; "
+        "use backend='auto', which takes eager PyTorch there"
+    ).format(*OLDEST, device, *capability(device))
+
+
 def interpreting() -> bool:
     """Whether Triton's interpreter (TRITON_INTERPRET=1) runs the kernels, so that they accept CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -68,7 +84,7 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
     if backend not in BACKENDS:
         raise ConfigError(f"backend is {backend!r}; choose one of {', '.join(BACKENDS)}")
     if backend == "auto":
-        if device.type == "cuda" and dtype in _TRITON_DTYPES and _kernels_import():
+        if device.type == "cuda" and dtype in _TRITON_DTYPES and _kernels_import() and capability(device) >= OLDEST:
             return "triton"
         return "cpu" if device.type == "cpu" else "eager"
     if backend.startswith("triton"):
@@ -77,6 +93,8 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
                 f"backend={backend!r} needs tensors on a CUDA device, these are on {device}; use backend='auto', "
                 "or set TRITON_INTERPRET=1 before Python starts to run the kernels slowly on the CPU"
             )
+        if device.type == "cuda" and capability(device) < OLDEST:
+            raise ConfigError(f"backend={backend!r} {too_old(device)}")
         if dtype not in _TRITON_DTYPES:
             raise ConfigError(f"backend={backend!r} computes in float32, bfloat16 or float16, not {dtype}")
     if backend == "cpu" and device.type != "cpu":

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import ConfigError, NumericsError, ResourceError, ShapeError
+from .errors import ConfigError, NumericsError, ResourceError, ShapeError, first_line
 
 
 def check_integer(name: str, value: Any, least: int, most: int | None = None) -> None:
@@ -81,7 +81,7 @@ def parse_device(device: Any) -> torch.device | None:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0][:120]
+        reason = first_line(error, 120)
         raise ConfigError(
             f"device {device!r} cannot be used ({reason}); choose cpu, or cuda where there is one"
         ) from error

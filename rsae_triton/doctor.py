@@ -139,10 +139,13 @@ def _devices() -> Iterator[Finding]:
     else:
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
+            old = (properties.major, properties.minor) < backends.OLDEST
             yield Finding(
                 f"cuda:{index}",
                 f"{properties.name}, sm_{properties.major}{properties.minor}, "
-                f"{properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}",
+                f"{properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
+                f"{'; too old for the kernels, eager PyTorch runs' if old else ''}",
+                "note" if old else "ok",
             )
     free = free_memory(torch.device("cpu"))
     yield Finding("free memory", "unknown" if free is None else f"{free / 2**30:.1f} GiB on the CPU")
@@ -175,7 +178,7 @@ def _backend() -> Iterator[Finding]:
     why = {
         "triton": "a CUDA device and Triton are there",
         "cpu": f"no CUDA device; a training batch goes through {cpu.engine_for(2**21)}",
-        "eager": "the device is neither CUDA with a usable Triton nor the CPU",
+        "eager": "no usable Triton, or a GPU too old for it",
     }[chosen]
     yield Finding("backend", f"auto takes {chosen!r}: {why}", "note" if chosen == "eager" else "ok")
     try:
@@ -188,8 +191,7 @@ def _backend() -> Iterator[Finding]:
 def _self_test() -> Iterator[Finding]:
     """A small Rational SAE, forward and backward, on every backend of this machine against float64."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    names = ["eager", "cpu"] if device.type == "cpu" else ["eager", "triton"]
-    for name in names:
+    for name in dict.fromkeys(("eager", backends.resolve_backend("auto", device, torch.float32))):
         started = time.perf_counter()
         try:
             error = self_test(name, device)

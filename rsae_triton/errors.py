@@ -43,3 +43,8 @@ class StorageError(ResourceError):
 
 class Stopped(RsaeError):  # noqa: N818  (nothing went wrong)
     """A run was asked to stop, and saved itself; the message says how to go on."""
+
+
+def first_line(error: BaseException, most: int = 160) -> str:
+    """What another library's error says, short enough for a line of ours; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:most]

@@ -57,6 +57,8 @@ def to_jumprelu(sae: FusedRationalSAE, activations: Tensor) -> tuple[JumpReluSAE
     """
     if not isinstance(sae, FusedRationalSAE):
         raise ConfigError(f"sae is a {type(sae).__name__}; give a FusedRationalSAE")
+    if sae.architecture == "rational_topk":
+        raise ConfigError("a JumpReLU SAE has thresholds per feature; use upgrade(..., thresholds='feature')")
     check_tensor("activations", activations)
     if activations.dim() != 2 or activations.shape[1] != sae.d_in or len(activations) < 2:
         raise ShapeError(f"activations have shape {tuple(activations.shape)}; give [n_tokens >= 2, d_in={sae.d_in}]")

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .errors import FormatError, StorageError
+from .errors import FormatError, StorageError, first_line
 
 _MAX_TEXT = 16 << 20
 _MAX_PICKLE = 4 << 20  # the structure of a checkpoint without its tensors
@@ -126,7 +126,7 @@ def read_torch(path: Path) -> dict[str, Any]:
     except FormatError:
         raise
     except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError and more for damaged files
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        reason = first_line(error)
         raise FormatError(f"{path} is damaged or holds more than tensors ({reason}); fetch it again") from error
     if not isinstance(found, Mapping):
         raise FormatError(f"{path} holds a {type(found).__name__}, not a dictionary of tensors")
@@ -224,7 +224,7 @@ def write_together(folder: Path, files: Mapping[str, Callable[[Path], Any]]) -> 
         for name, path in temporary.items():
             os.replace(path, folder / name)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise StorageError(
             f"{folder / name} cannot be written ({reason}); what was there before is untouched"
         ) from error

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-from .errors import FormatError, SourceError
+from .errors import FormatError, SourceError, first_line
 
 _TIMEOUT_S = 5
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w .=@+-]+)*")
@@ -101,7 +101,7 @@ def _fetch(repo: str, inside: str, revision: str | None) -> Path:
     except (FormatError, SourceError):
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        reason = first_line(error)
         at = f" at revision {revision!r}" if revision else ""
         raise SourceError(f"cannot fetch {repo}{at} from the Hugging Face hub ({reason}); check the name") from error
     return root / inside
@@ -148,6 +148,6 @@ def upload(folder: Path, repo: str, *, private: bool, revision: str | None, mess
             api.create_branch(repo, branch=revision, exist_ok=True)
         commit = api.upload_folder(repo_id=repo, folder_path=str(folder), revision=revision, commit_message=message)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        reason = first_line(error)
         raise SourceError(f"cannot write to {repo} on the Hugging Face hub ({reason}); check name and token") from error
     return str(commit)

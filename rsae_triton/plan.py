@@ -12,9 +12,11 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
+from .checks import check_integer
 from .cost import CEILINGS, Step, cost
 from .errors import ConfigError
 from .memory import SHARE, cut
+from .remez.problem import parse_degree
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ LINKS = {
     "H200": Links(139e9, 0.75 * 450e9, 0.8 * 50e9),
 }
 STRATEGIES = ("saved", "chunked", "streamed", "eager")
+_MOST, _MOST_GPUS = 2**40, 2**16
 
 
 @dataclass(frozen=True)
@@ -117,12 +120,9 @@ def estimates(plan: Plan) -> list[Estimate]:
         ConfigError: sizes that cannot be.
     """
     for name in ("d_in", "d_sae", "tokens", "gpus", "gpus_per_node", "rows"):
-        if getattr(plan, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(plan, name)}; give a positive number")
-    try:
-        p, q = (int(one) for one in plan.degree.split(","))
-    except ValueError as error:
-        raise ConfigError(f"--degree is {plan.degree!r}; give two numbers such as 3,2") from error
+        most = _MOST_GPUS if name.startswith("gpus") else _MOST
+        check_integer(f"--{name.replace('_', '-')}", getattr(plan, name), 1, most)
+    p, q = parse_degree(plan.degree)
     layouts = [(plan.gpus // share, share) for share in range(1, plan.gpus + 1) if plan.gpus % share == 0]
     layouts = [(data, share) for data, share in layouts if plan.tokens % data == 0 and plan.d_sae % share == 0]
     if not layouts:

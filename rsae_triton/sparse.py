@@ -95,6 +95,8 @@ def encode_sparse(
 @torch.no_grad()
 def _encode_sparse(sae: SparseAutoencoder, x: Tensor, capacity: int | None, k: int | None) -> SparseCode:
     check_sae("sae", sae)
+    if sae.architecture == "rational_topk":
+        raise ConfigError("sparse encoding takes thresholds per feature; use upgrade(..., thresholds='feature')")
     sae._check_last(x, "x", "d_in", sae.d_in)
     _check_count("capacity", capacity)
     _check_count("k", k)

@@ -12,6 +12,7 @@ from rsae_triton import (
     FusedRationalSAE,
     RationalGate,
     SparseCode,
+    TopKRationalSAE,
     decode_sparse,
     encode_sparse,
     evaluate,
@@ -52,6 +53,10 @@ def sae(**options):
 
 def gate(d_sae=D_SAE, degree=(1, 0), a=(0.0, 1.0), b=(), **options):
     return RationalGate(d_sae, degree, a, b, **options)
+
+
+def by_token(k=2, **options):
+    return TopKRationalSAE(D_IN, D_SAE, k=k, **{"gate": gate(form="gated"), **options})
 
 
 def with_nan(value=NAN):
@@ -124,6 +129,13 @@ SAES = [
     ("metadata that is no dictionary", lambda _: sae(metadata=[1]), ConfigError, "metadata is a list"),
     ("k above d_sae", lambda _: TopKSAE(4, 8, k=9), ConfigError, "k is 9"),
     ("k is 0", lambda _: BatchTopKSAE(4, 8, k=0), ConfigError, "k is 0"),
+    ("k of a rational above d_sae", lambda _: by_token(k=9), ConfigError, "k is 9"),
+    ("k of a rational is a float", lambda _: by_token(k=2.0), ConfigError, "k is 2.0"),
+    ("thresholds by token, direct", lambda _: by_token(gate=gate()), ConfigError, "need form='gated'"),
+    ("thresholds by token in pieces", lambda _: by_token().autoencode(X), ConfigError, "memory='saved'"),
+    ("thresholds by token, sparse", lambda _: encode_sparse(by_token(), X), ConfigError, "thresholds='feature'"),
+    ("thresholds by token as a JumpReLU", lambda _: to_jumprelu(by_token(), X), ConfigError, "thresholds='feature'"),
+    ("thresholds by token, other x", lambda _: by_token().encode(X[:, :3]), ShapeError, "x has shape"),
     ("a negative threshold", lambda _: JumpReluSAE(4, 8, threshold=-1.0), ConfigError, "threshold"),
     ("a threshold that is NaN", lambda _: JumpReluSAE(4, 8, threshold=NAN), ConfigError, "threshold"),
     ("three thresholds", lambda _: JumpReluSAE(4, 8, threshold=torch.ones(3)), ShapeError, "threshold has shape"),

@@ -9,8 +9,9 @@ import torch
 from bad_python import RELU, TABLE, X, make_files, sae
 
 from rsae_triton import cli, encode_sparse
+from rsae_triton.checks import parse_device
 from rsae_triton.cli import main
-from rsae_triton.errors import RsaeError
+from rsae_triton.errors import ConfigError, RsaeError
 from rsae_triton.teachers import BatchTopKSAE, JumpReluSAE, ReluSAE, TopKSAE
 
 BEFORE = {name: one.clone() for name, one in RELU.state_dict().items()}
@@ -149,6 +150,18 @@ COMMANDS = [
     ("bench --new {at}/nowhere", "nowhere"),
     ("bench --new {at}/text.json", "text.json"),
     ("bench --results {at}/empty", "empty has no speed-NAME.json"),
+    ("plan", "--d-in"),
+    ("plan --d-in 4", "--d-sae"),
+    ("plan --d-in 0 --d-sae 8", "--d-in is 0"),
+    ("plan --d-in 4 --d-sae 99999999999999999999", "--d-sae is 99999999999999999999"),
+    ("plan --d-in 4 --d-sae 8 --tokens -1", "--tokens is -1"),
+    ("plan --d-in 4 --d-sae 8 --gpus 0", "--gpus is 0"),
+    ("plan --d-in 4 --d-sae 8 --gpus 100000000000", "--gpus is 100000000000"),
+    ("plan --d-in 4 --d-sae 8 --gpus 7 --tokens 8", "7 GPUs"),
+    ("plan --d-in 4 --d-sae 8 --device T4", "--device"),
+    ("plan --d-in 4 --d-sae 8 --degree x", "'x'"),
+    ("plan --d-in 4 --d-sae 8 --degree 99,9", "'99,9'"),
+    ("plan --d-in 4 --d-sae 8 --degree -1,2", "'-1,2'"),
     ("gates", "subcommand"),
     ("gates fit", "{{relu,step,jumprelu,ramp}}"),
     ("gates fit x", "relu"),
@@ -217,6 +230,16 @@ def test_what_the_machine_refuses_takes_one_line_too(error, monkeypatch, capsys)
     assert shown.startswith("rsae: ")
     with pytest.raises(type(error)):
         main(["demo", "--debug"])
+
+
+@pytest.mark.parametrize(("said", "shown"), [("", "RuntimeError"), (" \n", "RuntimeError"), ("one\ntwo", "one")])
+def test_a_library_that_says_nothing_is_quoted_by_the_type_of_its_error(said, shown, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    with pytest.raises(ConfigError, match=rf"device 'cpu' cannot be used \({shown}\)"):
+        parse_device("cpu")
 
 
 # -- what looks bad and is not

@@ -215,6 +215,20 @@ def test_auto_falls_back_to_eager_where_triton_cannot_be_had(monkeypatch):
     backends._kernels_import.cache_clear()
 
 
+@pytest.mark.parametrize(("capability", "taken"), [((7, 5), "eager"), ((8, 0), "triton"), ((12, 0), "triton")])
+def test_a_gpu_without_bfloat16_in_hardware_runs_eager_pytorch(capability, taken, monkeypatch):
+    monkeypatch.setattr(backends, "_kernels_import", lambda: True)
+    monkeypatch.setattr(backends, "capability", lambda device: capability)
+    device = torch.device("cuda")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert ops.resolve_backend("auto", device, dtype) == taken
+        if taken == "triton":
+            assert ops.resolve_backend("triton:fused", device, dtype) == "triton:fused"
+        else:
+            with pytest.raises(ConfigError, match=r"needs compute capability 8\.0.*cuda has 7\.5; use backend='auto'"):
+                ops.resolve_backend("triton:fused", device, dtype)
+
+
 def test_saves_only_h():
     """Beside the inputs, one [d_sae, n_tokens] tensor lives until the backward pass; eager keeps many."""
     tensors, activity = inputs(5, 4, 1, tokens=200)

@@ -18,7 +18,7 @@ from rsae_triton.activations.documents import (
     split,
     strip_gutenberg,
 )
-from rsae_triton.errors import ConfigError, FormatError, SourceError
+from rsae_triton.errors import ConfigError, FormatError, SourceError, first_line
 from rsae_triton.hub import require_hub
 
 __all__ = ["Document", "check_corpus", "corpus_sha256", "load_corpus", "split"]
@@ -137,7 +137,7 @@ def _hub(spec: str) -> Iterable[Document]:
             f"the dataset {name!r} has no text column ({', '.join(_TEXT_FIELDS)}); use another"
         ) from error
     except Exception as error:  # the library raises a dozen kinds, some of its own dependencies'
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        reason = first_line(error)
         raise SourceError(
             f"cannot read the hub dataset {name!r} ({reason}); check its name, config and split"
         ) from error

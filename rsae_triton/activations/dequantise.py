@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock
 
 from rsae_triton.activations.downloads import DOWNLOADS, cache_dir, fetch
-from rsae_triton.errors import FormatError, SourceError
+from rsae_triton.errors import FormatError, SourceError, first_line
 from rsae_triton.files import make_folder
 
 
@@ -86,7 +86,7 @@ def _write_folder(gguf: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
     except Exception as error:  # the readers below raise what their parsing meets
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        reason = first_line(error)
         raise FormatError(f"{gguf} cannot be read as a GGUF model ({reason}); fetch the file again") from error
     # Not save_pretrained: transformers refuses to save what it read from GGUF.
     tokenizer.save_pretrained(str(folder))

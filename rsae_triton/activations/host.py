@@ -17,7 +17,7 @@ from torch.nn import functional
 from rsae_triton.activations import layers as stream
 from rsae_triton.activations.centring import center_writing_weights_
 from rsae_triton.activations.loading import default_dtype, load_model, parse_dtype
-from rsae_triton.errors import ConfigError, ShapeError, SourceError
+from rsae_triton.errors import ConfigError, ShapeError, SourceError, first_line
 
 Library = Literal["auto", "transformer_lens", "transformers"]
 Replace = Callable[[torch.Tensor], torch.Tensor]
@@ -263,7 +263,7 @@ class HostModel:
         except (AssertionError, KeyError, ValueError) as error:
             if ran:
                 raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+            reason = first_line(error)
             raise ConfigError(f"{names} cannot be hooked ({reason}); try {self.default_hook}") from error
         if missing := functions.keys() - ran:
             raise ConfigError(
@@ -353,7 +353,7 @@ def _boot_bridge(model: Any, tokenizer: Any, name: str, library: Library) -> Any
             dtype=next(model.parameters()).dtype,
         )
     except Exception as error:  # an architecture it has no adapter for, in one of many ways
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        reason = first_line(error)
         if library == "transformer_lens":
             raise SourceError(f"TransformerLens cannot run {name!r} ({reason}); use library='transformers'") from error
         warnings.warn(f"TransformerLens cannot run {name!r} ({reason}); using transformers alone", stacklevel=3)

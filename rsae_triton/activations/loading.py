@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from rsae_triton.activations.dequantise import embedded_model, gguf_model
-from rsae_triton.errors import ConfigError, FormatError, SourceError
+from rsae_triton.errors import ConfigError, FormatError, SourceError, first_line
 from rsae_triton.hub import hub_reachable
 
 _DTYPES = {
@@ -76,7 +76,7 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, local_files_only=offline, **options)
         tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=offline)
     except Exception as error:  # OSError, ValueError, and whatever a broken file makes the parsers raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        reason = first_line(error)
         if offline:
             raise SourceError(
                 f"no model named {name!r}: neither a path nor in the local hub cache, and the Hugging Face hub is "

@@ -8,7 +8,7 @@ from types import ModuleType
 
 from ..base import SparseAutoencoder
 from ..checks import check_integer, check_number
-from ..errors import ConfigError, FormatError, RsaeError
+from ..errors import ConfigError, FormatError, RsaeError, first_line
 from ..hub import local_path
 from . import dictionary_learning, gemma_scope, goodfire, llama_scope, openai, qwen_scope, saelens, sparsify
 from .architectures import JumpReluSAE, ReluSAE, TopKSAE, keep_largest
@@ -83,7 +83,7 @@ def load_teacher(
         raise
     except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         # A reader asks a file for what its format has; what a stranger has put there instead can be anything.
-        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise FormatError(f"{source} does not hold what {reader.NAME} files hold ({reason}); fetch it again") from error
     if teacher.metadata.get("transcoder"):
         warnings.warn(
