@@ -66,21 +66,30 @@ SHARED, FEATURE = {"degree": (3, 2), "groups": 1}, {"degree": (9, 8), "groups": 
 
 
 def cpu_cases() -> Iterator[Case]:
-    """Those that answer the targets first: a budget of time cuts the end."""
-    for d_sae in (18432, 4608):
-        yield Case("step", 2048, 576, d_sae, **SHARED)
-        yield Case("step", 2048, 576, d_sae, powers=d_sae < 10_000, **FEATURE)
-    yield from sweeps(Case("step", 512, 256, 2048, compiled=False), (128, 2048), (512, 8192), (16, 256))
-    small = Case("step", 2048, 576, 4608, compiled=False)
-    yield replace(small, work="sparse", d_sae=18432)
+    """Those that answer the targets first: a budget of time cuts the end. torch.compile costs 10 to 60 s a case."""
+    large = Case("step", 2048, 576, 18432, compiled=False, powers=False)
+    small = replace(large, d_sae=4608, powers=True)
+    yield replace(large, compiled=True, powers=True, **SHARED)
+    yield replace(large, compiled=True, **FEATURE)
+    yield replace(small, compiled=True, **SHARED)
+    yield replace(small, **FEATURE)
+    yield replace(large, work="sparse")
     yield replace(small, work="coefficients", **FEATURE)
-    for work in ("encode", "backward"):
-        yield replace(small, work=work, compiled=True, **FEATURE)
+    for gate in (SHARED, FEATURE):
+        for work in ("encode", "backward"):
+            yield replace(small, work=work, compiled=work == "encode", **gate)
+    yield replace(small, degree=(5, 4))
     yield replace(small, form="gated", degree=(2, 2))
     yield replace(small, form="gated", **FEATURE)
-    yield replace(small, degree=(5, 4))
-    for work in ("encode", "backward"):
-        yield replace(small, work=work, **SHARED)
+    yield from sweeps(Case("step", 512, 256, 2048, compiled=False), (128, 2048), (512, 8192), (16, 256))
+    small = replace(small, powers=False)
+    yield replace(small, degree=(5, 4), groups=0)
+    yield replace(small, degree=(3, 2), groups=0)
+    yield replace(small, degree=(9, 8))
+    yield replace(small, form="gated", degree=(5, 4))
+    yield replace(large, form="gated", degree=(2, 2))
+    yield replace(large, degree=(5, 4))
+    yield replace(large, form="gated", **FEATURE)
 
 
 def gpu_cases() -> Iterator[Case]:

@@ -8,7 +8,7 @@ from typing import Any
 import kat
 import torch
 from cases import Case, make_sae
-from measuring import Contender, tf32
+from measuring import Contender, forget, tf32
 from torch import Tensor
 
 from rsae_triton import FusedRationalSAE
@@ -16,6 +16,7 @@ from rsae_triton.backends import gate_backward
 from rsae_triton.memory import MemoryPlan
 from rsae_triton.recipes import RECIPES, losses
 from rsae_triton.reference import GateSpec, GateTensors, rational_gate
+from rsae_triton.workspace import StepMemory, Workspace
 
 WEIGHTS = {"direct": 0.1, "gated": 0.05}
 """Of the sparsity term: l1 in the direct form, l0 in the gated one."""
@@ -58,6 +59,10 @@ class Made:
 
         return run
 
+    def forget(self) -> int:
+        """Drops the gradients; returns their bytes."""
+        return forget(self.sae)
+
     def gradients(self) -> dict[str, Tensor]:
         return {name: one.grad for name, one in self.sae.named_parameters() if one.grad is not None and one.numel()}
 
@@ -68,10 +73,15 @@ class Made:
         n, d_sae = case.n_tokens, case.d_sae
         last: dict[str, Tensor] = {}
 
-        def step(loss: Callable[[], Tensor]) -> Callable[[], None]:
+        def step(loss: Callable[[], Tensor], memory: StepMemory | None = None) -> Callable[[], None]:
             def run() -> None:
-                self.optimiser.zero_grad(set_to_none=True)
-                total = loss()
+                if memory is None:
+                    self.optimiser.zero_grad(set_to_none=True)
+                    total = loss()
+                else:  # as `train()` has it
+                    memory.zero_grad(self.sae.parameters())
+                    with memory:
+                        total = loss()
                 total.backward()
                 self.optimiser.step()
                 last["loss"] = total.detach()
@@ -86,31 +96,36 @@ class Made:
             return {"loss": last["loss"], **self.gradients()}
 
         def ours(name: str, backend: str, strategy: str, *cut: Any, **pieces: int) -> Contender:
-            return Contender(name, self.using(backend, step(planned(*cut))), found, strategy=strategy, pieces=pieces)
+            memory = StepMemory() if pieces else None
+
+            def forget() -> int:
+                if memory is not None:
+                    memory.space = Workspace()
+                return self.forget()
+
+            work = self.using(backend, step(planned(*cut), memory))
+            return Contender(name, work, found, strategy=strategy, pieces=pieces, forget=forget)
 
         tokens, features = max(n // 4, 16), max(min(1024, d_sae // 4), 16)
         made = [ours("eager, Horner", "eager", "eager", "saved")]
-        if case.powers:
-            made.append(Contender("eager, powers", step(lambda: naive_loss(self)), found, strategy="eager"))
-        if case.compiled:
-            made.append(
-                Contender(
-                    "torch.compile",
-                    self.using("eager", step(torch.compile(planned("saved")))),
-                    found,
-                    strategy="compiled",
-                )
-            )
         made += [ours(name, *how, "saved") for name, how in self.backends().items()]
         made += [
             ours("ours, chunked", "auto", "chunked", "chunked", tokens, chunk_tokens=tokens),
             ours("ours, streamed", "auto", "streamed", "streamed", None, features, chunk_features=features),
             Contender("bare products", products(x, d_sae, 5)),
         ]
+        if case.compiled:
+            compiled = self.using("eager", step(torch.compile(planned("saved"))))
+            made.append(Contender("torch.compile", compiled, found, strategy="compiled", forget=self.forget))
         if self.peers and case.degree == (3, 2) and case.form == "direct" and case.groups == 1 and not case.sweep:
             from peers import steps
 
             made += steps(case, self.sae, x)
+        if case.powers:
+            # The slowest by far, and no target rests on it: with many features it gets one turn.
+            most = 1 if self.device.type == "cpu" and d_sae > 10_000 else None
+            powers = step(lambda: naive_loss(self))
+            made.append(Contender("eager, powers", powers, found, strategy="eager", forget=self.forget, most=most))
         return made, self._reference_step()
 
     def _reference_step(self) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import subprocess
@@ -30,6 +31,9 @@ class Contender:
             themselves: `found` raises).
         strategy: the row of `rsae_triton.cost` that predicts it, if there is one. pieces: its chunk sizes there.
         wanted: what it must find, where that is not the case's reference.
+        forget: gives up what the last run left, before memory is looked at; returns how many bytes of it do not count
+            (gradients, which every run leaves).
+        most: turns at most, where one takes long and no target asks for it.
     """
 
     name: str
@@ -39,6 +43,8 @@ class Contender:
     strategy: str | None = None
     pieces: dict[str, int] = field(default_factory=dict)
     wanted: dict[str, Tensor] | None = None
+    forget: Callable[[], int] | None = None
+    most: int | None = None
 
 
 class WrongResultError(Exception):
@@ -54,9 +60,15 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def warm_up(
-    contenders: list[Contender], reference: dict[str, Tensor], dtype: str, device: torch.device
+    contenders: list[Contender],
+    reference: dict[str, Tensor],
+    dtype: str,
+    device: torch.device,
+    seconds: float = math.inf,
 ) -> tuple[list[Contender], dict[str, dict[str, Any]]]:
     """Runs every contender once, with an eye on its memory, and compares what it computed.
+
+    seconds: contenders whose turn to be proved comes later are left out.
 
     Returns:
         Those that may be timed, and for each name its entry: "status" ("ok" or why not), "error" (the largest relative
@@ -64,9 +76,13 @@ def warm_up(
     """
     fit, entries = [], {}
     eager: dict[str, float] = {}
+    began = time.perf_counter()
     for contender in contenders:
         entry: dict[str, Any] = {"status": "ok"}
         entries[contender.name] = entry
+        if time.perf_counter() - began > seconds:
+            entry["status"] = "not run: the case's time was used up"
+            continue
         try:
             if device.type == "cuda" or not contender.name.startswith(("eager", "bare")):
                 contender.run()  # what compiles, or makes an optimiser's state, does so now
@@ -81,13 +97,18 @@ def warm_up(
                     eager = eager or errors
                     check(errors, eager, LIMITS[dtype])
             fit.append(contender)
-        except WrongResultError as off:
-            entry["status"] = f"wrong: {off}"
         except Exception as error:
-            entry["status"] = "out of memory" if out_of_memory(error) else f"failed: {first_line(error)}"
+            entry["status"] = status_of(error)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return fit, entries
+
+
+def status_of(error: Exception) -> str:
+    """What stands in the place of a time."""
+    if isinstance(error, WrongResultError):
+        return f"wrong: {error}"
+    return "out of memory" if out_of_memory(error) else f"failed: {first_line(error)}"
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
@@ -113,19 +134,34 @@ def take_turns(
     after: Callable[[dict[str, list[float]]], None],
     least: int = 3,
     most: int = 20,
-) -> None:
+    limit: float = math.inf,
+) -> dict[str, str]:
     """The contenders take turns, so that what else the machine does hits all of them alike.
 
-    after: is given all times by name after each turn.
+    after: is given all times by name after each turn. seconds: no turn after `least` begins later; limit: none at all.
+
+    Returns:
+        The status of those that failed on the way, by name; their times are lost, the others go on.
     """
+    failed: dict[str, str] = {}
     times: dict[str, list[float]] = {one.name: [] for one in contenders}
     began = time.perf_counter()
     turn = 0
-    while contenders and turn < most and (turn < least or time.perf_counter() - began < seconds):
+    while contenders and turn < most and time.perf_counter() - began < (seconds if turn >= least else limit):
         for one in contenders[turn % len(contenders) :] + contenders[: turn % len(contenders)]:
-            times[one.name].append(timed(one.run, device, clock))
+            if one.most is not None and turn >= one.most:
+                continue
+            try:
+                times[one.name].append(timed(one.run, device, clock))
+            except Exception as error:
+                failed[one.name] = status_of(error)
+                del times[one.name]
+            if device.type == "cuda" and failed:
+                torch.cuda.empty_cache()
+        contenders = [one for one in contenders if one.name not in failed]
         turn += 1
         after(times)
+    return failed
 
 
 def timed(run: Callable[[], None], device: torch.device, clock: str) -> float:
@@ -149,6 +185,12 @@ def spread(times: list[float]) -> dict[str, Any]:
     return {"p20_s": q[0], "median_s": q[1], "p80_s": q[2], "turns": len(times)}
 
 
+def forget(module: torch.nn.Module) -> int:
+    """Drops a module's gradients; returns the bytes that they and those of the next step take."""
+    module.zero_grad(set_to_none=True)
+    return sum(one.numel() * one.element_size() for one in module.parameters() if one.requires_grad)
+
+
 def peak_bytes(one: Contender, device: torch.device) -> int:
     """Most bytes alive at once during a run beyond those before it, when the last run's gradients still were."""
     if device.type == "cuda":
@@ -158,7 +200,9 @@ def peak_bytes(one: Contender, device: torch.device) -> int:
         one.run()
         torch.cuda.synchronize()
         return max(torch.cuda.max_memory_allocated() - before, 0)
-    # The allocator's own reports; those of other threads are not seen, hence one.
+    # The allocator's own reports; those of other threads are not seen, hence one. Nor is it seen when memory goes that
+    # was there before: what is left of the last run goes first.
+    uncounted = 0 if one.forget is None else one.forget()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -171,7 +215,7 @@ def peak_bytes(one: Contender, device: torch.device) -> int:
     for event in sorted(events, key=lambda e: e.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
-    return peak
+    return max(peak - uncounted, 0)
 
 
 def ceilings(device: torch.device, clock: str, quick: bool) -> Ceilings:

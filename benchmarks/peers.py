@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from cases import Case
-from measuring import Contender, WrongResultError
+from measuring import Contender, WrongResultError, forget
 from torch import Tensor
 
 from rsae_triton import FusedRationalSAE
@@ -74,7 +74,7 @@ def saelens(case: Case, sae: FusedRationalSAE, x: Tensor) -> list[Contender]:
                 x_hat = exact(h) @ peer.W_dec + peer.b_dec
                 return held(last["mse"], (x - x_hat).square().sum(-1).mean())
 
-        return Contender(name, run, found, exact=False)
+        return Contender(name, run, found, exact=False, forget=lambda: forget(peer))
 
     jump = JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(**common, jumprelu_init_threshold=level))
     top = TopKTrainingSAE(TopKTrainingSAEConfig(**common, k=TOP_K))
@@ -111,7 +111,7 @@ def sparsify(case: Case, sae: FusedRationalSAE, x: Tensor) -> list[Contender]:
             residual = x - (largest(h) @ peer.W_dec + peer.b_dec)
             return held(last["fvu"], residual.square().sum() / (x - x.mean(0)).square().sum())
 
-    return [Contender("sparsify TopK", run, found, exact=False)]
+    return [Contender("sparsify TopK", run, found, exact=False, forget=lambda: forget(peer))]
 
 
 def largest(h: Tensor) -> Tensor:

@@ -6,7 +6,9 @@ A pytest-benchmark round is one turn of all contenders; their own times go to th
 from __future__ import annotations
 
 import gc
+import math
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from cases import Case, cpu_cases, gpu_cases, tiny_cases
 from contenders import Made
-from measuring import first_line, out_of_memory, spread, take_turns, tf32, warm_up
+from measuring import spread, status_of, take_turns, tf32, warm_up
 
 from rsae_triton.cost import Ceilings, cost
 
+RESERVE = 40.0
+"""Seconds of the budget that are left to test_usage.py."""
 ADAM_PASSES = 7
 """Reads of parameter, gradient and two moments, writes of all but the gradient."""
 
@@ -41,7 +45,7 @@ def test_case(case: Case, session: Any, benchmark: Any) -> None:
     if session.has(entry):
         pytest.skip("measured before")
     session.cases.append(entry)
-    if session.left() < 0:
+    if session.left() < RESERVE and not session.tiny:
         entry["status"] = "not run: no time left"
         session.save()
         pytest.skip(entry["status"])
@@ -49,7 +53,7 @@ def test_case(case: Case, session: Any, benchmark: Any) -> None:
         with tf32(case.tf32):
             compared(case, session, benchmark, entry)
     except Exception as error:
-        entry["status"] = "out of memory" if out_of_memory(error) else f"failed: {first_line(error)}"
+        entry["status"] = status_of(error)
         raise
     finally:
         session.save()
@@ -64,22 +68,41 @@ def test_case(case: Case, session: Any, benchmark: Any) -> None:
 
 def compared(case: Case, session: Any, benchmark: Any, entry: dict[str, Any]) -> None:
     """Fills in entry["contenders"], {name: status, times, memory, error, prediction}, from turn to turn."""
+    began = time.perf_counter()
+    turns, most = budget(case, session)
     contenders, reference = Made(case, session.device, peers=True).contenders()
-    fit, entries = warm_up(contenders, reference, case.dtype, session.device)
+    fit, entries = warm_up(contenders, reference, case.dtype, session.device, 0.6 * most)
+    entry["contenders"] = entries
     for one in contenders:
         if one.strategy is not None:
             entries[one.name] |= predicted(case, one.strategy, one.pieces, session.ceilings)
-    seconds = 0.0 if session.tiny else min(3.0 if case.sweep else 20.0, max(session.left(), 1.0))
 
     def keep(times: dict[str, list[float]]) -> None:
         for name, taken in times.items():
             entries[name] |= spread(taken)
-        entry["contenders"] = entries
+        entry["seconds"] = time.perf_counter() - began
         session.save()
 
-    least = 2 if session.tiny else 3
-    benchmark.pedantic(lambda: take_turns(fit, session.device, session.clock, seconds, keep, least), rounds=1)
+    def take() -> None:
+        limit = max(most - (time.perf_counter() - began), 1e-3)
+        failed = take_turns(fit, session.device, session.clock, turns, keep, 2 if session.tiny else 3, limit=limit)
+        for name, status in failed.items():
+            entries[name] = {"status": status}
+
+    benchmark.pedantic(take, rounds=1)
     benchmark.extra_info.update({name: one.get("median_s") for name, one in entries.items()})
+
+
+def budget(case: Case, session: Any) -> tuple[float, float]:
+    """Seconds in which turns beyond the least may begin, and those after which no contender and no turn begins.
+
+    So that no case, however slow on this machine, takes the time of those after it.
+    """
+    if session.tiny:
+        return 0.0, math.inf
+    large = case.n_tokens * case.d_in * case.d_sae > 2**33 and session.device.type == "cpu"
+    turns, most = (0.0, 15.0) if case.sweep else (10.0, 150.0) if large else (6.0, 45.0)
+    return turns, max(min(most, session.left() - RESERVE), 1.0)
 
 
 def floor(case: Case, on: Ceilings) -> dict[str, Any]:

@@ -18,12 +18,13 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import backends
 from .across import Across
-from .backends import Codes, Workspace
+from .backends import Codes
 from .checks import check_integer, check_number, check_tensor
 from .errors import ConfigError, ShapeError
 from .ops import GATE_SCHEMA, centred, check_inputs, product_dtype, settings, through_encoder, unpack
 from .reference import GateSpec, GateTensors
 from .tiles import wide
+from .workspace import StepMemory, current
 
 N_GRADIENTS = 11
 """x, W_enc, b_enc, W_dec, b_dec and the gate's first six tensors."""
@@ -158,15 +159,22 @@ def run(
     unit = 1 / max(n, 1) if dtype != torch.float16 else 2.0 ** -math.ceil(math.log2(max(n, 1)) / 2)
     W_enc_p, W_dec_p = (W_enc.to(dtype), W_dec.to(dtype)) if whole else (W_enc, W_dec)
     norms = torch.linalg.vector_norm(W_dec, dim=1, dtype=exact)
-    found = _Gradients(x, W_enc, W_dec, b_dec, gate, wanted, len(token_parts) == 1, whole)
+    memory = current()
+    found = _Gradients(x, W_enc, W_dec, b_dec, gate, wanted, len(token_parts) == 1, whole, memory)
     counts, l1, squares = (x.new_zeros(shape, dtype=exact) for shape in (d_sae, d_sae, ()))
     x_hat = torch.empty_like(x, memory_format=torch.contiguous_format)
-    space = Workspace() if kind == "cpu" else None
+    space = memory.space if kind == "cpu" else None
+    # A direct gate sees h - threshold alone: a bias less to add spares the CPU a pass over h. Not in low precision,
+    # where h rounds as it should with the bias in it.
+    folded = kind == "cpu" and spec.form == "direct" and dtype == exact
 
     def encode(features: slice, x_c: Tensor, save_h: bool) -> tuple[Codes, Tensor, Tensor, GateTensors]:
         W_e, W_d, own = W_enc_p[:, features].to(dtype), W_dec_p[features].to(dtype), _rows(gate, features)
         b_e = b_enc[features].to(dtype)
-        codes = backends.encode(kind, x_c, W_e, b_e, own, spec, save_h=save_h, fused=forward, space=space)
+        if folded:
+            own = own._replace(threshold=own.threshold - b_e)
+        bias = None if folded else b_e
+        codes = backends.encode(kind, x_c, W_e, bias, own, spec, save_h=save_h, fused=forward, space=space)
         return codes, W_e, W_d, own
 
     for tokens in token_parts:
@@ -229,14 +237,14 @@ class _Gradients:
         wanted: list[bool],
         one_token_part: bool,
         one_feature_part: bool,
+        recycled: StepMemory,
     ) -> None:
         self._likes, self._wanted = (x, W_enc, W_enc[0], W_dec, b_dec, *gate[:6]), wanted
 
         def memory(place: int, one_term: bool) -> Tensor:
             like = self._likes[place]
-            return like.new_empty(
-                like.shape if wanted[place] else 0, dtype=like.dtype if one_term else wide(like.dtype)
-            )
+            dtype = like.dtype if one_term else wide(like.dtype)
+            return recycled.gradient(like, dtype) if wanted[place] else like.new_empty(0, dtype=dtype)
 
         self.dx, self.dW_enc, self.dW_dec = (
             memory(0, one_feature_part),

@@ -26,6 +26,7 @@ from .errors import ConfigError, SourceError
 from .reference import GateSpec, GateTensors
 from .routing import Route
 from .tiles import wide
+from .workspace import Workspace
 
 BACKENDS = ("auto", "triton", "triton:split", "triton:fused", "cpu", "eager")
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -130,26 +131,11 @@ class Gradients(NamedTuple):
     gate: GateTensors
 
 
-class Workspace:
-    """Memory that the steps of one loop share, by name: new memory costs the CPU a page fault every 1024 numbers."""
-
-    def __init__(self) -> None:
-        self._flat: dict[str, Tensor] = {}
-
-    def take(self, name: str, shape: tuple[int, int], like: Tensor) -> Tensor:
-        """A contiguous tensor of this shape, in the dtype and on the device of `like`; its content is arbitrary."""
-        size = shape[0] * shape[1]
-        if name not in self._flat or self._flat[name].numel() < size:
-            self._flat.pop(name, None)
-            self._flat[name] = like.new_empty(size)
-        return self._flat[name][:size].view(shape)
-
-
 def encode(
     backend: str,
     x_c: Tensor,
     W_enc: Tensor,
-    b_enc: Tensor,
+    b_enc: Tensor | None,
     gate: GateTensors,
     spec: GateSpec,
     *,
@@ -159,15 +145,18 @@ def encode(
 ) -> Codes:
     """x_c [n_tokens, d_in], W_enc [d_in, d_sae] -> `Codes`.
 
-    fused: the gate is applied inside the matrix product, where the backend can (Triton). space: where h and z are
-    kept, under these names.
+    b_enc: None where the thresholds already account for it. fused: the gate is applied inside the matrix product,
+    where the backend can (Triton). space: where h and z are kept, under these names.
     """
     if backend == "triton" and fused:
         save = x_c.dtype if save_h else None
         return Codes(*kernels().encode_forward(x_c, W_enc, b_enc, gate, **_flags(spec), save_h=save))
     shape = (W_enc.shape[1], x_c.shape[0])
     h = x_c.new_empty(shape) if space is None else space.take("h", shape, x_c)
-    torch.addmm(b_enc.unsqueeze(1), W_enc.t(), x_c.t(), out=h)
+    if b_enc is None:
+        torch.mm(W_enc.t(), x_c.t(), out=h)
+    else:
+        torch.addmm(b_enc.unsqueeze(1), W_enc.t(), x_c.t(), out=h)
     out = None
     if backend == "cpu" and (space is not None or not save_h):
         out = h if not save_h or space is None else space.take("z", shape, x_c)

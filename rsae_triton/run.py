@@ -23,6 +23,7 @@ from .optimizer import (
 from .processes import Alone
 from .recipes import Losses, Recipe, SparsityController
 from .settings import TrainSettings
+from .workspace import StepMemory
 
 
 class Run:
@@ -31,7 +32,7 @@ class Run:
     Attributes:
         step: steps done. sae, optimizer, controller: what they say. idle: [d_sae], tokens since each feature was
             last active. norms: [d_sae, 1], what the decoder's rows are held at, or None.
-        together: the processes of the run. identity: of the activations.
+        together: the processes of the run. identity: of the activations. memory: what steps on the CPU use again.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Run:
     ) -> None:
         self.sae, self.settings, self.recipe, self.plan, self.together = sae, settings, recipe, plan, together
         self.identity, self.step = identity, 0
+        self.memory = StepMemory()
         self.optimizer = make_optimizer(sae, recipe, settings)
         self.controller: SparsityController | None = None
         self.idle = torch.zeros(sae.d_sae, device=sae.W_dec.device)
@@ -104,11 +106,12 @@ class Run:
 
     def _differentiate(self, x: Tensor, weight: float, dead: Tensor | None) -> Losses:
         """Gradients of the loss on x, in as many pieces as settings say, and its terms."""
-        self.optimizer.zero_grad(set_to_none=True)
+        # Saved codes are autograd's: it makes its own gradients.
+        self.memory.zero_grad(self.sae.parameters(), keep=self.plan.mode != "saved")
         found = []
         for piece in x.chunk(self.settings.accumulate):
             share = len(piece) / len(x)
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"), self.memory:
                 terms = self.together.losses(self.sae, piece, self.recipe, weight, dead, self.plan)
             if share == 1:
                 terms.total.backward()

@@ -15,6 +15,7 @@ from .errors import ConfigError, ShapeError
 from .reference import GateSpec, GateTensors, rational_gate
 from .teachers.architectures import TopKSAE
 from .tiles import wide
+from .workspace import Workspace
 
 if TYPE_CHECKING:
     from .base import SparseAutoencoder
@@ -46,7 +47,7 @@ def entries_of_gate(
 
     Of a gated code nothing is computed but h where h <= theta.
     """
-    space = backends.Workspace()
+    space = Workspace()
     for n0, part in chunks(x_c, TOKENS):
         found = []
         step = max(CHUNK // max(len(part), 1), 1)

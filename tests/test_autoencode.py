@@ -14,6 +14,7 @@ from rsae_triton.autoencode import rational_autoencode
 from rsae_triton.errors import ConfigError, ShapeError
 from rsae_triton.ops import settings
 from rsae_triton.reference import GateSpec, GateTensors
+from rsae_triton.workspace import StepMemory
 
 WEIGHTS = {"l1_weight": 0.3, "l0_weight": 0.2}
 ENGINE = pytest.mark.usefixtures("tiled_on_one_thread")
@@ -336,3 +337,46 @@ def test_compiled_without_a_graph_break():
     found = torch.autograd.grad(compiled(*leaves), leaves, allow_unused=True, materialize_grads=True)
     for one, other in zip(found, expected, strict=True):
         assert torch.allclose(one, other, rtol=1e-10, atol=1e-12)
+
+
+@ENGINE
+def test_steps_with_shared_memory_compute_the_same_in_the_same_memory():
+    """As `train()` has it: the second step's gradients lie where the first one's did, and are its own."""
+    leaves, activity = leaves_of(3, 2, F, torch.float32, tokens=40)
+    spec, matrices = GateSpec(3, 2), (leaves[1], leaves[3])
+    batches = [leaves[0].detach(), leaves[0].detach().flip(0) * 1.5]
+    fresh = []
+    for x in batches:
+        total = ours([x, *leaves[1:]], activity, spec, pieces=(16, None), **WEIGHTS).total
+        fresh.append(torch.autograd.grad(total, leaves[1:]))
+    memory, places = StepMemory(), []
+    for x, wanted in zip(batches * 2, fresh * 2, strict=True):
+        memory.zero_grad(leaves[1:])
+        assert all(one.grad is None for one in leaves[1:])
+        with memory:
+            total = ours([x, *leaves[1:]], activity, spec, pieces=(16, None), **WEIGHTS).total
+        total.backward()
+        places.append({one.grad.data_ptr() for one in matrices} | {memory.space.take("h", (F, 16), x).data_ptr()})
+        for one, gradient in zip(leaves[1:], wanted, strict=True):
+            assert torch.equal(one.grad, gradient)
+    assert len(set.union(*places)) == 3
+    # A second backward pass before zero_grad adds to the first one's, in memory of its own.
+    with memory:
+        total = ours([batches[0], *leaves[1:]], activity, spec, pieces=(16, None), **WEIGHTS).total
+    total.backward()
+    assert torch.allclose(leaves[3].grad, fresh[0][2] + fresh[1][2], atol=1e-6)
+    memory.zero_grad(leaves[1:], keep=False)
+    assert leaves[3].grad is None
+    assert not memory._spare
+
+
+def test_gradients_that_are_views_or_elsewhere_are_left_alone():
+    memory, base = StepMemory(), torch.zeros(8, 6)
+    whole, part = (torch.nn.Parameter(torch.ones(4, 6)) for _ in range(2))
+    whole.grad, part.grad = torch.ones(4, 6), base[:4]
+    memory.zero_grad([part])
+    assert memory.gradient(part, torch.float32).data_ptr() != base.data_ptr()
+    memory.zero_grad([whole])
+    assert memory.gradient(whole, torch.float64).dtype == torch.float64
+    place = memory.gradient(whole, torch.float32)
+    assert memory.gradient(whole, torch.float32).data_ptr() != place.data_ptr()

@@ -1,5 +1,6 @@
 """`rsae bench`: results are read back, compared by ratios, and shown whole; the suite itself runs at tiny sizes."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from rsae_triton.bench import exponents, guard, load_results, read_result, tables, write_result
 from rsae_triton.bench.commands import Bench, render, run_bench
@@ -172,3 +174,81 @@ def test_the_suite_runs_at_tiny_sizes(tmp_path):
         assert all(entry["median_s"] > 0 for entry in one["contenders"].values())
     assert {sweep for sweep, *_ in ((c["sweep"],) for c in found["cases"])} >= {"n_tokens", "d_sae", "degree", "groups"}
     assert "How it grows" in tables.page({"tiny": found}, {})
+
+
+@pytest.fixture
+def measuring(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("measuring")
+
+
+def fakes(measuring, fails_from):
+    """Three contenders with results; the second runs out of memory from its `fails_from`th run on."""
+    runs = dict.fromkeys(("eager, Horner", "large", "ours"), 0)
+
+    def run(name):
+        runs[name] += 1
+        if name == "large" and runs[name] >= fails_from:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB")
+
+    found = {"z": torch.ones(3)}
+    return [measuring.Contender(name, lambda name=name: run(name), lambda: found) for name in runs], found, runs
+
+
+def test_a_contender_out_of_memory_is_reported_and_the_others_go_on(measuring):
+    device = torch.device("cpu")
+    made, wanted, _ = fakes(measuring, 1)
+    fit, entries = measuring.warm_up(made, wanted, "fp32", device)
+    assert entries["large"] == {"status": "out of memory"}
+    assert [one.name for one in fit] == ["eager, Horner", "ours"]
+    made, wanted, runs = fakes(measuring, 4)  # two runs to be proved, then one turn
+    fit, entries = measuring.warm_up(made, wanted, "fp32", device)
+    assert {one["status"] for one in entries.values()} == {"ok"}
+    seen = []
+    failed = measuring.take_turns(fit, device, "wall", 0.0, lambda times: seen.append(set(times)))
+    assert failed == {"large": "out of memory"}
+    assert seen == [{one.name for one in made}, *[{"eager, Horner", "ours"}] * 2]
+    assert runs["large"] == 4
+
+
+def test_no_case_starves_the_next(measuring):
+    device = torch.device("cpu")
+    made, wanted, runs = fakes(measuring, 99)
+    fit, entries = measuring.warm_up(made, wanted, "fp32", device, seconds=-1.0)
+    assert not fit
+    assert all("time was used up" in one["status"] for one in entries.values())
+    made[1].most = 1
+    measuring.take_turns(made, device, "wall", 60.0, lambda times: None, most=5)
+    assert runs == {"eager, Horner": 5, "large": 1, "ours": 5}
+    measuring.take_turns(made, device, "wall", 60.0, lambda times: None, limit=-1.0)
+    assert runs["ours"] == 5
+
+
+def test_memory_is_what_a_run_takes_beside_the_gradients_it_leaves(measuring):
+    parameter = torch.nn.Parameter(torch.ones(1000, 250))
+
+    def run():
+        parameter.grad = None
+        (parameter * torch.ones(1)).square().sum().backward()  # one product kept, one gradient
+
+    def drop():
+        parameter.grad = None
+        return 4 * parameter.numel()
+
+    one = measuring.Contender("eager, Horner", run, forget=drop)
+    run()
+    peak = measuring.peak_bytes(one, torch.device("cpu"))
+    assert 1e6 <= peak <= 4e6
+    assert peak == measuring.peak_bytes(one, torch.device("cpu"))
+    # More of the same kept until the end shows, to the byte.
+    kept = []
+    more = measuring.Contender("more", lambda: (kept.append(torch.ones(500_000)), run()), forget=drop)
+    assert measuring.peak_bytes(more, torch.device("cpu")) == peak + 2_000_000
+
+
+def test_the_slower_eager_writing_does_not_take_the_verdict_away():
+    once = case()
+    once["contenders"]["eager, powers"]["turns"] = 1
+    assert "| 2.00 | met |" in tables.page({"a": result(once)}, {})
+    once["contenders"]["eager, Horner"]["turns"] = 1
+    assert "no verdict: turns are 1" in tables.page({"a": result(once)}, {})
