@@ -12,7 +12,7 @@ LENS4 := $(INTEROP)/transformer-lens-4
 
 help:
 	@echo "make demo   upgrade an SAE of SmolLM2-135M, beside a fair control -> out/demo/report.html"
-	@echo "make test   lint, types and every test that needs no GPU"
+	@echo "make test   lint, types, documentation, every test that needs no GPU, and how many lines they cover"
 	@echo "make test-interop  SAELens, dictionary_learning, sparsify, SAEBench, TransformerLens 3 and 4, run as they are"
 	@echo "make bench  speed on the CPU: a training step and its parts, all contenders, under ten minutes on two cores"
 	@echo "make bench-gpu  the same on a CUDA device, under eight minutes; make peers adds SAELens and sparsify"
@@ -33,7 +33,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 demo: $(INSTALLED)
 	$(BIN)/rsae demo --out out/demo
 
-test: $(INSTALLED) lint
+test: $(INSTALLED) lint docs
 	$(BIN)/python -m pytest
 
 test-fast: $(INSTALLED)
@@ -59,9 +59,9 @@ fuzz: $(INSTALLED)
 soak: $(INSTALLED)
 	SOAK_STEPS=20000 $(BIN)/python -m pytest -q tests/test_soak.py
 
-$(DOCS)/.installed: pyproject.toml
+$(DOCS)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(DOCS)
-	$(DOCS)/bin/pip install --quiet --disable-pip-version-check $$($(PYTHON) -c "import tomllib; \
+	$(DOCS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt $$($(PYTHON) -c "import tomllib; \
 	print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
 	touch $@
 

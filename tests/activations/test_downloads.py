@@ -16,7 +16,10 @@ CONTENT = bytes(range(256)) * 4000
 
 @pytest.fixture
 def server():
-    """An http server with /whole, /cut (closes early), /wrong; counts what it was asked for."""
+    """An http server with /whole, /cut (closes early), /wrong; counts what it was asked for.
+
+    /ranged sends the range it is asked for, and breaks off after `httpd.breaks_after` bytes of it.
+    """
 
     class Handler(http.server.BaseHTTPRequestHandler):
         asked: list[str] = []  # noqa: RUF012
@@ -26,18 +29,35 @@ def server():
             if self.path == "/missing":
                 self.send_error(404)
                 return
+            if self.path == "/ranged":
+                self.send_range()
+                return
             self.send_response(200)
             self.send_header("Content-Length", str(len(CONTENT)))
             self.end_headers()
             body = {"/wrong": CONTENT[::-1], "/cut": CONTENT[: len(CONTENT) // 2]}.get(self.path, CONTENT)
             self.wfile.write(body)
 
+        def send_range(self):
+            start = int((self.headers["Range"] or "bytes=0-")[len("bytes=") :].rstrip("-"))
+            httpd.starts.append(start)
+            if start >= len(CONTENT):
+                self.send_error(416)
+                return
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(CONTENT) - start))
+            if start:
+                self.send_header("Content-Range", f"bytes {start}-{len(CONTENT) - 1}/{len(CONTENT)}")
+            self.end_headers()
+            self.wfile.write(CONTENT[start:][: httpd.breaks_after])
+
         def log_message(self, *_):
             pass
 
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    httpd.asked = Handler.asked
+    httpd.asked = Handler.asked = []
+    httpd.starts, httpd.breaks_after = [], len(CONTENT)
     httpd.url = f"http://127.0.0.1:{httpd.server_port}"
     yield httpd
     httpd.shutdown()
@@ -65,7 +85,7 @@ def test_fetch_downloads_once_and_checks_each_time(server, monkeypatch):
     assert server.asked == ["/whole", "/whole"]
 
 
-@pytest.mark.parametrize("route", ["wrong", "cut", "missing"])
+@pytest.mark.parametrize("route", ["wrong", "missing"])
 def test_a_bad_answer_leaves_nothing_and_says_what_to_do(server, monkeypatch, route):
     pin(monkeypatch, f"{server.url}/{route}")
     with pytest.raises(SourceError) as caught:
@@ -76,6 +96,46 @@ def test_a_bad_answer_leaves_nothing_and_says_what_to_do(server, monkeypatch, ro
     assert f"{server.url}/{route}" in message
     assert str(cache_dir()) in message
     assert files_in_cache() == []
+
+
+def test_a_download_goes_on_where_it_broke_off(server, monkeypatch):
+    pin(monkeypatch, f"{server.url}/ranged")
+    server.breaks_after = 400_000
+    starts = [0]
+    for _ in range(2):
+        with pytest.raises(SourceError, match="the next run goes on where it broke off"):
+            fetch("stub")
+        assert files_in_cache() == ["file.bin.part"]
+        part = (cache_dir() / "downloads" / "file.bin.part").read_bytes()
+        assert part == CONTENT[: len(part)]
+        assert 0 <= starts[-1] + 400_000 - len(part) < downloads._CHUNK
+        starts.append(len(part))
+    assert fetch("stub").read_bytes() == CONTENT
+    assert files_in_cache() == ["file.bin"]
+    assert server.starts == starts
+
+
+def test_a_server_without_ranges_is_asked_for_all_of_it_again(server, monkeypatch):
+    pin(monkeypatch, f"{server.url}/cut")
+    with pytest.raises(SourceError, match="the next run goes on"):
+        fetch("stub")
+    assert files_in_cache() == ["file.bin.part"]
+    pin(monkeypatch, f"{server.url}/whole")
+    assert fetch("stub").read_bytes() == CONTENT
+    assert files_in_cache() == ["file.bin"]
+
+
+@pytest.mark.parametrize(
+    "part", [b"of something else", CONTENT[::-1], CONTENT + b"more"], ids=["half", "whole", "longer"]
+)
+def test_what_is_there_and_does_not_fit_is_fetched_anew(server, monkeypatch, part):
+    pin(monkeypatch, f"{server.url}/ranged")
+    folder = cache_dir() / "downloads"
+    folder.mkdir(parents=True)
+    (folder / "file.bin.part").write_bytes(part)
+    assert fetch("stub").read_bytes() == CONTENT
+    assert files_in_cache() == ["file.bin"]
+    assert server.starts == [len(part), 0]
 
 
 def test_an_unreachable_address_is_one_line(monkeypatch):

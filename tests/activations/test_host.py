@@ -319,7 +319,7 @@ def test_tokens_are_checked(host):
 def test_importing_the_package_loads_no_optional_library():
     code = (
         "import sys, rsae_triton.activations; "
-        "print(sorted({'transformers', 'transformer_lens', 'datasets', 'gguf', 'pooch'} & set(sys.modules)))"
+        "print(sorted({'transformers', 'transformer_lens', 'datasets', 'gguf', 'requests'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
