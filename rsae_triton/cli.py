@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from textwrap import dedent
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -30,6 +33,8 @@ from .sweep import sweep as run_sweep
 from .teach import Teach
 from .teach import teach as run_teach
 from .train_command import Export, Train, Upgrade, export, run_train, run_upgrade
+
+_EXAMPLES = re.compile(r"^ *Examples:\n(.*?)(?:\n\s*\n|\s*\Z)", re.MULTILINE | re.DOTALL)
 
 
 def bench(config: Annotated[Bench, tyro.conf.arg(name="")]) -> None:
@@ -88,25 +93,41 @@ def export_sae(config: Annotated[Export, tyro.conf.arg(name="")]) -> None:
     print(export(config.run, config.out))
 
 
+# In the order of the help; the configurations' docstrings say what a command does, with examples.
+COMMANDS: dict[str, tuple[Callable[..., Any], type]] = {
+    "demo": (demo, Demo),
+    "extract": (extract, Extract),
+    "teach": (teach, Teach),
+    "upgrade": (upgrade, Upgrade),
+    "train": (train, Train),
+    "export": (export_sae, Export),
+    "eval": (evaluate, Eval),
+    "match": (match, Match),
+    "probe": (probe, Probe),
+    "sweep": (sweep, Sweep),
+    "reproduce": (reproduce, Reproduce),
+    "plan": (plan, Plan),
+    "bench": (bench, Bench),
+    "doctor": (doctor, Doctor),
+}
+
+
+def examples(arguments: list[str]) -> str:
+    """The examples of the command that `arguments` ask for help about; without one, the first of each command."""
+    texts = {name: config.__doc__ or "" for name, (_, config) in COMMANDS.items()} | {"gates": gates.fit.__doc__ or ""}
+    found = {name: dedent(match[1]).splitlines() for name, text in texts.items() if (match := _EXAMPLES.search(text))}
+    asked = next((one for one in arguments if one in texts), None)
+    lines = found.get(asked, []) if asked else [of[0] for of in found.values()]
+    return "\n".join(["examples:", *(f"  {line}" for line in lines)]) if lines else ""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; 0 when it worked, 2 after an error that its one line explains."""
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
     app, gate_app = SubcommandApp(), SubcommandApp()
-    app.command(name="bench")(bench)
-    app.command(name="demo")(demo)
-    app.command(name="eval")(evaluate)
-    app.command(name="match")(match)
-    app.command(name="probe")(probe)
-    app.command(name="teach")(teach)
-    app.command(name="sweep")(sweep)
-    app.command(name="reproduce")(reproduce)
-    app.command(name="doctor")(doctor)
-    app.command(name="extract")(extract)
-    app.command(name="plan")(plan)
-    app.command(name="upgrade")(upgrade)
-    app.command(name="train")(train)
-    app.command(name="export")(export_sae)
+    for name, (command, config) in COMMANDS.items():
+        app.command(name=name, help=(config.__doc__ or "").split("\n\n")[0])(command)
     gate_app.command(name="fit")(gates.fit)
     gate_app.command(name="show")(gates.show)
     gate_app.command(name="rebuild")(gates.rebuild)
@@ -116,6 +137,10 @@ def main(arguments: list[str] | None = None) -> int:
     except Stopped as stopped:
         Console(stderr=True, soft_wrap=True).print(escape(str(stopped)), highlight=False)
         return 0
+    except SystemExit as end:  # tyro's, after the help, in which docstrings have no examples
+        if not end.code and {"-h", "--help"} & set(arguments):
+            print(examples(arguments))
+        raise
     except BrokenPipeError:
         # Whoever read our output (head, a pager) has seen enough; a flush at exit must not complain either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

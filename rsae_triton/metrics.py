@@ -6,12 +6,12 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError
+from .errors import ConfigError, StorageError
 from .files import write_text
 
 METRICS = "metrics.jsonl"
@@ -56,14 +56,21 @@ class Metrics:
     def row(self, row: dict[str, Any]) -> None:
         self.log.add(row)
         if self._file is not None:
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
+            try:
+                self._file.write(json.dumps(row) + "\n")
+                self._file.flush()
+            except OSError as error:
+                raise StorageError(
+                    f"{self._file.name} cannot be written ({error.strerror}); make room, and go on from the last "
+                    "checkpoint with --resume (in Python: resume=True)"
+                ) from error
         for write, _ in self._sinks:
             write(row)
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # every row was flushed, or said that it could not be
+                self._file.close()
         for _, close in self._sinks:
             close()
 

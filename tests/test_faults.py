@@ -3,6 +3,7 @@
 Killed and full-disk training is in test_checkpoints.py, killed extraction in tests/activations/test_store.py.
 """
 
+import ctypes
 import hashlib
 import http.server
 import os
@@ -89,6 +90,76 @@ def test_a_full_disk_leaves_a_report_as_it_was(tmp_path):
     said = limited_to(1000, lambda: write_text(tmp_path / "report.html", "x" * 5000))
     assert said.startswith("StorageError: ")
     assert everything(tmp_path) == {"report.html": b"old"}
+
+
+def mount_tmpfs(folder, size):
+    """A file system of `size` bytes at `folder` for this process alone; root's right, or that of a user namespace."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    new_namespace, new_user, private = 0x00020000, 0x10000000, 0x40000 | 0x4000
+    if libc.unshare(new_namespace) and libc.unshare(new_namespace | new_user):
+        raise PermissionError(ctypes.get_errno(), "no mount namespace")
+    if libc.mount(b"none", b"/", None, private, None) or libc.mount(
+        b"tmpfs", str(folder).encode(), b"tmpfs", 0, b"size=%d" % size
+    ):
+        raise PermissionError(ctypes.get_errno(), "no tmpfs")
+
+
+@linux
+@pytest.mark.parametrize("what", ["an SAE", "a checkpoint"])
+def test_a_file_system_that_is_full_loses_nothing(tmp_path, what):
+    """256 KiB of tmpfs: the kernel says ENOSPC in the middle of a write, and there is room again afterwards."""
+
+    def fill():
+        mount_tmpfs(tmp_path, 1 << 18)
+        folder, x = tmp_path / "sae", torch.randn(64, 4, generator=torch.Generator().manual_seed(3))
+        options = {"batch_size": 16, "checkpoint_every": 1, "progress": False, "keep": 1, "out": tmp_path / "run"}
+        if what == "an SAE":
+            sae(0).save_pretrained(folder)
+        else:
+            train(sae(0), x, steps=1, **options)
+        before, full = everything(tmp_path), ""
+        room = os.statvfs(tmp_path)
+        (tmp_path / "other").write_bytes(bytes(room.f_bavail * room.f_frsize - 20_000))  # somebody else's
+        try:
+            if what == "an SAE":
+                sae(1, d_sae=2048).save_pretrained(folder)
+            else:
+                train(sae(0, d_sae=512), x, steps=1, **{**options, "out": tmp_path / "wide"})
+        except StorageError as error:
+            full = str(error)
+        assert "No space left on device" in full, full
+        (tmp_path / "other").unlink()
+        assert {name: data for name, data in everything(tmp_path).items() if name in before} == before
+        if what == "an SAE":
+            assert everything(tmp_path) == before
+            sae(1).save_pretrained(folder)
+            assert torch.equal(FusedRationalSAE.from_pretrained(folder).W_enc, sae(1).W_enc)
+        else:
+            train(sae(0, d_sae=512), x, steps=1, **{**options, "out": tmp_path / "wide", "resume": True})
+        return "nothing lost"
+
+    said = in_a_child(fill)
+    if said.startswith("PermissionError: [Errno 1]"):
+        pytest.skip(f"no file system can be mounted here: {said}")
+    assert said == "nothing lost"
+
+
+@linux
+def test_a_log_that_cannot_grow_ends_the_run_and_resuming_goes_on(tmp_path):
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(3))
+    options = {"steps": 400, "batch_size": 16, "log_every": 1, "progress": False, "out": tmp_path / "run"}
+    options |= {"checkpoint_every": 20, "seed": 1}
+    one = sae()
+    said = limited_to(30_000, lambda: train(one, x, **options))
+    assert said.startswith("StorageError: ")
+    assert "metrics.jsonl cannot be written" in said
+    assert "resume" in said
+    assert list((tmp_path / "run" / "checkpoints").iterdir())
+    resumed, whole = sae(), sae()
+    train(resumed, x, **options, resume=True)
+    train(whole, x, **{**options, "out": tmp_path / "whole"})
+    assert torch.equal(resumed.W_enc, whole.W_enc)
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 400
 
 
 def test_files_that_belong_together_are_replaced_together(tmp_path):

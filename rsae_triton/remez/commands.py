@@ -63,6 +63,10 @@ def fit(
 ) -> None:
     """Fits a rational gate to a target on [-1, 1] and prints its certificate.
 
+    Examples:
+        rsae gates fit relu --degree 3,2
+        rsae gates fit jumprelu --theta 0.1 --margin 0.02 --degree 9,8 --plot gate.png
+
     Args:
         target: the gate to approximate.
         degree: degrees p,q of numerator and denominator, or "auto" to search (see tol).

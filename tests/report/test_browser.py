@@ -1,6 +1,6 @@
 """The report in headless Chromium, from file://: no console message, no request, readable at any width, light and dark.
 
-Takes `pip install playwright` and a Chromium (the system's, or `playwright install chromium`); skipped without.
+Takes a Chromium (the system's, such as Debian's package, or `playwright install chromium`); skipped without.
 """
 
 import re
