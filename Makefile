@@ -8,13 +8,14 @@ DOCS := .venv-docs
 INTEROP := .venv-interop
 LENS4 := $(INTEROP)/transformer-lens-4
 
-.PHONY: demo test test-fast test-interop test-gpu lint bench bench-gpu peers experiments aot aot-record routes fuzz soak docs audit clean help
+.PHONY: demo test test-fast test-interop test-gpu lint bench bench-demo bench-gpu peers experiments aot aot-record routes fuzz soak docs audit clean help
 
 help:
 	@echo "make demo   upgrade an SAE of SmolLM2-135M, beside a fair control -> out/demo/report.html"
 	@echo "make test   lint, types, documentation, every test that needs no GPU, and how many lines they cover"
 	@echo "make test-interop  SAELens, dictionary_learning, sparsify, SAEBench, TransformerLens 3 and 4, run as they are"
 	@echo "make bench  speed on the CPU: a training step and its parts, all contenders, under ten minutes on two cores"
+	@echo "make bench-demo  the demo end to end, timed, into the same result"
 	@echo "make bench-gpu  the same on a CUDA device, under eight minutes; make peers adds SAELens and sparsify"
 	@echo "make experiments  gate fits against other methods; which gate and recipe beats the control"
 	@echo "make aot    compile every kernel configuration for sm_80, sm_90, sm_100; the table goes into docs/kernels.md"
@@ -91,6 +92,11 @@ bench: $(INSTALLED)
 bench-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks -q --bench-device cuda --bench-minutes 7 --bench-out out/bench/gpu.json
 	$(BIN)/rsae bench --new out/bench/gpu.json
+
+# The demo end to end, minutes; added to the result of `make bench`.
+bench-demo: $(INSTALLED)
+	$(BIN)/python -m pytest benchmarks/test_usage.py -k test_demo -q --bench-out out/bench/cpu.json --bench-resume \
+	--bench-minutes 20
 
 # Other libraries' SAEs as contenders.
 peers: $(INSTALLED)

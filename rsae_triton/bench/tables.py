@@ -20,7 +20,8 @@ INTRO = """# Benchmarks
 
 Made by `rsae bench --render` from `benchmarks/results/speed-*.json`; do not edit. `make bench` measures on the CPU,
 `make bench-gpu` on a CUDA device; `rsae bench --new out/bench/cpu.json --keep` (or `gpu.json`) takes the result over.
-`make peers` before adds SAELens and sparsify. {devices}
+`make peers` before adds SAELens and sparsify, `make bench-demo` after it the demo end to end. Cases that a run had no
+time for are measured by another one with `BENCH="--bench-tokens 1024 --bench-resume"`. {devices}
 
 **How.** All contenders of a case share weights and input (sparse sums of decoder directions plus noise, fixed seeds),
 and take turns: a turn runs each once, so that what else the machine does hits all alike. Before it is timed, a
