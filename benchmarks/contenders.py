@@ -106,7 +106,8 @@ class Made:
             work = self.using(backend, step(planned(*cut), memory))
             return Contender(name, work, found, strategy=strategy, pieces=pieces, forget=forget)
 
-        tokens, features = max(n // 4, 16), max(min(1024, d_sae // 4), 16)
+        # Half of the tokens: what `train(memory="chunked")` takes where it fits.
+        tokens, features = max(n // 2, 16), max(min(1024, d_sae // 4), 16)
         made = [ours("eager, Horner", "eager", "eager", "saved")]
         made += [ours(name, *how, "saved") for name, how in self.backends().items()]
         made += [

@@ -27,6 +27,9 @@ from .tiles import wide
 
 # From here on a call is large enough to be one of many: compiling pays.
 INDUCTOR_ELEMENTS = 2**20
+# From this degree p + q on Inductor makes two loops of a pass, with tensors of h's size between them. In blocks of this
+# many elements for each thread they stay in the cache, and in memory that malloc has already.
+MANY, BLOCK = 12, 2**19
 
 _log = logging.getLogger(__name__)
 
@@ -52,11 +55,17 @@ def gate_forward(
     """
     if engine_for(h.numel()) == "inductor":
         # One memory is handed over once: torch.compile refuses two inputs that are the same storage.
-        target = "new" if out is None else "h" if out is h else "out"
-        where = [out] if out is not None and target == "out" else []
-        compiled = _Compiled.call(_forward, (spec, target), h, *where, *gate)
-        if compiled is not None:
-            return compiled if out is None else (out, *compiled)
+        z = torch.empty_like(h, memory_format=torch.contiguous_format) if out is None else out
+        found = []
+        for rows in _blocks(h, spec):
+            where = [] if z is h else [z[rows]]
+            sums = _Compiled.call(_forward, (spec, "h" if z is h else "out"), h[rows], *where, *_rows(gate, rows))
+            if sums is None:
+                break
+            found.append(sums)
+        else:
+            counts, l1 = _joined(found)
+            return z, counts, l1
     return tiles.gate_forward(h, gate, spec, out)
 
 
@@ -75,33 +84,55 @@ def gate_backward(
     if engine_for(h.numel()) == "inductor":
         given = [one for one in (dcounts, dl1) if one is not None]
         option = (spec, coefficients, dcounts is not None, dl1 is not None, inplace)
-        compiled = _Compiled.call(_backward, option, h, dz, *given, *gate)
-        if compiled is not None:
-            dh, db_enc, *grads = compiled
-            return dz if inplace else dh, db_enc, GateTensors(*grads)
+        dh = dz if inplace else torch.empty_like(h, memory_format=torch.contiguous_format)
+        found = []
+        for rows in _blocks(h, spec):
+            where = [] if inplace else [dh[rows]]
+            own = (*(one[rows] for one in given), *_rows(gate, rows))
+            sums = _Compiled.call(_backward, option, h[rows], dz[rows], *where, *own)
+            if sums is None:
+                break
+            found.append(sums)
+        else:
+            db_enc, *grads = _joined(found)
+            return dh, db_enc, GateTensors(*grads)
     return tiles.gate_backward(h, dz, dcounts, dl1, gate, spec, coefficients, inplace)
 
 
 def _forward(option: tuple[GateSpec, str], h: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
     spec, target = option
     z, counts, l1 = explicit.gate_forward(h.to(wide(h.dtype)), GateTensors(*rest[-7:]), spec)
-    if target != "new":
-        (h if target == "h" else rest[0]).copy_(z)
-        return counts, l1
-    return z.to(h.dtype), counts, l1
+    (h if target == "h" else rest[0]).copy_(z)
+    return counts, l1
 
 
 def _backward(option: tuple[GateSpec, bool, bool, bool, bool], h: Tensor, dz: Tensor, *rest: Tensor) -> Any:
     spec, coefficients, counted, summed, inplace = option
     given, gate = list(rest[:-7]), GateTensors(*rest[-7:])
+    out = dz if inplace else given.pop(0)
     dcounts = given.pop(0) if counted else None
     dl1 = given.pop(0) if summed else None
     exact = wide(h.dtype)
     dh, db_enc, grads = explicit.gate_backward(h.to(exact), dz.to(exact), dcounts, dl1, gate, spec, coefficients)
-    if inplace:
-        dz.copy_(dh)
-        return None, db_enc, *grads
-    return dh.to(h.dtype), db_enc, *grads
+    out.copy_(dh)
+    return db_enc, *grads
+
+
+def _blocks(h: Tensor, spec: GateSpec) -> list[slice]:
+    """Runs of features."""
+    n_features, n_tokens = h.shape
+    many = spec.p + spec.q >= MANY
+    step = max(1, BLOCK * torch.get_num_threads() // n_tokens) if many else n_features
+    return [slice(start, start + step) for start in range(0, n_features, step)]
+
+
+def _rows(gate: GateTensors, rows: slice) -> GateTensors:
+    """The gate of some features; what is shared stays as it is."""
+    return GateTensors(*(one[rows] if len(one) > 1 else one for one in gate))
+
+
+def _joined(found: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    return found[0] if len(found) == 1 else tuple(torch.cat(one) for one in zip(*found, strict=True))
 
 
 class _Compiled:
@@ -140,4 +171,11 @@ def _compile(function: Callable[..., Any], option: Any, dtype: torch.dtype) -> C
 
     # Dynamo counts recompilations per code object (8 and it gives up): every kind of gate gets its own.
     own = types.FunctionType(flat.__code__.replace(), globals(), closure=flat.__closure__)
-    return torch.compile(own, dynamic=True, fullgraph=True)
+    return torch.compile(own, dynamic=True, fullgraph=True, options=_options())
+
+
+@functools.cache
+def _options() -> dict[str, Any] | None:
+    """Horner's rule in fused multiply-adds, where this Inductor can be asked for them: faster, and more accurate."""
+    name = "cpp.enable_floating_point_contract_flag"
+    return {name: "fast"} if name in torch._inductor.list_options() else None

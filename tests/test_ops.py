@@ -101,6 +101,18 @@ def test_inductor_engine_agrees(kind, monkeypatch):
 
 
 @pytest.mark.slow
+def test_inductor_engine_in_blocks_of_features_agrees(monkeypatch):
+    """As gates of many coefficients are computed; the last block is a smaller one."""
+    from rsae_triton import cpu
+
+    monkeypatch.setenv("RSAE_CPU_ENGINE", "inductor")
+    monkeypatch.setattr(cpu, "MANY", 0)
+    monkeypatch.setattr(cpu, "BLOCK", 5 * N)
+    assert len(cpu._blocks(torch.empty(F, N), GateSpec(3, 2))) > 1
+    check(GateSpec(3, 2), F, "cpu", torch.float32, 2e-6)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["new", "in place", "elsewhere"])
 def test_inductor_engine_writes_where_it_is_told(target, monkeypatch):
     """In place is the way of every encoder without gradients; the tiled path must not silently stand in."""
