@@ -66,23 +66,25 @@ SHARED, FEATURE = {"degree": (3, 2), "groups": 1}, {"degree": (9, 8), "groups": 
 
 
 def cpu_cases() -> Iterator[Case]:
-    """Those that answer the targets first: a budget of time cuts the end. torch.compile costs 10 to 60 s a case."""
+    """Those that answer the targets first, then one of every kind: a budget of time cuts the end (--bench-resume goes
+    on there). torch.compile costs 10 to 60 s a case where nothing is in its cache."""
     large = Case("step", 2048, 576, 18432, compiled=False, powers=False)
     small = replace(large, d_sae=4608, powers=True)
     yield replace(large, compiled=True, powers=True, **SHARED)
     yield replace(large, compiled=True, **FEATURE)
     yield replace(small, compiled=True, **SHARED)
-    yield replace(small, **FEATURE)
     yield replace(large, work="sparse")
     yield replace(small, work="coefficients", **FEATURE)
-    for gate in (SHARED, FEATURE):
-        for work in ("encode", "backward"):
-            yield replace(small, work=work, compiled=work == "encode", **gate)
+    yield replace(small, work="encode", compiled=True, **SHARED)
+    yield replace(small, work="backward", **SHARED)
     yield replace(small, degree=(5, 4))
     yield replace(small, form="gated", degree=(2, 2))
-    yield replace(small, form="gated", **FEATURE)
-    yield from sweeps(Case("step", 512, 256, 2048, compiled=False), (128, 2048), (512, 8192), (16, 256))
+    base = Case("step", 512, 256, 2048, compiled=False)
+    yield from sweeps(base, (64, 1024), (256, 4096), (16, 256), ((1, 0), (3, 2), (5, 4), (9, 8)))
     small = replace(small, powers=False)
+    for work in ("step", "encode", "backward"):
+        yield replace(small, work=work, **FEATURE)
+    yield replace(small, form="gated", **FEATURE)
     yield replace(small, degree=(5, 4), groups=0)
     yield replace(small, degree=(3, 2), groups=0)
     yield replace(small, degree=(9, 8))
@@ -120,14 +122,20 @@ def tiny_cases() -> Iterator[Case]:
     yield from sweeps(Case("step", 16, 16, 64, compiled=False), (16, 64), (32, 128), (2, 4))
 
 
-def sweeps(base: Case, tokens: tuple[int, int], features: tuple[int, int], groups: tuple[int, int]) -> Iterator[Case]:
+def sweeps(
+    base: Case,
+    tokens: tuple[int, int],
+    features: tuple[int, int],
+    groups: tuple[int, int],
+    degrees: tuple[tuple[int, int], ...] = ((1, 0), (3, 2), (5, 4), (9, 8), (12, 12)),
+) -> Iterator[Case]:
     """How a step grows with each size alone: from the first number to the second in steps of two (groups: both)."""
-    for name, (least, most) in (("n_tokens", tokens), ("d_sae", features)):
+    for name, (least, most) in (("d_sae", features), ("n_tokens", tokens)):
         size = least
         while size <= most:
             yield replace(base, sweep=name, **{name: size})
             size *= 2
-    for degree in ((1, 0), (3, 2), (5, 4), (9, 8), (12, 12)):
+    for degree in degrees:
         yield replace(base, sweep="degree", degree=degree)
     for count in (1, *groups, 0):
         yield replace(base, sweep="groups", degree=(5, 4), groups=count)

@@ -165,8 +165,9 @@ class Made:
         found = lambda: dict(last)  # noqa: E731
         made = [
             Contender("eager, Horner", self.using("eager", keep(encode)), found),
-            Contender("eager, powers", keep(lambda: naive_encode(sae, x, hard=True)[0]), found),
         ]
+        if case.powers:
+            made.append(Contender("eager, powers", keep(lambda: naive_encode(sae, x, hard=True)[0]), found))
         if case.compiled:
             made.append(Contender("torch.compile", self.using("eager", keep(torch.compile(encode))), found))
         made += [Contender(name, self.using(how[0], keep(encode)), found) for name, how in self.backends().items()]
@@ -203,8 +204,9 @@ class Made:
 
         made = [
             Contender("eager, Horner", self.using("eager", both(encode)), found),
-            Contender("eager, powers", both(lambda: naive_encode(sae, x, hard)[0]), found),
         ]
+        if case.powers:
+            made.append(Contender("eager, powers", both(lambda: naive_encode(sae, x, hard)[0]), found))
         if case.compiled:
             made.append(Contender("torch.compile", self.using("eager", both(torch.compile(encode))), found))
         made += [Contender(name, self.using(how[0], both(encode)), found) for name, how in self.backends().items()]

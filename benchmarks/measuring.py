@@ -56,7 +56,10 @@ def first_line(error: BaseException) -> str:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
+    said = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        one in said for one in ("not enough memory", "out of memory")
+    )
 
 
 def warm_up(
@@ -94,7 +97,8 @@ def warm_up(
                     # Where nothing flows (all zero) autograd may leave no gradient.
                     errors = {name: relative_error(found[name], w) for name, w in wanted.items() if bool(w.any())}
                     entry["error"] = max(errors.values())
-                    eager = eager or errors
+                    if not eager and contender.name.startswith("eager"):
+                        eager = errors
                     check(errors, eager, LIMITS[dtype])
             fit.append(contender)
         except Exception as error:

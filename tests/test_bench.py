@@ -67,9 +67,10 @@ def test_results_round_trip_whole_or_not_at_all(tmp_path):
 def test_guard_compares_ratios_not_times():
     old = result(case(), case(degree=(9, 8)))
     slower_machine = result(case(scale=7.0), case(degree=(9, 8), scale=0.1))
-    assert guard(slower_machine, old) == []
+    assert guard(slower_machine, old) == ([], 4)
     worse = result(case(ours=contender(5.2)), case(degree=(5, 4), ours=contender(100)))
-    (line,) = guard(worse, old)
+    (line,), compared = guard(worse, old)
+    assert compared == 2
     assert "(3, 2) shared" in line
     assert "ours takes 0.65 of eager PyTorch's time, committed is 0.50" in line
 
@@ -103,7 +104,7 @@ def test_a_single_turn_is_no_verdict():
     assert "| 2.00 | no verdict: turns are 1 |" in page
     assert "4 s (turns: 1)" in page
     assert "(turns: 1)" in tables.readme_table({"a": result(once)})
-    assert guard(result(case(ours=contender(7.0))), result(once)) == []
+    assert guard(result(case(ours=contender(7.0))), result(once)) == ([], 0)
 
 
 def test_render_writes_page_plots_and_readme(tmp_path):
@@ -141,6 +142,14 @@ def test_keep_and_compare_on_the_command_line(tmp_path, monkeypatch, capsys):
     write_result(tmp_path / "new.json", result(case(ours=contender(7.0))))
     assert main(["bench", "--new", "new.json"]) == 0
     assert "warning: 2048 x 576 x 18432" in capsys.readouterr().out
+    # Another machine's result beside it does not stand in for this one's; ratios that are as good are said to be.
+    write_result(kept.with_name("speed-cpu-a-faster-one.json"), result(case(ours=contender(0.1)), name="A faster one"))
+    write_result(tmp_path / "new.json", result(case(scale=3.0)))
+    assert main(["bench", "--new", "new.json"]) == 0
+    assert "none of 2 ratios is worse" in capsys.readouterr().out
+    write_result(tmp_path / "new.json", result(case(n_tokens=7)))
+    assert main(["bench", "--new", "new.json"]) == 0
+    assert "nothing to compare" in capsys.readouterr().out
     assert main(["bench", "--render"]) == 2  # no docs folder here
     with pytest.raises(ConfigError, match="--new"):
         run_bench(Bench(keep=True))
@@ -201,6 +210,11 @@ def test_a_contender_out_of_memory_is_reported_and_the_others_go_on(measuring):
     fit, entries = measuring.warm_up(made, wanted, "fp32", device)
     assert entries["large"] == {"status": "out of memory"}
     assert [one.name for one in fit] == ["eager, Horner", "ours"]
+    # Without eager PyTorch's own error the limit alone holds; a result that is off gets no time for it.
+    off = {"z": torch.ones(3) * 1.005}
+    alone = [measuring.Contender("ours", lambda: None, lambda: off)]
+    assert measuring.warm_up(alone, wanted, "fp32", device)[1]["ours"]["status"].startswith("wrong: z is off")
+    assert measuring.out_of_memory(RuntimeError("Inductor: CUDA out of memory"))
     made, wanted, runs = fakes(measuring, 4)  # two runs to be proved, then one turn
     fit, entries = measuring.warm_up(made, wanted, "fp32", device)
     assert {one["status"] for one in entries.values()} == {"ok"}

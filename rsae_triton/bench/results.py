@@ -93,10 +93,14 @@ def turns(case: dict[str, Any]) -> int:
     return min((one["turns"] for name, one in timed(case).items() if name not in slower), default=0)
 
 
-def guard(new: dict[str, Any], old: dict[str, Any]) -> list[str]:
-    """Where ours became slower relative to eager PyTorch than SLACK times the committed ratio. Never absolute times."""
+def guard(new: dict[str, Any], old: dict[str, Any]) -> tuple[list[str], int]:
+    """Where ours became slower relative to eager PyTorch than SLACK times the committed ratio. Never absolute times.
+
+    Returns:
+        A line for each, and how many ratios there were to compare.
+    """
     known = {key(case): case for case in old["cases"]}
-    found = []
+    found, compared = [], 0
     for case in new["cases"]:
         before = known.get(key(case))
         if before is None or min(turns(case), turns(before)) < ENOUGH_TURNS:
@@ -106,10 +110,11 @@ def guard(new: dict[str, Any], old: dict[str, Any]) -> list[str]:
         for name, one in ours(case).items():
             if name not in timed(before):
                 continue
+            compared += 1
             ratio, was = one["median_s"] / now[1], timed(before)[name]["median_s"] / then[1]
             if ratio > SLACK * was:
                 found.append(f"{title(case)}: {name} takes {ratio:.2f} of eager PyTorch's time, committed is {was:.2f}")
-    return found
+    return found, compared
 
 
 def title(case: dict[str, Any]) -> str:
