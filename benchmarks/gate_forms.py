@@ -10,6 +10,7 @@ recipe with JumpReLU's rectangle in place of the rational's slope, so that the t
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -32,9 +33,13 @@ from rsae_triton.gate import RationalGate, smooth_step
 from rsae_triton.recipes import RECIPES, training_l0
 from rsae_triton.remez import fit_gate
 from rsae_triton.sae import FusedRationalSAE
+from rsae_triton.sweep import Cell, Sweep
 from rsae_triton.teach import TeacherPlan, make_teacher, splits_for
 from rsae_triton.train import LR, train
 from rsae_triton.upgrade import upgrade
+
+USUAL_L0 = 25.0
+"""Where the default width and weight were chosen: between a ReLU teacher of 22 and others of 32."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +47,27 @@ class Options:
     """Sizes are the demo's, so that its cached teacher and activations are used."""
 
     teacher: str = "relu"
+    sparsity: float = 1.0
+    """Factor on the teacher's usual density, as in `rsae sweep`."""
     steps: int = 400
     seeds: int = 1
     contenders: tuple[str, ...] = ()
     """All that are named in the table when none is given."""
     out: Path | None = None
-    """benchmarks/results/gate-forms-TEACHER.json when not given."""
+    """benchmarks/results/gate-forms-TEACHER.json when not given, with the sparsity if it is another."""
 
     @property
     def path(self) -> Path:
-        return self.out or Path(f"benchmarks/results/gate-forms-{self.teacher}.json")
+        level = "" if self.sparsity == 1 else f"-x{self.sparsity:g}"
+        return self.out or Path(f"benchmarks/results/gate-forms-{self.teacher}{level}.json")
+
+    def plan(self) -> TeacherPlan:
+        demo = Demo()
+        sweep = Sweep(teacher_steps=demo.teacher_steps, batch_size=demo.batch_size)
+        plan = Cell(sweep, "", demo.d_sae, self.teacher, self.sparsity, seed=0).plan()
+        if plan is None:
+            raise SystemExit(f"--teacher is {self.teacher!r}; name a family")
+        return plan
 
 
 def gated(rsae: FusedRationalSAE, **options: Any) -> FusedRationalSAE:
@@ -83,8 +99,8 @@ def from_fit(target: str, degree: tuple[int, int], width: float, **options: Any)
     }
 
 
-def contenders(teacher: SparseAutoencoder, x: torch.Tensor) -> dict[str, Callable[[], Contender]]:
-    """By name, in the order of the table; each makes a fresh SAE and its recipe."""
+def contenders(teacher: SparseAutoencoder, x: torch.Tensor, l0: float) -> dict[str, Callable[[], Contender]]:
+    """By name, in the order of the table; each makes a fresh SAE and its recipe. l0: the teacher's."""
     init = upgrade(teacher, x)
     width = float(init.gate.input_scale[0].detach())
     hard, trained = RECIPES["hard"], RECIPES["hard-trained"]
@@ -110,6 +126,13 @@ def contenders(teacher: SparseAutoencoder, x: torch.Tensor) -> dict[str, Callabl
         "ramp (5,4), trained, per feature": lambda: Contender(ramp((5, 4), groups=init.d_sae), trained),
         "rectangle": lambda: Contender(rectangle(1.0), hard),
         "rectangle, twice as wide": lambda: Contender(rectangle(2.0), hard),
+        # Codes of fewer features are larger, and a feature is worth more.
+        "ramp, width and weight by l0": lambda: Contender(
+            ramp(times=math.sqrt(USUAL_L0 / l0)), replace(hard, weight=hard.weight * (USUAL_L0 / l0) ** 1.5)
+        ),
+        "rectangle, width and weight by l0": lambda: Contender(
+            rectangle(math.sqrt(USUAL_L0 / l0)), replace(hard, weight=hard.weight * (USUAL_L0 / l0) ** 1.5)
+        ),
         "smooth step": lambda: Contender(
             gated(init, degree=(2, 2), amplitude="identity", input_scale=width, **step), hard
         ),
@@ -141,13 +164,13 @@ def main(options: Options) -> None:
     host = load_host()
     splits = splits_for(host, load_corpus("demo"), Demo().tokens)
     x, validation = splits.train.tensor(), splits.validation.tensor()
-    plan = TeacherPlan(options.teacher, Demo().d_sae, steps=Demo().teacher_steps, batch_size=Demo().batch_size)
+    plan = options.plan()
     teacher, _ = make_teacher(plan, splits, x)
     own = asdict(reconstruction(teacher, validation))
     target = training_l0(teacher, upgrade(teacher, x).metadata["stage1"]["teacher_l0"])
     rows = []
     for seed in range(1, options.seeds + 1):
-        made = contenders(teacher, x)
+        made = contenders(teacher, x, own["l0"])
         longer = replace(plan, steps=plan.steps + options.steps)
         made["scratch"] = lambda longer=longer: Contender(make_teacher(longer, splits, x)[0], None)
         for name in options.contenders or made:
@@ -191,7 +214,12 @@ def write(options: Options, teacher: dict[str, Any], rows: list[dict[str, Any]])
     """After every row: a run that is stopped has what it measured."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     result = {
-        "options": {"teacher": options.teacher, "steps": options.steps, "seeds": options.seeds},
+        "options": {
+            "teacher": options.teacher,
+            "sparsity": options.sparsity,
+            "steps": options.steps,
+            "seeds": options.seeds,
+        },
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "torch": torch.__version__,
         "commit": commit,
