@@ -214,12 +214,7 @@ def write(options: Options, teacher: dict[str, Any], rows: list[dict[str, Any]])
     """After every row: a run that is stopped has what it measured."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     result = {
-        "options": {
-            "teacher": options.teacher,
-            "sparsity": options.sparsity,
-            "steps": options.steps,
-            "seeds": options.seeds,
-        },
+        "options": {name: getattr(options, name) for name in ("teacher", "sparsity", "steps", "seeds")},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "torch": torch.__version__,
         "commit": commit,

@@ -21,7 +21,11 @@ from rsae_triton.report.fronts import interval, with_sd, write_front
 
 COMMITTED = Path("benchmarks/results/demo-smollm2.json")
 GRID = Path("benchmarks/results/reproduce-smollm2.json")
-FORMS = {name: Path(f"benchmarks/results/gate-forms-{name}.json") for name in ("relu", "jumprelu", "topk")}
+# By table and column.
+FORMS = {
+    "gate-forms": ("relu", "jumprelu", "topk"),
+    "gate-forms-sparsity": ("relu-x0.5", "relu-x2", "jumprelu-x0.5", "jumprelu-x2"),
+}
 README, EXPERIMENTS = Path("README.md"), Path("docs/experiments.md")
 NAMES = {"teacher": "teacher", "init": "RSAE, stage 1", "rsae": "**RSAE**", "control": "control: teacher, same steps"}
 
@@ -111,6 +115,11 @@ def layer(row: dict[str, Any]) -> int:
     return int(re.findall(r"\d+", row["hook_name"])[0])
 
 
+def forms(name: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(Path(f"benchmarks/results/gate-forms-{name}.json").read_text())
+    return result
+
+
 def forms_table(results: dict[str, dict[str, Any]]) -> str:
     """One table of the gate-forms files by teacher family: mse @ l0 of every contender, mean over a file's seeds."""
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
@@ -153,7 +162,10 @@ def tables() -> list[tuple[Path, str, str]]:
         (README, "demo", table(json.loads(COMMITTED.read_text()))),
         (README, "grid", grid_table(grid, sparsities=(1.0,))),
         (EXPERIMENTS, "grid", grid_table(grid)),
-        (EXPERIMENTS, "gate-forms", forms_table({name: json.loads(path.read_text()) for name, path in FORMS.items()})),
+        *(
+            (EXPERIMENTS, name, forms_table({column: forms(column) for column in columns}))
+            for name, columns in FORMS.items()
+        ),
     ]
 
 
