@@ -52,7 +52,7 @@ class Options:
     steps: int = 400
     seeds: int = 1
     contenders: tuple[str, ...] = ()
-    """All that are named in the table when none is given."""
+    """All that are named in the table when none is given. Rows that the file has already are not run again."""
     out: Path | None = None
     """benchmarks/results/gate-forms-TEACHER.json when not given, with the sparsity if it is another."""
 
@@ -60,6 +60,10 @@ class Options:
     def path(self) -> Path:
         level = "" if self.sparsity == 1 else f"-x{self.sparsity:g}"
         return self.out or Path(f"benchmarks/results/gate-forms-{self.teacher}{level}.json")
+
+    def kept(self) -> dict[str, Any]:
+        """What must be the same for rows to stand in one file."""
+        return {name: getattr(self, name) for name in ("teacher", "sparsity", "steps")}
 
     def plan(self) -> TeacherPlan:
         demo = Demo()
@@ -168,12 +172,18 @@ def main(options: Options) -> None:
     teacher, _ = make_teacher(plan, splits, x)
     own = asdict(reconstruction(teacher, validation))
     target = training_l0(teacher, upgrade(teacher, x).metadata["stage1"]["teacher_l0"])
-    rows = []
+    before = json.loads(options.path.read_text()) if options.path.is_file() else {"rows": []}
+    if before["rows"] and before["options"] != options.kept():
+        raise SystemExit(f"{options.path} was made with {before['options']}; move it away, or give another --out")
+    rows = before["rows"]
+    done = {(row["contender"], row["seed"]) for row in rows}
     for seed in range(1, options.seeds + 1):
         made = contenders(teacher, x, own["l0"])
         longer = replace(plan, steps=plan.steps + options.steps)
         made["scratch"] = lambda longer=longer: Contender(make_teacher(longer, splits, x)[0], None)
         for name in options.contenders or made:
+            if (name, seed) in done:
+                continue
             entry = made[name]()
             started = time.perf_counter()
             weight = None
@@ -214,7 +224,7 @@ def write(options: Options, teacher: dict[str, Any], rows: list[dict[str, Any]])
     """After every row: a run that is stopped has what it measured."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     result = {
-        "options": {name: getattr(options, name) for name in ("teacher", "sparsity", "steps", "seeds")},
+        "options": options.kept(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "torch": torch.__version__,
         "commit": commit,
