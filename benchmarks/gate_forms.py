@@ -176,6 +176,7 @@ def main(options: Options) -> None:
     if before["rows"] and before["options"] != options.kept():
         raise SystemExit(f"{options.path} was made with {before['options']}; move it away, or give another --out")
     rows = before["rows"]
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     done = {(row["contender"], row["seed"]) for row in rows}
     for seed in range(1, options.seeds + 1):
         made = contenders(teacher, x, own["l0"])
@@ -207,6 +208,7 @@ def main(options: Options) -> None:
                     "seed": seed,
                     "shipped": asdict(shipped),
                     "matched": {**asdict(reconstruction(matched, validation)), "tau": matched.tau},
+                    "commit": commit,
                     "last_weight": weight,
                     "seconds": round(seconds, 1),
                 }
@@ -222,12 +224,10 @@ def main(options: Options) -> None:
 
 def write(options: Options, teacher: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """After every row: a run that is stopped has what it measured."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     result = {
         "options": options.kept(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "torch": torch.__version__,
-        "commit": commit,
         "teacher": teacher,
         "rows": rows,
     }
