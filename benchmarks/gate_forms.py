@@ -30,16 +30,13 @@ from rsae_triton.demo import Demo
 from rsae_triton.evaluate import at_l0, reconstruction
 from rsae_triton.files import write_text
 from rsae_triton.gate import RationalGate, smooth_step
-from rsae_triton.recipes import RECIPES, training_l0
+from rsae_triton.recipes import RECIPES, USUAL_L0, recipe_for, training_l0
 from rsae_triton.remez import fit_gate
 from rsae_triton.sae import FusedRationalSAE
 from rsae_triton.sweep import Cell, Sweep
 from rsae_triton.teach import TeacherPlan, make_teacher, splits_for
 from rsae_triton.train import LR, train
 from rsae_triton.upgrade import upgrade
-
-USUAL_L0 = 25.0
-"""Where the default width and weight were chosen: between a ReLU teacher of 22 and others of 32."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +104,7 @@ def contenders(teacher: SparseAutoencoder, x: torch.Tensor, l0: float) -> dict[s
     """By name, in the order of the table; each makes a fresh SAE and its recipe. l0: the teacher's."""
     init = upgrade(teacher, x)
     width = float(init.gate.input_scale[0].detach())
-    hard, trained = RECIPES["hard"], RECIPES["hard-trained"]
+    hard, trained = recipe_for(init), recipe_for(init, "hard-trained")
     step = dict(zip(("a", "b"), smooth_step(), strict=True))
 
     def ramp(degree: tuple[int, int] = (3, 2), times: float = 1.0, **options: Any) -> FusedRationalSAE:
@@ -130,13 +127,9 @@ def contenders(teacher: SparseAutoencoder, x: torch.Tensor, l0: float) -> dict[s
         "ramp (5,4), trained, per feature": lambda: Contender(ramp((5, 4), groups=init.d_sae), trained),
         "rectangle": lambda: Contender(rectangle(1.0), hard),
         "rectangle, twice as wide": lambda: Contender(rectangle(2.0), hard),
-        # Codes of fewer features are larger, and a feature is worth more.
-        "ramp, width and weight by l0": lambda: Contender(
-            ramp(times=math.sqrt(USUAL_L0 / l0)), replace(hard, weight=hard.weight * (USUAL_L0 / l0) ** 1.5)
-        ),
-        "rectangle, width and weight by l0": lambda: Contender(
-            rectangle(math.sqrt(USUAL_L0 / l0)), replace(hard, weight=hard.weight * (USUAL_L0 / l0) ** 1.5)
-        ),
+        # Codes of fewer features are larger.
+        "ramp, width by l0": lambda: Contender(ramp(times=math.sqrt(USUAL_L0 / l0)), hard),
+        "ramp, weight from .0017": lambda: Contender(ramp(), RECIPES["hard"]),
         "smooth step": lambda: Contender(
             gated(init, degree=(2, 2), amplitude="identity", input_scale=width, **step), hard
         ),

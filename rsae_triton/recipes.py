@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from .teachers import BatchTopKSAE, JumpReluSAE, ReluSAE, TopKSAE, keep_largest
 from .topk_rational import TopKRationalSAE
 
 TANH_SLOPE = 4.0
+USUAL_K, USUAL_L0 = 32, 25.0
 GATE_PARAMETERS = ("alpha", "beta", "centre", "log_input_scale")
 
 
@@ -67,7 +70,8 @@ RECIPES = {
         # The paper to the letter (section 3.3): every parameter, mse + l1 on the soft code.
         Recipe("paper", "l1", weight=0.125, soft=True),
         # Train the code that is shipped: zeros made by the hard gate, gradients by the rational's slope.
-        # The weight starts at three times where it settles: thresholds that rise early leave more steps to use them.
+        # The weight starts at about twice where it settles: thresholds that rise early leave more steps to use them.
+        # `relative_weight` adapts it to the teacher's sparsity.
         # The gate's own numbers stay as fitted: trained, they bend the slope that trains everything else
         # (docs/experiments.md).
         Recipe("hard", "l0", weight=0.0017, frozen=GATE_PARAMETERS, lr_scale={"threshold": 15.0}),
@@ -100,7 +104,31 @@ def recipe_for(sae: SparseAutoencoder, name: str = "auto") -> Recipe:
     direct = isinstance(sae, FusedRationalSAE) and sae.gate.form == "direct"
     if recipe.sparsity == "l0" and (isinstance(sae, ReluSAE) or sae.compares_features or direct):
         raise ConfigError(f"recipe {name!r} needs trainable thresholds; use a gated rational or a JumpReLU SAE")
+    if recipe.sparsity == "l0" and isinstance(sae, FusedRationalSAE):
+        recipe = replace(recipe, weight=recipe.weight * relative_weight(sae.metadata))
     return recipe
+
+
+def relative_weight(metadata: Mapping[str, Any]) -> float:
+    """What a feature is worth to the teacher an SAE was made from, 1 for the teachers the recipes were chosen on.
+
+    Its own sparsity weight over its family's usual one says so, or for TopK the usual k over its own. A teacher that
+    was trained elsewhere does not tell; the weight at which training settles fell as l0 to the power -1.5
+    (docs/experiments.md).
+    """
+    objective, stage1 = metadata.get("objective"), metadata.get("stage1")
+    if isinstance(objective, Mapping):
+        usual = RECIPES.get(str(objective.get("family")))
+        own, k = objective.get("weight"), objective.get("k")
+        if usual is not None and usual.weight and _positive(own):
+            return float(own) / usual.weight
+        return USUAL_K / float(k) if usual is not None and usual.sparsity == "none" and _positive(k) else 1.0
+    l0 = stage1.get("teacher_l0") if isinstance(stage1, Mapping) else None
+    return float((USUAL_L0 / float(l0)) ** 1.5) if _positive(l0) else 1.0
+
+
+def _positive(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and 0 < value < math.inf
 
 
 def training_l0(teacher: SparseAutoencoder, teacher_l0: float) -> float:

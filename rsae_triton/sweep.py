@@ -156,6 +156,8 @@ class Cell:
             "seed": self.seed,
             **{name: getattr(sweep, name) for name in ("model", "tokens", "steps", "batch_size", "sequences", "split")},
             **({"center_writing_weights": True} if sweep.center_writing_weights else {}),
+            # Since the recipe's start follows the teacher's sparsity, cells of another than the usual are others.
+            **({"start": "the teacher's weight"} if self.sparsity != 1 or not plan else {}),
             "text": list(sweep.text),
             "contenders": list(sweep.contenders),
             # A recipe that was changed gives other numbers: its cells are other cells.

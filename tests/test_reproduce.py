@@ -110,9 +110,8 @@ def test_the_hosts_that_come_along_are_whole(host):
         trained.setdefault((cell.hook, cell.width, cell.teacher, cell.sparsity), set()).update(cell.sweep.contenders)
     assert all({"rsae", "control", "rectangle"} <= names for names in trained.values())
     if host == "smollm2":
-        # 3 families x 3 seeds: 3 sparsities, the middle one at 2 layers x 2 widths, and more controls of the first.
-        assert len(cells) == 9 * (4 + 2 + 1)
-        assert "scratch" in trained["blocks.16.hook_resid_pre", 2304, "relu", 1.0]
+        # 3 families x 3 seeds: 3 sparsities, the middle one at 2 layers x 2 widths.
+        assert len(cells) == 9 * (4 + 2)
         assert not published
     else:
         assert published

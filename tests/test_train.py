@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from workers import small_sae
 
 from rsae_triton import train, upgrade
 from rsae_triton.errors import ConfigError, NumericsError, ShapeError
@@ -151,3 +152,23 @@ def test_controller_brings_a_slow_process_to_its_target():
 def test_bad_settings_are_named(activations, call, error, message):
     with pytest.raises(error, match=message):
         call(activations)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "factor"),
+    [
+        ({"objective": {"family": "jumprelu", "weight": 0.002, "k": 32}}, 2.0),
+        ({"objective": {"family": "relu", "weight": None, "k": 32}}, 1.0),
+        ({"objective": {"family": "topk", "weight": None, "k": 64}}, 0.5),
+        ({"objective": {"family": "other", "weight": 3.0}}, 1.0),
+        ({"stage1": {"teacher_l0": 100.0}}, 0.125),
+        ({"stage1": {"teacher_l0": float("nan")}}, 1.0),
+        ({"objective": "text", "stage1": "text"}, 1.0),
+        ({}, 1.0),
+    ],
+)
+def test_the_weight_starts_where_the_teacher_values_a_feature(metadata, factor):
+    sae = small_sae("gated")
+    sae.metadata = metadata
+    assert recipe_for(sae).weight == pytest.approx(RECIPES["hard"].weight * factor)
+    assert recipe_for(sae, "paper") == RECIPES["paper"]
