@@ -35,7 +35,7 @@ demo: $(INSTALLED)
 	$(BIN)/rsae demo --out out/demo
 
 test: $(INSTALLED) lint docs
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --cov --cov-report=term
 
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow and not network"

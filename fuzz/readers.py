@@ -2,8 +2,8 @@
 
 An input chooses a format, a file of a valid source of it and damage to that file (tests/mutations.py); the
 reader must answer with one of our errors or with finite tensors, in at most 2 GiB. Inputs that find something new are
-kept in fuzz/corpus; one that fails is written to fuzz/crashes and printed. Then put its bytes into FOUND of
-tests/teachers/test_mutations.py.
+kept in fuzz/corpus; one that fails is written to fuzz/crashes and printed: what it did to the file then becomes a case
+of tests/teachers/test_mutations.py, because its bytes mean something else once a format is added.
 """
 
 import os

@@ -1,7 +1,6 @@
 """sdist and wheel: `rsae_triton.kernels` is there, a top-level `kernels` never is."""
 
 import os
-import site
 import subprocess
 import sys
 import tarfile
@@ -10,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,7 +54,7 @@ def test_installed_wheel_imports_kernels_and_no_top_level_kernels(built, tmp_pat
     install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", built[0]]
     subprocess.run(install, check=True, capture_output=True, timeout=120)
     # Its dependencies come from this environment; its .pth files (an editable install) are not read from there.
-    packages = [path for path in site.getsitepackages() if Path(path, "torch").is_dir()]
+    packages = [str(Path(torch.__file__).parents[1])]
     code = (
         "import importlib.util, rsae_triton, rsae_triton.kernels as k; "
         "assert importlib.util.find_spec('kernels') is None; print(rsae_triton.__file__, k.__file__)"

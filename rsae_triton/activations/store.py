@@ -245,8 +245,9 @@ class ActivationStore:
         """Numbers that mean something, and names of files that lie in the folder itself."""
         if min(self.d_in, self.n_tokens) < 1 or not 0 < self.scale < float("inf"):
             raise self._broken(MANIFEST, f"has d_in={self.d_in}, n_tokens={self.n_tokens}, scale={self.scale}")
-        named = [self.manifest[f"{kind}_file"] for kind in ("mean", "sequences", "documents")]
-        named = [name for name in named if name is not None]  # a store of one's own tensor has no text
+        text = [self.manifest[f"{kind}_file"] for kind in ("sequences", "documents")]
+        # A store of one's own tensor has no text.
+        named = [self.manifest["mean_file"], *(name for name in text if name is not None)]
         for name in (*self.manifest["files"], *(shard["file"] for shard in self.manifest["shards"]), *named):
             if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
                 raise self._broken(MANIFEST, f"names {str(name)[:60]!r}, which is no file of its folder")

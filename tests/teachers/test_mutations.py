@@ -83,6 +83,39 @@ def test_half_of_every_file_is_refused(sources, name):
                 path.write_bytes(data)
 
 
+def places_in(document, at=()):
+    """The path of keys and indices to every value of a JSON document; of a list, to its first three."""
+    yield at
+    inside = {dict: lambda: document.items(), list: lambda: enumerate(document[:3])}.get(type(document), tuple)
+    for key, value in inside():
+        yield from places_in(value, (*at, key))
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_value_of_every_json_file_replaced_by_one_of_another_kind(sources, name):
+    folder, files = sources[name]
+    for path, data in files.items():
+        if path.suffix != ".json":
+            continue
+        for at in places_in(json.loads(data)):
+            for value in (None, -1, 1e300, "x", [], {}, True):
+                document = {"": json.loads(data)}
+                *way, last = ("", *at)
+                place = document
+                for key in way:
+                    place = place[key]
+                place[last] = value
+                path.write_text(json.dumps(document[""]))
+                try:
+                    tensors = load(name, folder)
+                except Exception as error:
+                    raise AssertionError(f"{path.name}: {value!r} at {at}") from error
+                finally:
+                    path.write_bytes(data)
+                if tensors is not None and name != "store":
+                    assert all(bool(one.isfinite().all()) for one in tensors.values() if one.is_floating_point()), at
+
+
 # -- memory in proportion to the file, whatever it claims
 
 
