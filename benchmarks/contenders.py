@@ -108,12 +108,11 @@ class Made:
 
         # Half of the tokens: what `train(memory="chunked")` takes where it fits.
         tokens, features = max(n // 2, 16), max(min(1024, d_sae // 4), 16)
-        made = [ours("eager, Horner", "eager", "eager", "saved")]
+        made = [ours("eager, Horner", "eager", "eager", "saved"), Contender("bare products", products(x, d_sae, 5))]
         made += [ours(name, *how, "saved") for name, how in self.backends().items()]
         made += [
             ours("ours, chunked", "auto", "chunked", "chunked", tokens, chunk_tokens=tokens),
             ours("ours, streamed", "auto", "streamed", "streamed", None, features, chunk_features=features),
-            Contender("bare products", products(x, d_sae, 5)),
         ]
         if case.compiled:
             compiled = self.using("eager", step(torch.compile(planned("saved"))))

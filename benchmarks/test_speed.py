@@ -101,7 +101,7 @@ def budget(case: Case, session: Any) -> tuple[float, float]:
     if session.tiny:
         return 0.0, math.inf
     large = case.n_tokens * case.d_in * case.d_sae > 2**33
-    turns, most = (0.0, 15.0) if case.sweep else (6.0, 45.0)
+    turns, most = (0.0, 15.0) if case.sweep else (6.0, 60.0)
     if large and session.device.type == "cpu":
         turns, most = 10.0, 150.0
     elif case.work == "step" and case.compiled:  # on a GPU: kernels are compiled, and so is eager PyTorch
