@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from rsae_triton import cpu
 from rsae_triton import doctor as module
 from rsae_triton.cli import main
 from rsae_triton.doctor import OPTIONAL, TESTED, self_test
+from rsae_triton.errors import SourceError
+
+NAN = float("nan")
 
 
 def findings(capsys) -> tuple[int, dict[str, tuple[str, str]]]:
@@ -48,6 +52,44 @@ def test_a_backend_that_computes_something_else_is_found(capsys, monkeypatch):
     assert status == 1
     assert found["self test, cpu"][0] == "wrong"
     assert found["self test, eager"][0] == "ok"
+
+
+def test_kernels_that_cannot_be_had_and_a_backend_that_fails_are_named(capsys, monkeypatch):
+    def missing():
+        raise SourceError("backend='triton' cannot be used (no module named triton)")
+
+    def fails(*_):
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(module.backends, "kernels", missing)
+    monkeypatch.setattr(cpu, "gate_forward", fails)
+    monkeypatch.setattr(module.shutil, "which", lambda _: None)
+    status, found = findings(capsys)
+    assert status == 1
+    assert found["triton kernels"] == ("note", "backend='triton' cannot be used (no module named triton)")
+    assert found["self test, cpu"] == ("wrong", "failed: no kernel image")
+    assert found["c++ compiler"][0] == "note"
+
+
+def test_a_backend_that_computes_nan_is_wrong(capsys, monkeypatch):
+    right = cpu.gate_forward
+    monkeypatch.setattr(cpu, "gate_forward", lambda *arguments: (right(*arguments)[0] * NAN, *right(*arguments)[1:]))
+    status, found = findings(capsys)
+    assert status == 1
+    assert found["self test, cpu"] == ("wrong", "failed: backend cpu computed NaN or infinity")
+
+
+def test_gpus_are_listed_and_one_too_old_for_the_kernels_is_noted(monkeypatch):
+    gpus = [SimpleNamespace(name="T4", major=7, minor=5, total_memory=15 << 30)]
+    gpus += [SimpleNamespace(name="H100", major=9, minor=0, total_memory=80 << 30)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpus[index])
+    old, new, _ = module._devices()
+    assert (old.what, old.state, new.what, new.state) == ("cuda:0", "note", "cuda:1", "ok")
+    assert "sm_75, 15 GiB" in old.found
+    assert "eager PyTorch runs" in old.found
+    assert "sm_90, 80 GiB" in new.found
 
 
 @pytest.mark.parametrize("backend", ["eager", "cpu"])

@@ -5,10 +5,11 @@ import json
 import sqlite3
 import tarfile
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 
-from rsae_triton.activations import Document, corpus_sha256, demo_corpus, load_corpus, split
+from rsae_triton.activations import Document, corpus, corpus_sha256, demo_corpus, load_corpus, split
 from rsae_triton.activations.documents import PIECE_CHARS, cut, drop_duplicates, strip_gutenberg
 from rsae_triton.errors import ConfigError, FormatError, SourceError
 
@@ -145,6 +146,49 @@ def test_missing_text_is_one_line(monkeypatch, spec):
     with pytest.raises(SourceError) as caught:
         load_corpus(spec)
     assert spec in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """`hub.rows` is what every dataset holds; `hub.asked` what load_dataset was asked for."""
+    datasets = pytest.importorskip("datasets")
+    stub = SimpleNamespace(rows=[], asked=[])
+
+    def load_dataset(*arguments, **options):
+        stub.asked.append((*arguments, options))
+        if isinstance(stub.rows, Exception):
+            raise stub.rows
+        return iter(stub.rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(corpus, "require_hub", lambda what: None)
+    return stub
+
+
+def test_rows_of_a_hub_dataset_are_documents(hub):
+    hub.rows = [{"text": "one " * 50, "language": "en", "score": 0.5}, {"content": "two " * 50, "title": "Second"}]
+    first, second = load_corpus("owner/dataset:en:validation")
+    assert hub.asked == [("owner/dataset", "en", {"split": "validation", "streaming": True})]
+    assert (first.source, first.title) == ("owner/dataset", "row 0")
+    assert first.labels == {"language": "en", "source": "owner/dataset"}
+    assert second.labels == {"title": "Second", "source": "owner/dataset"}
+    assert (second.title, second.group) == ("Second", "hub owner/dataset/1")
+    assert second.text.startswith("two two")
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "words_"),
+    [
+        ([{"image": 1}], FormatError, "'owner/dataset' has no text column"),
+        (ValueError("no such configuration\nchoose among"), SourceError, "no such configuration"),
+        (ConnectionError(), SourceError, "ConnectionError"),
+    ],
+)
+def test_a_hub_dataset_that_cannot_be_read_is_one_line(hub, rows, error, words_):
+    hub.rows = rows
+    with pytest.raises(error, match=words_) as caught:
+        load_corpus("owner/dataset")
     assert "\n" not in str(caught.value)
 
 

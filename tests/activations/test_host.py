@@ -144,6 +144,19 @@ def test_without_transformer_lens_auto_is_transformers(llama, monkeypatch):
         load_host(str(llama), library="transformer_lens")
 
 
+def test_a_model_that_transformer_lens_cannot_run_is_run_without(llama, monkeypatch):
+    from transformer_lens.model_bridge import TransformerBridge
+
+    def refuse(*_, **__):
+        raise KeyError("no adapter for LlamaForCausalLM")
+
+    monkeypatch.setattr(TransformerBridge, "boot_transformers", refuse)
+    with pytest.warns(UserWarning, match=r"no adapter for LlamaForCausalLM.*using transformers alone"):
+        assert load_host(str(llama)).library == "transformers"
+    with pytest.raises(SourceError, match="use library='transformers'"):
+        load_host(str(llama), library="transformer_lens")
+
+
 # --- places -----------------------------------------------------------------------------------------------------
 
 

@@ -386,6 +386,29 @@ def test_dictionary_learning_batchtopk_is_a_threshold(tmp_path, x):
     check(teacher, x, z, z @ w["decoder.weight"].T + w["b_dec"])
 
 
+def test_dictionary_learning_matryoshka_is_a_threshold(tmp_path, x):
+    w = {"W_enc": draw(D_IN, D_SAE), "b_enc": draw(D_SAE), "W_dec": draw(D_SAE, D_IN), "b_dec": draw(D_IN)}
+    buffers = {"k": torch.tensor(K), "threshold": torch.tensor(0.7), "group_sizes": torch.tensor([5, 15])}
+    teacher = dictionary(tmp_path, "MatryoshkaBatchTopKSAE", w, **buffers)
+    h = (x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
+    check(teacher, x, h * (h > 0.7), h * (h > 0.7) @ w["W_dec"] + w["b_dec"])
+
+
+def test_dictionary_learning_jumprelu_does_not_subtract_b_dec(tmp_path, x):
+    w = {"W_enc": draw(D_IN, D_SAE), "b_enc": draw(D_SAE), "W_dec": draw(D_SAE, D_IN), "b_dec": draw(D_IN)}
+    w["threshold"] = np.abs(draw(D_SAE))
+    h = x @ w["W_enc"] + w["b_enc"]
+    z = h * (h > w["threshold"])
+    check(dictionary(tmp_path, "JumpReluAutoEncoder", w), x, z, z @ w["W_dec"] + w["b_dec"])
+
+
+def test_dictionary_learning_new_has_a_bias_of_the_decoder(tmp_path, x):
+    w = {"encoder.bias": draw(D_SAE), "decoder.bias": draw(D_IN)}
+    w.update({"encoder.weight": draw(D_SAE, D_IN), "decoder.weight": draw(D_IN, D_SAE)})
+    z = np.maximum(x @ w["encoder.weight"].T + w["encoder.bias"], 0)
+    check(dictionary(tmp_path, "AutoEncoderNew", w), x, z, z @ w["decoder.weight"].T + w["decoder.bias"])
+
+
 @pytest.mark.parametrize("size", [{"num_latents": D_SAE}, {"num_latents": 0, "expansion_factor": D_SAE / D_IN}])
 def test_sparsify_always_subtracts_b_dec(tmp_path, x, size):
     w = {"encoder.weight": draw(D_SAE, D_IN), "encoder.bias": draw(D_SAE), "W_dec": draw(D_SAE, D_IN)}
