@@ -28,7 +28,12 @@ def q_of(sae):
 
 @pytest.mark.parametrize("form", ["gated", "direct"])
 def test_soak_with_stressed_coefficients(form, tmp_path, capsys):
-    """Rounds of training, each after a kick to the coefficients; they begin again from the fitted ones every ten."""
+    """Rounds of training, each after a kick to the coefficients; they begin again from the fitted ones every ten.
+
+    A kick may move a zero of B under large coefficients, where Q falls from 1e5 to 1: the error of that step is huge
+    and so is its gradient, which is clipped. Finite it must be, far from what overflows when it is squared; and a round
+    later training must have brought it back.
+    """
     x = sparse_activations()
     torch.manual_seed(0)
     teacher = ReluSAE(16, 48, generator=torch.Generator().manual_seed(1))
@@ -38,7 +43,7 @@ def test_soak_with_stressed_coefficients(form, tmp_path, capsys):
     recipe = "hard-trained" if form == "gated" else "paper"
     assert not RECIPES[recipe].frozen
     generator, rounds = torch.Generator().manual_seed(2), max(10, STEPS // 200)
-    norms, least, largest = [], float("inf"), 0.0
+    norms, ends, least, largest = [], [], float("inf"), 0.0
     for number in range(rounds):
         if number % 10 == 0:
             sae.gate.load_state_dict(fitted)
@@ -54,19 +59,22 @@ def test_soak_with_stressed_coefficients(form, tmp_path, capsys):
         assert len(rows) == STEPS // rounds
         assert all(math.isfinite(row["mse"]) and math.isfinite(row["grad_norm"]) for row in rows)
         norms += [row["grad_norm"] for row in rows]
+        ends.append(norms[-1])
         least = min(least, float(q_of(sae).min()))
         largest = max(largest, float(sae.gate.denominator().detach().abs().max()))
         assert all(bool(one.isfinite().all()) for one in sae.state_dict().values())
         shutil.rmtree(out)
-    assert least >= 1
-    assert max(norms) < 1e6
     if "SOAK_STEPS" in os.environ:
         with capsys.disabled():
             print(
                 f"\nsoak, {form}: {len(norms)} steps, {rounds} kicks; Q >= {least:.6f}, |b| up to {largest:.3g}, "
-                f"gradient norms up to {max(norms):.3g} (median {sorted(norms)[len(norms) // 2]:.3g}), "
+                f"gradient norms up to {max(norms):.3g} (median {sorted(norms)[len(norms) // 2]:.3g}, at the end of a "
+                f"round up to {max(ends):.3g}), "
                 f"mse of the last step {rows[-1]['mse']:.4g}"
             )
+    assert least >= 1
+    assert max(norms) < 1e12
+    assert max(ends) < 1e6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
