@@ -122,7 +122,7 @@ def _blocks(h: Tensor, spec: GateSpec) -> list[slice]:
     """Runs of features."""
     n_features, n_tokens = h.shape
     many = spec.p + spec.q >= MANY
-    step = max(1, BLOCK * torch.get_num_threads() // n_tokens) if many else n_features
+    step = max(1, BLOCK * torch.get_num_threads() // max(1, n_tokens)) if many else n_features
     return [slice(start, start + step) for start in range(0, n_features, step)]
 
 
