@@ -24,7 +24,7 @@ GRID = Path("benchmarks/results/reproduce-smollm2.json")
 # By table and column.
 FORMS = {
     "gate-forms": ("relu", "jumprelu", "topk"),
-    "gate-forms-sparsity": ("relu-x2", "jumprelu-x0.5", "jumprelu-x2"),
+    "gate-forms-sparsity": ("relu-x2", "jumprelu-x2"),
 }
 README, EXPERIMENTS = Path("README.md"), Path("docs/experiments.md")
 NAMES = {"teacher": "teacher", "init": "RSAE, stage 1", "rsae": "**RSAE**", "control": "control: teacher, same steps"}

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import explicit, tiles
-from .errors import ConfigError
+from .errors import ConfigError, first_line
 from .reference import GateSpec, GateTensors
 from .tiles import wide
 
@@ -149,7 +149,7 @@ class _Compiled:
                 return _compile(function, option, tensors[0].dtype)(*(one.detach() for one in tensors))
         except torch._dynamo.exc.BackendCompilerFailed as error:
             cls.works = False
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             warnings.warn(f"torch.compile cannot build the CPU gate ({reason}); using the tiled path", stacklevel=4)
             return None
 

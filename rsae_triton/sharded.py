@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .base import SparseAutoencoder
 from .checkpoints import STATE, is_sharded, read_info, read_state
-from .errors import FormatError, SourceError
+from .errors import FormatError, SourceError, first_line
 from .teachers import BatchTopKSAE, JumpReluSAE, ReluSAE, TopKSAE
 from .topk_rational import RATIONAL
 
@@ -106,7 +106,6 @@ def _read(path: Path, action: Any) -> Any:
     except SourceError:
         raise
     except Exception as error:  # SafetensorError, KeyError, and torch's wrapper of whatever any process met
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise FormatError(f"{path} is damaged ({reason})") from error
+        raise FormatError(f"{path} is damaged ({first_line(error)})") from error
     finally:
         log.setLevel(level)
