@@ -43,6 +43,9 @@ def in_a_child(action):
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
+        # The threads of OpenMP stayed behind; work shared with them would be waited for for ever.
+        torch.set_num_threads(1)
+        signal.alarm(120)
         try:
             text = str(action())
         except BaseException as error:
