@@ -49,6 +49,8 @@ class Upgrade:
     """shared, per_feature, or a number of groups by strength."""
     thresholds: str = "feature"
     """Of a TopK teacher: feature (fixed ones, no sort) or token (exact, by a sort)."""
+    width: float = 1.0
+    """Of the gated form's ramp, relative to the default; sqrt(25 / l0) suits codes denser than 40."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +113,7 @@ def run_upgrade(config: Upgrade) -> Path:
         form=config.form,
         coefficients=parse_coefficients(config.coefficients),
         thresholds=config.thresholds,
+        width=config.width,
     )
     rsae.metadata[TARGET] = training_l0(teacher, rsae.metadata["stage1"]["teacher_l0"])
     print(f"{rsae.metadata['stage1']['summary']}; rsae train holds l0 at {rsae.metadata[TARGET]:.2f}")

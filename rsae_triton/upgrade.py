@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -82,6 +83,7 @@ def upgrade(
     degree: str | tuple[int, int] = "auto",
     coefficients: str | int = "shared",
     thresholds: str = "feature",
+    width: float = 1.0,
     tolerance: float = 0.0085,
     n_tokens: int = 8192,
     backend: str = "auto",
@@ -99,6 +101,9 @@ def upgrade(
         thresholds: of a TopK teacher, whose gate looks at a whole token. "feature": each feature gets the fixed one at
             which it fires as often as in the teacher; no sort, but not the same code. "token": between each token's
             k-th and (k+1)-th pre-activation; the teacher's code (`TopKRationalSAE`).
+        width: of the gated form's ramp, relative to the default, which was chosen at l0 20 to 30. Denser codes are
+            smaller ones: sqrt(25 / l0) was better at l0 58 (docs/experiments.md). It changes how the SAE trains, not
+            its code.
         tolerance: largest relative error of the code that degree="auto" accepts (gated: and of the mse, against a code
             with thresholds but no ramp).
         n_tokens: how many activations to calibrate on. backend: of the result. seed: of the sample.
@@ -125,6 +130,9 @@ def upgrade(
     check_integer("n_tokens", n_tokens, 1)
     check_seed(seed)
     check_number("tolerance", tolerance, least=0)
+    check_number("width", width, above=0)
+    if width != 1 and form == "direct":
+        raise ConfigError(f"width is {width}; the direct form has no ramp: leave it at 1, or use form='gated'")
     pair = parse_degree(degree)
     resolve_backend(backend, teacher.W_enc.device, teacher.W_enc.dtype)
     x = sample(activations, teacher, n_tokens, seed)
@@ -136,7 +144,7 @@ def upgrade(
     groups = given if isinstance(given, int) else {"shared": 1, "per_feature": teacher.d_sae}[given]
     if not 1 <= groups <= teacher.d_sae:
         raise ConfigError(f"coefficients is {groups} groups; there are {teacher.d_sae} features to put into them")
-    kind = _direct if form == "direct" else _gated
+    kind = _direct if form == "direct" else functools.partial(_gated, width=width)
     seen = Sample(x, h, z, teacher_thresholds(teacher, h, z))
     grouping = Grouping(groups, None if groups in (1, teacher.d_sae) else strength_groups(h, z, groups))
     gate, facts = kind(teacher, seen, pair, grouping, tolerance)
@@ -243,7 +251,12 @@ def strength_groups(h: Tensor, z: Tensor, groups: int) -> Tensor:
 
 
 def _gated(
-    teacher: SparseAutoencoder, seen: Sample, degree: tuple[int, int] | None, grouping: Grouping, tolerance: float
+    teacher: SparseAutoencoder,
+    seen: Sample,
+    degree: tuple[int, int] | None,
+    grouping: Grouping,
+    tolerance: float,
+    width: float,
 ) -> tuple[RationalGate, dict[str, Any]]:
     """z = h * r where h > theta_f, r the minimax fit of a ramp that is complete at theta.
 
@@ -251,7 +264,7 @@ def _gated(
     it tells pre-activations that are not active yet what they would be worth (docs/experiments.md: why this side).
     """
     x, h = seen.x[:HISTOGRAM_TOKENS], seen.h[:HISTOGRAM_TOKENS]
-    width = GATE_WIDTH * float(teacher.normalization(x).apply(x).float().norm(dim=1).mean())
+    width *= GATE_WIDTH * float(teacher.normalization(x).apply(x).float().norm(dim=1).mean())
     # Against the code with thresholds and no ramp: a TopK teacher's own code differs already in which fire.
     exact = h * (h > seen.thresholds)
     with torch.no_grad():

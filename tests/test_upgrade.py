@@ -151,6 +151,16 @@ def test_the_gate_is_the_smallest_ramp_that_is_close_enough(teachers, activation
     assert degrees == [(3, 2), (5, 4), (7, 6)]
 
 
+def test_the_ramps_width_changes_how_it_trains_and_not_the_code(teachers, activations):
+    usual, narrow = (upgrade(teachers["relu"], activations, width=width) for width in (1.0, 0.5))
+    torch.testing.assert_close(narrow.gate.input_scale, usual.gate.input_scale / 2)
+    codes = [one.encode(activations) for one in (narrow, usual)]
+    assert float((codes[0] - codes[1]).norm() / codes[1].norm()) < 0.01
+    for width, form in ((0.5, "direct"), (0.0, "gated"), (float("nan"), "gated")):
+        with pytest.raises(ConfigError, match="width is"):
+            upgrade(teachers["relu"], activations, width=width, form=form)
+
+
 def test_a_ramp_of_another_degree_fits_too(teachers, activations):
     rsae = upgrade(teachers["relu"], activations, degree=(8, 8))
     assert rsae.gate.degree == (8, 8)
