@@ -23,7 +23,7 @@ COMMITTED = Path("benchmarks/results/demo-smollm2.json")
 GRID = Path("benchmarks/results/reproduce-smollm2.json")
 # By table and column.
 FORMS = {
-    "gate-forms": ("relu",),
+    "gate-forms": ("relu", "jumprelu", "topk"),
     "gate-forms-sparsity": ("relu-x2", "jumprelu-x2"),
 }
 README, EXPERIMENTS = Path("README.md"), Path("docs/experiments.md")
