@@ -8,7 +8,7 @@ from typing import Any
 import kat
 import torch
 from cases import Case, make_sae
-from measuring import Contender, forget, tf32
+from measuring import Contender, forget
 from torch import Tensor
 
 from rsae_triton import FusedRationalSAE
@@ -16,6 +16,7 @@ from rsae_triton.backends import gate_backward
 from rsae_triton.memory import MemoryPlan
 from rsae_triton.recipes import RECIPES, losses
 from rsae_triton.reference import GateSpec, GateTensors, rational_gate
+from rsae_triton.runtime import matmul_precision
 from rsae_triton.workspace import StepMemory, Workspace
 
 WEIGHTS = {"direct": 0.1, "gated": 0.05}
@@ -134,7 +135,7 @@ class Made:
         dtype = torch.float64 if case.n_tokens * case.d_sae <= 2**21 else torch.float32
         sae, x = self.in_dtype(dtype), self.x.to(dtype)
         cut = {"l1_weight" if case.form == "direct" else "l0_weight": self.weight}
-        with tf32(False):
+        with matmul_precision("highest"):
             total = sae.autoencode(x, hard=not self.recipe.soft, chunk_tokens=max(2**22 // case.d_sae, 16), **cut).total
         total.backward()
         return {"loss": total.detach(), **{n: p.grad for n, p in sae.named_parameters() if p.grad is not None}}

@@ -32,6 +32,7 @@ from rsae_triton.files import write_text
 from rsae_triton.gate import RationalGate, smooth_step
 from rsae_triton.recipes import RECIPES, USUAL_L0, recipe_for, training_l0
 from rsae_triton.remez import fit_gate
+from rsae_triton.runtime import matmul_precision
 from rsae_triton.sae import FusedRationalSAE
 from rsae_triton.sweep import Cell, Sweep
 from rsae_triton.teach import TeacherPlan, make_teacher, splits_for
@@ -156,8 +157,8 @@ def lr_of(name: str) -> float:
     return float(name.rpartition(", lr ")[2]) if ", lr " in name else LR
 
 
+@matmul_precision("medium")
 def main(options: Options) -> None:
-    torch.set_float32_matmul_precision("medium")
     host = load_host()
     splits = splits_for(host, load_corpus("demo"), Demo().tokens)
     x, validation = splits.train.tensor(), splits.validation.tensor()

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from rsae_triton.cost import CEILINGS, Ceilings
+from rsae_triton.runtime import matmul_precision
 
 LIMITS = {"fp32": 1e-3, "bf16": 3e-2}
 """Relative error that a contender may have beside twice eager PyTorch's own."""
@@ -239,7 +240,7 @@ def ceilings(device: torch.device, clock: str, quick: bool) -> Ceilings:
         # float32 as the ceiling allows: with TF32 on a GPU; cases without it will look further from their floor.
         x, w = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
         out = torch.empty_like(x)
-        with tf32(True):
+        with matmul_precision("high"):
             products[dtype.itemsize] = 2.0 * n**3 / best(lambda x=x, w=w, out=out: torch.mm(x, w, out=out))
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -253,20 +254,6 @@ def ceilings(device: torch.device, clock: str, quick: bool) -> Ceilings:
 
     rate = 200 * small.numel() / best(arithmetic)
     return Ceilings(processor(), products, bandwidth, rate, 5e-6, 1.0, measured=True)
-
-
-class tf32:  # noqa: N801
-    """float32 products of CUDA with or without TF32, for a while."""
-
-    def __init__(self, on: bool) -> None:
-        self._wanted = "high" if on else "highest"
-
-    def __enter__(self) -> None:
-        self._before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(self._wanted)
-
-    def __exit__(self, *_: Any) -> None:
-        torch.set_float32_matmul_precision(self._before)
 
 
 def processor() -> str:

@@ -19,9 +19,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from cases import Case, cpu_cases, gpu_cases, tiny_cases
 from contenders import Made
-from measuring import spread, status_of, take_turns, tf32, warm_up
+from measuring import spread, status_of, take_turns, warm_up
 
 from rsae_triton.cost import Ceilings, cost
+from rsae_triton.runtime import matmul_precision
 
 RESERVE = 40.0
 """Seconds of the budget that are left to test_usage.py."""
@@ -50,7 +51,7 @@ def test_case(case: Case, session: Any, benchmark: Any) -> None:
         session.save()
         pytest.skip(entry["status"])
     try:
-        with tf32(case.tf32):
+        with matmul_precision("high" if case.tf32 else "highest"):
             compared(case, session, benchmark, entry)
     except Exception as error:
         entry["status"] = status_of(error)

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, FormatError
-from .files import write_text
-from .report.fronts import summarise, write_sweep_report
+from .files import read_json, write_text
+from .report.fronts import METRICS, summarise, write_sweep_report
 from .report.paper_tables import paper_tables
-from .sweep import Cell, Sweep, run_cells
+from .sweep import Cell, Sweep, key_of, run_cells, write_cell
 
 HOSTS = Path(__file__).with_name("hosts.toml")
+# Of a cell, beside its scores and stage 1.
+KEPT = ("cell", "hook_name", "d_in", "d_sae", "family", "training", "seconds", "machine", "torch", "date")
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,12 @@ class Reproduce:
 
     smollm2 needs no network: its teachers are trained here. gpt2, pythia-160m and gemma-2-2b take the public teachers
     that rsae_triton/hosts.toml names, from the hub. Every finished cell is a file in OUT/cells, so that a run that was
-    stopped goes on; two runs may share the folder.
+    stopped goes on; two runs may share the folder. What a committed table.json holds need not be computed again
+    (--known).
 
     Examples:
         rsae reproduce --host smollm2 --out out/smollm2
+        rsae reproduce --known benchmarks/results/reproduce-smollm2.json
         rsae reproduce --host gpt2 --device cuda
         rsae reproduce --host mine --hosts my_hosts.toml
     """
@@ -40,6 +44,8 @@ class Reproduce:
     """File that says which teachers, places and seeds belong to a host."""
     seeds: tuple[int, ...] = ()
     """These seeds only."""
+    known: Path | None = None
+    """A table.json of an earlier run: its cells are taken over, those it lacks or that changed are computed."""
     device: str | None = None
     """cpu or cuda; CUDA where there is one when not given."""
     list: bool = False
@@ -90,12 +96,16 @@ def reproduce(config: Reproduce) -> Path:
     """
     sweeps, published = sweeps_of(config)
     cells: list[Cell] = [cell for one in sweeps for cell in one.cells()]
+    known = {} if config.known is None else known_cells(config.known)
     if config.list:
         for cell in cells:
-            print("done   " if cell.path.is_file() else "waiting", cell.label)
+            print("done   " if cell.path.is_file() or key_of(cell.identity()) in known else "waiting", cell.label)
         return config.out
     for one in sweeps:
         one.check()
+    for cell in cells:
+        if not cell.path.is_file() and (result := known.get(key_of(cell.identity()))) is not None:
+            write_cell(cell.path, result)
     results = run_cells(cells)
     write_sweep_report(config.out, results)
     write_text(config.out / "tables.md", paper_tables(summarise(results), published))
@@ -103,9 +113,20 @@ def reproduce(config: Reproduce) -> Path:
     return config.out / "tables.md"
 
 
+def known_cells(path: Path) -> dict[str, dict[str, Any]]:
+    """The cells of a table.json, by `key_of` their identity.
+
+    Raises:
+        FormatError: a file that is not one.
+    """
+    cells, wanted = read_json(path).get("cells"), {*KEPT, "stage1", "scores"}
+    if not isinstance(cells, list) or not all(isinstance(cell, dict) and wanted <= set(cell) for cell in cells):
+        raise FormatError(f"--known {path} is not the table.json of a finished `rsae reproduce`; give that file")
+    return {key_of(cell["cell"]): cell for cell in cells}
+
+
 def compact(host: str, cells: list[dict[str, Any]]) -> dict[str, Any]:
-    """What is worth keeping under version control: the summary, and each seed's scores at equal l0."""
-    kept = ("mse", "fvu", "cosine", "l0", "l1", "alive_fraction", "delta_ce", "loss_recovered", "kl")
+    """What is worth keeping under version control: the summary, and of each cell what `summarise` takes."""
     return {
         "command": f"rsae reproduce --host {host}",
         "machine": sorted({cell["machine"] for cell in cells}),
@@ -114,19 +135,17 @@ def compact(host: str, cells: list[dict[str, Any]]) -> dict[str, Any]:
         "rows": summarise(cells),
         "cells": [
             {
-                **{
-                    name: cell[name] for name in ("cell", "hook_name", "d_in", "d_sae", "family", "training", "seconds")
-                },
-                "stage1": cell["stage1"]["summary"],
-                "matched_l0": {
-                    name: {metric: score[metric] for metric in kept if metric in score}
-                    for name, score in cell["scores"]["matched_l0"].items()
-                },
-                "shipped": {
-                    name: {metric: cell["scores"][name][metric] for metric in kept if metric in cell["scores"][name]}
-                    for name in cell["scores"]["matched_l0"]
+                **{name: cell[name] for name in KEPT},
+                "stage1": {"summary": cell["stage1"]["summary"]},
+                "scores": {
+                    **{name: _numbers(cell["scores"][name]) for name in cell["scores"]["matched_l0"]},
+                    "matched_l0": {name: _numbers(score) for name, score in cell["scores"]["matched_l0"].items()},
                 },
             }
             for cell in cells
         ],
     }
+
+
+def _numbers(score: Mapping[str, Any]) -> dict[str, Any]:
+    return {metric: score[metric] for metric in METRICS if metric in score}

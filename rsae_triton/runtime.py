@@ -1,4 +1,4 @@
-"""What a run asks of the process it runs in: to be told of a SIGTERM, deterministic algorithms, a folder of its own."""
+"""What a run asks of its process: to be told of a SIGTERM, how exact products are, a folder of its own."""
 
 from __future__ import annotations
 
@@ -53,6 +53,17 @@ def deterministic(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0])
         torch.backends.cudnn.benchmark = before[1]
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+@contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    """float32 products as torch.set_float32_matmul_precision(name) has them; afterwards what it was before."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from .evaluate.compare import splice_of
 from .files import write_text
 from .recipes import RECIPES, training_l0
 from .report.fronts import write_sweep_report
+from .runtime import matmul_precision
 from .teach import FAMILIES, TeacherPlan, make_teacher, splits_for
 from .teachers import load_teacher
 from .train import LR, train
@@ -173,7 +174,7 @@ class Cell:
 
     @property
     def path(self) -> Path:
-        key = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:8]
+        key = key_of(self.identity())[:8]
         name = Path(self.teacher).name
         level = f"x{self.sparsity:g}-d{self.width}-" if self.plan() else ""
         hook = f"{self.hook}-" if self.hook else ""
@@ -182,6 +183,16 @@ class Cell:
     @property
     def label(self) -> str:
         return self.path.stem.rsplit("-", 1)[0]
+
+
+def key_of(identity: dict[str, Any]) -> str:
+    """The same for a cell's identity and for what JSON makes of it."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def write_cell(path: Path, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(result, indent=1) + "\n")
 
 
 def sweep(config: Sweep) -> Path:
@@ -194,9 +205,9 @@ def sweep(config: Sweep) -> Path:
     return write_sweep_report(config.out, run_cells(list(config.cells())))
 
 
+@matmul_precision("medium")
 def run_cells(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """Computes the cells that are not on disk yet, and returns all of them. Cells of one place should be neighbours."""
-    torch.set_float32_matmul_precision("medium")
     console = Console()
     waiting = [cell for cell in cells if not cell.path.is_file()]
     console.print(f"{len(cells)} cells, {len(cells) - len(waiting)} of them done before")
@@ -216,9 +227,7 @@ def run_cells(cells: Sequence[Cell]) -> list[dict[str, Any]]:
             )
             splits = splits_for(host, load_corpus(list(config.text)), config.tokens)
         result = run_cell(cell, host, splits)
-        cell.path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(result, indent=1)
-        write_text(cell.path, text + "\n")
+        write_cell(cell.path, result)
         left = (time.perf_counter() - started) / (done + 1) * (len(waiting) - done - 1)
         console.print(
             f"{cell.label}: {one_line(result)}  [dim]({done + 1}/{len(waiting)}, {left / 60:.0f} min left)[/]"

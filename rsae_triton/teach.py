@@ -20,6 +20,7 @@ from .errors import ConfigError
 from .evaluate import reconstruction
 from .files import check_folder, write_text
 from .recipes import RECIPES, Recipe, recipe_for
+from .runtime import matmul_precision
 from .teachers import BatchTopKSAE, JumpReluSAE, ReluSAE, TopKSAE
 from .train import TrainLog, train
 
@@ -142,6 +143,7 @@ class Teach:
         )
 
 
+@matmul_precision("medium")
 def teach(config: Teach) -> Path:
     """Runs `rsae teach` and returns the folder."""
     for name in ("tokens", "steps", "batch_size", "d_sae", "k"):
@@ -154,7 +156,6 @@ def teach(config: Teach) -> Path:
     plan = config.plan()
     check_corpus(config.text)
     check_folder(config.out)
-    torch.set_float32_matmul_precision("medium")
     host = load_host(config.model, device=config.device, hook_name=config.hook)
     splits = splits_for(host, load_corpus(list(config.text)), config.tokens)
     teacher, _ = make_teacher(plan, splits, splits.train.tensor().to(host.device))

@@ -16,6 +16,7 @@ from .errors import ConfigError, FormatError
 from .evaluate.held_out import load_sae
 from .files import check_folder
 from .recipes import training_l0
+from .runtime import matmul_precision
 from .settings import TrainSettings
 from .train import train
 from .upgrade import parse_coefficients, parse_degree
@@ -120,11 +121,11 @@ def run_upgrade(config: Upgrade) -> Path:
     return rsae.fold_activation_scale_(store.scale).save_pretrained(config.out)
 
 
+@matmul_precision("high")
 def run_train(config: Train) -> Path:
     """Trains, alone or with the processes that torchrun started; returns the folder of the SAE."""
     from .distributed import launched, mesh_of
 
-    torch.set_float32_matmul_precision("high")
     settings = config.settings()
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     parse_device(device)

@@ -55,19 +55,42 @@ def test_both_families_get_their_rows_and_the_published_numbers_stand_beside(sma
     table = json.loads((small.out / "table.json").read_text())
     assert [(row["teacher"], row["seeds"]) for row in table["rows"]] == [("relu", [0, 1]), ("topk", [0, 1])]
     # The page's number is the mean of the cells'.
-    values = [cell["matched_l0"]["rsae"]["mse"] for cell in table["cells"] if cell["cell"]["teacher"] == "relu"]
+    relu = [cell["scores"]["matched_l0"] for cell in table["cells"] if cell["cell"]["teacher"] == "relu"]
+    values = [scores["rsae"]["mse"] for scores in relu]
     row = next(line for line in page.splitlines() if "| relu | RSAE |" in line)
     assert float(row.split("|")[5].split("±")[0]) == pytest.approx(sum(values) / 2, abs=0.006)
     # Contenders of another sweep of the same teachers stand in the same row, and are compared seed by seed.
     topk = table["rows"][1]
     assert list(topk["scores"]) == ["teacher", "init", "rsae", "control", "thresholds", "scratch"]
     assert topk["against"]["mse"]["scratch"]["n"] == 2
-    scratch = [cell["matched_l0"]["scratch"]["mse"] for cell in table["cells"] if "scratch" in cell["matched_l0"]]
+    equal = [cell["scores"]["matched_l0"] for cell in table["cells"]]
+    scratch = [scores["scratch"]["mse"] for scores in equal if "scratch" in scores]
     assert topk["scores"]["scratch"]["matched"]["mse"]["mean"] == pytest.approx(sum(scratch) / 2)
     assert "thresholds" in page
     assert "| relu | mse | 0.5 | 0.25 |" in page
     reproduce(small)
     assert "6 cells, 6 of them done before" in capsys.readouterr().out
+
+
+def test_what_a_committed_table_holds_is_not_computed_again(small, tmp_path, monkeypatch, capsys):
+    reproduce(small)
+    table = small.out / "table.json"
+    fresh = replace(small, out=tmp_path / "fresh", known=table)
+    capsys.readouterr()
+    reproduce(replace(fresh, list=True))
+    assert all(line.startswith("done") for line in capsys.readouterr().out.splitlines())
+    monkeypatch.setattr("rsae_triton.sweep.run_cell", lambda *_: pytest.fail("computed"))
+    reproduce(fresh)
+    assert json.loads((fresh.out / "table.json").read_text()) == json.loads(table.read_text())
+    # Other steps are another cell.
+    small.hosts.write_text(TOML.replace("steps = 10", "steps = 11"))
+    with pytest.raises(pytest.fail.Exception, match="computed"):
+        reproduce(replace(fresh, out=tmp_path / "other"))
+    for text in ("[]", "{}", '{"cells": [{"cell": {}}]}'):
+        table.write_text(text)
+        with pytest.raises(FormatError, match=re.escape(str(table))):
+            reproduce(replace(fresh, out=tmp_path / "never"))
+    assert not (tmp_path / "never").exists()
 
 
 def test_seeds_choose_cells_and_a_list_computes_nothing(small, capsys):

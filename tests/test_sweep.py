@@ -55,7 +55,9 @@ def tiny(tmp_path, monkeypatch):
 
 
 def test_a_sweep_is_resumed_and_widened(tiny, capsys, monkeypatch):
+    before = torch.get_float32_matmul_precision()
     page = sweep(tiny)
+    assert torch.get_float32_matmul_precision() == before  # a caller's own products stay as exact as they were
     cells = sorted((tiny.out / "cells").iterdir())
     assert len(cells) == 4
     assert "4 cells, 0 of them done before" in capsys.readouterr().out
