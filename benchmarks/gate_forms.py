@@ -9,8 +9,8 @@ recipe with JumpReLU's rectangle in place of the rational's slope, so that the t
 
 from __future__ import annotations
 
+import copy
 import json
-import math
 import os
 import platform
 import subprocess
@@ -30,7 +30,7 @@ from rsae_triton.demo import Demo
 from rsae_triton.evaluate import at_l0, reconstruction
 from rsae_triton.files import write_text
 from rsae_triton.gate import RationalGate, smooth_step
-from rsae_triton.recipes import RECIPES, USUAL_L0, recipe_for, training_l0
+from rsae_triton.recipes import RECIPES, recipe_for, training_l0
 from rsae_triton.remez import fit_gate
 from rsae_triton.runtime import matmul_precision
 from rsae_triton.sae import FusedRationalSAE
@@ -38,6 +38,8 @@ from rsae_triton.sweep import Cell, Sweep
 from rsae_triton.teach import TeacherPlan, make_teacher, splits_for
 from rsae_triton.train import LR, train
 from rsae_triton.upgrade import upgrade
+
+WIDTHS = (0.45, 0.65, 1.0, 1.6)
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,10 @@ def from_fit(target: str, degree: tuple[int, int], width: float, **options: Any)
     }
 
 
-def contenders(teacher: SparseAutoencoder, x: torch.Tensor, l0: float) -> dict[str, Callable[[], Contender]]:
-    """By name, in the order of the table; each makes a fresh SAE and its recipe. l0: the teacher's."""
+def contenders(teacher: SparseAutoencoder, x: torch.Tensor) -> dict[str, Callable[[], Contender]]:
+    """By name, in the order of the table; each makes a fresh SAE and its recipe. Widths: as in `upgrade`."""
     init = upgrade(teacher, x)
-    width = float(init.gate.input_scale[0].detach())
+    width = float(upgrade(teacher, x, width=1).gate.input_scale[0].detach())
     hard, trained = recipe_for(init), recipe_for(init, "hard-trained")
     step = dict(zip(("a", "b"), smooth_step(), strict=True))
 
@@ -119,18 +121,17 @@ def contenders(teacher: SparseAutoencoder, x: torch.Tensor, l0: float) -> dict[s
     return {
         "control": lambda: contender("control", teacher, init),
         "thresholds": lambda: contender("thresholds", teacher, init),
-        "ramp (the default)": lambda: Contender(ramp(), hard),
+        "ramp (the default)": lambda: Contender(copy.deepcopy(init), hard),
         "ramp, half as wide": lambda: Contender(ramp(times=0.5), hard),
         "ramp, twice as wide": lambda: Contender(ramp(times=2.0), hard),
         "ramp (5,4)": lambda: Contender(ramp((5, 4)), hard),
         "ramp (3,2), trained": lambda: Contender(ramp(), trained),
         "ramp (5,4), trained": lambda: Contender(ramp((5, 4)), trained),
         "ramp (5,4), trained, per feature": lambda: Contender(ramp((5, 4), groups=init.d_sae), trained),
-        "rectangle": lambda: Contender(rectangle(1.0), hard),
+        "rectangle": lambda: contender("rectangle", teacher, init),
         "rectangle, twice as wide": lambda: Contender(rectangle(2.0), hard),
-        # Codes of fewer features are larger.
-        "ramp, width by l0": lambda: Contender(ramp(times=math.sqrt(USUAL_L0 / l0)), hard),
-        "ramp, weight from .0017": lambda: Contender(ramp(), RECIPES["hard"]),
+        **{f"ramp, width {times}": lambda times=times: Contender(ramp(times=times), hard) for times in WIDTHS},
+        "ramp, weight from .0017": lambda: Contender(copy.deepcopy(init), RECIPES["hard"]),
         "smooth step": lambda: Contender(
             gated(init, degree=(2, 2), amplitude="identity", input_scale=width, **step), hard
         ),
@@ -173,7 +174,7 @@ def main(options: Options) -> None:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     done = {(row["contender"], row["seed"]) for row in rows}
     for seed in range(1, options.seeds + 1):
-        made = contenders(teacher, x, own["l0"])
+        made = contenders(teacher, x)
         longer = replace(plan, steps=plan.steps + options.steps)
         made["scratch"] = lambda longer=longer: Contender(make_teacher(longer, splits, x)[0], None)
         for name in options.contenders or made:

@@ -159,6 +159,9 @@ class Cell:
             **({"center_writing_weights": True} if sweep.center_writing_weights else {}),
             # Since the recipe's start follows the teacher's sparsity, cells of another than the usual are others.
             **({"start": "the teacher's weight"} if self.sparsity != 1 or not plan else {}),
+            # Since the ramp may be as wide as codes rise, cells of dense codes are others; at the usual density and at
+            # half of it the width is what it was.
+            **({"width": "auto"} if self.sparsity > 1 or not plan else {}),
             "text": list(sweep.text),
             "contenders": list(sweep.contenders),
             # A recipe that was changed gives other numbers: its cells are other cells.

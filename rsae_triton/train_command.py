@@ -50,8 +50,8 @@ class Upgrade:
     """shared, per_feature, or a number of groups by strength."""
     thresholds: str = "feature"
     """Of a TopK teacher: feature (fixed ones, no sort) or token (exact, by a sort)."""
-    width: float = 1.0
-    """Of the gated form's ramp, relative to the default; sqrt(25 / l0) suits codes denser than 40."""
+    width: str = "auto"
+    """Of the gated form's ramp, in units of 2 % of the activations' mean norm, or auto."""
 
 
 @dataclass(frozen=True, kw_only=True)

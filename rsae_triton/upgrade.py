@@ -26,8 +26,10 @@ LADDER = ((3, 2), (5, 4), (7, 6), (9, 8))
 # A direct JumpReLU is fitted with its jump at THETA of the clip, so that codes up to 1 / THETA thresholds are covered.
 HISTOGRAM_TOKENS = 2048
 THETA, MARGIN = 0.1, 0.02
-# C_in of the gated form, in units of the activations' mean norm; chosen in docs/experiments.md.
+# C_in of the gated form, in units of the activations' mean norm, and how it may lie to the median height of active
+# pre-activations above their thresholds; chosen in docs/experiments.md.
 GATE_WIDTH = 0.02
+GATE_HEIGHTS = (0.7, 1.6)
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def upgrade(
     degree: str | tuple[int, int] = "auto",
     coefficients: str | int = "shared",
     thresholds: str = "feature",
-    width: float = 1.0,
+    width: str | float = "auto",
     tolerance: float = 0.0085,
     n_tokens: int = 8192,
     backend: str = "auto",
@@ -101,9 +103,10 @@ def upgrade(
         thresholds: of a TopK teacher, whose gate looks at a whole token. "feature": each feature gets the fixed one at
             which it fires as often as in the teacher; no sort, but not the same code. "token": between each token's
             k-th and (k+1)-th pre-activation; the teacher's code (`TopKRationalSAE`).
-        width: of the gated form's ramp, relative to the default, which was chosen at l0 20 to 30. Denser codes are
-            smaller ones: sqrt(25 / l0) was better at l0 58 (docs/experiments.md). It changes how the SAE trains, not
-            its code.
+        width: of the gated form's ramp, in units of 2 % of the activations' mean norm. "auto": 1, or where half of
+            the active pre-activations rise less than 0.7 or more than 1.6 of that above their thresholds (small codes
+            of many features, large ones of few), as wide as they rise (docs/experiments.md). It changes how the SAE
+            trains, not its code.
         tolerance: largest relative error of the code that degree="auto" accepts (gated: and of the mse, against a code
             with thresholds but no ramp).
         n_tokens: how many activations to calibrate on. backend: of the result. seed: of the sample.
@@ -130,9 +133,9 @@ def upgrade(
     check_integer("n_tokens", n_tokens, 1)
     check_seed(seed)
     check_number("tolerance", tolerance, least=0)
-    check_number("width", width, above=0)
-    if width != 1 and form == "direct":
-        raise ConfigError(f"width is {width}; the direct form has no ramp: leave it at 1, or use form='gated'")
+    factor = parse_width(width)
+    if factor is not None and form == "direct":
+        raise ConfigError(f"width is {width}; the direct form has no ramp: leave it at 'auto', or use form='gated'")
     pair = parse_degree(degree)
     resolve_backend(backend, teacher.W_enc.device, teacher.W_enc.dtype)
     x = sample(activations, teacher, n_tokens, seed)
@@ -144,7 +147,7 @@ def upgrade(
     groups = given if isinstance(given, int) else {"shared": 1, "per_feature": teacher.d_sae}[given]
     if not 1 <= groups <= teacher.d_sae:
         raise ConfigError(f"coefficients is {groups} groups; there are {teacher.d_sae} features to put into them")
-    kind = _direct if form == "direct" else functools.partial(_gated, width=width)
+    kind = _direct if form == "direct" else functools.partial(_gated, width=factor)
     seen = Sample(x, h, z, teacher_thresholds(teacher, h, z))
     grouping = Grouping(groups, None if groups in (1, teacher.d_sae) else strength_groups(h, z, groups))
     gate, facts = kind(teacher, seen, pair, grouping, tolerance)
@@ -205,6 +208,18 @@ def parse_coefficients(coefficients: str | int) -> str | int:
     return coefficients
 
 
+def parse_width(width: str | float) -> float | None:
+    """A positive number, also as text; None for "auto"."""
+    if width == "auto":
+        return None
+    try:
+        number = float(width) if isinstance(width, str) else width
+    except ValueError as error:
+        raise ConfigError(f"width is {width!r}; give 'auto' or a positive number such as 0.5") from error
+    check_number("width", number, above=0)
+    return number
+
+
 def sample(activations: Tensor | Any, teacher: SparseAutoencoder, n_tokens: int, seed: int) -> Tensor:
     """n_tokens rows to calibrate on, in the teacher's dtype and on its device."""
     if not isinstance(activations, Tensor) and not hasattr(activations, "tensor"):
@@ -256,7 +271,7 @@ def _gated(
     degree: tuple[int, int] | None,
     grouping: Grouping,
     tolerance: float,
-    width: float,
+    width: float | None,
 ) -> tuple[RationalGate, dict[str, Any]]:
     """z = h * r where h > theta_f, r the minimax fit of a ramp that is complete at theta.
 
@@ -264,7 +279,7 @@ def _gated(
     it tells pre-activations that are not active yet what they would be worth (docs/experiments.md: why this side).
     """
     x, h = seen.x[:HISTOGRAM_TOKENS], seen.h[:HISTOGRAM_TOKENS]
-    width *= GATE_WIDTH * float(teacher.normalization(x).apply(x).float().norm(dim=1).mean())
+    input_scale = ramp_width(teacher, x, h - seen.thresholds, width)
     # Against the code with thresholds and no ramp: a TopK teacher's own code differs already in which fire.
     exact = h * (h > seen.thresholds)
     with torch.no_grad():
@@ -279,7 +294,7 @@ def _gated(
             form="gated",
             **grouping._asdict(),
             backward="rational",
-            input_scale=width,
+            input_scale=input_scale,
         ).to(h.device)
         with torch.no_grad():
             code = gate(h)
@@ -291,6 +306,22 @@ def _gated(
         f"a gate of degree {gate.degree} reproduces the teacher's code to {error:.3g}, not to {tolerance:g}; "
         "raise tolerance or the degree"
     )
+
+
+def ramp_width(teacher: SparseAutoencoder, x: Tensor, above: Tensor, width: float | None) -> float:
+    """C_in of a ramp of `width` (see `upgrade`); above [n, d_sae]: pre-activations over their thresholds.
+
+    A ramp bets on features below their thresholds as if they were worth what active ones are: it must not reach far
+    deeper than those rise.
+    """
+    usual = GATE_WIDTH * float(teacher.normalization(x).apply(x).float().norm(dim=1).mean())
+    if width is not None:
+        return width * usual
+    rises = above[above > 0].float()
+    if not len(rises):
+        return usual
+    height = float(rises.median())
+    return usual if GATE_HEIGHTS[0] <= height / usual <= GATE_HEIGHTS[1] else height
 
 
 def _direct(
