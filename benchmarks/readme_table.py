@@ -21,10 +21,11 @@ from rsae_triton.report.fronts import interval, with_sd, write_front
 
 COMMITTED = Path("benchmarks/results/demo-smollm2.json")
 GRID = Path("benchmarks/results/reproduce-smollm2.json")
+LONG = Path("benchmarks/results/reproduce-smollm2-long.json")
 # By table and column.
 FORMS = {
     "gate-forms": ("relu", "jumprelu", "topk"),
-    "gate-forms-sparsity": ("relu-x2", "jumprelu-x2"),
+    "gate-forms-sparsity": ("relu-x2", "jumprelu-x2", "topk-x2"),
 }
 README, EXPERIMENTS = Path("README.md"), Path("docs/experiments.md")
 NAMES = {"teacher": "teacher", "init": "RSAE, stage 1", "rsae": "**RSAE**", "control": "control: teacher, same steps"}
@@ -69,9 +70,7 @@ def grid_table(result: dict[str, Any], sparsities: tuple[float, ...] | None = No
     titles += ("RSAE − control (95 %)", "RSAE − rectangle", "Δ CE: control", "RSAE", "RSAE − control (95 %)")
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     rows = [row for row in result["rows"] if sparsities is None or row["sparsity"] in sparsities]
-    order = {"relu": 0, "jumprelu": 1, "topk": 2}
-    rows.sort(key=lambda r: (order.get(r["teacher"], 9), -layer(r), -r["d_sae"], r["l0"]["mean"]))
-    for row in rows:
+    for row in sorted(rows, key=family_order):
         equal = {name: kinds["matched"] for name, kinds in row["scores"].items()}
         against = row["against"]
         line = [
@@ -86,15 +85,40 @@ def grid_table(result: dict[str, Any], sparsities: tuple[float, ...] | None = No
         line += [with_sd(equal[name]["delta_ce"], ".3f") for name in ("control", "rsae")]
         line.append(interval(against["delta_ce"]["control"], relative=False))
         lines.append("| " + " | ".join(line) + " |")
+    return "\n".join([*lines, "", origin(result)])
+
+
+def origin(result: dict[str, Any]) -> str:
+    """Where the numbers of a table.json are from."""
     one = result["cells"][0]["cell"]
-    lines += [
-        "",
+    seeds = {len(row["seeds"]) for row in result["rows"]}
+    spread = (
+        "mean ± standard deviation over seeds, differences paired by seed with a Student interval (bold: below zero)"
+    )
+    return (
         f"`{result['command']}`: {one['tokens']:,} training tokens, teachers of {one['plan']['steps']:,} steps, then "
-        f"{one['steps']} steps for every contender, {one['batch_size']} tokens a step; test split, mean ± standard "
-        "deviation over seeds, differences paired by seed with a Student interval (bold: below zero). "
-        f"{', '.join(result['machine'])}, torch {', '.join(result['torch'])}.",
-    ]
-    return "\n".join(lines)
+        f"{one['steps']} steps for every contender, {one['batch_size']} tokens a step; test split, "
+        f"{'one seed' if seeds == {1} else spread}. {', '.join(result['machine'])}, "
+        f"torch {', '.join(result['torch'])}, {' and '.join(result['date'])}."
+    )
+
+
+def controls_table(result: dict[str, Any]) -> str:
+    """The further controls of the places that have them: "scratch" and "thresholds" beside the RSAE."""
+    titles = ("teacher", "l0", "thresholds", "scratch", "control", "**RSAE**", "RSAE − scratch (95 %)")
+    titles += ("Δ CE: thresholds", "scratch", "control", "RSAE", "RSAE − scratch (95 %)")
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    shown = ("thresholds", "scratch", "control", "rsae")
+    for row in sorted(result["rows"], key=family_order):
+        if "scratch" not in row["scores"]:
+            continue
+        equal = {name: row["scores"][name]["matched"] for name in shown}
+        line = [row["teacher"], f"{row['l0']['mean']:.1f}"]
+        for metric, digits in (("mse", ".2f"), ("delta_ce", ".3f")):
+            line += [with_sd(equal[name][metric], digits) for name in shown]
+            line.append(interval(row["against"][metric]["scratch"], relative=metric == "mse"))
+        lines.append("| " + " | ".join(line) + " |")
+    return "\n".join([*lines, "", origin(result)])
 
 
 def fronts(result: dict[str, Any]) -> None:
@@ -109,6 +133,12 @@ def fronts(result: dict[str, Any]) -> None:
     ]
     for metric in ("mse", "delta_ce"):
         write_front(EXPERIMENTS.with_name(f"front-{metric.replace('_', '-')}.svg"), rows, metric)
+
+
+def family_order(row: dict[str, Any]) -> tuple[float, ...]:
+    """What rows are sorted by."""
+    families = {"relu": 0, "jumprelu": 1, "topk": 2}
+    return families.get(row["teacher"], 9), -layer(row), -row["d_sae"], row["l0"]["mean"]
 
 
 def layer(row: dict[str, Any]) -> int:
@@ -162,6 +192,8 @@ def tables() -> list[tuple[Path, str, str]]:
         (README, "demo", table(json.loads(COMMITTED.read_text()))),
         (README, "grid", grid_table(grid, sparsities=(1.0,))),
         (EXPERIMENTS, "grid", grid_table(grid)),
+        (EXPERIMENTS, "controls", controls_table(grid)),
+        (EXPERIMENTS, "long", grid_table(json.loads(LONG.read_text()))),
         *(
             (EXPERIMENTS, name, forms_table({column: forms(column) for column in columns}))
             for name, columns in FORMS.items()
