@@ -30,7 +30,7 @@ from rsae_triton.demo import Demo
 from rsae_triton.evaluate import at_l0, reconstruction
 from rsae_triton.files import write_text
 from rsae_triton.gate import RationalGate, smooth_step
-from rsae_triton.recipes import RECIPES, recipe_for, training_l0
+from rsae_triton.recipes import RECIPES, recipe_for
 from rsae_triton.remez import fit_gate
 from rsae_triton.runtime import matmul_precision
 from rsae_triton.sae import FusedRationalSAE
@@ -166,7 +166,7 @@ def main(options: Options) -> None:
     plan = options.plan()
     teacher, _ = make_teacher(plan, splits, x)
     own = asdict(reconstruction(teacher, validation))
-    target = training_l0(teacher, upgrade(teacher, x).metadata["stage1"]["teacher_l0"])
+    target = upgrade(teacher, x).metadata["stage1"]["train_l0"]
     before = json.loads(options.path.read_text()) if options.path.is_file() else {"rows": []}
     if before["rows"] and before["options"] != options.kept():
         raise SystemExit(f"{options.path} was made with {before['options']}; move it away, or give another --out")

@@ -140,9 +140,19 @@ def training_l0(teacher: SparseAutoencoder, teacher_l0: float) -> float:
     return teacher_l0 * (1.0 if isinstance(teacher, TopKSAE) else 1.04)
 
 
-def holding(recipe: Recipe, target_l0: float | None) -> Recipe:
-    """The recipe with l0 held at `target_l0`, where its sparsity term can do that."""
-    return recipe if target_l0 is None or recipe.sparsity == "none" else replace(recipe, target_l0=target_l0)
+def holding(recipe: Recipe, sae: SparseAutoencoder, target_l0: float | str | None) -> Recipe:
+    """The recipe with l0 held at `target_l0`, where its sparsity term can do that.
+
+    target_l0: None keeps the recipe's weight. "auto" holds what the recipe asks for itself, else what stage 1 noted in
+    the SAE (`training_l0` of its teacher), and nothing in an SAE that has not been through it.
+    """
+    if target_l0 == "auto":
+        stage1 = sae.metadata.get("stage1")
+        noted = stage1.get("train_l0") if isinstance(stage1, Mapping) else None
+        target_l0 = noted if recipe.target_l0 is None and _positive(noted) else recipe.target_l0
+    if target_l0 is not None:
+        check_number("target_l0", target_l0, above=0)
+    return recipe if target_l0 is None or recipe.sparsity == "none" else replace(recipe, target_l0=float(target_l0))
 
 
 class SparsityController:

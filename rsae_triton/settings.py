@@ -29,8 +29,9 @@ class TrainSettings:
     """Optimiser steps."""
     recipe: str | Recipe = "auto"
     """What is minimised: a name of `recipes.RECIPES`, or auto for the one that fits the SAE."""
-    target_l0: float | None = None
-    """Hold l0 here by steering the sparsity weight (recipes that have one)."""
+    target_l0: float | Literal["auto"] | None = "auto"
+    """Hold l0 here by steering the sparsity weight (recipes that have one): a number, none for a fixed weight, or auto
+    for the teacher's where stage 1 noted it."""
     batch_size: int = 512
     """Tokens per optimiser step, over all processes."""
     accumulate: int = 1

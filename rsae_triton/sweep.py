@@ -25,7 +25,7 @@ from .errors import ConfigError, FormatError
 from .evaluate import compare
 from .evaluate.compare import splice_of
 from .files import write_text
-from .recipes import RECIPES, training_l0
+from .recipes import RECIPES
 from .report.fronts import write_sweep_report
 from .runtime import matmul_precision
 from .teach import FAMILIES, TeacherPlan, make_teacher, splits_for
@@ -159,8 +159,8 @@ class Cell:
             **({"center_writing_weights": True} if sweep.center_writing_weights else {}),
             # Since the recipe's start follows the teacher's sparsity, cells of another than the usual are others.
             **({"start": "the teacher's weight"} if self.sparsity != 1 or not plan else {}),
-            # Since the ramp may be as wide as codes rise, cells of dense codes are others; at the usual density and at
-            # half of it the width is what it was.
+            # Since a ramp is no wider than small codes rise, cells of dense codes are others; at the usual density and
+            # at half of it the width is what it was.
             **({"width": "auto"} if self.sparsity > 1 or not plan else {}),
             "text": list(sweep.text),
             "contenders": list(sweep.contenders),
@@ -249,7 +249,7 @@ def run_cell(cell: Cell, host: HostModel, splits: Splits) -> dict[str, Any]:
     else:
         teacher, _ = make_teacher(plan, splits, x, label=f"{cell.label} teacher")
     init = upgrade(teacher, x)
-    target_l0 = training_l0(teacher, init.metadata["stage1"]["teacher_l0"])
+    target_l0 = init.metadata["stage1"]["train_l0"]
     saes: dict[str, SparseAutoencoder] = {"teacher": teacher, "init": init}
     logs = {}
     for name in config.contenders:

@@ -76,7 +76,7 @@ def train(
     recipe = recipe_for(sae, settings.recipe) if isinstance(settings.recipe, str) else settings.recipe
     if not isinstance(recipe, Recipe):
         raise ConfigError(f"recipe is a {type(recipe).__name__}; give a name of RECIPES, or a Recipe")
-    recipe = holding(recipe, settings.target_l0)
+    recipe = holding(recipe, sae, settings.target_l0)
     together: Alone = Alone() if mesh is None else mesh
     together.check(sae, recipe, settings)
     if isinstance(activations, Tensor):

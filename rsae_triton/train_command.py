@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -15,7 +15,6 @@ from .checks import parse_device
 from .errors import ConfigError, FormatError
 from .evaluate.held_out import load_sae
 from .files import check_folder
-from .recipes import training_l0
 from .runtime import matmul_precision
 from .settings import TrainSettings
 from .train import train
@@ -24,7 +23,6 @@ from .upgrade import upgrade as stage_1
 
 UNITS = "trained_at_scale"
 """In the metadata of an SAE under training: what the store multiplies activations by."""
-TARGET = "train_at_l0"
 """In the metadata after stage 1: the l0 to hold in stage 2."""
 
 
@@ -73,8 +71,6 @@ class Train(TrainSettings):
     """Folder for sae/, metrics.jsonl and checkpoints/."""
     recipe: str = "auto"
     """What is minimised: a name of `recipes.RECIPES`, or auto for the one that fits the SAE."""
-    target_l0: float | None = None
-    """Hold l0 here by steering the sparsity weight; what `rsae upgrade` noted when not given."""
     split_shards: bool = False
     """Each process that sees other tokens reads its own shards only (on disks of their own); otherwise all read rows
     of the same batches, and the numbers are those of one process."""
@@ -116,8 +112,8 @@ def run_upgrade(config: Upgrade) -> Path:
         thresholds=config.thresholds,
         width=config.width,
     )
-    rsae.metadata[TARGET] = training_l0(teacher, rsae.metadata["stage1"]["teacher_l0"])
-    print(f"{rsae.metadata['stage1']['summary']}; rsae train holds l0 at {rsae.metadata[TARGET]:.2f}")
+    stage1 = rsae.metadata["stage1"]
+    print(f"{stage1['summary']}; rsae train holds l0 at {stage1['train_l0']:.2f}")
     return rsae.fold_activation_scale_(store.scale).save_pretrained(config.out)
 
 
@@ -139,8 +135,6 @@ def run_train(config: Train) -> Path:
         store = ActivationStore(config.activations, shards=share)
         sae = load_sae(config.sae).fold_activation_scale_(1 / store.scale)
         _note(sae, store)
-        if settings.target_l0 is None:
-            settings = replace(settings, target_l0=sae.metadata.get(TARGET))
         own = sae if mesh is None else mesh.shard(sae)
         own.to(device if mesh is None else mesh.device)
         log = train(own, store, settings, mesh=mesh)

@@ -16,6 +16,7 @@ from .checks import check_finite, check_integer, check_number, check_seed, check
 from .errors import ConfigError, NumericsError, ShapeError
 from .gate import RationalGate
 from .ops import resolve_backend
+from .recipes import training_l0
 from .reference import GateSpec
 from .remez import GateFit, fit_gate
 from .sae import FusedRationalSAE
@@ -26,10 +27,10 @@ LADDER = ((3, 2), (5, 4), (7, 6), (9, 8))
 # A direct JumpReLU is fitted with its jump at THETA of the clip, so that codes up to 1 / THETA thresholds are covered.
 HISTOGRAM_TOKENS = 2048
 THETA, MARGIN = 0.1, 0.02
-# C_in of the gated form, in units of the activations' mean norm, and how it may lie to the median height of active
-# pre-activations above their thresholds; chosen in docs/experiments.md.
+# C_in of the gated form, in units of the activations' mean norm, and how much of it active pre-activations must rise
+# above their thresholds in the median; chosen in docs/experiments.md.
 GATE_WIDTH = 0.02
-GATE_HEIGHTS = (0.7, 1.6)
+LEAST_RISE = 0.7
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class StageOne:
 
     form, degree: of the gate. error, lower_bound: the minimax fit and its certificate (on [-1, 1]).
     relative_error: ||z - z_teacher|| / ||z_teacher|| over the sample's codes. initial_relative_error: before the
-    calibration. activity_threshold: of the direct form. teacher_l0, l0: on the sample of n_tokens.
+    calibration. activity_threshold: of the direct form. teacher_l0, l0: on the sample of n_tokens. train_l0: what
+    stage 2 holds (`recipes.training_l0`).
     """
 
     form: str
@@ -50,6 +52,7 @@ class StageOne:
     activity_threshold: float
     teacher_l0: float
     l0: float
+    train_l0: float
     n_tokens: int
 
     @property
@@ -104,9 +107,8 @@ def upgrade(
             which it fires as often as in the teacher; no sort, but not the same code. "token": between each token's
             k-th and (k+1)-th pre-activation; the teacher's code (`TopKRationalSAE`).
         width: of the gated form's ramp, in units of 2 % of the activations' mean norm. "auto": 1, or where half of
-            the active pre-activations rise less than 0.7 or more than 1.6 of that above their thresholds (small codes
-            of many features, large ones of few), as wide as they rise (docs/experiments.md). It changes how the SAE
-            trains, not its code.
+            the active pre-activations rise less than 0.7 of that above their thresholds (small codes of many
+            features), as wide as they rise (docs/experiments.md). It changes how the SAE trains, not its code.
         tolerance: largest relative error of the code that degree="auto" accepts (gated: and of the mse, against a code
             with thresholds but no ramp).
         n_tokens: how many activations to calibrate on. backend: of the result. seed: of the sample.
@@ -171,13 +173,15 @@ def upgrade(
         for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
             getattr(rsae, name).copy_(getattr(teacher, name))
         code = rsae.encode(x)
+        teacher_l0 = float((z != 0).sum(1).float().mean())
         report = StageOne(
             form=gate.form,
             degree=gate.degree,
             relative_error=float((code - z).norm() / z.norm()),
             activity_threshold=float(gate.activity_threshold.max()),
-            teacher_l0=float((z != 0).sum(1).float().mean()),
+            teacher_l0=teacher_l0,
             l0=float((code != 0).sum(1).float().mean()),
+            train_l0=training_l0(teacher, teacher_l0),
             n_tokens=len(x),
             **facts,
         )
@@ -311,8 +315,9 @@ def _gated(
 def ramp_width(teacher: SparseAutoencoder, x: Tensor, above: Tensor, width: float | None) -> float:
     """C_in of a ramp of `width` (see `upgrade`); above [n, d_sae]: pre-activations over their thresholds.
 
-    A ramp bets on features below their thresholds as if they were worth what active ones are: it must not reach far
-    deeper than those rise.
+    A ramp bets on features below their thresholds as if they were worth what active ones are: it must not reach much
+    deeper than those rise. Where they rise more, a wider one gains nothing, and where many features are near their
+    thresholds l0 could not be held.
     """
     usual = GATE_WIDTH * float(teacher.normalization(x).apply(x).float().norm(dim=1).mean())
     if width is not None:
@@ -320,8 +325,8 @@ def ramp_width(teacher: SparseAutoencoder, x: Tensor, above: Tensor, width: floa
     rises = above[above > 0].float()
     if not len(rises):
         return usual
-    height = float(rises.median())
-    return usual if GATE_HEIGHTS[0] <= height / usual <= GATE_HEIGHTS[1] else height
+    rise = float(rises.median())
+    return rise if rise < LEAST_RISE * usual else usual
 
 
 def _direct(

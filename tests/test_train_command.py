@@ -50,7 +50,7 @@ def test_stage_2_holds_what_stage_1_noted_and_improves_on_it(place, activations,
     scores = {one: reconstruction(sae, x) for one, sae in (("teacher", load_teacher("teacher")), ("rsae", rsae))}
     with open("run/metrics.jsonl") as lines:
         last = [json.loads(line)["l0"] for line in lines][-5:]
-    assert sum(last) / 5 == pytest.approx(metadata["train_at_l0"], rel=0.25)
+    assert sum(last) / 5 == pytest.approx(metadata["stage1"]["train_l0"], rel=0.25)
     assert scores["rsae"].mse < scores["teacher"].mse
 
 

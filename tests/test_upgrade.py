@@ -164,19 +164,19 @@ def test_the_ramps_width_changes_how_it_trains_and_not_the_code(teachers, activa
             upgrade(teachers["relu"], activations, width=width, form=form)
 
 
-def test_a_ramp_reaches_as_deep_as_active_codes_rise_where_those_are_small_or_large(teachers, activations):
+def test_a_ramp_reaches_no_deeper_than_active_codes_rise_where_those_are_small(teachers, activations):
     teacher = teachers["relu"]
     usual = float(upgrade(teacher, activations, width=1.0).gate.input_scale.detach())
     with torch.no_grad():
-        # Every activation in a sample: the height is that of all.
+        # The sample is all activations, so that the rise is that of all.
         z = teacher.encode(activations)
-        for wanted in (0.3, 0.69, 0.71, 1.0, 1.59, 1.61, 4.0):
+        for wanted in (0.3, 0.69, 0.71, 1.0, 4.0):
             factor = wanted * usual / float(z[z != 0].median())
             scaled = copy.deepcopy(teacher)
             for name, by in (("W_enc", factor), ("b_enc", factor), ("W_dec", 1 / factor)):
                 getattr(scaled, name).mul_(by)
             width = float(upgrade(scaled, activations).gate.input_scale.detach()) / usual
-            assert width == pytest.approx(1.0 if 0.7 < wanted < 1.6 else wanted, rel=5e-3)
+            assert width == pytest.approx(1.0 if wanted > 0.7 else wanted, rel=5e-3)
 
 
 def test_a_ramp_of_another_degree_fits_too(teachers, activations):

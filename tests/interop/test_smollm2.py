@@ -33,7 +33,7 @@ def upgraded(tmp_path_factory):
     teacher = make_teacher(TeacherPlan("relu", 512, steps=100), splits, splits.train.tensor())[0]
     teacher.metadata.update(model_name=host.name, hook_name=host.default_hook, activation_scale=splits.train.scale)
     rsae = upgrade(teacher, splits.train)
-    train(rsae, splits.train, steps=20, target_l0=rsae.metadata["stage1"]["teacher_l0"], progress=False)
+    train(rsae, splits.train, steps=20, progress=False)
     folder = tmp_path_factory.mktemp("upgraded") / "rsae"
     return rsae.fold_activation_scale_(splits.train.scale).save_pretrained(folder)
 
