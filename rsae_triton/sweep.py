@@ -21,14 +21,13 @@ from .activations import HostModel, Splits, check_corpus, load_corpus, load_host
 from .base import SparseAutoencoder
 from .checks import check_integer, check_number
 from .contenders import CONTENDERS, contender
-from .errors import ConfigError, FormatError
+from .errors import ConfigError
 from .evaluate import compare
 from .evaluate.compare import splice_of
 from .files import write_text
 from .recipes import RECIPES, training_l0
 from .report.fronts import write_sweep_report
-from .teach import FAMILIES, TeacherPlan, make_teacher, splits_for
-from .teachers import load_teacher
+from .teach import FAMILIES, TeacherPlan, make_teacher, saved_teacher, splits_for
 from .train import LR, train
 from .upgrade import upgrade
 
@@ -52,7 +51,8 @@ class Sweep:
     sparsities: tuple[float, ...] = (0.5, 1.0, 2.0)
     """Factors on a family's usual density: k is multiplied by them, a sparsity weight divided."""
     hooks: tuple[str, ...] = ("",)
-    """Where to read, in TransformerLens' names; the middle of the model when empty."""
+    """Where to read, in TransformerLens' names; when empty, where a saved teacher says it reads, else the middle of the
+    model."""
     widths: tuple[int, ...] = (2304,)
     """Features of the teachers trained here."""
     seeds: tuple[int, ...] = (0,)
@@ -104,18 +104,18 @@ class Sweep:
             raise ConfigError(f"--split is {self.split!r}; choose test or validation")
         for teacher in self.teachers:
             if teacher not in FAMILIES:
-                try:
-                    load_teacher(teacher)
-                except FormatError as error:
-                    raise FormatError(f"--teachers {teacher} is none of {', '.join(FAMILIES)}, and: {error}") from error
+                saved_teacher("--teachers", teacher)
 
     def cells(self) -> Iterator[Cell]:
+        """Every teacher of the sweep; a saved one is read where it says, unless a hook is given."""
+        saved = [teacher for teacher in self.teachers if teacher not in FAMILIES] if "" in self.hooks else []
+        own = {teacher: saved_teacher("--teachers", teacher).metadata.get("hook_name") for teacher in saved}
         for hook in self.hooks:
             for width, teacher, sparsity, seed in itertools.product(
                 self.widths, self.teachers, self.sparsities, self.seeds
             ):
                 if teacher in FAMILIES or (width == self.widths[0] and sparsity == self.sparsities[0]):
-                    yield Cell(self, hook, width, teacher, sparsity, seed)
+                    yield Cell(self, hook or own.get(teacher) or "", width, teacher, sparsity, seed)
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,8 @@ def run_cell(cell: Cell, host: HostModel, splits: Splits) -> dict[str, Any]:
     x = splits.train.tensor().to(host.device)
     plan = cell.plan()
     if plan is None:
-        teacher = load_teacher(cell.teacher).to(host.device).fold_activation_scale_(1 / splits.train.scale)
+        teacher = saved_teacher("--teachers", cell.teacher).to(host.device)
+        teacher.fold_activation_scale_(1 / splits.train.scale)
     else:
         teacher, _ = make_teacher(plan, splits, x, label=f"{cell.label} teacher")
     init = upgrade(teacher, x)

@@ -183,6 +183,16 @@ def test_tables_mark_only_what_the_interval_shows():
     assert "±" not in one
 
 
+def test_a_saved_teacher_is_read_where_it_says(tiny, tmp_path):
+    for name, metadata in (("placed", {"hook_name": "blocks.3.hook_resid_pre"}), ("placeless", {})):
+        ReluSAE(16, 32, metadata=metadata).save_pretrained(tmp_path / name)
+    teachers = (str(tmp_path / "placed"), str(tmp_path / "placeless"), "relu")
+    config = replace(tiny, teachers=teachers, sparsities=(1.0,), seeds=(0,))
+    assert [cell.hook for cell in config.cells()] == ["blocks.3.hook_resid_pre", "", ""]
+    given = replace(config, hooks=("blocks.1.hook_resid_pre",))
+    assert {cell.hook for cell in given.cells()} == {"blocks.1.hook_resid_pre"}
+
+
 def test_sweep_json_holds_every_cell(tiny):
     page = sweep(replace(tiny, sparsities=(1.0,)))
     stored = json.loads((Path(page).parent / "sweep.json").read_text())
