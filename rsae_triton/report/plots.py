@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..base import SparseAutoencoder
 from ..sae import FusedRationalSAE
-from .codes import Codes, encode_sparse, mse_against_l0, subset
+from .codes import Codes, codes_of, mse_against_l0, subset
 from .gates import GatePicture, gate_picture
 from .scores import number
 from .style import COLOURS, NAMES, ROLES, line
@@ -92,7 +92,7 @@ def readme_figure(
         metrics, logs, saes, x, seed: as for `write_report`; the logs are not drawn.
     """
     x = x[subset(len(x), seed)]
-    codes = {role: encode_sparse(saes[role], x) for role in ROLES}
+    codes = {role: codes_of(saes[role], x) for role in ROLES}
     figure = _figure(width=2 * _SIZE[0], height=4.4)
     left, right = figure.subfigures(1, 2)
     _draw_gates(left, picture_of(saes, codes, x), zoom=True)
