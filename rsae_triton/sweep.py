@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -75,7 +75,7 @@ class Sweep:
     """Tokens per step."""
     sequences: int = 48
     """Held-out sequences to splice into for delta_ce; 0 for reconstruction only."""
-    split: str = "test"
+    split: Literal["test", "validation"] = "test"
     """Which held-out split is scored: test, or validation while choosing."""
     device: str | None = None
     """cpu or cuda; CUDA where there is one when not given."""

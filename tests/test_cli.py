@@ -6,6 +6,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
+from rsae_triton import __version__
 from rsae_triton.cli import main
 from rsae_triton.demo import Demo, Stages, check_width, make_teacher, place
 from rsae_triton.errors import ShapeError
@@ -127,3 +128,8 @@ def test_stages_time_what_they_name():
     with stages.stage("one"):
         pass
     assert list(stages.seconds) == ["one"]
+
+
+def test_the_version_is_the_packages(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.split() == ["rsae-triton", __version__]
