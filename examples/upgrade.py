@@ -11,7 +11,7 @@ host = rt.load_host(model, hook_name=teacher.metadata.get("hook_name"))
 train, _, test = extract_splits(host, load_corpus(text), n_train=20_000, n_validation=2_000, n_test=2_000)
 teacher.fold_activation_scale_(1 / train.scale)  # from the model's units to the store's
 rsae = rt.upgrade(teacher, train)  # stage 1
-rt.train(rsae, train, steps=100, target_l0=rsae.metadata["stage1"]["teacher_l0"])  # stage 2
+rt.train(rsae, train, steps=100, target_l0=rsae.metadata["train_at_l0"])  # stage 2
 scores = rt.evaluate(rsae, host, test, n_sequences=8)
 rsae.fold_activation_scale_(train.scale).save_pretrained(out, metrics={"rsae": scores})
 print(f"{out}: l0 {scores['l0']:.1f}, fvu {scores['fvu']:.4f}, delta_ce {scores['delta_ce']:.4f}")

@@ -26,12 +26,11 @@ from .errors import ConfigError, ShapeError
 from .evaluate import compare
 from .evaluate.compare import splice_of
 from .files import check_folder, write_text
-from .recipes import training_l0
 from .report import summary_table, write_report
 from .teach import FAMILIES, TeacherPlan, objective_of, saved_teacher, splits_for
 from .teach import make_teacher as train_or_load
 from .train import TrainLog, train
-from .upgrade import parse_degree, upgrade
+from .upgrade import TARGET, parse_degree, upgrade
 
 SHARED = ("W_enc", "b_enc", "W_dec", "b_dec")
 
@@ -138,7 +137,7 @@ def run(demo: Demo) -> Path:
     with stages.stage("Stage 1: upgrade"):
         init = upgrade(teacher, x, degree=demo.degree, form="direct" if demo.recipe == "paper" else "auto")
         console.print(f"  {init.metadata['stage1']['summary']}")
-    target_l0 = training_l0(teacher, init.metadata["stage1"]["teacher_l0"])
+    target_l0 = init.metadata[TARGET]
     rsae, control = copy.deepcopy(init), copy.deepcopy(teacher)
     options: dict[str, Any] = {"steps": demo.steps, "batch_size": demo.batch_size, "seed": demo.seed + 1}
     with stages.stage("Stage 2: Rational SAE"):

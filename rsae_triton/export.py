@@ -11,6 +11,7 @@ from .checks import check_finite, check_tensor
 from .errors import ConfigError, ShapeError
 from .sae import FusedRationalSAE
 from .teachers import JumpReluSAE
+from .upgrade import TARGET
 
 _FEATURES = 512  # fitted at once: a sorted column of the sample is held for each
 
@@ -77,7 +78,7 @@ def to_jumprelu(sae: FusedRationalSAE, activations: Tensor) -> tuple[JumpReluSAE
         apply_b_dec_to_input=sae.apply_b_dec_to_input,
         normalize_activations=sae.normalize_activations,
         device=sae.W_enc.device,
-        metadata={name: value for name, value in sae.metadata.items() if name != "stage1"},
+        metadata={name: value for name, value in sae.metadata.items() if name not in ("stage1", TARGET)},
         initialise=False,
     )
     jumprelu.W_enc.copy_(sae.W_enc.float() * gain)

@@ -25,11 +25,11 @@ from .errors import ConfigError
 from .evaluate import compare
 from .evaluate.compare import splice_of
 from .files import write_text
-from .recipes import RECIPES, training_l0
+from .recipes import RECIPES
 from .report.fronts import write_sweep_report
 from .teach import FAMILIES, TeacherPlan, make_teacher, saved_teacher, splits_for
 from .train import LR, train
-from .upgrade import upgrade
+from .upgrade import TARGET, upgrade
 
 SCHEMA = 1
 
@@ -238,7 +238,7 @@ def run_cell(cell: Cell, host: HostModel, splits: Splits) -> dict[str, Any]:
     else:
         teacher, _ = make_teacher(plan, splits, x, label=f"{cell.label} teacher")
     init = upgrade(teacher, x)
-    target_l0 = training_l0(teacher, init.metadata["stage1"]["teacher_l0"])
+    target_l0 = init.metadata[TARGET]
     saes: dict[str, SparseAutoencoder] = {"teacher": teacher, "init": init}
     logs = {}
     for name in config.contenders:

@@ -16,16 +16,13 @@ from .checks import parse_device
 from .errors import ConfigError, FormatError
 from .evaluate.held_out import load_sae
 from .files import check_folder
-from .recipes import training_l0
 from .settings import TrainSettings
 from .train import train
-from .upgrade import parse_coefficients, parse_degree
+from .upgrade import TARGET, parse_coefficients, parse_degree
 from .upgrade import upgrade as stage_1
 
 UNITS = "trained_at_scale"
 """In the metadata of an SAE under training: what the store multiplies activations by."""
-TARGET = "train_at_l0"
-"""In the metadata after stage 1: the l0 to hold in stage 2."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +114,6 @@ def run_upgrade(config: Upgrade) -> Path:
         thresholds=config.thresholds,
         width=config.width,
     )
-    rsae.metadata[TARGET] = training_l0(teacher, rsae.metadata["stage1"]["teacher_l0"])
     print(f"{rsae.metadata['stage1']['summary']}; rsae train holds l0 at {rsae.metadata[TARGET]:.2f}")
     return rsae.fold_activation_scale_(store.scale).save_pretrained(config.out)
 

@@ -16,15 +16,18 @@ from .checks import check_finite, check_integer, check_number, check_seed, check
 from .errors import ConfigError, NumericsError, ShapeError
 from .gate import RationalGate
 from .ops import resolve_backend
+from .recipes import training_l0
 from .reference import GateSpec
 from .remez import GateFit, fit_gate
 from .sae import FusedRationalSAE
 from .teachers import BatchTopKSAE, JumpReluSAE, ReluSAE, TopKSAE
 from .topk_rational import TopKRationalSAE
 
+TARGET = "train_at_l0"
+"""In the metadata after stage 1: the l0 to hold in stage 2 (`recipes.training_l0`)."""
 LADDER = ((3, 2), (5, 4), (7, 6), (9, 8))
-# A direct JumpReLU is fitted with its jump at THETA of the clip, so that codes up to 1 / THETA thresholds are covered.
 HISTOGRAM_TOKENS = 2048
+# A direct JumpReLU is fitted with its jump at THETA of the clip, so that codes up to 1 / THETA thresholds are covered.
 THETA, MARGIN = 0.1, 0.02
 # C_in of the gated form, in units of the activations' mean norm; chosen in docs/experiments.md.
 GATE_WIDTH = 0.02
@@ -109,7 +112,9 @@ def upgrade(
         n_tokens: how many activations to calibrate on. backend: of the result. seed: of the sample.
 
     Returns:
-        The Rational SAE; metadata["stage1"] says how well it reproduces its teacher (`StageOne`).
+        The Rational SAE; metadata["stage1"] says how well it reproduces its teacher (`StageOne`), and
+        metadata["train_at_l0"] what to give `train` as target_l0: the teacher's l0, and 4 % for a margin (a code can be
+        thresholded down to the teacher's l0, never up to it; not so for TopK).
 
     Raises:
         ShapeError, NumericsError: activations that do not fit or are not finite. ConfigError: a bad setting, or a
@@ -179,6 +184,7 @@ def upgrade(
             **facts,
         )
     rsae.metadata["stage1"] = {**asdict(report), "summary": report.summary}
+    rsae.metadata[TARGET] = training_l0(teacher, report.teacher_l0)
     return rsae
 
 

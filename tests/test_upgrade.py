@@ -65,6 +65,7 @@ def test_direct_code_is_calibrated_to_the_real_density(teachers, activations, na
     stage = rsae.metadata["stage1"]
     assert stage["relative_error"] < stage["initial_relative_error"]
     assert stage["l0"] == pytest.approx(stage["teacher_l0"], rel=0.02)
+    assert rsae.metadata["train_at_l0"] == pytest.approx(1.04 * stage["teacher_l0"])
     assert stage["lower_bound"] / stage["error"] > 0.999
     # The jump's margin holds some of the mass here; the best (9,8) leaves 1.4 %.
     assert stage["relative_error"] <= (0.01 if name == "relu" else 0.02)
