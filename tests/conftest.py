@@ -32,6 +32,14 @@ def untraced(function):
     return run
 
 
+@pytest.fixture(autouse=True)
+def products_are_as_precise_as_before():
+    """Commands that train let products round to bfloat16; the tests after them must not see that."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def kernels_are_not_traced():
     """Interpreting a kernel calls a function for every number; tracing each would double the time of the tests.
