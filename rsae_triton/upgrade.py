@@ -17,8 +17,8 @@ from .errors import ConfigError, NumericsError, ShapeError
 from .gate import RationalGate
 from .ops import resolve_backend
 from .recipes import training_l0
-from .reference import GateSpec
 from .remez import GateFit, fit_gate
+from .remez.problem import parse_degree as remez_degree
 from .sae import FusedRationalSAE
 from .teachers import BatchTopKSAE, JumpReluSAE, ReluSAE, TopKSAE
 from .topk_rational import TopKRationalSAE
@@ -190,14 +190,7 @@ def upgrade(
 
 def parse_degree(degree: str | tuple[int, int]) -> tuple[int, int] | None:
     """(p, q) from a pair or "p,q"; None for "auto"."""
-    if degree == "auto":
-        return None
-    try:
-        p, q = (int(part) for part in (degree.split(",") if isinstance(degree, str) else degree))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"degree is {degree!r}; give 'auto' or two integers such as 9,8") from error
-    GateSpec(p, q)  # refuses degrees that no gate has
-    return p, q
+    return None if degree == "auto" else remez_degree(degree)
 
 
 def parse_coefficients(coefficients: str | int) -> str | int:
