@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -96,7 +97,8 @@ def upgrade(
 
     Args:
         teacher: a ReLU, JumpReLU, TopK or BatchTopK SAE.
-        activations: [n, d_in] in the teacher's units, or an `ActivationStore`.
+        activations: [n, d_in] in the teacher's units, or an `ActivationStore` (with a warning where it is of another
+            hook than the teacher's metadata name).
         form: "gated" (z = h * r, zeros by thresholds; "auto") or "direct" (the paper's z = r).
         degree: (p, q), "p,q", or "auto": the smallest of the ladder whose code is within `tolerance`.
         coefficients: "shared", "per_feature", or a number of groups: features whose active pre-activations are
@@ -139,6 +141,13 @@ def upgrade(
     if width != 1 and form == "direct":
         raise ConfigError(f"width is {width}; the direct form has no ramp: leave it at 1, or use form='gated'")
     pair = parse_degree(degree)
+    read, named = getattr(activations, "manifest", {}).get("hook_name"), teacher.metadata.get("hook_name")
+    if read and named and read != named:
+        warnings.warn(
+            f"the activations were read at {read}, the teacher says that it reads {named}; unless these are two names "
+            "of one place, extract them there",
+            stacklevel=2,
+        )
     resolve_backend(backend, teacher.W_enc.device, teacher.W_enc.dtype)
     x = sample(activations, teacher, n_tokens, seed)
     with torch.no_grad():
