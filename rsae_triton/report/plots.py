@@ -129,11 +129,10 @@ def _draw_gates(figure: Any, picture: GatePicture, zoom: bool) -> None:
     axes.patch.set_visible(False)
     h = picture.h
     rsae, soft = picture.rsae, picture.rational
-    axes.fill_between(h, rsae.low, rsae.high, color=COLOURS["rsae"], alpha=0.18, linewidth=0, label="RSAE, 10–90 %")
+    band = {"alpha": 0.18, "linewidth": 0}
+    axes.fill_between(h, rsae.low, rsae.high, color=COLOURS["rsae"], label="RSAE, 80 % of features", **band)
     if np.any(picture.teacher.high != picture.teacher.low):
-        axes.fill_between(
-            h, picture.teacher.low, picture.teacher.high, color=COLOURS["teacher"], alpha=0.18, linewidth=0
-        )
+        axes.fill_between(h, picture.teacher.low, picture.teacher.high, color=COLOURS["teacher"], **band)
     axes.plot(h, picture.init.median, **line("init"))
     axes.plot(h, soft.median, **line("rsae", linestyle=(0, (1, 1)), linewidth=1.2, label="RSAE, rational (no zeros)"))
     axes.plot(h, rsae.median, **line("rsae"))
