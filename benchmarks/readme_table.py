@@ -18,6 +18,7 @@ from typing import Any
 import tyro
 
 from rsae_triton.report.fronts import interval, with_sd, write_front
+from rsae_triton.report.scores import paired_difference
 
 COMMITTED = Path("benchmarks/results/demo-smollm2.json")
 GRID = Path("benchmarks/results/reproduce-smollm2.json")
@@ -53,9 +54,13 @@ def table(metrics: dict[str, Any]) -> str:
     rsae, control = metrics["matched_l0"]["rsae"], metrics["matched_l0"]["control"]
     gain = 100 * (1 - rsae["mse"] / control["mse"])
     verdict = f"{gain:.1f} % below" if gain >= 0 else f"{-gain:.1f} % above"
+    paired = paired_difference(metrics, "delta_ce")
+    nats = "" if paired is None else "; Δ CE differs by {:+.3f} ({:+.3f} to {:+.3f}, paired by sequence)"
+    l0 = metrics["teacher"]["l0"]
     lines += [
         "",
-        f"The RSAE's error at equal l0 ({metrics['teacher']['l0']:.2f} features a token) is {verdict} the control's. "
+        f"The RSAE's error at equal l0 ({l0:.2f} features a token) is {verdict} the control's"
+        f"{nats.format(*(paired or ()))}. "
         f"{meta['model']}, {meta['hook']}, {meta['teacher']} teacher, {meta['configuration']['d_sae']} features; "
         f"{meta['train_tokens']:,} training and {meta['test_tokens']:,} held-out tokens, "
         f"{rsae['n_sequences']} spliced sequences, seed {meta['seed']} (one run); {meta['machine']}, "
@@ -70,7 +75,7 @@ def grid_table(result: dict[str, Any], sparsities: tuple[float, ...] | None = No
     titles += ("RSAE − control (95 %)", "RSAE − rectangle", "Δ CE: control", "RSAE", "RSAE − control (95 %)")
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     rows = [row for row in result["rows"] if sparsities is None or row["sparsity"] in sparsities]
-    for row in sorted(rows, key=family_order):
+    for row in sorted(rows, key=row_order):
         equal = {name: kinds["matched"] for name, kinds in row["scores"].items()}
         against = row["against"]
         line = [
@@ -80,12 +85,14 @@ def grid_table(result: dict[str, Any], sparsities: tuple[float, ...] | None = No
             f"{row['l0']['mean']:.1f}",
             f"{len(row['seeds'])}",
         ]
-        line += [with_sd(equal[name]["mse"], ".2f") for name in ("teacher", "control", "rectangle", "rsae")]
+        line += [mse_cell(equal, name) for name in ("teacher", "control", "rectangle", "rsae")]
         line += [interval(against["mse"][name], relative=True) for name in ("control", "rectangle")]
         line += [with_sd(equal[name]["delta_ce"], ".3f") for name in ("control", "rsae")]
         line.append(interval(against["delta_ce"]["control"], relative=False))
         lines.append("| " + " | ".join(line) + " |")
-    return "\n".join([*lines, "", origin(result)])
+    sparser = "@: the l0 of a code more than 1 % sparser than the teacher, which stays as it is. "
+    sparser *= any(" @ " in line for line in lines)
+    return "\n".join([*lines, "", sparser + origin(result)])
 
 
 def origin(result: dict[str, Any]) -> str:
@@ -109,7 +116,7 @@ def controls_table(result: dict[str, Any]) -> str:
     titles += ("Δ CE: thresholds", "scratch", "control", "RSAE", "RSAE − scratch (95 %)")
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     shown = ("thresholds", "scratch", "control", "rsae")
-    for row in sorted(result["rows"], key=family_order):
+    for row in sorted(result["rows"], key=row_order):
         if "scratch" not in row["scores"]:
             continue
         equal = {name: row["scores"][name]["matched"] for name in shown}
@@ -119,6 +126,12 @@ def controls_table(result: dict[str, Any]) -> str:
             line.append(interval(row["against"][metric]["scratch"], relative=metric == "mse"))
         lines.append("| " + " | ".join(line) + " |")
     return "\n".join([*lines, "", origin(result)])
+
+
+def mse_cell(equal: dict[str, Any], name: str) -> str:
+    """A code's mse at equal l0, with its l0 where it is sparser than the teacher to begin with."""
+    l0, target = equal[name]["l0"]["mean"], equal["teacher"]["l0"]["mean"]
+    return with_sd(equal[name]["mse"], ".2f") + (f" @ {l0:.1f}" if l0 < 0.99 * target else "")
 
 
 def fronts(result: dict[str, Any]) -> None:
@@ -131,14 +144,19 @@ def fronts(result: dict[str, Any]) -> None:
         for row, setting in zip(result["rows"], settings, strict=True)
         if setting == most
     ]
+    rows.sort(key=family)
     for metric in ("mse", "delta_ce"):
         write_front(EXPERIMENTS.with_name(f"front-{metric.replace('_', '-')}.svg"), rows, metric)
 
 
-def family_order(row: dict[str, Any]) -> tuple[float, ...]:
-    """What rows are sorted by."""
-    families = {"relu": 0, "jumprelu": 1, "topk": 2}
-    return families.get(row["teacher"], 9), -layer(row), -row["d_sae"], row["l0"]["mean"]
+def family(row: dict[str, Any]) -> int:
+    """The place of the row's teacher in tables and plots."""
+    return {"relu": 0, "jumprelu": 1, "topk": 2}.get(row["teacher"], 9)
+
+
+def row_order(row: dict[str, Any]) -> tuple[float, ...]:
+    """What the rows of tables are sorted by."""
+    return family(row), -layer(row), -row["d_sae"], row["l0"]["mean"]
 
 
 def layer(row: dict[str, Any]) -> int:

@@ -150,7 +150,7 @@ def encode(
     """
     if backend == "triton" and fused:
         save = x_c.dtype if save_h else None
-        return Codes(*kernels().encode_forward(x_c, W_enc, b_enc, gate, **_flags(spec), save_h=save))
+        return Codes(*kernels().encode_forward(x_c, W_enc, b_enc, gate, **kernel_flags(spec), save_h=save))
     shape = (W_enc.shape[1], x_c.shape[0])
     h = x_c.new_empty(shape) if space is None else space.take("h", shape, x_c)
     if b_enc is None:
@@ -172,7 +172,7 @@ def gate_forward(
     out: where the CPU backend writes z; may be h itself.
     """
     if backend == "triton":
-        return kernels().rational_forward(h, gate, **_flags(spec))
+        return kernels().rational_forward(h, gate, **kernel_flags(spec))
     if backend == "cpu":
         return cpu.gate_forward(h, gate, spec, out)
     z, counts, l1 = explicit.gate_forward(h.to(wide(h.dtype)), gate, spec)
@@ -198,7 +198,7 @@ def decode_backward(
     fused: without dz in memory, where the backend can (Triton). out: memory that dz, then dh, may take.
     """
     if backend == "triton" and fused:
-        flags = {**_flags(spec), "backward_rational": spec.backward == "rational"}
+        flags = {**kernel_flags(spec), "backward_rational": spec.backward == "rational"}
         dh, _, sums = kernels().encode_backward(g, W_dec, h, dcounts, dl1, gate, **flags)
         return Gradients(dh, sums.b_enc, _in_order(sums, gate))
     dz = torch.mm(W_dec, g.t()) if out is None else torch.mm(W_dec, g.t(), out=out)
@@ -222,7 +222,7 @@ def gate_backward(
     inplace: dz may be overwritten (take dh from what is returned).
     """
     if backend == "triton":
-        flags = {**_flags(spec), "backward_rational": spec.backward == "rational"}
+        flags = {**kernel_flags(spec), "backward_rational": spec.backward == "rational"}
         dh, sums = kernels().rational_backward(h, dz, dcounts, dl1, gate, **flags, inplace=inplace)
         return Gradients(dh, sums.b_enc, _in_order(sums, gate))
     if backend == "cpu":
@@ -240,7 +240,8 @@ def _in_order(sums: Any, gate: GateTensors) -> GateTensors:
     return GateTensors(*in_order)
 
 
-def _flags(spec: GateSpec) -> dict[str, Any]:
+def kernel_flags(spec: GateSpec) -> dict[str, Any]:
+    """What a kernel is compiled for, as its keyword arguments."""
     return {
         "p": spec.p,
         "q": spec.q,

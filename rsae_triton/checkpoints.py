@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from .files import read_json, read_safetensors
 
 SCHEMA = 1
 INFO, STATE, FOLDER = "training.json", "state", "checkpoints"
-Writer = Callable[[Path], Any]
 
 
 class Checkpoints:

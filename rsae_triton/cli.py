@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import sys
@@ -34,6 +35,10 @@ from .teach import Teach
 from .teach import teach as run_teach
 from .train_command import Export, Train, Upgrade, export, run_train, run_upgrade
 
+ABOUT = (
+    "Upgrades sparse autoencoders (SAEs) of language models into Rational SAEs, and measures what that gains. "
+    "Begin with `rsae demo`, or with `rsae doctor`. An error takes one line; --debug shows where it came from."
+)
 _EXAMPLES = re.compile(r"^ *Examples:\n(.*?)(?:\n\s*\n|\s*\Z)", re.MULTILINE | re.DOTALL)
 
 
@@ -124,6 +129,9 @@ def examples(arguments: list[str]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; 0 when it worked, 2 after an error that its one line explains."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments == ["--version"]:
+        print(f"rsae-triton {importlib.metadata.version('rsae-triton')}")
+        return 0
     debug = "--debug" in arguments
     app, gate_app = SubcommandApp(), SubcommandApp()
     for name, (command, config) in COMMANDS.items():
@@ -133,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
     gate_app.command(name="rebuild")(gates.rebuild)
     app.command(gate_app, name="gates", help="Fit rational gates, with proof.")
     try:
-        status = app.cli(args=[one for one in arguments if one != "--debug"], prog="rsae")
+        status = app.cli(args=[one for one in arguments if one != "--debug"], prog="rsae", description=ABOUT)
     except Stopped as stopped:
         Console(stderr=True, soft_wrap=True).print(escape(str(stopped)), highlight=False)
         return 0

@@ -22,15 +22,14 @@ from rich.progress import Progress
 from .activations import HostModel, Splits, check_corpus, corpus_sha256, load_corpus, load_host
 from .base import SparseAutoencoder
 from .checks import check_seed
-from .errors import ConfigError, FormatError, ShapeError
+from .errors import ConfigError, ShapeError
 from .evaluate import compare
 from .evaluate.compare import splice_of
 from .files import check_folder, write_text
 from .report import summary_table, write_report
 from .runtime import matmul_precision
-from .teach import FAMILIES, TeacherPlan, objective_of, splits_for
+from .teach import FAMILIES, TeacherPlan, objective_of, saved_teacher, splits_for
 from .teach import make_teacher as train_or_load
-from .teachers import load_teacher
 from .train import TrainLog, train
 from .upgrade import parse_degree, upgrade
 
@@ -45,17 +44,19 @@ class Demo:
         rsae demo
         rsae demo --teacher topk --out out/topk
         rsae demo --model gpt2 --text my_texts/ --d-sae 24576
-        rsae demo --teacher path/to/sae --hook blocks.8.hook_resid_pre
+        rsae demo --teacher path/to/sae
     """
 
-    model: str = "smollm2"
-    """Host model: smollm2 (embedded default), a .gguf file, a model folder, or a hub id such as gpt2."""
+    model: str | None = None
+    """Host model: smollm2 (embedded), a .gguf file, a model folder, or a hub id such as gpt2; the one that a saved
+    teacher names when not given, else smollm2."""
     text: tuple[str, ...] = ("demo",)
     """Text to read activations from: demo, files, folders, or a hub dataset."""
     hook: str | None = None
-    """Where to read, in TransformerLens' names; the middle of the model when not given."""
+    """Where to read, in TransformerLens' names; where a saved teacher says it reads when not given, else the middle of
+    the model."""
     teacher: str = "relu"
-    """relu, jumprelu or topk to train one here, or the folder of a saved SAE (in the model's own units)."""
+    """relu, jumprelu, topk or batchtopk to train one here, or a saved SAE: a folder, a file or a hub id."""
     recipe: Literal["auto", "hard", "hard-trained", "paper"] = "auto"
     """Stage 2: hard trains the code that is shipped, paper is mse + l1 on the dense code."""
     degree: str = "auto"
@@ -122,10 +123,11 @@ def run(demo: Demo) -> Path:
     torch.manual_seed(demo.seed)
     console = Console()
     stages = Stages(console)
-    loaded = None if demo.teacher in FAMILIES else load_teacher(demo.teacher)
+    loaded = None if demo.teacher in FAMILIES else saved_teacher("--teacher", demo.teacher)
+    model, hook = place(demo, loaded)
 
-    with stages.stage(f"Host model {demo.model}"):
-        host = load_host(demo.model, device=demo.device, hook_name=demo.hook)
+    with stages.stage(f"Host model {model}"):
+        host = load_host(model, device=demo.device, hook_name=hook)
         check_width(loaded, host, demo.teacher)
     with stages.stage("Text and activations"):
         documents = load_corpus(list(demo.text))
@@ -188,10 +190,12 @@ def check(demo: Demo) -> None:
         raise ConfigError(f"--sequences is {demo.sequences}; an interval takes at least 2, better 48")
     if demo.tokens < demo.batch_size:
         raise ConfigError(f"--tokens {demo.tokens} is less than one batch of {demo.batch_size}; give more")
-    if demo.teacher not in FAMILIES and not Path(demo.teacher).exists():
-        raise FormatError(
-            f"--teacher {demo.teacher} is neither one of {', '.join(FAMILIES)} nor an existing folder; check the path"
-        )
+
+
+def place(demo: Demo, teacher: SparseAutoencoder | None) -> tuple[str, str | None]:
+    """Model and hook: what the command line names, else what a saved teacher says, else the default (hook None)."""
+    said = {} if teacher is None else teacher.metadata
+    return demo.model or said.get("model_name") or "smollm2", demo.hook or said.get("hook_name")
 
 
 def check_width(teacher: SparseAutoencoder | None, host: HostModel, source: str) -> None:

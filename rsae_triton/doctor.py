@@ -1,4 +1,4 @@
-"""`rsae doctor`: what this machine has, what will run on it and why, and a self test of two seconds."""
+"""`rsae doctor`: what this machine has, what will run on it and why, and a self test of some seconds."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ OPTIONAL: dict[str, tuple[str, str, str]] = {
 
 @dataclass(frozen=True)
 class Doctor:
-    """Say what is installed, which backend will run and why, and test it for two seconds.
+    """Say what is installed, which backend will run and why, and test it for some seconds.
 
     Ends with 1 if something is wrong that will make a run fail.
 

@@ -155,7 +155,7 @@ class RationalGate(nn.Module):
 
         Args:
             fit: what `fit_gate` returned: for form="direct" a fit of the gate itself, for form="gated" a fit of
-                the step at 0.
+                the ramp, or of the step at 0.
             thresholds: per-feature thresholds [d_sae] in units of h. In the direct form one shared (a, b) serves
                 them all because a JumpReLU is homogeneous, J_theta(l h) = l J_{theta/l}(h): feature f gets
                 C_in = C_out = thresholds[f] / fit.theta. In the gated form they become theta_f.

@@ -203,7 +203,7 @@ def run_plan(plan: Plan, console: Console | None = None) -> list[Estimate]:
     if console is None:
         console = Console()
         # Thirteen columns squeezed into 80 characters say nothing; a narrow terminal folds the lines instead.
-        console = Console(width=max(console.width, 150))
+        console = Console(width=max(console.width, 170))
     best = found[0]
     console.print(
         f"d_in {plan.d_in}, d_sae {plan.d_sae}, {plan.tokens} tokens a step, {plan.precision} products, "
@@ -211,18 +211,20 @@ def run_plan(plan: Plan, console: Console | None = None) -> list[Estimate]:
         highlight=False,
     )
     table = Table()
-    for name in ("GPUs: tokens x features", "strategy", "weights", "grad + Adam", "copies", "activations", "GB per GPU",
-                 "fits", "compute ms", "update ms", "network ms", "step ms", "tokens/s"):  # fmt: skip
-        table.add_column(name, justify="left" if name == "strategy" else "right")
+    sizes = ("weights", "grad + Adam", "copies", "activations", "all")
+    times = ("compute", "update", "network", "step")
+    for name in ("GPUs, tokens\nx features", "\n--memory", *(f"{one}\nGB" for one in sizes), "\nfits",
+                 *(f"{one}\nms" for one in times), "\ntokens/s"):  # fmt: skip
+        table.add_column(name, justify="left" if "memory" in name else "right", no_wrap=True)
     for one in shown:
         parts = [f"{part / 1e9:.2f}" for part in (one.weights, one.optimiser, one.copies, one.activations, one.bytes)]
-        times = [f"{1e3 * part:.1f}" for part in (one.compute, one.update, one.communication, one.seconds)]
+        spent = [f"{1e3 * part:.1f}" for part in (one.compute, one.update, one.communication, one.seconds)]
         table.add_row(
             f"{one.tokens_over} x {one.features_over}",
             f"{one.strategy}{f' ({one.pieces})' if one.pieces else ''}",
             *parts,
             "yes" if one.fits else "no",
-            *times,
+            *spent,
             f"{plan.tokens / one.seconds:,.0f}",
         )
     console.print(table)

@@ -171,7 +171,7 @@ def _by_kernels(
     x_c: Tensor, W_enc: Tensor, b_enc: Tensor, gate: GateTensors, spec: GateSpec, capacity: int | None, k: int | None
 ) -> SparseCode:
     d_sae = W_enc.shape[1]
-    flags = {name: value for name, value in backends._flags(spec).items() if name != "hard"}
+    flags = {name: value for name, value in backends.kernel_flags(spec).items() if name != "hard"}
     places = min(capacity or CAPACITY if k is None else 2 * k + 32, d_sae)
     while True:
         found = backends.kernels().sparse_encode(x_c, W_enc, b_enc, gate, **flags, capacity=places, k=k)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -21,15 +21,14 @@ from .activations import HostModel, Splits, check_corpus, load_corpus, load_host
 from .base import SparseAutoencoder
 from .checks import check_integer, check_number
 from .contenders import CONTENDERS, contender
-from .errors import ConfigError, FormatError
+from .errors import ConfigError
 from .evaluate import compare
 from .evaluate.compare import splice_of
 from .files import write_text
 from .recipes import RECIPES
 from .report.fronts import write_sweep_report
 from .runtime import matmul_precision
-from .teach import FAMILIES, TeacherPlan, make_teacher, splits_for
-from .teachers import load_teacher
+from .teach import FAMILIES, TeacherPlan, make_teacher, saved_teacher, splits_for
 from .train import LR, train
 from .upgrade import upgrade
 
@@ -53,7 +52,8 @@ class Sweep:
     sparsities: tuple[float, ...] = (0.5, 1.0, 2.0)
     """Factors on a family's usual density: k is multiplied by them, a sparsity weight divided."""
     hooks: tuple[str, ...] = ("",)
-    """Where to read, in TransformerLens' names; the middle of the model when empty."""
+    """Where to read, in TransformerLens' names; when empty, where a saved teacher says it reads, else the middle of the
+    model."""
     widths: tuple[int, ...] = (2304,)
     """Features of the teachers trained here."""
     seeds: tuple[int, ...] = (0,)
@@ -76,7 +76,7 @@ class Sweep:
     """Tokens per step."""
     sequences: int = 48
     """Held-out sequences to splice into for delta_ce; 0 for reconstruction only."""
-    split: str = "test"
+    split: Literal["test", "validation"] = "test"
     """Which held-out split is scored: test, or validation while choosing."""
     device: str | None = None
     """cpu or cuda; CUDA where there is one when not given."""
@@ -105,18 +105,18 @@ class Sweep:
             raise ConfigError(f"--split is {self.split!r}; choose test or validation")
         for teacher in self.teachers:
             if teacher not in FAMILIES:
-                try:
-                    load_teacher(teacher)
-                except FormatError as error:
-                    raise FormatError(f"--teachers {teacher} is none of {', '.join(FAMILIES)}, and: {error}") from error
+                saved_teacher("--teachers", teacher)
 
     def cells(self) -> Iterator[Cell]:
+        """Every teacher of the sweep; a saved one is read where it says, unless a hook is given."""
+        saved = [teacher for teacher in self.teachers if teacher not in FAMILIES] if "" in self.hooks else []
+        own = {teacher: saved_teacher("--teachers", teacher).metadata.get("hook_name") for teacher in saved}
         for hook in self.hooks:
             for width, teacher, sparsity, seed in itertools.product(
                 self.widths, self.teachers, self.sparsities, self.seeds
             ):
                 if teacher in FAMILIES or (width == self.widths[0] and sparsity == self.sparsities[0]):
-                    yield Cell(self, hook, width, teacher, sparsity, seed)
+                    yield Cell(self, hook or own.get(teacher) or "", width, teacher, sparsity, seed)
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,8 @@ def run_cell(cell: Cell, host: HostModel, splits: Splits) -> dict[str, Any]:
     x = splits.train.tensor().to(host.device)
     plan = cell.plan()
     if plan is None:
-        teacher = load_teacher(cell.teacher).to(host.device).fold_activation_scale_(1 / splits.train.scale)
+        teacher = saved_teacher("--teachers", cell.teacher).to(host.device)
+        teacher.fold_activation_scale_(1 / splits.train.scale)
     else:
         teacher, _ = make_teacher(plan, splits, x, label=f"{cell.label} teacher")
     init = upgrade(teacher, x)

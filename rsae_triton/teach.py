@@ -16,12 +16,12 @@ from torch import Tensor
 from .activations import Splits, cache_dir, check_corpus, extract_splits, load_corpus, load_host
 from .base import SparseAutoencoder
 from .checks import check_number
-from .errors import ConfigError
+from .errors import ConfigError, FormatError, SourceError
 from .evaluate import reconstruction
 from .files import check_folder, write_text
 from .recipes import RECIPES, Recipe, recipe_for
 from .runtime import matmul_precision
-from .teachers import BatchTopKSAE, JumpReluSAE, ReluSAE, TopKSAE
+from .teachers import BatchTopKSAE, JumpReluSAE, ReluSAE, TopKSAE, load_teacher
 from .train import TrainLog, train
 
 FAMILIES: dict[str, type[SparseAutoencoder]] = {
@@ -164,6 +164,21 @@ def teach(config: Teach) -> Path:
     teacher.fold_activation_scale_(splits.train.scale)
     teacher.metadata.update(model_name=host.name, hook_name=splits.train.manifest["hook_name"])
     return teacher.save_pretrained(config.out)
+
+
+def saved_teacher(option: str, source: str) -> SparseAutoencoder:
+    """The teacher that a command was given in the place of a family's name.
+
+    Args:
+        option: how the command line calls it, for the error.
+
+    Raises:
+        FormatError, SourceError: as `load_teacher`, naming the families too.
+    """
+    try:
+        return load_teacher(source)
+    except (FormatError, SourceError) as error:
+        raise type(error)(f"{option} {source} is none of {', '.join(FAMILIES)}, and: {error}") from error
 
 
 def splits_for(host: Any, documents: list[Any], tokens: int, seed: int = 0) -> Splits:

@@ -52,7 +52,7 @@ def train(
     mesh: Mesh | None = None,
     **changes: Any,
 ) -> TrainLog:
-    """Trains every parameter of `sae` in place: mse + weight * sparsity.
+    """Trains `sae` in place, all parameters but those that the recipe holds: mse + weight * sparsity.
 
     Args:
         sae: a teacher, a control or a Rational SAE; with a mesh, this process's part of it (`Mesh.shard`).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -23,7 +24,6 @@ from .upgrade import upgrade as stage_1
 
 UNITS = "trained_at_scale"
 """In the metadata of an SAE under training: what the store multiplies activations by."""
-"""In the metadata after stage 1: the l0 to hold in stage 2."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,19 +34,19 @@ class Upgrade:
         rsae upgrade out/teacher --activations STORE --out out/rational
     """
 
-    teacher: tyro.conf.Positional[Path]
-    """Folder of the teacher, in any format that load_teacher reads."""
+    teacher: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="TEACHER")]]
+    """The teacher: a folder, a file or a hub id, in any format that load_teacher reads."""
     activations: Path
     """Folder of an activation store (`rsae extract`)."""
     out: Path
     """Folder for the Rational SAE."""
     degree: str = "auto"
     """Degree of the rational, as p,q."""
-    form: str = "auto"
-    """gated, direct, or auto."""
+    form: Literal["auto", "gated", "direct"] = "auto"
+    """Of the gate: gated (auto), a smooth step with zeros by thresholds; direct, the paper's."""
     coefficients: str = "shared"
     """shared, per_feature, or a number of groups by strength."""
-    thresholds: str = "feature"
+    thresholds: Literal["feature", "token"] = "feature"
     """Of a TopK teacher: feature (fixed ones, no sort) or token (exact, by a sort)."""
     width: str = "auto"
     """Of the gated form's ramp, in units of 2 % of the activations' mean norm, or auto."""
@@ -63,17 +63,18 @@ class Train(TrainSettings):
             --steps 22000 --features-over 8
     """
 
-    sae: tyro.conf.Positional[Path]
+    sae: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="SAE")]]
     """Folder of the SAE to train, in the model's own units."""
     activations: Path
     """Folder of an activation store (`rsae extract`)."""
     out: Path = tyro.MISSING  # a field without a default would inherit None
     """Folder for sae/, metrics.jsonl and checkpoints/."""
     recipe: str = "auto"
-    """What is minimised: a name of `recipes.RECIPES`, or auto for the one that fits the SAE."""
+    """What is minimised: auto for what fits the SAE, or by name: hard, hard-trained, paper (Rational SAEs); relu,
+    jumprelu, jumprelu-tanh, topk, batchtopk."""
     split_shards: bool = False
-    """Each process that sees other tokens reads its own shards only (on disks of their own); otherwise all read rows
-    of the same batches, and the numbers are those of one process."""
+    """Each process that sees other tokens reads its own shards only (on disks of their own). Without, all read rows of
+    the same batches, and the numbers are those of one process."""
     features_over: int = 1
     """Processes that share the features of one SAE (under torchrun); the others split the tokens."""
     device: str | None = None
@@ -91,7 +92,7 @@ class Export:
         rsae export out/run --out out/so_far
     """
 
-    run: tyro.conf.Positional[Path]
+    run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
     """Folder of the run, or of one of its checkpoints."""
     out: Path
     """Folder for the SAE."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -17,15 +18,15 @@ from .errors import ConfigError, NumericsError, ShapeError
 from .gate import RationalGate
 from .ops import resolve_backend
 from .recipes import training_l0
-from .reference import GateSpec
 from .remez import GateFit, fit_gate
+from .remez.problem import parse_degree as remez_degree
 from .sae import FusedRationalSAE
 from .teachers import BatchTopKSAE, JumpReluSAE, ReluSAE, TopKSAE
 from .topk_rational import TopKRationalSAE
 
 LADDER = ((3, 2), (5, 4), (7, 6), (9, 8))
-# A direct JumpReLU is fitted with its jump at THETA of the clip, so that codes up to 1 / THETA thresholds are covered.
 HISTOGRAM_TOKENS = 2048
+# A direct JumpReLU is fitted with its jump at THETA of the clip, so that codes up to 1 / THETA thresholds are covered.
 THETA, MARGIN = 0.1, 0.02
 # C_in of the gated form, in units of the activations' mean norm, and how much of it active pre-activations must rise
 # above their thresholds in the median; chosen in docs/experiments.md.
@@ -98,7 +99,8 @@ def upgrade(
 
     Args:
         teacher: a ReLU, JumpReLU, TopK or BatchTopK SAE.
-        activations: [n, d_in] in the teacher's units, or an `ActivationStore`.
+        activations: [n, d_in] in the teacher's units, or an `ActivationStore` (with a warning where it is of another
+            hook than the teacher's metadata name).
         form: "gated" (z = h * r, zeros by thresholds; "auto") or "direct" (the paper's z = r).
         degree: (p, q), "p,q", or "auto": the smallest of the ladder whose code is within `tolerance`.
         coefficients: "shared", "per_feature", or a number of groups: features whose active pre-activations are
@@ -114,7 +116,9 @@ def upgrade(
         n_tokens: how many activations to calibrate on. backend: of the result. seed: of the sample.
 
     Returns:
-        The Rational SAE; metadata["stage1"] says how well it reproduces its teacher (`StageOne`).
+        The Rational SAE; metadata["stage1"] says how well it reproduces its teacher (`StageOne`), and at which l0 `train`
+        holds it: the teacher's, and 4 % for a margin (a code can be thresholded down to an l0, never up to it; not so
+        for TopK).
 
     Raises:
         ShapeError, NumericsError: activations that do not fit or are not finite. ConfigError: a bad setting, or a
@@ -139,6 +143,13 @@ def upgrade(
     if factor is not None and form == "direct":
         raise ConfigError(f"width is {width}; the direct form has no ramp: leave it at 'auto', or use form='gated'")
     pair = parse_degree(degree)
+    read, named = getattr(activations, "manifest", {}).get("hook_name"), teacher.metadata.get("hook_name")
+    if read and named and read != named:
+        warnings.warn(
+            f"the activations were read at {read}, the teacher says that it reads {named}; unless these are two names "
+            "of one place, extract them there",
+            stacklevel=2,
+        )
     resolve_backend(backend, teacher.W_enc.device, teacher.W_enc.dtype)
     x = sample(activations, teacher, n_tokens, seed)
     with torch.no_grad():
@@ -191,14 +202,7 @@ def upgrade(
 
 def parse_degree(degree: str | tuple[int, int]) -> tuple[int, int] | None:
     """(p, q) from a pair or "p,q"; None for "auto"."""
-    if degree == "auto":
-        return None
-    try:
-        p, q = (int(part) for part in (degree.split(",") if isinstance(degree, str) else degree))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"degree is {degree!r}; give 'auto' or two integers such as 9,8") from error
-    GateSpec(p, q)  # refuses degrees that no gate has
-    return p, q
+    return None if degree == "auto" else remez_degree(degree)
 
 
 def parse_coefficients(coefficients: str | int) -> str | int:

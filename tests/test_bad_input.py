@@ -110,7 +110,7 @@ COMMANDS = [
     ("sweep --out {new} --contenders x", "--contenders x"),
     ("sweep --out {new} --tokens 0", "--tokens is 0"),
     ("sweep --out {new} --batch-size 0", "--batch-size is 0"),
-    ("sweep --out {new} --split x", "--split is 'x'"),
+    ("sweep --out {new} --split x", "--split"),
     ("sweep --out {new} --sequences 1", "--sequences is 1"),
     ("sweep --out {new} --sparsities 0", "--sparsities is 0"),
     ("sweep --out {new} --sparsities nan", "--sparsities is nan"),

@@ -6,8 +6,9 @@ from dataclasses import asdict
 import pytest
 import torch
 
+from rsae_triton import __version__
 from rsae_triton.cli import main
-from rsae_triton.demo import Demo, Stages, check_width, make_teacher
+from rsae_triton.demo import Demo, Stages, check_width, make_teacher, place
 from rsae_triton.errors import ShapeError
 from rsae_triton.teachers import ReluSAE, TopKSAE
 
@@ -29,7 +30,7 @@ def one_line(capsys, *parts):
         (["--d-sae", "-3"], ["--d-sae"]),
         (["--sequences", "1"], ["--sequences", "at least 2"]),
         (["--tokens", "100"], ["--tokens 100", "batch of 512"]),
-        (["--teacher", "/no/such/folder"], ["/no/such/folder", "check the path"]),
+        (["--teacher", "/no/such/folder"], ["/no/such/folder", "none of relu", "give a folder"]),
         (["--model", "/no/such/model.gguf"], ["/no/such/model.gguf"]),
         (["--model", "/no/such/folder"], ["/no/such/folder"]),
     ],
@@ -62,6 +63,13 @@ def test_a_teacher_of_another_width_is_named():
     with pytest.raises(ShapeError, match=r"d_in=16.*has 576"):
         check_width(ReluSAE(16, 32), Host(), "my_sae")
     check_width(None, Host(), "relu")
+
+
+def test_a_saved_teacher_is_read_where_it_says():
+    teacher = ReluSAE(16, 32, metadata={"model_name": "gpt2", "hook_name": "blocks.8.hook_resid_pre"})
+    assert place(Demo(), teacher) == ("gpt2", "blocks.8.hook_resid_pre")
+    assert place(Demo(model="other", hook="blocks.1.hook_resid_pre"), teacher) == ("other", "blocks.1.hook_resid_pre")
+    assert place(Demo(), ReluSAE(16, 32)) == place(Demo(), None) == ("smollm2", None)
 
 
 def test_quick_is_smaller_but_keeps_what_was_set_by_hand():
@@ -120,3 +128,8 @@ def test_stages_time_what_they_name():
     with stages.stage("one"):
         pass
     assert list(stages.seconds) == ["one"]
+
+
+def test_the_version_is_the_packages(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.split() == ["rsae-triton", __version__]

@@ -15,7 +15,7 @@ from rsae_triton import upgrade
 from rsae_triton.contenders import contender, jumprelu_like
 from rsae_triton.errors import ConfigError, FormatError
 from rsae_triton.recipes import RECIPES
-from rsae_triton.report.fronts import paired, summarise, sweep_tables
+from rsae_triton.report.fronts import front_figure, paired, summarise, sweep_tables
 from rsae_triton.sweep import Sweep, sweep
 from rsae_triton.teachers import ReluSAE, TopKSAE
 
@@ -183,6 +183,24 @@ def test_tables_mark_only_what_the_interval_shows():
     one = sweep_tables(summarise(cells([90.0], [100.0])))
     assert "-10.0 %" in one
     assert "±" not in one
+
+
+def test_a_code_sparser_than_the_teacher_stands_at_its_own_l0_in_the_plot():
+    made = cells([90.0, 182.0, 36.5], [100.0, 200.0, 40.0])
+    for one in made:
+        one["scores"]["matched_l0"]["rsae"]["l0"] = 15.0
+    lines = {tuple(one.get_xdata()) for one in front_figure(summarise(made), "mse").axes[0].lines}
+    assert {(15.0,), (20.0,)} <= lines
+
+
+def test_a_saved_teacher_is_read_where_it_says(tiny, tmp_path):
+    for name, metadata in (("placed", {"hook_name": "blocks.3.hook_resid_pre"}), ("placeless", {})):
+        ReluSAE(16, 32, metadata=metadata).save_pretrained(tmp_path / name)
+    teachers = (str(tmp_path / "placed"), str(tmp_path / "placeless"), "relu")
+    config = replace(tiny, teachers=teachers, sparsities=(1.0,), seeds=(0,))
+    assert [cell.hook for cell in config.cells()] == ["blocks.3.hook_resid_pre", "", ""]
+    given = replace(config, hooks=("blocks.1.hook_resid_pre",))
+    assert {cell.hook for cell in given.cells()} == {"blocks.1.hook_resid_pre"}
 
 
 def test_sweep_json_holds_every_cell(tiny):

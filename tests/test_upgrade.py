@@ -1,6 +1,7 @@
 """Stage 1 for all three families, both forms: weights copied bit for bit, the code reproduced."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -67,9 +68,28 @@ def test_direct_code_is_calibrated_to_the_real_density(teachers, activations, na
     stage = rsae.metadata["stage1"]
     assert stage["relative_error"] < stage["initial_relative_error"]
     assert stage["l0"] == pytest.approx(stage["teacher_l0"], rel=0.02)
+    assert stage["train_l0"] == pytest.approx(1.04 * stage["teacher_l0"])
     assert stage["lower_bound"] / stage["error"] > 0.999
     # The jump's margin holds some of the mass here; the best (9,8) leaves 1.4 %.
     assert stage["relative_error"] <= (0.01 if name == "relu" else 0.02)
+
+
+def test_activations_of_another_place_are_warned_of(teachers, activations):
+    class Store:
+        manifest = {"hook_name": "blocks.16.hook_resid_pre"}  # noqa: RUF012
+
+        def tensor(self):
+            return activations
+
+    teacher = copy.deepcopy(teachers["relu"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        upgrade(teacher, Store())
+        teacher.metadata["hook_name"] = "blocks.16.hook_resid_pre"
+        upgrade(teacher, Store())
+    teacher.metadata["hook_name"] = "blocks.8.hook_resid_pre"
+    with pytest.warns(UserWarning, match=r"read at blocks\.16.*reads blocks\.8"):
+        upgrade(teacher, Store())
 
 
 def test_the_automatic_degree_climbs_until_the_code_is_good_enough(teachers, activations):

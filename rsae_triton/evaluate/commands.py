@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -54,7 +54,7 @@ class Eval(TextOptions):
         rsae eval my_sae --model gpt2 --hook blocks.8.hook_resid_pre --text my_texts/ --whole-text
     """
 
-    paths: tyro.conf.Positional[tuple[Path, ...]]
+    paths: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="SAE [SAE ...]")]]
     """Folders of saved SAEs, ours or a teacher's; the first sets the l0 at which all are compared."""
     sequences: int = 48
     """Sequences of 128 tokens to splice into; 0 leaves the language model's loss out."""

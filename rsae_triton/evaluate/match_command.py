@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -27,9 +27,9 @@ class Match(TextOptions):
         rsae match out/demo/teacher out/demo/control --tokens 50000 --changed 100 --out match.json
     """
 
-    teacher: tyro.conf.Positional[Path]
+    teacher: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="TEACHER")]]
     """Folder of the SAE whose features are the reference."""
-    sae: tyro.conf.Positional[Path]
+    sae: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="SAE")]]
     """Folder of the SAE whose every feature is matched with one of the teacher's."""
     changed: int = 20
     """How many of the most changed features to list."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..base import SparseAutoencoder
 from ..errors import ConfigError, ShapeError
-from .reconstruction import CHUNK, _check
+from .reconstruction import CHUNK, check_activations
 
 KEPT = 0.9
 # Co-moments of this many pairs of features are held at once (float64); more pairs take more passes over the text.
@@ -107,7 +107,7 @@ def match_features(
     """
     if teacher.d_in != sae.d_in:
         raise ShapeError(f"the SAEs have d_in={teacher.d_in} and {sae.d_in}; only SAEs of one place can be matched")
-    x = _check(sae, x)
+    x = check_activations(sae, x)
     if len(x) < 2:
         raise ConfigError(f"{len(x)} token gives no correlation; give at least 2, better 10000")
     partner, cosine, mutual = _by_direction(teacher, sae, pairs)

@@ -19,10 +19,6 @@ class Interval(NamedTuple):
     low: float
     high: float
 
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
-
 
 def mean_interval(values: Tensor, clusters: Tensor | None = None) -> Interval:
     """The mean of `values` [n] and its interval; for a paired difference hand in the differences.

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -37,7 +37,7 @@ class Probe(HostOptions):
         rsae probe my_sae --text reviews.jsonl --label sentiment
     """
 
-    paths: tyro.conf.Positional[tuple[Path, ...]]
+    paths: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="SAE [SAE ...]")]]
     """Folders of saved SAEs, ours or a teacher's; differences are taken to those named before."""
     tasks: tuple[str, ...] = ()
     """Only these of the built-in tasks, by name or kind; all when not given."""

@@ -83,7 +83,8 @@ def strength(z: Tensor, W_dec: Tensor) -> Tensor:
     return z.abs() * W_dec.norm(dim=1)
 
 
-def _check(sae: Codec, x: Tensor) -> Tensor:
+def check_activations(sae: Codec, x: Tensor) -> Tensor:
+    """x itself, if it is [n_tokens >= 1, d_in] for this SAE and finite (ShapeError, ConfigError, NumericsError)."""
     if not isinstance(getattr(sae, "W_dec", None), Tensor) or not hasattr(sae, "encode"):
         raise ConfigError(f"sae is a {type(sae).__name__}; give an SAE of this package, such as load_teacher returns")
     check_tensor("activations", x)
@@ -112,7 +113,7 @@ def measure(sae: Codec, x: Tensor, progress: Callable[[int], None] | None = None
     Args:
         progress: called with the number of tokens done.
     """
-    x = _check(sae, x)
+    x = check_activations(sae, x)
     total = dict.fromkeys(("cosine", "l0", "l1"), 0.0)
     active = torch.zeros(sae.W_dec.shape[0], dtype=torch.long, device=sae.W_dec.device)
     errors = []
@@ -152,7 +153,7 @@ def at_l0(sae: SparseAutoencoder, x: Tensor, l0: float) -> Thresholded:
     A code that is sparser than that already is returned as it is (tau = 0): nothing can be added to it.
     """
     check_number("l0", l0, above=0)
-    x = _check(sae, x)
+    x = check_activations(sae, x)
     strengths = []
     for chunk in x.split(CHUNK):
         z = sae.encode(chunk.to(device=sae.W_dec.device, dtype=sae.W_dec.dtype))

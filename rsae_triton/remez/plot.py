@@ -48,14 +48,17 @@ def plot_fit(fit: "GateFit", path: str | Path | None = None) -> Figure:
             below.plot(x, problem.weight(x) * (problem.value(x) - fit(x)), color="C0", lw=1)
         at = fit.reference
         error = problem.weight(at) * (problem.value(at) - fit(at))
-        below.plot(at, error, "o", ms=4, color="C3", label="reference")
+        below.plot(at, error, "o", ms=4, color="C3", label="where it alternates")
     for sign in (-1, 1):
         below.axhline(sign * fit.error, color="0.4", lw=0.8, label="error" if sign == 1 else None)
         below.axhline(sign * fit.lower_bound, color="C2", lw=0.8, ls=":", label="lower bound" if sign == 1 else None)
     for axis in (above, below):
         if fit.margin > 0:
-            axis.axvspan(fit.theta - fit.margin, fit.theta + fit.margin, color="0.92", lw=0)
-        axis.legend(loc="upper left", fontsize="small")
+            label = "left out" if axis is above else None
+            axis.axvspan(fit.theta - fit.margin, fit.theta + fit.margin, color="0.92", lw=0, label=label)
+    above.legend(loc="upper left", fontsize="small")
+    # Above the axes: inside, the error runs through it.
+    below.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize="small", frameon=False)
     title = f"{fit.target} {fit.degree}  error {fit.error:.4g}  lower bound {fit.lower_bound:.4g}"
     above.set(title=title, ylabel="gate")
     below.set(xlabel="t", ylabel="target − r", xlim=(-1, 1))

@@ -72,7 +72,7 @@ def parse_degree(degree: str | Sequence[int]) -> tuple[int, int]:
     except (TypeError, ValueError, OverflowError):
         exact, p, q = False, -1, -1
     if not exact or not (0 <= p <= MAX_DEGREE and 0 <= q <= MAX_DEGREE):
-        raise ConfigError(f"degree must be a pair p,q of whole numbers from 0 to {MAX_DEGREE}; got {degree!r}")
+        raise ConfigError(f"degree is {degree!r}; give whole numbers p,q from 0 to {MAX_DEGREE}, such as 9,8")
     return p, q
 
 

@@ -19,11 +19,18 @@ CURVE = np.linspace(0.25, 1.0, 10)
 
 @dataclass(frozen=True)
 class Codes:
-    """The shipped code of x: `z` sparse [n_tokens, d_sae]; W_dec [d_sae, d_in] and b_dec [d_in], all float32."""
+    """The shipped code of x and how it is decoded, all float32: x_hat = scale * (z @ W_dec) + empty.
+
+    Attributes:
+        z: sparse [n_tokens, d_sae]. W_dec: [d_sae, d_in].
+        empty: [n_tokens, d_in], what a code of zeros decodes to: b_dec, with each token's own mean and scale where
+            the SAE normalises. scale: [n_tokens, 1], that scale; 1 for most SAEs.
+    """
 
     z: sparse.csr_array
     W_dec: np.ndarray
-    b_dec: np.ndarray
+    empty: np.ndarray
+    scale: np.ndarray
 
     @property
     def l0(self) -> float:
@@ -48,7 +55,7 @@ def subset(n_tokens: int, seed: int, limit: int = MAX_TOKENS) -> Tensor:
 
 
 @torch.no_grad()
-def encode_sparse(sae: SparseAutoencoder, x: Tensor) -> Codes:
+def codes_of(sae: SparseAutoencoder, x: Tensor) -> Codes:
     """The shipped code of x [n_tokens, d_in].
 
     Raises:
@@ -56,12 +63,15 @@ def encode_sparse(sae: SparseAutoencoder, x: Tensor) -> Codes:
     """
     if x.dim() != 2 or x.shape[1] != sae.d_in or len(x) == 0:
         raise ShapeError(f"x has shape {tuple(x.shape)}; give held-out activations [n_tokens, d_in={sae.d_in}]")
-    parts = []
-    for rows in x.split(CHUNK):
-        z = sae.encode(rows.to(device=sae.W_dec.device, dtype=sae.W_dec.dtype))
-        parts.append(sparse.csr_array(z.float().cpu().numpy()))
-    decoder, bias = (tensor.detach().float().cpu().numpy() for tensor in (sae.W_dec, sae.b_dec))
-    return Codes(sparse.csr_array(sparse.vstack(parts)), decoder, bias)
+    parts, empty, scale = [], [], []
+    for chunk in x.split(CHUNK):
+        rows = chunk.to(device=sae.W_dec.device, dtype=sae.W_dec.dtype)
+        parts.append(sparse.csr_array(sae.encode(rows).float().cpu().numpy()))
+        affine = sae.normalization(rows)
+        empty.append(affine.undo(sae.b_dec.expand_as(rows)).float().cpu().numpy())
+        scale.append(torch.as_tensor(affine.scale).float().cpu().expand(len(rows), 1).numpy())
+    decoder = sae.W_dec.detach().float().cpu().numpy()
+    return Codes(sparse.csr_array(sparse.vstack(parts)), decoder, np.concatenate(empty), np.concatenate(scale))
 
 
 def mse_against_l0(codes: Codes, x: Tensor, fractions: np.ndarray = CURVE) -> tuple[np.ndarray, np.ndarray]:
@@ -72,13 +82,13 @@ def mse_against_l0(codes: Codes, x: Tensor, fractions: np.ndarray = CURVE) -> tu
     """
     entries = codes.z.tocoo()
     order = np.argsort(-np.abs(entries.data) * np.linalg.norm(codes.W_dec, axis=1)[entries.col], kind="stable")
-    residual = x.float().cpu().numpy() - codes.b_dec
+    residual = x.float().cpu().numpy() - codes.empty
     ends = np.round(fractions * len(order)).astype(int)
     mse, start = [], 0
     for end in ends:
         new = order[start:end]
         part = sparse.csr_array((entries.data[new], (entries.row[new], entries.col[new])), shape=codes.z.shape)
-        residual -= part @ codes.W_dec
+        residual -= codes.scale * (part @ codes.W_dec)
         mse.append(float(np.square(residual, dtype=np.float64).sum(1).mean()))
         start = end
     return ends / len(residual), np.array(mse)

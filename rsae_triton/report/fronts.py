@@ -17,7 +17,7 @@ from .style import COLOURS, DASHES, NAMES
 
 METRICS = ("mse", "fvu", "cosine", "l0", "l1", "alive_fraction", "delta_ce", "loss_recovered", "kl")
 # Downstream scores exist only where sequences were spliced.
-PAIRED = {"mse": "mse at equal l0", "delta_ce": "delta CE at equal l0 (nats)"}
+PAIRED = {"mse": "mse", "delta_ce": "Δ CE (nats)"}
 
 
 def summarise(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -177,7 +177,10 @@ def write_front(path: Path, rows: Sequence[Mapping[str, Any]], metric: str) -> N
 
 
 def front_figure(rows: Sequence[Mapping[str, Any]], metric: str) -> Any:
-    """metric against l0 for each teacher family (one panel each), a line per contender, bars of one sd."""
+    """metric against l0 for each teacher family (one panel each), a line per contender, bars of one sd.
+
+    At the teacher's l0; a code that is sparser than that stands at its own.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
@@ -191,9 +194,9 @@ def front_figure(rows: Sequence[Mapping[str, Any]], metric: str) -> Any:
         own.sort(key=lambda row: row["l0"]["mean"])
         for name in dict.fromkeys(name for row in own for name in row["scores"]):
             points = [
-                (row["l0"]["mean"], score["mean"], score["sd"] or 0.0)
+                (matched["l0"]["mean"], matched[metric]["mean"], matched[metric]["sd"] or 0.0)
                 for row in own
-                if (score := row["scores"].get(name, {}).get("matched", {}).get(metric)) is not None
+                if metric in (matched := row["scores"].get(name, {}).get("matched", {}))
             ]
             if not points:
                 continue

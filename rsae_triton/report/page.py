@@ -14,7 +14,7 @@ from ..base import SparseAutoencoder
 from ..errors import ConfigError, ShapeError
 from ..files import make_folder, write_atomically
 from . import plots, scores
-from .codes import Codes, encode_sparse, mse_against_l0, subset
+from .codes import Codes, codes_of, mse_against_l0, subset
 from .snippets import CONTEXT, N_ROWS, Tokenizer, feature_snippets
 from .style import ROLES
 from .svg import inline_svg
@@ -64,7 +64,7 @@ def write_report(
     _check(saes, x, store)
     rows = subset(len(x), seed)
     x = x[rows.to(x.device)]
-    codes = {role: encode_sparse(saes[role], x) for role in ROLES}
+    codes = {role: codes_of(saes[role], x) for role in ROLES}
     features = None
     if store is not None and tokenizer is not None:
         features = feature_snippets(saes, codes, rows.numpy(), store, tokenizer)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..base import SparseAutoencoder
 from ..sae import FusedRationalSAE
-from .codes import Codes, encode_sparse, mse_against_l0, subset
+from .codes import Codes, codes_of, mse_against_l0, subset
 from .gates import GatePicture, gate_picture
 from .scores import number
 from .style import COLOURS, NAMES, ROLES, line
@@ -92,7 +92,7 @@ def readme_figure(
         metrics, logs, saes, x, seed: as for `write_report`; the logs are not drawn.
     """
     x = x[subset(len(x), seed)]
-    codes = {role: encode_sparse(saes[role], x) for role in ROLES}
+    codes = {role: codes_of(saes[role], x) for role in ROLES}
     figure = _figure(width=2 * _SIZE[0], height=4.4)
     left, right = figure.subfigures(1, 2)
     _draw_gates(left, picture_of(saes, codes, x), zoom=True)
@@ -129,11 +129,10 @@ def _draw_gates(figure: Any, picture: GatePicture, zoom: bool) -> None:
     axes.patch.set_visible(False)
     h = picture.h
     rsae, soft = picture.rsae, picture.rational
-    axes.fill_between(h, rsae.low, rsae.high, color=COLOURS["rsae"], alpha=0.18, linewidth=0, label="RSAE, 10–90 %")
+    band = {"alpha": 0.18, "linewidth": 0}
+    axes.fill_between(h, rsae.low, rsae.high, color=COLOURS["rsae"], label="RSAE, 80 % of features", **band)
     if np.any(picture.teacher.high != picture.teacher.low):
-        axes.fill_between(
-            h, picture.teacher.low, picture.teacher.high, color=COLOURS["teacher"], alpha=0.18, linewidth=0
-        )
+        axes.fill_between(h, picture.teacher.low, picture.teacher.high, color=COLOURS["teacher"], **band)
     axes.plot(h, picture.init.median, **line("init"))
     axes.plot(h, soft.median, **line("rsae", linestyle=(0, (1, 1)), linewidth=1.2, label="RSAE, rational (no zeros)"))
     axes.plot(h, rsae.median, **line("rsae"))

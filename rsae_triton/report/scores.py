@@ -97,7 +97,7 @@ def headline(metrics: Mapping[str, Any]) -> tuple[str, list[str]]:
     """Who wins at equal l0, in one sentence, and what to know about it, a sentence each.
 
     Args:
-        metrics: metrics.json; missing parts are said to be missing.
+        metrics: metrics.json; missing parts are said to be missing, or left out.
     """
     matched = metrics.get("matched_l0") or {}
     rsae, control, teacher = (matched.get(role) or {} for role in ("rsae", "control", "teacher"))
@@ -119,7 +119,7 @@ def headline(metrics: Mapping[str, Any]) -> tuple[str, list[str]]:
         sentence = f"{where} the control wins: the RSAE's error is {text(-change, '.1%')} above it ({numbers})."
     notes = [] if equal else [_unequal(l0_ours, l0_theirs, ours, theirs)]
     notes += _against_teacher(ours, number(teacher, "mse"))
-    notes += _downstream(rsae, control)
+    notes += _downstream(rsae, control, paired_difference(metrics, "delta_ce"))
     notes.append(
         "The control is the teacher itself, fine-tuned for as many steps on the same batches. All numbers come from "
         "one run and from text that no training has seen; another seed would give somewhat different ones."
@@ -143,12 +143,26 @@ def _against_teacher(ours: float, teacher: float) -> list[str]:
     return [f"Against the teacher as it was, the RSAE's error is {text(abs(change), '.1%')} {word}."]
 
 
-def _downstream(rsae: Scores, control: Scores) -> list[str]:
+def _downstream(rsae: Scores, control: Scores, paired: list[float] | None) -> list[str]:
     ours, theirs = number(rsae, "delta_ce"), number(control, "delta_ce")
     if not (math.isfinite(ours) and math.isfinite(theirs)):
         return []
     sentence = f"In the language model it costs {text(ours, '.4f')} nats per token, the control {text(theirs, '.4f')}"
-    ends = [[number(one, key) for one in (rsae, control)] for key in ("delta_ce_low", "delta_ce_high")]
-    # A missing end is NaN and decides nothing.
-    overlap = all(map(math.isfinite, ends[0] + ends[1])) and max(ends[0]) <= min(ends[1])
-    return [sentence + ("; their 95\u00a0% intervals overlap." if overlap else ".")]
+    if paired is None:
+        return [sentence + "."]
+    mean, low, high = paired
+    zero = ", which includes zero" if low <= 0 <= high else ""
+    between = f"95\u00a0% interval {text(low, '+.4f')} to {text(high, '+.4f')}{zero}"
+    return [f"{sentence}: a difference of {text(mean, '+.4f')}, paired by sequence ({between})."]
+
+
+def paired_difference(metrics: Mapping[str, Any], key: str) -> list[float] | None:
+    """RSAE minus control at equal l0 on the same text: mean, low and high of the 95 % interval; None if not known."""
+    found = metrics
+    for name in ("paired", "matched_l0", "control", "rsae"):
+        found = found.get(name) or {}
+    ends = found.get(key)
+    if not isinstance(ends, list) or len(ends) != 3 or not all(map(math.isfinite, ends)):
+        return None
+    mean, low, high = ends
+    return [-mean, -high, -low]

@@ -8,25 +8,36 @@ import torch
 from report_cases import FakeStore, FakeTokenizer, make_saes
 
 from rsae_triton.evaluate import at_l0, reconstruction
-from rsae_triton.report.codes import encode_sparse, mse_against_l0, subset
+from rsae_triton.report.codes import codes_of, mse_against_l0, subset
 from rsae_triton.report.gates import gate_picture
 from rsae_triton.report.plots import readme_figure
 from rsae_triton.report.snippets import CONTEXT, choose_features, code_change, feature_snippets
+from rsae_triton.teachers import ReluSAE
 
 
 @pytest.mark.parametrize("role", ["teacher", "rsae"])
 def test_trade_off_curve_is_the_thresholded_code(saes, x, role):
     with torch.no_grad():
         saes[role].W_dec.mul_(torch.linspace(0.5, 2, 32)[:, None])  # the threshold counts decoder norms
-    l0, mse = mse_against_l0(encode_sparse(saes[role], x), x)
+    l0, mse = mse_against_l0(codes_of(saes[role], x), x)
     for at, expected in zip(l0[[0, 4, -1]], mse[[0, 4, -1]], strict=True):
         score = reconstruction(at_l0(saes[role], x, float(at)), x)
         assert score.l0 == pytest.approx(at, rel=1e-6)
         assert score.mse == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["layer_norm", "constant_norm_rescale"])
+def test_trade_off_curve_of_an_sae_that_normalises(x, mode):
+    sae = ReluSAE(x.shape[1], 32, normalize_activations=mode, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        sae.b_dec.copy_(torch.linspace(-1, 1, x.shape[1]))
+    l0, mse = mse_against_l0(codes_of(sae, 3 * x + 1), 3 * x + 1)
+    score = reconstruction(sae, 3 * x + 1)
+    assert (l0[-1], mse[-1]) == (pytest.approx(score.l0), pytest.approx(score.mse, rel=1e-4))
+
+
 def test_codes_count_as_the_metrics_do(saes, x):
-    codes, score = encode_sparse(saes["rsae"], x), reconstruction(saes["rsae"], x)
+    codes, score = codes_of(saes["rsae"], x), reconstruction(saes["rsae"], x)
     assert codes.l0 == pytest.approx(score.l0)
     assert (codes.firing_frequency() > 0).mean() == pytest.approx(score.alive_fraction)
     np.testing.assert_allclose(codes.feature(3), saes["rsae"].encode(x)[:, 3].detach().numpy())
@@ -41,8 +52,8 @@ def test_subset_is_ordered_and_depends_on_the_seed_only():
 
 
 def test_change_and_choice_of_features(saes, x):
-    before = encode_sparse(saes["teacher"], x)
-    after = encode_sparse(saes["rsae"], x)
+    before = codes_of(saes["teacher"], x)
+    after = codes_of(saes["rsae"], x)
     dense = [saes[role].encode(x).detach() for role in ("teacher", "rsae")]
     expected = (dense[1] - dense[0]).norm(dim=0) / dense[0].norm(dim=0)
     np.testing.assert_allclose(code_change(before, after), expected.numpy(), rtol=1e-5)
@@ -72,7 +83,7 @@ def test_gate_picture_draws_the_gates(kind, x):
 
 def test_snippets_stay_in_their_document_and_show_the_strongest_tokens(saes, x):
     store = FakeStore()
-    codes = {role: encode_sparse(saes[role], x) for role in ("teacher", "rsae")}
+    codes = {role: codes_of(saes[role], x) for role in ("teacher", "rsae")}
     features = feature_snippets(saes, codes, np.arange(len(x)), store, FakeTokenizer())
     assert len(features) == 8
     for feature in features:
