@@ -116,7 +116,7 @@ def upgrade(
         n_tokens: how many activations to calibrate on. backend: of the result. seed: of the sample.
 
     Returns:
-        The Rational SAE; metadata["stage1"] says how well it reproduces its teacher (`StageOne`), and at which l0 `train`
+        The Rational SAE; metadata["stage1"] says how well it reproduces its teacher (`StageOne`), and at what l0 `train`
         holds it: the teacher's, and 4 % for a margin (a code can be thresholded down to an l0, never up to it; not so
         for TopK).
 
