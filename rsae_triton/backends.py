@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import cpu, explicit, routing
-from .errors import ConfigError, SourceError
+from .errors import ConfigError, SourceError, first_line
 from .reference import GateSpec, GateTensors
 from .routing import Route
 from .tiles import wide
@@ -47,10 +47,30 @@ def kernels() -> ModuleType:
 
 
 @functools.cache
-def _kernels_import() -> bool:
-    """Whether the kernels can be had; says once why not, because eager PyTorch is many times slower on a GPU."""
+def start_driver() -> None:
+    """Starts the part of Triton that launches kernels, which a C compiler makes the first time.
+
+    Raises:
+        SourceError: it does not start: no C compiler, no headers of Python (as in slim containers), no libcuda.
+    """
+    if kernels().INTERPRETED:
+        return
+    from triton.runtime import driver
+
     try:
-        kernels()
+        driver.active.get_current_target()
+    except Exception as error:  # a RuntimeError, CalledProcessError or AssertionError, as it comes
+        raise SourceError(
+            f"Triton cannot start here ({first_line(error)}): it needs libcuda, and gcc or clang with Python's "
+            "headers; install them (Debian, Ubuntu: apt install gcc python3-dev), or use backend='eager'"
+        ) from error
+
+
+@functools.cache
+def _kernels_start() -> bool:
+    """Whether the kernels can be launched; says once why not, because eager PyTorch is many times slower on a GPU."""
+    try:
+        start_driver()
     except SourceError as error:
         warnings.warn(f"{error}; backend='auto' falls back to eager PyTorch", stacklevel=4)
         return False
@@ -80,12 +100,13 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
     """Which backend runs for tensors of this device and dtype.
 
     Raises:
-        ConfigError: an unknown name, or a backend that cannot work on this device or dtype.
+        ConfigError: an unknown name, or a backend that cannot work on this device or dtype. SourceError: Triton is
+            asked for by name and cannot be had, or cannot start.
     """
     if backend not in BACKENDS:
         raise ConfigError(f"backend is {backend!r}; choose one of {', '.join(BACKENDS)}")
     if backend == "auto":
-        if device.type == "cuda" and dtype in _TRITON_DTYPES and _kernels_import() and capability(device) >= OLDEST:
+        if device.type == "cuda" and dtype in _TRITON_DTYPES and capability(device) >= OLDEST and _kernels_start():
             return "triton"
         return "cpu" if device.type == "cpu" else "eager"
     if backend.startswith("triton"):
@@ -98,6 +119,8 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
             raise ConfigError(f"backend={backend!r} {too_old(device)}")
         if dtype not in _TRITON_DTYPES:
             raise ConfigError(f"backend={backend!r} computes in float32, bfloat16 or float16, not {dtype}")
+        if device.type == "cuda":
+            start_driver()
     if backend == "cpu" and device.type != "cpu":
         raise ConfigError(f"backend='cpu' needs tensors on the CPU, these are on {device}; use backend='auto'")
     return backend

@@ -186,10 +186,10 @@ class Mesh(Alone):
         summed = torch.stack([*numbers, *torch.tensor(flags, dtype=torch.float64, device=zero.device)])
         dist.all_reduce(summed)
         norm = (summed[3] / data + squares[1]).sqrt()
-        mse, l0, total, *_ = summed.tolist()
-        raised = [bool(one) for one in summed[len(numbers) :]]
-        finite = all(map(math.isfinite, (mse, l0, total, float(norm))))
-        return Summed(mse / data, l0 / data, norm.float(), counts, raised, finite)
+        mse, l0, total, _, *raised = summed.tolist()
+        grad_norm = float(norm)
+        finite = all(map(math.isfinite, (mse, l0, total, grad_norm)))
+        return Summed(mse / data, l0 / data, norm.float(), grad_norm, counts, [bool(one) for one in raised], finite)
 
     def mean(self, value: Tensor) -> Tensor:
         value = value.clone()

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from . import backends, cpu
 from .activations import cache_dir
-from .errors import ConfigError, RsaeError, SourceError
+from .errors import ConfigError, SourceError, first_line
 from .gate import RationalGate
 from .hub import hub_reachable
 from .memory import free_memory
@@ -183,7 +183,9 @@ def _backend() -> Iterator[Finding]:
     yield Finding("backend", f"auto takes {chosen!r}: {why}", "note" if chosen == "eager" else "ok")
     try:
         backends.kernels()
-        yield Finding("triton kernels", "import")
+        if device.type == "cuda":
+            backends.start_driver()
+        yield Finding("triton kernels", "import" if device.type != "cuda" else "import, and Triton starts")
     except SourceError as error:
         yield Finding("triton kernels", str(error), "wrong" if device.type == "cuda" else "note")
 
@@ -195,8 +197,8 @@ def _self_test() -> Iterator[Finding]:
         started = time.perf_counter()
         try:
             error = self_test(name, device)
-        except (RsaeError, RuntimeError, AssertionError) as problem:
-            yield Finding(f"self test, {name}", f"failed: {problem}", "wrong")
+        except Exception as problem:  # Triton's own errors and those of the compilers it calls have no common base
+            yield Finding(f"self test, {name}", f"failed: {first_line(problem)}", "wrong")
             continue
         seconds = time.perf_counter() - started
         state: State = "ok" if error < 1e-2 else "wrong"

@@ -22,12 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Summed:
-    """Of one step, over all processes: mse, l0, the gradient's norm (a tensor), activity counts of this process's
-    features, and each flag if any process raised it."""
+    """Of one step, over all processes: mse, l0, the gradient's norm (a tensor, and its number), activity counts of this
+    process's features, and each flag if any process raised it."""
 
     mse: float
     l0: float
     norm: Tensor
+    grad_norm: float
     counts: Tensor
     flags: list[bool]
     finite: bool
@@ -74,8 +75,8 @@ class Alone:
         norm = torch.nn.utils.get_total_norm([one.grad for one in sae.parameters() if one.grad is not None])
         # One transfer from the device for all of them.
         numbers = torch.stack([one.detach().double() for one in (terms.mse, terms.l0, norm, terms.total)]).tolist()
-        mse, l0, *_ = numbers
-        return Summed(mse, l0, norm, terms.counts, flags, all(map(math.isfinite, numbers)))
+        mse, l0, grad_norm, _ = numbers
+        return Summed(mse, l0, norm, grad_norm, terms.counts, flags, all(map(math.isfinite, numbers)))
 
     def whole_config(self, sae: SparseAutoencoder) -> dict[str, Any]:
         """The configuration of the SAE whose part `sae` is."""

@@ -98,7 +98,7 @@ class Run:
             "l0": summed.l0,
             "weight": ramp * self.controller.weight,
             "lr": settings.lr * factor,
-            "grad_norm": float(summed.norm),
+            "grad_norm": summed.grad_norm,  # the tensor would be waited for, and with it the optimiser's step
         }
         self.step += 1
         stop, due = summed.flags

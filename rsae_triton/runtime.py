@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from .errors import ConfigError, StorageError
+from .errors import ConfigError, StorageError, first_line
 
 
 @contextmanager
@@ -36,11 +36,14 @@ def stop_signal(wanted: bool = True) -> Iterator[list[bool]]:
 
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """Only algorithms that give the same bits every time; afterwards what it was before."""
+    """Only algorithms that give the same bits every time; afterwards what it was before.
+
+    Raises:
+        ConfigError: cuBLAS is in use already, with a workspace that does not allow it.
+    """
     if not wanted:
         yield
         return
-    # cuBLAS reads this when it is first used in the process.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
@@ -48,11 +51,25 @@ def deterministic(wanted: bool) -> Iterator[None]:
     torch.backends.cudnn.benchmark = False
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
+        if torch.cuda.is_initialized():
+            _check_cublas()
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.backends.cudnn.benchmark = before[1]
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+def _check_cublas() -> None:
+    """torch looks at the variable at the first product of the process alone, and refuses all later ones."""
+    one = torch.ones(1, 1, device="cuda")
+    try:
+        one @ one
+    except RuntimeError as error:
+        raise ConfigError(
+            f"deterministic=True came after products without it ({first_line(error)}); set the environment variable "
+            "CUBLAS_WORKSPACE_CONFIG=:4096:8 before Python starts"
+        ) from error
 
 
 @contextmanager

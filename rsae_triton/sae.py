@@ -94,7 +94,8 @@ class FusedRationalSAE(SparseAutoencoder):
 
     def encode_with_counts(self, x: Tensor, *, hard: bool = True) -> tuple[Tensor, Tensor]:
         """As `encode`, with the differentiable activity counts [d_sae] (float32)."""
-        return self.encode_with_sums(x, hard=hard)[:2]
+        encoded = self.encode_with_sums(x, hard=hard)
+        return encoded.z, encoded.counts  # a slice of it is more than torch 2.6 can compile
 
     def encode_with_sums(self, x: Tensor, *, hard: bool = True) -> Encoded:
         """As `encode`, with what a sparsity penalty needs: counts and the sums of |z|, [d_sae], differentiable."""

@@ -83,6 +83,8 @@ class TrainSettings:
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 0 if name in counts else 1)
         check_seed(self.seed)
+        if isinstance(self.out, str):
+            object.__setattr__(self, "out", Path(self.out))
         for name in ("lr", "clip", "checkpoint_minutes"):
             check_number(name, getattr(self, name), above=0)
         check_number("weight_decay", self.weight_decay, least=0)

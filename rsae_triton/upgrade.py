@@ -116,8 +116,8 @@ def upgrade(
         n_tokens: how many activations to calibrate on. backend: of the result. seed: of the sample.
 
     Returns:
-        The Rational SAE; metadata["stage1"] says how well it reproduces its teacher (`StageOne`), and at what l0 `train`
-        holds it: the teacher's, and 4 % for a margin (a code can be thresholded down to an l0, never up to it; not so
+        The Rational SAE. metadata["stage1"] says how well it reproduces its teacher (`StageOne`), and at what l0
+        `train` holds it: the teacher's, and 4 % for a margin (a code can be thresholded down to an l0, never up to it; not so
         for TopK).
 
     Raises:
@@ -340,7 +340,8 @@ def _direct(
     jump, thresholds = not isinstance(teacher, ReluSAE), seen.thresholds
     if jump and bool((thresholds <= 0).any()):
         # A feature without a threshold of its own is a ReLU; the smallest positive one is the closest jump.
-        thresholds = thresholds.clamp_min(max(float(thresholds[thresholds > 0].min()), 1e-3))
+        positive = thresholds[thresholds > 0]
+        thresholds = thresholds.clamp_min(max(float(positive.min()), 1e-3) if len(positive) else 1e-3)
     scale = thresholds / THETA if jump else torch.ones_like(thresholds)
     h, z = seen.h[:HISTOGRAM_TOKENS], seen.z[:HISTOGRAM_TOKENS]
     # In units of the feature's own scale; an error there counts scale^2 in the code.

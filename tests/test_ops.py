@@ -4,12 +4,13 @@ import itertools
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from rsae_triton import backends, explicit, ops
-from rsae_triton.errors import ConfigError, ShapeError
+from rsae_triton.errors import ConfigError, ShapeError, SourceError
 from rsae_triton.reference import GateSpec, GateTensors, rational_gate
 
 N, D, F = 37, 11, 24
@@ -215,21 +216,43 @@ def test_triton_on_cpu_tensors_says_what_to_do(monkeypatch):
 
 def test_auto_falls_back_to_eager_where_triton_cannot_be_had(monkeypatch):
     """torch 2.6 comes with triton 3.2, which the kernels do not compile with: slower, said once, but it works."""
-    from rsae_triton.errors import SourceError
 
     def missing():
         raise SourceError("backend='triton' cannot be used (too old)")
 
     monkeypatch.setattr(backends, "kernels", missing)
-    backends._kernels_import.cache_clear()
+    monkeypatch.setattr(backends, "capability", lambda device: (9, 0))
+    backends._kernels_start.cache_clear()
     with pytest.warns(UserWarning, match="falls back to eager"):
         assert ops.resolve_backend("auto", torch.device("cuda"), torch.float32) == "eager"
-    backends._kernels_import.cache_clear()
+    backends._kernels_start.cache_clear()
+
+
+def test_auto_falls_back_to_eager_where_triton_cannot_start(monkeypatch):
+    """A container with a GPU and no C compiler: Triton, which builds its launcher, would fail at the first kernel."""
+    from triton.runtime import driver
+
+    class Active:
+        def get_current_target(self):
+            raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+    monkeypatch.setattr(backends, "kernels", lambda: SimpleNamespace(INTERPRETED=False))
+    monkeypatch.setattr(type(driver), "active", property(lambda self: Active()), raising=False)
+    monkeypatch.setattr(backends, "capability", lambda device: (9, 0))
+    for cached in (backends.start_driver, backends._kernels_start):
+        cached.cache_clear()
+    device = torch.device("cuda")
+    with pytest.warns(UserWarning, match=r"find C compiler.*apt install gcc python3-dev.*falls back to eager"):
+        assert ops.resolve_backend("auto", device, torch.float32) == "eager"
+    with pytest.raises(SourceError, match="Failed to find C compiler"):
+        ops.resolve_backend("triton:split", device, torch.float32)
+    backends._kernels_start.cache_clear()
 
 
 @pytest.mark.parametrize(("capability", "taken"), [((7, 5), "eager"), ((8, 0), "triton"), ((12, 0), "triton")])
 def test_a_gpu_without_bfloat16_in_hardware_runs_eager_pytorch(capability, taken, monkeypatch):
-    monkeypatch.setattr(backends, "_kernels_import", lambda: True)
+    monkeypatch.setattr(backends, "_kernels_start", lambda: True)
+    monkeypatch.setattr(backends, "start_driver", lambda: None)
     monkeypatch.setattr(backends, "capability", lambda device: capability)
     device = torch.device("cuda")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):

@@ -129,6 +129,20 @@ def test_deterministic_algorithms_are_on_only_while_training(activations):
     assert seen == [True, False]
 
 
+def test_determinism_asked_for_after_the_first_products_says_what_to_set(activations, monkeypatch):
+    """On a GPU torch looks at the variable once, at the first product, and then refuses every product."""
+
+    class Refusing:
+        def __matmul__(self, other):
+            raise RuntimeError("Deterministic behavior was enabled with ..., but this operation is not deterministic")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch, "ones", lambda *_, device: Refusing())
+    with pytest.raises(ConfigError, match="CUBLAS_WORKSPACE_CONFIG=:4096:8 before Python starts"):
+        train(ReluSAE(16, 32), activations, steps=1, deterministic=True, recipe="relu", **QUIET)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 @pytest.mark.parametrize("where", ["W_dec", "the gradient of W_enc"])
 def test_what_is_not_finite_is_named(activations, where):
     sae = small_sae("relu")
