@@ -117,8 +117,8 @@ def upgrade(
 
     Returns:
         The Rational SAE. metadata["stage1"] says how well it reproduces its teacher (`StageOne`), and at what l0
-        `train` holds it: the teacher's, and 4 % for a margin (a code can be thresholded down to an l0, never up to it; not so
-        for TopK).
+        `train` holds it: the teacher's, and 4 % for a margin (a code can be thresholded down to an l0, never up to
+        it; not so for TopK).
 
     Raises:
         ShapeError, NumericsError: activations that do not fit or are not finite. ConfigError: a bad setting, or a
