@@ -10,8 +10,8 @@ import torch
 from synthetic import sparse_activations
 
 from rsae_triton import FusedRationalSAE, upgrade
-from rsae_triton.recipes import RECIPES
 from rsae_triton.ops import rational_encode
+from rsae_triton.recipes import RECIPES
 from rsae_triton.reference import GateSpec, GateTensors
 from rsae_triton.teachers import ReluSAE
 from rsae_triton.train import train
