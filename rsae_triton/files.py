@@ -181,13 +181,14 @@ def file_sha256(path: Path) -> str:
 
 
 def as_path(name: str, value: Any) -> Path:
-    """A path from text. Raises ConfigError for what no file can be called."""
+    """A path from text. Raises ConfigError for what no file can be called, and for names that are not UTF-8, which
+    safetensors writes to and does not read from."""
     try:
         path = Path(value)
-        if "\0" in os.fsdecode(os.fsencode(path)) or value == "":
+        if b"\0" in str(path).encode() or value == "":
             raise ValueError
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{name} is {shown(value)}; give a path") from error
+        raise ConfigError(f"{name} is {shown(value)}; give a path, in UTF-8") from error
     return path
 
 
@@ -222,6 +223,7 @@ def make_folder(folder: Path) -> None:
 def check_folder(folder: Path) -> None:
     """Raises StorageError unless files can be written into the folder, or into the nearest above it that is there;
     leaves nothing behind. Asked before hours of work whose result goes there."""
+    as_path("the folder", folder)
     # A link to nowhere is there too, and nothing can be written into it.
     above = next((one for one in (folder, *folder.absolute().parents) if os.path.lexists(one)), Path("/"))
     try:

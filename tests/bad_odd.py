@@ -212,6 +212,7 @@ FILES = [
     ("saved to nothing", lambda _: sae().save_pretrained(""), ConfigError, "folder is ''"),
     ("saved to no name", lambda _: sae().save_pretrained("a\0b"), ConfigError, "folder is 'a"),
     ("saved to half a letter", lambda at: sae().save_pretrained(at / "\ud800"), ConfigError, "folder is "),
+    ("trained into no UTF-8", lambda at: trained(out=at / "\udcff"), ConfigError, "out is Posix"),
     ("saved to a loop", lambda at: sae().save_pretrained(loop(at)), StorageError, "loop cannot be made"),
     ("saved without data", lambda at: sae().to("meta").save_pretrained(at / "good"), ConfigError, "W_enc is on meta"),
     ("scores in a list", lambda at: sae().save_pretrained(at / "good", metrics=[1]), ConfigError, "metrics is not"),
