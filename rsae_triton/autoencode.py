@@ -99,7 +99,7 @@ def rational_autoencode(
         check_number(name, weight, least=0)
     for name, chunk in (("chunk_tokens", chunk_tokens), ("chunk_features", chunk_features)):
         if chunk is not None:
-            check_integer(name, chunk, 1)
+            check_integer(name, chunk, 1, 2**63 - 1)
     dtype = product_dtype(x)
     gate = GateTensors(*(one.to(wide(dtype)) for one in gate))
     rows = x.reshape(-1, x.shape[-1])

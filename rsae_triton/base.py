@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .checks import check_integer, check_room, check_tensor, parse_device
+from .checks import check_flag, check_integer, check_number, check_room, check_tensor, parse_device, shown
 from .errors import ConfigError, NumericsError, ResourceError, ShapeError
 from .normalization import MODES, Affine, normalize
 from .pretrained import Pretrained
@@ -52,8 +52,11 @@ class SparseAutoencoder(Pretrained):
         super().__init__()
         for name, size in (("d_in", d_in), ("d_sae", d_sae)):
             check_integer(name, size, 1)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
             raise ConfigError(f"dtype is {dtype!r}; give one of floating point, such as torch.float32")
+        check_flag("apply_b_dec_to_input", apply_b_dec_to_input)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise ConfigError(f"generator is {shown(generator)}; give torch.Generator().manual_seed(...)")
         if metadata is not None and not isinstance(metadata, Mapping):
             raise ConfigError(f"metadata is a {type(metadata).__name__}; give a dictionary")
         check_room(f"W_enc [d_in={d_in}, d_sae={d_sae}]", (d_in, d_sae), dtype)
@@ -163,8 +166,13 @@ class SparseAutoencoder(Pretrained):
         Activations are scaled to a mean norm of sqrt(d_in) for training; what is saved should read the model's
         own activations. An SAE that normalises every token sees the same either way, and is left as it is.
         """
-        if not isinstance(scale, int | float) or not 0 < scale < float("inf"):
-            raise NumericsError(f"activation scale is {scale!r}; it must be a positive number")
+        try:
+            check_number("activation scale", scale, above=0)
+            both = torch.tensor([scale, 1 / scale], dtype=self.W_enc.dtype)
+        except ConfigError as error:
+            raise NumericsError(str(error)) from error
+        if not bool(((both > 0) & both.isfinite()).all()):
+            raise NumericsError(f"activation scale is {scale:g}; weights of {self.W_enc.dtype} cannot take it")
         if self.normalize_activations != "none":
             return self
         self.W_enc.mul_(scale)

@@ -30,12 +30,11 @@ _COLUMNS = (
 )
 
 
-def write_card(folder: Path, config: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> None:
-    """Writes the card, unless the folder holds a README.md that somebody else wrote."""
+def write_card(folder: Path, text: str) -> None:
+    """Writes the card, unless the folder holds a README.md that somebody else made."""
     path = folder / CARD_FILE
-    if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
+    if path.exists() and (not path.is_file() or _MARK not in path.read_text(encoding="utf-8", errors="replace")):
         return
-    text = model_card(config, metrics)
     write_text(path, text)
 
 

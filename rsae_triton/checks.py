@@ -12,11 +12,26 @@ from torch import Tensor
 from .errors import ConfigError, NumericsError, ResourceError, ShapeError, first_line
 
 
+def shown(value: Any) -> str:
+    """`value` as it stands in a message: on one line, and short."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python does not print an integer of more than 4300 digits
+        text = f"a very long {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises ConfigError unless `value` is True or False: "no" would count as true."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} is {shown(value)}; give True or False")
+
+
 def check_integer(name: str, value: Any, least: int, most: int | None = None) -> None:
     """Raises ConfigError unless `value` is an integer (no bool) from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
         wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise ConfigError(f"{name} is {value!r}; give an integer {wanted}")
+        raise ConfigError(f"{name} is {shown(value)}; give an integer {wanted}")
 
 
 def check_seed(seed: Any) -> None:
@@ -28,23 +43,47 @@ def check_number(
     name: str, value: Any, *, least: float = -math.inf, above: float = -math.inf, most: float = math.inf
 ) -> None:
     """Raises ConfigError unless `value` is a finite number, >= `least`, > `above`, <= `most`."""
-    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        number = False
     if not number or value < least or value <= above or value > most:
         low = f" above {above:g}" if above > -math.inf else f" of at least {least:g}" if least > -math.inf else ""
         high = f" and at most {most:g}" if most < math.inf else ""
-        raise ConfigError(f"{name} is {value!r}; give a finite number{low}{high}")
+        raise ConfigError(f"{name} is {shown(value)}; give a finite number{low}{high}")
 
 
 def check_tensor(name: str, value: Any, device: torch.device | None = None) -> None:
     """Raises ShapeError unless `value` is a dense tensor, ConfigError unless it is of floats and on the device."""
     if not isinstance(value, Tensor):
         raise ShapeError(f"{name} is a {type(value).__name__}; give a torch.Tensor")
+    if value.is_nested:
+        raise ShapeError(f"{name} is a nested tensor; give a dense one, for example torch.cat({name}.unbind())")
     if value.layout is not torch.strided:
         raise ShapeError(f"{name} is {value.layout}; give a dense tensor, for example {name}.to_dense()")
     if not value.is_floating_point():
         raise ConfigError(f"{name} is {value.dtype}; give floating-point numbers, for example {name}.float()")
     if device is not None and value.device != device:
         raise ConfigError(f"{name} is on {value.device}, the rest on {device}; move them to one device with .to(...)")
+
+
+def check_data(name: str, value: Any) -> None:
+    """As `check_tensor`, of a tensor whose numbers are about to be looked at: on meta there are none."""
+    check_tensor(name, value)
+    if value.is_meta:
+        raise ConfigError(f"{name} is on meta and holds no data; give a tensor on cpu or cuda")
+
+
+def as_tensor(name: str, value: Any, dtype: torch.dtype | None, device: torch.device | None) -> Tensor:
+    """A number, numbers, an array or a tensor -> a dense tensor. Raises ConfigError for anything else."""
+    if isinstance(value, Tensor) and (value.layout is not torch.strided or value.is_meta):
+        raise ConfigError(f"{name} is {'on meta' if value.is_meta else value.layout}; give a dense tensor with data")
+    if "complex" in str(getattr(value, "dtype", "")):  # its imaginary part would be dropped
+        raise ConfigError(f"{name} is {value.dtype}; give real numbers")
+    try:
+        return torch.as_tensor(value, dtype=dtype, device=device)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ConfigError(f"{name} is {shown(value)}; give a number, or numbers ({first_line(error, 80)})") from error
 
 
 def check_finite(name: str, tensor: Tensor, advice: str) -> None:

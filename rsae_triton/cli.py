@@ -153,8 +153,10 @@ def main(arguments: list[str] | None = None) -> int:
         # Whoever read our output (head, a pager) has seen enough; a flush at exit must not complain either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (RsaeError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        if debug:
+    except (RsaeError, OSError, MemoryError, RuntimeError) as error:
+        # Out of memory is a RuntimeError of torch, on the CPU without a class of its own; any other is a bug of ours.
+        bug = isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError | RsaeError)
+        if debug or (bug and "can't allocate memory" not in str(error)):
             raise
         message = " ".join(str(error).split()) or type(error).__name__
         if not isinstance(error, RsaeError):
@@ -162,6 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
         Console(stderr=True, soft_wrap=True).print(f"[red]rsae:[/red] {escape(message)}", highlight=False)
         return 2
     except KeyboardInterrupt:
-        print("rsae: interrupted; what was finished is cached, run the same command to go on", file=sys.stderr)
+        said = "interrupted; what was finished is kept, run the same command (train: with --resume) to go on"
+        print(f"rsae: {said}", file=sys.stderr)
         return 130
     return status if isinstance(status, int) else 0

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from .checks import check_finite, check_tensor
+from .checks import check_data, check_finite
 from .errors import ConfigError, ShapeError
 from .sae import FusedRationalSAE
 from .teachers import JumpReluSAE
@@ -59,7 +59,7 @@ def to_jumprelu(sae: FusedRationalSAE, activations: Tensor) -> tuple[JumpReluSAE
         raise ConfigError(f"sae is a {type(sae).__name__}; give a FusedRationalSAE")
     if sae.architecture == "rational_topk":
         raise ConfigError("a JumpReLU SAE has thresholds per feature; use upgrade(..., thresholds='feature')")
-    check_tensor("activations", activations)
+    check_data("activations", activations)
     if activations.dim() != 2 or activations.shape[1] != sae.d_in or len(activations) < 2:
         raise ShapeError(f"activations have shape {tuple(activations.shape)}; give [n_tokens >= 2, d_in={sae.d_in}]")
     x = activations.to(device=sae.W_enc.device, dtype=sae.W_enc.dtype)

@@ -13,6 +13,7 @@ import pickletools
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .errors import FormatError, StorageError, first_line
+from .checks import shown
+from .errors import ConfigError, FormatError, StorageError, first_line
 
 _MAX_TEXT = 16 << 20
 _MAX_PICKLE = 4 << 20  # the structure of a checkpoint without its tensors
@@ -178,6 +180,38 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def as_path(name: str, value: Any) -> Path:
+    """A path from text. Raises ConfigError for what no file can be called, and for names that are not UTF-8, which
+    safetensors writes to and does not read from."""
+    try:
+        path = Path(value)
+        if b"\0" in str(path).encode() or value == "":
+            raise ValueError
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name} is {shown(value)}; give a path, in UTF-8") from error
+    return path
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keeps other processes and threads that replace files of the folder waiting; leaves no file behind.
+
+    Nothing is kept where the system has no such locks.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def make_folder(folder: Path) -> None:
     """Makes a folder and those above it. Raises StorageError where that is not possible."""
     try:
@@ -189,7 +223,9 @@ def make_folder(folder: Path) -> None:
 def check_folder(folder: Path) -> None:
     """Raises StorageError unless files can be written into the folder, or into the nearest above it that is there;
     leaves nothing behind. Asked before hours of work whose result goes there."""
-    above = next((one for one in (folder, *folder.absolute().parents) if one.exists()), Path("/"))
+    as_path("the folder", folder)
+    # A link to nowhere is there too, and nothing can be written into it.
+    above = next((one for one in (folder, *folder.absolute().parents) if os.path.lexists(one)), Path("/"))
     try:
         with tempfile.TemporaryDirectory(dir=above):
             pass
@@ -221,8 +257,9 @@ def write_together(folder: Path, files: Mapping[str, Callable[[Path], Any]]) -> 
             temporary[name] = Path(made)
             write(temporary[name])
             temporary[name].chmod(0o644)
-        for name, path in temporary.items():
-            os.replace(path, folder / name)
+        with alone_in(folder):
+            for name, path in temporary.items():
+                os.replace(path, folder / name)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise StorageError(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_finite, check_integer, check_tensor
+from .checks import as_tensor, check_finite, check_integer, check_room, check_tensor, parse_device
 from .errors import ConfigError, NumericsError, ShapeError
 from .reference import GateSpec, GateTensors, rational_gate
 
@@ -23,13 +23,6 @@ def smooth_step() -> tuple[list[float], list[float]]:
     the smoothest rational stand-in for a Heaviside step, used where the gate's slope trains a threshold.
     """
     return [0.5, 1.0, 0.5], [0.0, 1.0]
-
-
-def _as_tensor(name: str, value: Any, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:
-    try:
-        return torch.as_tensor(value, dtype=dtype, device=device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"{name} is {str(value)[:60]!r}; give a number, or numbers ({error})") from error
 
 
 class RationalGate(nn.Module):
@@ -88,6 +81,7 @@ class RationalGate(nn.Module):
             raise ConfigError(f"degree is {degree!r}; give two integers (p, q)")
         check_integer("d_sae", d_sae, 1)
         check_integer("groups", groups, 1)
+        device = parse_device(device)
         if d_sae % groups and group_of is None:
             raise ConfigError(f"groups={groups} does not divide d_sae={d_sae}; choose a divisor (1 = shared)")
         self.d_sae, self.groups = d_sae, groups
@@ -95,12 +89,13 @@ class RationalGate(nn.Module):
         self.form, self.domain, self.amplitude, self.backward = form, domain, amplitude, backward
         self.spec()  # refuses bad settings before any tensor is made
         p, q = self.degree
-        assigned = None if group_of is None else _as_tensor("group_of", group_of, None, device).detach().clone()
+        check_room(f"a gate of d_sae={d_sae}, groups={groups}", (max(d_sae, groups * (p + q + 1)),), torch.float32)
+        assigned = None if group_of is None else as_tensor("group_of", group_of, None, device).detach().clone()
         self.register_buffer("group_of", assigned)
         self.check_groups()
 
         def tensor(name: str, value: Any, *shapes: tuple[int, ...]) -> Tensor:
-            made = _as_tensor(name, value, torch.float32, device).detach().clone()
+            made = as_tensor(name, value, torch.float32, device).detach().clone()
             if made.dim() == len(shapes[0]) - 1:
                 made = made.unsqueeze(0)
             if made.shape[1:] == shapes[0][1:] and made.shape[0] == 1 and (1, *shapes[0][1:]) not in shapes:
@@ -172,7 +167,7 @@ class RationalGate(nn.Module):
                     "per-feature thresholds need a fit with theta > 0 (C_f = theta_f / theta); fit "
                     "fit_gate('jumprelu', degree, theta=0.1, margin=0.02), or use form='gated'"
                 )
-            scale = torch.as_tensor(thresholds, dtype=torch.float32) / fit.theta
+            scale = as_tensor("thresholds", thresholds, torch.float32, None) / fit.theta
             if bool((scale <= 0).any()):
                 raise ConfigError("per-feature thresholds of a direct gate must be positive; use form='gated'")
             options = {"input_scale": scale, "output_scale": scale, **options}
@@ -252,7 +247,7 @@ class RationalGate(nn.Module):
         if hidden_pre.shape[-1:] != (self.d_sae,):
             raise ShapeError(f"hidden_pre ends in {tuple(hidden_pre.shape[-1:])}; this gate has d_sae={self.d_sae}")
         rows = hidden_pre.reshape(-1, self.d_sae)
-        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        wide = rows.float() if rows.element_size() < 4 else rows
         return rational_gate(wide, self.tensors(), self.spec(hard))[0].to(rows.dtype).reshape(hidden_pre.shape)
 
     @torch.no_grad()
@@ -277,9 +272,12 @@ class RationalGate(nn.Module):
         Thresholds, C_in and the activity threshold are multiplied by scale, in the direct form C_out too (a gated code
         h * r scales with h). All of them are then per feature: new parameters, which an optimiser has to be told.
         """
+        check_tensor("scale", scale)
         scale = scale.to(self.threshold)
-        if scale.shape != (self.d_sae,) or not bool((scale > 0).all()):
-            raise ShapeError(f"scale has shape {tuple(scale.shape)}; give a positive number for each of {self.d_sae}")
+        if scale.shape != (self.d_sae,) or not bool(((scale > 0) & scale.isfinite()).all()):
+            raise ShapeError(
+                f"scale has shape {tuple(scale.shape)}; give a positive, finite number for each of {self.d_sae}"
+            )
 
         def replaced(old: nn.Parameter, values: Tensor) -> nn.Parameter:
             return nn.Parameter(values, requires_grad=old.requires_grad)

@@ -58,7 +58,7 @@ def local_path(source: str | Path, revision: str | None = None) -> Path:
     """
     if not isinstance(source, str | Path) or not str(source):
         raise FormatError(f"source is {source!r}; give a folder, a file, or a hub id such as owner/repository/folder")
-    path, name = Path(source).expanduser(), str(source)
+    path, name = Path(os.path.expanduser(source)), str(source)  # Path.expanduser raises where there is no such user
     try:
         if path.exists():
             return path

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .card import write_card
-from .checks import check_finite, parse_device
+from .card import model_card, write_card
+from .checks import check_data, check_finite, parse_device
 from .errors import ConfigError, FormatError, NumericsError, RsaeError, ShapeError
-from .files import make_folder, read_json, read_safetensors, write_together
+from .files import as_path, make_folder, read_json, read_safetensors, write_together
 from .hub import local_path, upload
 
 CONFIG_FILE = "cfg.json"
@@ -83,7 +83,8 @@ class Pretrained(nn.Module, abc.ABC):
             NumericsError: a weight is NaN or infinite. ConfigError: metadata that JSON cannot hold. Then nothing is
             written. StorageError: the disk refuses.
         """
-        folder = Path(folder)
+        folder = as_path("folder", folder)
+        check_data("W_enc", self.W_enc)
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         for name, tensor in weights.items():
             check_finite(name, tensor, f"nothing was written to {folder}")
@@ -92,13 +93,19 @@ class Pretrained(nn.Module, abc.ABC):
             text = json.dumps(config, indent=2, sort_keys=True)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"metadata holds what JSON cannot ({error}); nothing was written to {folder}") from error
+        try:
+            card = model_card(config, metrics)
+        except (AttributeError, TypeError, LookupError, ValueError) as error:
+            raise ConfigError(
+                f"metrics is not what a run's metrics.json holds ({error}); nothing was written to {folder}"
+            ) from error
         make_folder(folder)
         files: dict[str, Callable[[Path], Any]] = {
             WEIGHTS_FILE: lambda path: save_file(weights, path),
             CONFIG_FILE: lambda path: path.write_text(text + "\n", encoding="utf-8"),
         }
         write_together(folder, files)
-        write_card(folder, config, metrics)
+        write_card(folder, card)
         return folder
 
     def push_to_hub(

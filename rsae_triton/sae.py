@@ -216,6 +216,5 @@ class FusedRationalSAE(SparseAutoencoder):
 
 def initial_gate(d_sae: int, degree: tuple[int, int] | None, form: str, options: dict[str, Any]) -> RationalGate:
     """The gate that nothing has been said about: ReLU's minimax fit, or the ramp at threshold 0."""
-    if form == "gated":
-        return RationalGate.from_fit(fit_gate("ramp", degree or (3, 2)), d_sae, form=form, **options)
-    return RationalGate.from_fit(fit_gate("relu", degree or (3, 2)), d_sae, form=form, **options)
+    fit = fit_gate("ramp" if form == "gated" else "relu", (3, 2) if degree is None else degree)
+    return RationalGate.from_fit(fit, d_sae, form=form, **options)

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .checks import check_integer, check_number, check_seed
+from .checks import check_flag, check_integer, check_number, check_seed
 from .errors import ConfigError
+from .files import as_path
 from .recipes import Recipe
 
 # What may change between a run and its continuation: nothing of it touches a number.
@@ -83,8 +84,10 @@ class TrainSettings:
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 0 if name in counts else 1)
         check_seed(self.seed)
-        if isinstance(self.out, str):
-            object.__setattr__(self, "out", Path(self.out))
+        for name in ("deterministic", "resume"):
+            check_flag(name, getattr(self, name))
+        if self.out is not None:
+            object.__setattr__(self, "out", as_path("out", self.out))
         for name in ("lr", "clip", "checkpoint_minutes"):
             check_number(name, getattr(self, name), above=0)
         check_number("weight_decay", self.weight_decay, least=0)

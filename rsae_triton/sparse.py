@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from . import backends, ops
 from .base import check_sae
-from .checks import check_integer, check_tensor
+from .checks import check_data, check_integer, check_room, check_tensor
 from .errors import ConfigError, NumericsError, ShapeError
 from .gate import RationalGate
 from .reference import GateSpec, GateTensors
@@ -53,6 +53,7 @@ class SparseCode(NamedTuple):
         """
         _check_code(self)
         check_integer("d_sae", d_sae, 1)
+        check_room(f"a dense code of d_sae={d_sae}", (self.counts.numel(), d_sae), self.values.dtype)
         check_places(self.indices, self.counts, d_sae)
         values = torch.where(used(self.counts, self.values.shape[-1]), self.values, 0)
         # Added, not written: the places that are not in use all point at feature 0.
@@ -61,7 +62,7 @@ class SparseCode(NamedTuple):
     @classmethod
     def from_dense(cls, feature_acts: Tensor, capacity: int | None = None) -> SparseCode:
         """What is not zero in feature_acts [..., d_sae] (NaN is not zero); capacity as in `encode_sparse`."""
-        check_tensor("feature_acts", feature_acts)
+        check_data("feature_acts", feature_acts)
         if feature_acts.dim() == 0:
             raise ShapeError("feature_acts is a scalar; give codes of shape [..., d_sae]")
         _check_count("capacity", capacity)
@@ -184,6 +185,7 @@ def _by_kernels(
             break
         places = most
     width = max(most, capacity or 1)
+    check_room(f"a code of capacity={capacity}", (len(x_c), width), torch.int64)
     values, indices = (pad(t[:, :width], (0, max(width - t.shape[1], 0))).contiguous() for t in found[:2])
     return SparseCode(values, indices, found.counts.long())
 
@@ -192,6 +194,7 @@ def _rows(parts: Iterator[Entries] | list[Entries], n_tokens: int, capacity: int
     tokens, features, entries = (torch.cat(one) for one in zip(*parts, strict=True))
     counts = torch.bincount(tokens, minlength=n_tokens)
     width = max(int(counts.max()) if n_tokens else 0, capacity or 1)
+    check_room(f"a code of capacity={capacity}", (n_tokens, width), torch.int64)
     places = torch.arange(len(tokens), device=tokens.device) - (counts.cumsum(0) - counts)[tokens]
     values, indices = entries.new_zeros(n_tokens, width), features.new_zeros(n_tokens, width)
     values[tokens, places], indices[tokens, places] = entries, features

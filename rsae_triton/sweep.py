@@ -19,12 +19,12 @@ from rich.console import Console
 
 from .activations import HostModel, Splits, check_corpus, load_corpus, load_host
 from .base import SparseAutoencoder
-from .checks import check_integer, check_number
+from .checks import check_integer, check_number, check_seed
 from .contenders import CONTENDERS, contender
 from .errors import ConfigError
 from .evaluate import compare
 from .evaluate.compare import splice_of
-from .files import write_text
+from .files import check_folder, write_text
 from .recipes import RECIPES
 from .report.fronts import write_sweep_report
 from .runtime import matmul_precision
@@ -93,6 +93,9 @@ class Sweep:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give a positive number")
         for width in self.widths:
             check_integer("--widths", width, 1)
+        for seed in self.seeds:
+            check_seed(seed)
+        check_folder(self.out)
         for factor in self.sparsities:
             check_number("--sparsities", factor, above=0)
         check_corpus(self.text)

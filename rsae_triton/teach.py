@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .activations import Splits, cache_dir, check_corpus, extract_splits, load_corpus, load_host
 from .base import SparseAutoencoder
-from .checks import check_number
+from .checks import check_number, check_seed
 from .errors import ConfigError, FormatError, SourceError
 from .evaluate import reconstruction
 from .files import check_folder, write_text
@@ -153,6 +153,7 @@ def teach(config: Teach) -> Path:
         raise ConfigError(f"--k is {config.k}; there are --d-sae {config.d_sae} features")
     if config.weight is not None:
         check_number("--weight", config.weight, least=0)
+    check_seed(config.seed)
     plan = config.plan()
     check_corpus(config.text)
     check_folder(config.out)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .base import SparseAutoencoder, check_sae
 from .checkpoints import Checkpoints
-from .checks import check_tensor
+from .checks import check_data
 from .errors import ConfigError, ShapeError, Stopped
 from .memory import plan_memory
 from .metrics import Metrics, TrainLog, progress_bar, take_up
@@ -71,8 +71,13 @@ def train(
             step, tensor and the last checkpoint, and `sae` holds the parameters from before that step.
         StorageError: a checkpoint cannot be written. Stopped: a SIGTERM came, and the run is saved.
     """
+    if not isinstance(settings, TrainSettings | None):
+        raise ConfigError(f"settings is a {type(settings).__name__}; give TrainSettings(...), or its fields by name")
     settings = TrainSettings(**changes) if settings is None else replace(settings, **changes)
     check_sae("sae", sae)
+    check_data("sae.W_dec", sae.W_dec)
+    if torch.is_inference_mode_enabled() or any(one.is_inference() for one in sae.parameters()):
+        raise ConfigError("sae was made, or is trained, in torch.inference_mode(), which has no gradients; leave it")
     recipe = recipe_for(sae, settings.recipe) if isinstance(settings.recipe, str) else settings.recipe
     if not isinstance(recipe, Recipe):
         raise ConfigError(f"recipe is a {type(recipe).__name__}; give a name of RECIPES, or a Recipe")
@@ -80,16 +85,22 @@ def train(
     together: Alone = Alone() if mesh is None else mesh
     together.check(sae, recipe, settings)
     if isinstance(activations, Tensor):
-        check_tensor("activations", activations)
+        check_data("activations", activations)
         if activations.dim() != 2:
             raise ShapeError(f"activations have shape {tuple(activations.shape)}; give [n_tokens, d_in={sae.d_in}]")
-    elif not hasattr(activations, "batches"):
+    elif not callable(getattr(activations, "batches", None)) or not hasattr(activations, "d_in"):
         raise ShapeError(f"activations is a {type(activations).__name__}; give a torch.Tensor or an ActivationStore")
     width = activations.shape[-1] if isinstance(activations, Tensor) else activations.d_in
     if width != sae.d_in:
         raise ShapeError(
             f"the activations have d_in={width}, the SAE has d_in={sae.d_in}; they must come from one hook"
         )
+    if recipe.target_l0 is not None and recipe.target_l0 > sae.d_sae * together.features[1]:
+        raise ConfigError(f"target_l0 is {recipe.target_l0}; there are {sae.d_sae * together.features[1]} features")
+    # Before the run's folder is made; a store of one process's shards counts for itself.
+    rows = len(activations) if isinstance(activations, Tensor) else getattr(activations, "n_tokens", None)
+    if rows is not None and getattr(activations, "share", None) is None and rows < settings.batch_size:
+        raise ShapeError(f"{rows} tokens are fewer than one batch of {settings.batch_size}; lower batch_size")
     if settings.precision == "bf16" and sae.W_dec.dtype != torch.float32:
         raise ConfigError(f"the weights are {sae.W_dec.dtype}; bf16 training keeps float32 ones: use sae.float()")
     if settings.decoder_norm == "free" and together.rank == 0:
@@ -102,6 +113,7 @@ def train(
         print(plan)
     log = TrainLog(recipe.name, settings.steps, settings.batch_size, settings.seed)
     with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
         stack.enter_context(deterministic(settings.deterministic))
         stack.enter_context(_frozen(sae, recipe))
         stack.enter_context(_training(sae))
@@ -135,7 +147,13 @@ def _loop(
     with progress_bar(label, settings.steps, run.step, settings.batch_size, show) as advance:
         while run.step < settings.steps:
             due = checkpoints is not None and time.perf_counter() - saved_at > 60 * settings.checkpoint_minutes
-            row, stop, due = run.advance(next(batches), bool(stopping), due, checkpoints)
+            batch = next(batches, None)
+            if not isinstance(batch, Tensor):
+                raise ShapeError(
+                    f"activations.batches gave {'no more' if batch is None else f'a {type(batch).__name__}'} at step "
+                    f"{run.step}; it must give tensors [batch_size, d_in] without end"
+                )
+            row, stop, due = run.advance(batch, bool(stopping), due, checkpoints)
             if row["step"] % settings.log_every == 0 or run.step == settings.steps:
                 shown = run.features()
                 metrics.row(row | shown | {"seconds": round(log.seconds + time.perf_counter() - started, 3)})
@@ -195,8 +213,6 @@ def _batches(
 ) -> Iterator[Tensor]:
     size, seed = settings.batch_size, settings.seed
     if isinstance(activations, Tensor):
-        if len(activations) < size:
-            raise ShapeError(f"{len(activations)} tokens are fewer than one batch of {size}; lower batch_size")
         return tensor_batches(activations, size, seed=seed, start=start, part=part)
     more: dict[str, Any] = ({"start": start} if start else {}) | ({"part": part} if part[1] > 1 else {})
     return activations.batches(size, seed=seed, **more)
@@ -226,6 +242,8 @@ def _training(sae: SparseAutoencoder) -> Iterator[None]:
 def _frozen(sae: SparseAutoencoder, recipe: Recipe) -> Iterator[None]:
     """Takes the recipe's frozen parameters out of training, and puts them back as they were."""
     held = [p for name, p in sae.named_parameters() if name.removeprefix("gate.") in recipe.frozen and p.requires_grad]
+    if not any(p.requires_grad for p in set(sae.parameters()) - set(held)):
+        raise ConfigError("every parameter of sae is frozen; call sae.requires_grad_() before training")
     for parameter in held:
         parameter.requires_grad_(False)
     try:

@@ -12,7 +12,7 @@ import tyro
 from .activations import ActivationStore
 from .base import SparseAutoencoder
 from .checkpoints import Checkpoints
-from .checks import parse_device
+from .checks import check_integer, parse_device
 from .errors import ConfigError, FormatError
 from .evaluate.held_out import load_sae
 from .files import check_folder
@@ -126,6 +126,7 @@ def run_train(config: Train) -> Path:
     settings = config.settings()
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     parse_device(device)
+    check_integer("--features-over", config.features_over, 1)
     if not launched() and config.features_over > 1:
         raise ConfigError(
             f"--features-over {config.features_over} needs as many processes; start with: torchrun --nproc-per-node "

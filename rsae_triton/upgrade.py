@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .base import SparseAutoencoder
 from .calibrate import Calibration, Histogram, calibrate, histogram
-from .checks import check_finite, check_integer, check_number, check_seed, check_tensor
+from .checks import check_data, check_finite, check_integer, check_number, check_seed, shown
 from .errors import ConfigError, NumericsError, ShapeError
 from .gate import RationalGate
 from .ops import resolve_backend
@@ -128,6 +128,7 @@ def upgrade(
         raise ConfigError(
             f"a {type(teacher).__name__} cannot be upgraded; teachers are ReLU, JumpReLU, TopK and BatchTopK SAEs"
         )
+    check_data("the teacher's W_enc", teacher.W_enc)
     if teacher.metadata.get("transcoder"):
         raise ConfigError("the teacher is a transcoder; stage 1 calibrates against the activations that go in")
     if form not in ("auto", "gated", "direct"):
@@ -151,11 +152,17 @@ def upgrade(
             stacklevel=2,
         )
     resolve_backend(backend, teacher.W_enc.device, teacher.W_enc.dtype)
+    for name, tensor in teacher.state_dict().items():
+        check_finite(f"the teacher's {name}", tensor, "fetch or train it again")
     x = sample(activations, teacher, n_tokens, seed)
     with torch.no_grad():
         h, z = teacher.hidden_pre(x), teacher.encode(x)
     if not bool(torch.isfinite(h).all()):
-        raise NumericsError("the teacher's pre-activations are not finite; its weights or the activations are bad")
+        raise NumericsError(
+            "the teacher's pre-activations are not finite; its weights or the activations are too large"
+        )
+    if not bool(x.any()) or not bool(h.any()):
+        raise NumericsError("the activations, or the teacher's pre-activations of them, are all zero; give other ones")
     given = parse_coefficients(coefficients)
     groups = given if isinstance(given, int) else {"shared": 1, "per_feature": teacher.d_sae}[given]
     if not 1 <= groups <= teacher.d_sae:
@@ -188,7 +195,7 @@ def upgrade(
         report = StageOne(
             form=gate.form,
             degree=gate.degree,
-            relative_error=float((code - z).norm() / z.norm()),
+            relative_error=float((code - z).norm() / z.norm().clamp_min(1e-12)),
             activity_threshold=float(gate.activity_threshold.max()),
             teacher_l0=teacher_l0,
             l0=float((code != 0).sum(1).float().mean()),
@@ -207,12 +214,12 @@ def parse_degree(degree: str | tuple[int, int]) -> tuple[int, int] | None:
 
 def parse_coefficients(coefficients: str | int) -> str | int:
     """ "shared", "per_feature", or a number of groups, also as text."""
-    if isinstance(coefficients, str) and coefficients.isdecimal():
+    if isinstance(coefficients, str) and coefficients.isdecimal() and len(coefficients) < 20:
         return int(coefficients)
     if isinstance(coefficients, bool) or not (
         isinstance(coefficients, int) or coefficients in ("shared", "per_feature")
     ):
-        raise ConfigError(f"coefficients is {coefficients!r}; choose shared, per_feature or a number of groups")
+        raise ConfigError(f"coefficients is {shown(coefficients)}; choose shared, per_feature or a number of groups")
     return coefficients
 
 
@@ -233,7 +240,7 @@ def sample(activations: Tensor | Any, teacher: SparseAutoencoder, n_tokens: int,
     if not isinstance(activations, Tensor) and not hasattr(activations, "tensor"):
         raise ShapeError(f"activations is a {type(activations).__name__}; give a torch.Tensor or an ActivationStore")
     x = activations if isinstance(activations, Tensor) else activations.tensor()
-    check_tensor("activations", x)
+    check_data("activations", x)
     if x.dim() != 2 or x.shape[1] != teacher.d_in:
         raise ShapeError(f"activations have shape {tuple(x.shape)}; the teacher takes [n, d_in={teacher.d_in}]")
     if len(x) == 0:

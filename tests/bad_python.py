@@ -3,6 +3,8 @@
 The message names the argument and says what is wanted; `test_bad_input.py` runs them.
 """
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from rsae_triton import (
     upgrade,
 )
 from rsae_triton.activations import ActivationStore, check_corpus, load_corpus
+from rsae_triton.activations.from_tensor import store_tensor
 from rsae_triton.autoencode import rational_autoencode
 from rsae_triton.errors import (
     ConfigError,
@@ -151,7 +154,7 @@ GATES = [
     ("a of another length", lambda _: gate(a=[1.0]), ShapeError, r"a has shape \(1, 1\)"),
     ("a of three dimensions", lambda _: gate(a=torch.zeros(2, 2, 2)), ShapeError, "a has shape"),
     ("a is text", lambda _: gate(a="x"), ConfigError, "a is 'x'"),
-    ("a is None", lambda _: gate(a=None), ConfigError, "a is 'None'"),
+    ("a is None", lambda _: gate(a=None), ConfigError, "a is None"),
     ("a holds NaN", lambda _: gate(a=[NAN, 1.0]), NumericsError, r"a holds 1 NaN or infinite.*\[0, 0\]"),
     ("b of another length", lambda _: gate(b=[1.0]), ShapeError, "b has shape"),
     ("degree is None", lambda _: gate(degree=None), ConfigError, "degree is None"),
@@ -307,7 +310,7 @@ UPGRADES = [
     ("half a token", lambda _: upgrade(RELU, X, n_tokens=1.5), ConfigError, "n_tokens is 1.5"),
     ("no such backend", lambda _: upgrade(RELU, X, backend="x"), ConfigError, "backend"),
     ("a seed of text", lambda _: upgrade(RELU, X, seed="x"), ConfigError, "seed is 'x'"),
-    ("weights with NaN", lambda _: upgrade(broken(ReluSAE(4, 8)), X), NumericsError, "not finite"),
+    ("weights with NaN", lambda _: upgrade(broken(ReluSAE(4, 8)), X), NumericsError, r"W_enc holds 1 NaN.*\[1, 2\]"),
     ("steps below 0", lambda _: trained(steps=-1), ConfigError, "steps is -1"),
     ("half a step", lambda _: trained(steps=1.5), ConfigError, "steps is 1.5"),
     ("no batch", lambda _: trained(batch_size=0), ConfigError, "batch_size is 0"),
@@ -440,6 +443,15 @@ TABLE = [
 
 
 def make_files(at: Path) -> None:
-    """What the cases of FILES find: a good SAE under good/, and an empty folder."""
+    """What the cases find: a good SAE under good/, others with another cfg.json, a store, and an empty folder."""
     (at / "empty").mkdir()
     sae(generator=torch.Generator().manual_seed(2)).save_pretrained(at / "good")
+    store_tensor(X, at / "store")
+    (at / "some.txt").write_text("some text")
+    for name, change in {
+        "flag": {"apply_b_dec_to_input": "no"}, "float8": {"dtype": "float8_e4m3fn"},
+        "seed": {"metadata": {"split_seed": "x"}},
+    }.items():  # fmt: skip
+        shutil.copytree(at / "good", at / name)
+        config = json.loads((at / name / "cfg.json").read_text()) | change
+        (at / name / "cfg.json").write_text(json.dumps(config))

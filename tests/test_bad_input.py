@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from bad_python import RELU, TABLE, X, make_files, sae
+from bad_odd import ODD
+from bad_python import RELU, X, make_files, sae
+from bad_python import TABLE as PLAIN
 
 from rsae_triton import cli, encode_sparse
 from rsae_triton.checks import parse_device
@@ -14,6 +16,7 @@ from rsae_triton.cli import main
 from rsae_triton.errors import ConfigError, RsaeError
 from rsae_triton.teachers import BatchTopKSAE, JumpReluSAE, ReluSAE, TopKSAE
 
+TABLE = [*PLAIN, *ODD]
 BEFORE = {name: one.clone() for name, one in RELU.state_dict().items()}
 
 
@@ -137,6 +140,48 @@ COMMANDS = [
     ("train {at}/good --activations {at}/empty --out {new} --steps 1 --device x", "device 'x'"),
     ("train {at}/good --activations {at}/empty --out {new} --steps 1", "manifest.json"),
     ("train {at}/good --activations {at}/empty --out {new} --steps 1 --features-over 2", "torchrun"),
+    ("train {at}/good --activations {at}/store --out {new} --steps 1 --batch-size 17", "16 tokens are fewer"),
+    ("train {at}/good --activations {at}/store --out {new} --steps 1 --target-l0 9", "target_l0 is 9.0; there are 8"),
+    ("train {at}/good --activations {at}/store --out {new} --steps 1 --lr 1e999", "lr is inf"),
+    ("train {at}/good --activations {at}/store --out {new} --steps 1 --seed {nines}", "seed"),
+    ("train {at}/good --activations {at}/store --out {new} --steps 1 --accumulate 999", "accumulate=999"),
+    ("train {at}/good --activations {at}/store --out {new} --steps 1 --features-over 0", "--features-over is 0"),
+    (
+        "train {at}/good --activations {at}/store --out {at}/text.json --steps 1 --batch-size 8",
+        "text.json cannot be made",
+    ),
+    ("train {at}/flag --activations {at}/store --out {new} --steps 1", "apply_b_dec_to_input is 'no'"),
+    ("train {at}/float8 --activations {at}/store --out {new} --steps 1", "dtype is torch.float8_e4m3fn"),
+    ("upgrade {at}/good --activations {at}/store --out {new}", "a FusedRationalSAE cannot be upgraded"),
+    ("upgrade {at}/good --activations {at}/loop --out {new}", "loop holds no manifest.json"),
+    ("upgrade {at}/good --activations {at}/store --out {at}/loop", "loop cannot be written to"),
+    ("upgrade {at}/good --activations {at}/store --out {new} --coefficients {nines}", "coefficients is '9999"),
+    ("upgrade {at}/good --activations {at}/store --out {new} --degree {nines},1", "degree is '9999"),
+    ("upgrade {at}/good --activations {at}/store --out {new} --degree 3.7,2", "degree is '3.7,2'"),
+    ("eval {at}/loop", "loop does not exist"),
+    ("eval ~nosuchuser/x", "~nosuchuser/x does not exist"),
+    ("eval {at}/good --model ~nosuchuser/x", "~nosuchuser/x"),
+    ("eval {at}/good --seed {nines}", "--seed"),
+    ("eval {at}/good --seed -99999999999999999999", "seed is -99999999999999999999"),
+    ("eval {at}/seed --text {at}/some.txt --model {at}/empty", "config.json"),
+    ('eval {at}/good --text ""', "--text is empty"),
+    ("eval {at}/nowhere --out {new}/x.json", "nowhere does not exist"),
+    ("match {at}/good {at}/loop", "loop does not exist"),
+    ("match {at}/good {at}/loop --seed 99999999999999999999", "seed is 99999999999999999999"),
+    ("probe {at}/good --seed 99999999999999999999", "seed is 99999999999999999999"),
+    ("probe {at}/good --text {at}/deep.jsonl --label y", "deep.jsonl line 1"),
+    ("teach relu --out {new} --seed 99999999999999999999", "seed is 99999999999999999999"),
+    ("teach relu --out {at}/loop", "loop cannot be written to"),
+    ("sweep --out {new} --seeds 99999999999999999999", "seed is 99999999999999999999"),
+    ("sweep --out {at}/text.json", "text.json cannot be written to"),
+    ("reproduce --out {at}/text.json", "text.json cannot be written to"),
+    ('demo --out {new} --text ""', "--text is empty"),
+    ("demo --out {at}/loop", "loop cannot be written to"),
+    ("extract --seed 99999999999999999999", "seed is 99999999999999999999"),
+    ("extract --root {at}/text.json", "text.json cannot be written to"),
+    ("gates fit step --degree 3,2 --margin 1e-300", "margin=1e-300"),
+    ("gates fit relu --degree 3,2 --plot {new}", "ends in .png"),
+    ("gates fit relu --degree 3,2 --samples {at}/good/sae_weights.safetensors", "sae_weights.safetensors"),
     ("export {at}/nowhere --out {new}", "holds no checkpoint"),
     ("export {at}/empty --out {new}", "holds no checkpoint"),
     ("extract --tokens 0", "--tokens is 0"),
@@ -192,7 +237,9 @@ def test_command_line(files, tmp_path, monkeypatch, capsys, command, message):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("COLUMNS", "200")
     (files / "text.json").write_text("{}")
-    places = {"at": str(files), "new": str(tmp_path / "new")}
+    (files / "deep.jsonl").write_text("[" * 5000)
+    (files / "loop").is_symlink() or (files / "loop").symlink_to("loop")
+    places = {"at": str(files), "new": str(tmp_path / "new"), "nines": "9" * 5000}
     before = everything(files)
     try:
         status = main(shlex.split(command.format(**places)))
@@ -217,7 +264,14 @@ def test_the_tables_are_as_long_as_they_are_said_to_be():
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), MemoryError(), PermissionError(13, "denied")]
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        MemoryError(),
+        PermissionError(13, "denied"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    ],
 )
 def test_what_the_machine_refuses_takes_one_line_too(error, monkeypatch, capsys):
     def refuse(*_):
@@ -230,6 +284,15 @@ def test_what_the_machine_refuses_takes_one_line_too(error, monkeypatch, capsys)
     assert shown.startswith("rsae: ")
     with pytest.raises(type(error)):
         main(["demo", "--debug"])
+
+
+def test_a_bug_is_not_taken_for_the_machine(monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(cli, "run", refuse)
+    with pytest.raises(RuntimeError):
+        main(["demo"])
 
 
 @pytest.mark.parametrize(("said", "shown"), [("", "RuntimeError"), (" \n", "RuntimeError"), ("one\ntwo", "one")])

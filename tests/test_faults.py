@@ -7,6 +7,7 @@ import ctypes
 import hashlib
 import http.server
 import os
+import random
 import resource
 import signal
 import sys
@@ -175,6 +176,27 @@ def test_files_that_belong_together_are_replaced_together(tmp_path):
     with pytest.raises(StorageError, match=r"b cannot be written \(No space left on device\)"):
         write_together(tmp_path, {"a": lambda path: path.write_text("2"), "b": fail})
     assert everything(tmp_path) == {"a": b"1", "b": b"1"}
+
+
+@linux
+def test_two_that_save_into_one_folder_leave_one_of_them(tmp_path, monkeypatch):
+    """Not the weights of one beside the configuration of the other."""
+    replace, chance = os.replace, random.Random(0)
+
+    def slowly(source, target):
+        replace(source, target)
+        time.sleep(chance.random() / 100)
+
+    monkeypatch.setattr(os, "replace", slowly)
+    for _ in range(5):
+        saes = [sae(d_sae=d_sae) for d_sae in (8, 16, 24)]
+        threads = [threading.Thread(target=one.save_pretrained, args=(tmp_path,)) for one in saes]
+        for one in threads:
+            one.start()
+        for one in threads:
+            one.join()
+        assert FusedRationalSAE.from_pretrained(tmp_path).d_sae in (8, 16, 24)
+    assert everything(tmp_path).keys() == {"cfg.json", "sae_weights.safetensors", "README.md"}
 
 
 # -- a cache that is not ours to write

@@ -138,7 +138,8 @@ def _store(folder):
     assert len(opened.document_info) >= 0
     assert len(opened.labels("source")) == len(opened.document_info)
     columns = {name: getattr(opened, name) for name in ("mean", "tokens", "documents", "positions", "contexts")}
-    return {**columns, "all": opened.tensor(), "batch": one, "sequences": opened.sequences.tokens}
+    return {**columns, "all": opened.tensor(), "batch": one, "sequences": opened.sequences.tokens,
+            "counted": opened.sequences.counted}  # fmt: skip
 
 
 def _table(folder):

@@ -9,7 +9,8 @@ from typing import Literal
 from rsae_triton.activations.corpus import check_corpus, load_corpus
 from rsae_triton.activations.extract import extract_hooks, split_three_ways
 from rsae_triton.activations.host import load_host
-from rsae_triton.checks import check_integer, check_number
+from rsae_triton.checks import check_integer, check_number, check_seed
+from rsae_triton.files import check_folder
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,9 @@ def run_extract(config: Extract) -> list[Path]:
         check_integer(f"--{name.replace('_', '-')}", getattr(config, name), least)
     if config.drop_outliers is not None:
         check_number("--drop-outliers", config.drop_outliers, above=1)
+    check_seed(config.seed)
+    if config.root is not None:
+        check_folder(config.root)
     check_corpus(config.text)
     host = load_host(config.model, device=config.device)
     documents = load_corpus(list(config.text), max_documents=config.max_documents)

@@ -18,6 +18,7 @@ from rsae_triton.activations.documents import (
     split,
     strip_gutenberg,
 )
+from rsae_triton.checks import check_integer, shown
 from rsae_triton.errors import ConfigError, FormatError, SourceError, first_line
 from rsae_triton.hub import require_hub
 
@@ -34,7 +35,10 @@ def load_corpus(spec: str | Path | Sequence[str | Path] = "demo", *, max_documen
     hub dataset ("owner/name", or "owner/name:config:split"; streamed, `max_documents` rows at most).
     Raises SourceError for what cannot be found or reached, FormatError for files that are not text or are empty.
     """
-    specs = [spec] if isinstance(spec, str | Path) else list(spec)
+    specs = [spec] if isinstance(spec, str | Path) else list(spec) if isinstance(spec, Sequence) else []
+    if not specs or not all(isinstance(one, str | Path) and one != "" for one in specs):
+        raise ConfigError(f"spec is {shown(spec)}; give demo, files, folders, or a hub dataset")
+    check_integer("max_documents", max_documents, 1)
     found: list[Document] = []
     for one in specs:
         if str(one) == "demo":
@@ -53,7 +57,7 @@ def load_corpus(spec: str | Path | Sequence[str | Path] = "demo", *, max_documen
 
 def check_corpus(spec: Sequence[str | Path]) -> None:
     """Refuses local text that is not there (SourceError), before anything else is loaded or computed."""
-    if not spec:
+    if not spec or "" in spec:
         raise ConfigError("--text is empty; give demo, files, folders, or a hub dataset")
     for one in map(str, spec):
         if one != "demo" and not Path(one).exists() and _looks_like_file(one):
@@ -72,6 +76,8 @@ def _local(path: Path) -> Iterator[Document]:
         if not files:
             raise FormatError(f"the folder {path} holds no .txt, .md or .jsonl file; name one that does")
     for file in files:
+        if not file.is_file():  # a pipe would be waited for
+            raise SourceError(f"{file} is neither a file nor a folder; check the path")
         try:
             text = file.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
@@ -96,7 +102,7 @@ def _json_lines(file: Path, text: str, source: str, group: str) -> Iterator[Docu
         try:
             row = json.loads(line)
             yield _row(row, source, f"{file.stem} line {number}", f"{group}:{number}")
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, RecursionError) as error:
             raise FormatError(
                 f'{file} line {number} is not a JSON object with a "text" field; correct or remove it'
             ) from error

@@ -64,7 +64,7 @@ DOWNLOADS: dict[str, Download] = {
 def cache_dir() -> Path:
     """The folder everything downloaded or derived is kept in: $RSAE_CACHE, else the user's cache folder."""
     if override := os.environ.get("RSAE_CACHE"):
-        return Path(override).expanduser()
+        return Path(os.path.expanduser(override))
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("rsae-triton"))

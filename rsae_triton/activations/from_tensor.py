@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from rsae_triton.activations.store import MANIFEST, SCHEMA, ActivationStore
-from rsae_triton.errors import ConfigError, NumericsError, ShapeError
-from rsae_triton.files import file_sha256
+from rsae_triton.checks import check_data, check_finite, check_integer
+from rsae_triton.errors import ConfigError, NumericsError, ShapeError, StorageError, first_line
+from rsae_triton.files import as_path, file_sha256
 
 
 def store_tensor(
@@ -25,19 +27,37 @@ def store_tensor(
     Rows keep their order on disk; reading shuffles them. `provenance` (model, hook_name, ...) goes into the manifest.
 
     Raises:
-        ShapeError, NumericsError: x is not [n_tokens, d_in], or not finite. ConfigError: the folder is there already.
+        ShapeError, NumericsError: x is not [n_tokens, d_in], or not finite. ConfigError: the folder is there already,
+            or provenance that JSON cannot hold. StorageError: the disk refuses; nothing is left of the store.
     """
-    folder = Path(folder)
-    if x.dim() != 2 or not len(x):
+    folder = as_path("folder", folder)
+    check_data("x", x)
+    check_integer("rows_per_shard", rows_per_shard, 1)
+    if x.dim() != 2 or not x.numel():
         raise ShapeError(f"x has shape {tuple(x.shape)}; activations are [n_tokens, d_in]")
-    if not bool(torch.isfinite(x).all()):
-        raise NumericsError("x holds NaN or infinity; remove those rows")
+    check_finite("x", x, "remove those rows")
+    try:
+        json.dumps(dict(provenance or {}))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"provenance holds what JSON cannot ({error}); nothing was written to {folder}") from error
     if folder.exists():
         raise ConfigError(f"{folder} is there already; choose another folder")
     mean_norm = float(x.float().norm(dim=1).double().mean())
     if mean_norm == 0:
         raise NumericsError("all activations are zero")
     partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        _write(partial, x, rows_per_shard, mean_norm, provenance or {})
+        os.replace(partial, folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise StorageError(f"{folder} cannot be written ({reason}); choose another place, or make room") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return ActivationStore(folder)
+
+
+def _write(partial: Path, x: torch.Tensor, rows_per_shard: int, mean_norm: float, provenance: dict[str, Any]) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     shards, files = [], {}
@@ -50,7 +70,7 @@ def store_tensor(
         files[name] = {"bytes": (partial / name).stat().st_size, "sha256": file_sha256(partial / name)}
     key = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
     manifest = {
-        **(provenance or {}),
+        **provenance,
         "schema": SCHEMA,
         "key": key,
         "dtype": str(x.dtype).removeprefix("torch."),
@@ -65,5 +85,3 @@ def store_tensor(
         "files": files,
     }
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    os.replace(partial, folder)
-    return ActivationStore(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 def find_model(name: str) -> tuple[str, bool]:
     """`(where, is_hub)`: a local folder (dequantised first where `name` is GGUF), or a hub id."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # Path.expanduser raises where there is no such user
     if name == "smollm2":
         return str(embedded_model()), False
     if path.suffix.lower() == ".gguf":

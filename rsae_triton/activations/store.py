@@ -13,14 +13,20 @@ from safetensors.torch import load_file
 
 from rsae_triton.activations.order import EpochOrder, mix_seed
 from rsae_triton.activations.prefetch import prefetched
+from rsae_triton.checks import check_integer, check_seed, parse_device, shown
 from rsae_triton.errors import ConfigError, FormatError
-from rsae_triton.files import file_sha256, read_json
+from rsae_triton.files import as_path, file_sha256, read_json
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
 # Up to here a store is checksummed when it is opened and held in memory when it is read at random. Beyond, sizes
 # are compared, and rows come from the mapped files.
 _SMALL_BYTES = 2 << 30
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(f"dtype is {shown(dtype)}; give one of floating point, such as torch.float32")
 
 
 class Sequences(NamedTuple):
@@ -44,7 +50,9 @@ class ActivationStore:
     def __init__(
         self, folder: str | Path, *, verify: bool | None = None, shards: tuple[int, int] | None = None
     ) -> None:
-        self.folder, self.share = Path(folder), shards
+        self.folder, self.share = as_path("folder", folder), shards
+        if shards is not None and not (isinstance(shards, tuple) and [type(one) for one in shards] == [int, int]):
+            raise ConfigError(f"shards is {shown(shards)}; give two integers (rank, size)")
         if not (self.folder / MANIFEST).is_file():
             raise FormatError(f"{self.folder} holds no {MANIFEST}, so it is no activation store; check the path")
         try:
@@ -80,6 +88,7 @@ class ActivationStore:
 
     def tensor(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Every row in memory, [n_tokens, d_in], in SAE units."""
+        _check_dtype(dtype)
         shards = self._shards  # checked against what the manifest claims, before memory is taken for it
         rows = torch.empty(self.n_tokens, self.d_in, dtype=dtype)
         start = 0
@@ -111,11 +120,18 @@ class ActivationStore:
         4 where rows are read from files, 0 where they are in memory.
         """
         rank, size = part
+        check_integer("batch_size", batch_size, 1)
+        check_integer("start", start, 0)
+        check_integer("size of part", size, 1)
+        check_integer("rank of part", rank, 0, size - 1)
+        check_seed(seed)
+        parse_device(device)
+        _check_dtype(dtype)
         if self.share is not None:
             if self.share != part:
                 raise ConfigError(f"the store was opened for part {self.share} of its shards, not {part}")
             batch_size, rank, size = batch_size // size, 0, 1
-        per_epoch = self.n_tokens // batch_size if batch_size > 0 else 0
+        per_epoch = self.n_tokens // batch_size
         if per_epoch == 0 or batch_size % size:
             raise ConfigError(
                 f"batch_size={batch_size} does not fit {self.n_tokens} rows and {size} processes; choose a multiple "
@@ -251,6 +267,12 @@ class ActivationStore:
         for name in (*self.manifest["files"], *(shard["file"] for shard in self.manifest["shards"]), *named):
             if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
                 raise self._broken(MANIFEST, f"names {str(name)[:60]!r}, which is no file of its folder")
+        if text != [None, None]:
+            limit = self.manifest.get("norm_limit")
+            if limit is not None and not (isinstance(limit, int | float) and limit > 0):
+                raise self._broken(MANIFEST, f"has norm_limit={shown(limit)}")
+            if not isinstance(self.manifest["bos_token_id"], int) or not isinstance(self.manifest["hook_name"], str):
+                raise self._broken(MANIFEST, "says neither which token begins a text nor where it was read")
         if any(not isinstance(shard["rows"], int) or shard["rows"] < 1 for shard in self.manifest["shards"]):
             raise self._broken(MANIFEST, "lists shards without rows")
 

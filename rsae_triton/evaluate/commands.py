@@ -21,7 +21,7 @@ from rich.table import Table
 
 from ..activations import HostModel
 from ..errors import ConfigError, StorageError
-from ..files import write_text
+from ..files import check_folder, make_folder, write_text
 from .compare import compare
 from .held_out import TextOptions, check_text, load_saes, open_held_out, open_host
 from .reconstruction import DENSE, measure
@@ -191,13 +191,14 @@ def check_writable(out: Path | None) -> None:
     if out.is_dir():
         raise ConfigError(f"--out {out} is a folder; name a file in it")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"--out {out}: its folder cannot be made ({error.strerror}); choose another") from error
+        check_folder(out.parent)
+    except StorageError as error:
+        raise StorageError(f"--out {out}: {error}") from error
 
 
 def write_json(out: Path | None, result: Mapping[str, Any]) -> None:
     """Writes the result whole or not at all (StorageError); nothing when `out` is None."""
     if out is None:
         return
+    make_folder(out.parent)
     write_text(out, json.dumps(result, indent=2, ensure_ascii=False) + "\n")

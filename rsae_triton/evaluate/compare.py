@@ -49,8 +49,12 @@ def compare(
     """
     if not isinstance(saes, Mapping) or not saes:
         raise ConfigError("saes is empty or no dictionary; give at least one SAE by name")
+    if not isinstance(measured, Mapping | None):
+        raise ConfigError(f"measured is a {type(measured).__name__}; give a dictionary of what measure returned")
     if measured is not None and set(measured) != set(saes):
         raise ConfigError(f"measured is of {', '.join(measured) or 'nothing'}, not of {', '.join(saes)}")
+    if not isinstance(contexts, Tensor | None):
+        raise ShapeError(f"contexts is a {type(contexts).__name__}; give a torch.Tensor")
     if contexts is not None and len(contexts) != len(x):
         raise ShapeError(f"contexts has {len(contexts)} entries for {len(x)} activations; give one each")
     measured = {name: measure(sae, x) for name, sae in saes.items()} if measured is None else measured

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 
 from ..activations import ActivationStore, HostModel, check_corpus, extract, load_corpus, load_host, split_three_ways
 from ..base import SparseAutoencoder
-from ..errors import ConfigError, ShapeError
+from ..checks import check_seed
+from ..errors import ConfigError, FormatError, ShapeError
 from ..files import read_json
 from ..pretrained import CONFIG_FILE
 from ..teachers import load_teacher
@@ -51,6 +53,8 @@ def check_text(options: TextOptions) -> None:
     """Refuses what is wrong about the text before anything is loaded (ConfigError, SourceError)."""
     if options.tokens < 1:
         raise ConfigError(f"--tokens is {options.tokens}; give a positive number")
+    if options.seed is not None:
+        check_seed(options.seed)
     check_corpus(options.text)
 
 
@@ -76,10 +80,11 @@ def load_saes(paths: Sequence[Path]) -> dict[str, SparseAutoencoder]:
     """
     if not paths:
         raise ConfigError("no SAE to evaluate; give the folder of at least one")
-    if len({path.resolve() for path in paths}) < len(paths):
+    real = [Path(os.path.realpath(path)) for path in paths]  # Path.resolve raises for a link to itself
+    if len(set(real)) < len(paths):
         raise ConfigError(f"{', '.join(map(str, paths))} names an SAE twice; give each once")
     depth = 1
-    parts = [path.resolve().parts for path in paths]
+    parts = [path.parts for path in real]
     while len({part[-depth:] for part in parts}) < len(paths):
         depth += 1
     return {str(Path(*part[-depth:])): load_sae(path) for part, path in zip(parts, paths, strict=True)}
@@ -140,7 +145,11 @@ def open_held_out(options: TextOptions, saes: Mapping[str, SparseAutoencoder], h
         ConfigError: a text too small to split.
     """
     documents = load_corpus(list(options.text))
-    seed = options.seed if options.seed is not None else int(agreed(saes, "split_seed", None) or 0)
+    try:
+        seed = options.seed if options.seed is not None else int(agreed(saes, "split_seed", None) or 0)
+        check_seed(seed)
+    except ValueError as error:  # of a stranger's metadata
+        raise FormatError(f"the split_seed in the SAE's cfg.json is no seed ({error}); give --seed") from error
     if not options.whole_text:
         documents = split_three_ways(documents, seed=seed)[2]
     store = extract(host, documents, n_tokens=options.tokens, split="eval", seed=seed)

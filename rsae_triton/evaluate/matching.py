@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base import SparseAutoencoder
+from ..base import SparseAutoencoder, check_sae
+from ..checks import check_integer
 from ..errors import ConfigError, ShapeError
 from .reconstruction import CHUNK, check_activations
 
@@ -105,6 +106,9 @@ def match_features(
         ShapeError, NumericsError: SAEs of different widths, activations that do not fit or are not finite.
         ConfigError: fewer than two tokens, or fewer pairs than one row.
     """
+    check_sae("teacher", teacher)
+    check_sae("sae", sae)
+    check_integer("pairs", pairs, 0)
     if teacher.d_in != sae.d_in:
         raise ShapeError(f"the SAEs have d_in={teacher.d_in} and {sae.d_in}; only SAEs of one place can be matched")
     x = check_activations(sae, x)

@@ -17,6 +17,7 @@ from rich.table import Table
 from ..activations import Document, HostModel, load_corpus
 from ..activations.demo_corpus import demo_documents
 from ..base import SparseAutoencoder
+from ..checks import check_seed
 from ..errors import ConfigError
 from .commands import bar, check_writable, provenance, write_json
 from .held_out import HostOptions, load_saes, open_host
@@ -63,6 +64,7 @@ def run_probe(options: Probe) -> dict[str, Any]:
     """
     if options.items < 10 or options.context < 8:
         raise ConfigError(f"--items {options.items} --context {options.context}: choose at least 10 and 8")
+    check_seed(options.seed)
     check_writable(options.out)
     saes = load_saes(options.paths)
     tasks, documents = choose(options)

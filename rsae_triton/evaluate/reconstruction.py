@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..base import SparseAutoencoder
-from ..checks import check_finite, check_number, check_tensor
+from ..checks import check_data, check_finite, check_number
 from ..errors import ConfigError, ShapeError
 
 CHUNK = 2048
@@ -87,7 +88,7 @@ def check_activations(sae: Codec, x: Tensor) -> Tensor:
     """x itself, if it is [n_tokens >= 1, d_in] for this SAE and finite (ShapeError, ConfigError, NumericsError)."""
     if not isinstance(getattr(sae, "W_dec", None), Tensor) or not hasattr(sae, "encode"):
         raise ConfigError(f"sae is a {type(sae).__name__}; give an SAE of this package, such as load_teacher returns")
-    check_tensor("activations", x)
+    check_data("activations", x)
     d_in = sae.W_dec.shape[1]
     if x.dim() != 2 or x.shape[1] != d_in:
         raise ShapeError(f"activations have shape {tuple(x.shape)}; give [n_tokens, d_in={d_in}]")
@@ -132,6 +133,9 @@ def measure(sae: Codec, x: Tensor, progress: Callable[[int], None] | None = None
     squared_error = torch.cat(errors)
     frequency = active.double().cpu() / len(x)
     mse = float(squared_error.mean())
+    if not math.isfinite(mse) and isinstance(of := getattr(sae, "sae", sae), torch.nn.Module):
+        for name, weight in of.named_parameters():
+            check_finite(f"sae.{name}", weight, "its scores mean nothing; fetch or train it again")
     variance = float((x.double() - x.double().mean(0)).square().sum(1).mean())
     scores = Reconstruction(
         **{name: value / len(x) for name, value in total.items()},

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..activations.layers import decoder_layers, tapped
-from ..base import SparseAutoencoder
+from ..base import SparseAutoencoder, check_sae
+from ..checks import check_number
 from ..errors import ConfigError, ShapeError
 
 _RESIDUAL = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
@@ -53,6 +54,11 @@ def splice(
         ConfigError: no such place, or nothing passed there although the model ran.
         ShapeError: activations there have another width.
     """
+    check_sae("sae", sae)
+    if not hasattr(model, "register_forward_pre_hook"):
+        raise ConfigError(f"model is a {type(model).__name__}; give a TransformerLens or Hugging Face model")
+    if norm_limit is not None:
+        check_number("norm_limit", norm_limit, above=0)
     place = hook_name or sae.metadata.get("hook_name")
     if not place:
         raise ConfigError("the SAE's metadata names no hook_name; pass it: where in the model is the SAE to go?")

@@ -80,6 +80,8 @@ def fit(
         plot: write the figure of gate and error here (.png, .svg, .pdf).
         out: write the fit here as JSON.
     """
+    if plot is not None and not plot.suffix:  # matplotlib would add one, and write to another file
+        raise ConfigError(f"--plot is {plot}; give a name that ends in .png, .svg or .pdf")
     values = None if samples is None else _read_samples(samples)
     fitted = fit_gate(
         target,

@@ -82,7 +82,12 @@ def fit_gate(
 
     def one(p: int, q: int) -> GateFit:
         found = shipped_gate(target, (p, q), theta=theta, margin=margin) if isinstance(target, str) and table else None
-        return found or _fit(problem, p, q, method, points, samples, weight is not None)
+        try:
+            return found or _fit(problem, p, q, method, points, samples, weight is not None)
+        except np.linalg.LinAlgError as error:
+            raise ConvergenceError(
+                f"type ({p}, {q}) cannot be fitted in float64 with margin={margin:g} ({error}); choose a wider margin"
+            ) from error
 
     if tol is None:
         return one(*limit)

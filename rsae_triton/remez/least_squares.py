@@ -21,6 +21,8 @@ BACKGROUND = 1e-3  # share of the mass spread evenly, so that the gate stays san
 def checked_samples(samples: np.ndarray) -> np.ndarray:
     """Samples as float64 [n], clipped to [-1, 1] as the gate clips. Raises ConfigError, NumericsError."""
     try:
+        if np.iscomplexobj(samples):
+            raise TypeError("complex numbers")
         t = np.asarray(samples, dtype=np.float64).ravel()
     except (TypeError, ValueError) as error:
         raise ConfigError(f"samples is a {type(samples).__name__}; give an array of numbers ({error})") from error

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rsae_triton.checks import check_integer, check_number
-from rsae_triton.errors import ConfigError, NumericsError
+from rsae_triton.checks import check_integer, check_number, shown
+from rsae_triton.errors import ConfigError, NumericsError, first_line
 
 Target = str | Callable[[np.ndarray], np.ndarray]
 Weight = Callable[[np.ndarray], np.ndarray] | np.ndarray
@@ -66,13 +66,14 @@ class Problem:
 def parse_degree(degree: str | Sequence[int]) -> tuple[int, int]:
     """(p, q) from a pair or from text like "9,8". Raises ConfigError unless 0 <= p, q <= 12."""
     try:
-        parts = degree.split(",") if isinstance(degree, str) else list(degree)
+        # By index: a set has no order.
+        parts = degree.split(",") if isinstance(degree, str) else [degree[i] for i in range(len(degree))]
         p, q = (int(part) for part in parts)
-        exact = all(int(part) == float(part) for part in parts)
-    except (TypeError, ValueError, OverflowError):
+        exact = all(int(part) == float(part) and not isinstance(part, bool) for part in parts)
+    except (TypeError, ValueError, OverflowError, LookupError):
         exact, p, q = False, -1, -1
     if not exact or not (0 <= p <= MAX_DEGREE and 0 <= q <= MAX_DEGREE):
-        raise ConfigError(f"degree is {degree!r}; give whole numbers p,q from 0 to {MAX_DEGREE}, such as 9,8")
+        raise ConfigError(f"degree is {shown(degree)}; give whole numbers p,q from 0 to {MAX_DEGREE}, such as 9,8")
     return p, q
 
 
@@ -97,7 +98,16 @@ def _builtin(name: str, theta: float) -> Callable[[np.ndarray], np.ndarray]:
 
 def _checked(function: Callable[[np.ndarray], np.ndarray], what: str) -> Callable[[np.ndarray], np.ndarray]:
     def value(t: np.ndarray) -> np.ndarray:
-        result = np.asarray(function(t), dtype=np.float64)
+        try:
+            given = np.asarray(function(t))
+            if np.iscomplexobj(given):
+                raise TypeError("complex numbers")
+            result = given.astype(np.float64)
+        except Exception as error:  # the caller's own function
+            reason = first_line(error)
+            raise ConfigError(
+                f"{what} must be a function of a numpy array that gives one of numbers; it failed: {reason}"
+            ) from error
         if result.shape != t.shape:
             raise ConfigError(f"{what} must be vectorised: it gave shape {result.shape} for shape {t.shape}")
         if not np.all(np.isfinite(result)):

@@ -69,7 +69,7 @@ def load_teacher(
             exactly. SourceError: a hub id that cannot be fetched. ConfigError: an unknown format name.
         NumericsError: weights that are not finite.
     """
-    if format != "auto" and format not in FORMATS:
+    if format not in ("auto", *FORMATS):
         raise ConfigError(f"format is {format!r}; choose auto or one of {', '.join(FORMATS)}")
     if k is not None:
         check_integer("k", k, 1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import SparseAutoencoder
+from ..checks import as_tensor, check_flag, check_number
 from ..errors import ConfigError, ShapeError
 
 
@@ -64,13 +65,13 @@ class JumpReluSAE(SparseAutoencoder):
         **options: Any,
     ) -> None:
         super().__init__(d_in, d_sae, **options)
-        if not bandwidth > 0:
-            raise ConfigError(f"bandwidth is {bandwidth}; give a positive width in units of h")
-        initial = torch.as_tensor(threshold, dtype=torch.float32, device=self.W_enc.device)
+        check_number("bandwidth", bandwidth, above=0)
+        check_flag("slope_to_h", slope_to_h)
+        initial = as_tensor("threshold", threshold, torch.float32, self.W_enc.device)
         if initial.numel() not in (1, d_sae) or initial.dim() > 1:
             raise ShapeError(f"threshold has shape {tuple(initial.shape)}; give a number, or one for each of {d_sae}")
-        if not bool((initial >= 0).all()):
-            raise ConfigError("a JumpReLU threshold must be a number and not negative")
+        if not bool(((initial >= 0) & initial.isfinite()).all()):
+            raise ConfigError("a JumpReLU threshold must be a finite number and not negative")
         self.threshold = nn.Parameter(initial.expand(d_sae).clone())
         self.bandwidth, self.slope_to_h = bandwidth, slope_to_h
 
@@ -106,6 +107,7 @@ class TopKSAE(SparseAutoencoder):
         super().__init__(d_in, d_sae, **options)
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= d_sae:
             raise ConfigError(f"k is {k!r}; give an integer from 1 to d_sae={d_sae}")
+        check_flag("relu", relu)
         self.k, self.relu = k, relu
 
     def encode(self, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..base import SparseAutoencoder
+from ..checks import check_number
 from ..errors import ConfigError
 
 
@@ -32,6 +33,7 @@ class BatchTopKSAE(SparseAutoencoder):
         super().__init__(d_in, d_sae, **options)
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= d_sae:
             raise ConfigError(f"k is {k!r}; give an integer from 1 to d_sae={d_sae}")
+        check_number("memory", memory, least=0, most=1)
         self.k, self.memory = k, memory
         self.register_buffer("topk_threshold", torch.zeros((), dtype=torch.float32, device=self.W_enc.device))
         self.eval()
