@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 
 from .activations import HostModel, Splits, check_corpus, corpus_sha256, load_corpus, load_host
 from .base import SparseAutoencoder
@@ -26,6 +25,7 @@ from .errors import ConfigError, ShapeError
 from .evaluate import compare
 from .evaluate.compare import splice_of
 from .files import check_folder, write_text
+from .progress import LoggedProgress
 from .report import summary_table, write_report
 from .runtime import matmul_precision
 from .teach import FAMILIES, TeacherPlan, objective_of, saved_teacher, splits_for
@@ -221,7 +221,7 @@ def score(
 ) -> dict[str, Any]:
     sequences = splits.test.sequences
     count = min(demo.sequences, len(sequences.tokens))
-    with Progress() as bar:
+    with LoggedProgress() as bar:
         task = bar.add_task("  splicing", total=count)
         return compare(
             saes,

@@ -135,7 +135,9 @@ _SINKS: dict[str, Callable[[Path, dict[str, Any]], Sink]] = {"tensorboard": _ten
 @contextmanager
 def progress_bar(label: str, steps: int, done: int, batch_size: int, show: bool) -> Iterator[Callable[[Any], None]]:
     """A bar with tokens/s, ETA, mse, l0 and the share of features that are alive; called with the row of a step."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+    from .progress import LoggedProgress
 
     columns = (
         TextColumn("{task.description}"),
@@ -146,7 +148,7 @@ def progress_bar(label: str, steps: int, done: int, batch_size: int, show: bool)
     )
     started = time.perf_counter()
     with ExitStack() as stack:
-        bar = stack.enter_context(Progress(*columns, disable=not show))
+        bar = stack.enter_context(LoggedProgress(*columns, disable=not show))
         task = bar.add_task(label, total=steps, completed=done, state="")
 
         def advance(row: dict[str, Any]) -> None:

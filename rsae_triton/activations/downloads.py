@@ -12,10 +12,11 @@ from pathlib import Path
 
 from filelock import FileLock
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
 
 from rsae_triton.errors import SourceError
 from rsae_triton.files import file_sha256
+from rsae_triton.progress import LoggedProgress
 
 _TIMEOUT_S = 60
 _CHUNK = 1 << 14  # what of it has arrived when a connection breaks is lost
@@ -147,7 +148,8 @@ def _download(pinned: Download, part: Path) -> bool:
         resumed = answer.headers.get("Content-Range", "").startswith(f"bytes {have}-") and have > 0
         here = have if resumed else 0
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        with open(part, "ab" if resumed else "wb") as file, Progress(*columns, console=Console(stderr=True)) as bar:
+        progress = LoggedProgress(*columns, console=Console(stderr=True))
+        with open(part, "ab" if resumed else "wb") as file, progress as bar:
             total = int(answer.headers.get("Content-Length", 0)) + here
             task = bar.add_task(pinned.filename, total=total or None, completed=here)
             for chunk in answer.iter_content(_CHUNK):

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from safetensors.torch import load_file, save_file
 
@@ -28,6 +28,7 @@ from rsae_triton.activations.packing import Contexts, pack
 from rsae_triton.activations.store import MANIFEST
 from rsae_triton.errors import FormatError, NumericsError
 from rsae_triton.files import file_sha256
+from rsae_triton.progress import LoggedProgress
 
 _PROGRESS = "progress.json"
 _SHARD_BYTES = 64 << 20  # half a minute of extraction on two cores: what a killed run loses at most
@@ -312,7 +313,7 @@ class _TokensPerSecond(ProgressColumn):
 def _bar(show: bool, label: str, total: int, done: int) -> Iterator[Callable[[int], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _TokensPerSecond(),
                TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), disable=not show) as progress:
+    with LoggedProgress(*columns, console=Console(stderr=True), disable=not show) as progress:
         task = progress.add_task(label, total=total, completed=done)
         yield lambda rows: progress.advance(task, rows)
 

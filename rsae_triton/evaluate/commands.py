@@ -16,12 +16,13 @@ from typing import Annotated, Any
 import torch
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ..activations import HostModel
 from ..errors import ConfigError, StorageError
 from ..files import check_folder, make_folder, write_text
+from ..progress import LoggedProgress
 from .compare import compare
 from .held_out import TextOptions, check_text, load_saes, open_held_out, open_host
 from .reconstruction import DENSE, measure
@@ -167,7 +168,7 @@ def _difference(found: list[float] | None) -> str:
 def bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar on stderr."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with LoggedProgress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(label, total=total)
         yield lambda done: progress.advance(task, done)
 

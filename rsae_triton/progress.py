@@ -1,0 +1,35 @@
+"""Progress bars that say something where there is no terminal as well: in a log, a line every half minute."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.progress import Progress, TaskID
+
+EVERY = 30.0
+"""Seconds between lines."""
+
+
+class LoggedProgress(Progress):
+    """A rich `Progress` that prints its line now and then without a terminal, where rich is silent until the end."""
+
+    _printed: float | None = None
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        super().update(task_id, **changes)
+        self._line()
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        super().advance(task_id, advance)
+        self._line()
+
+    def _line(self) -> None:
+        if self.disable or self.console.is_terminal:
+            return
+        now = time.monotonic()
+        if self._printed is None:
+            self._printed = now
+        elif now - self._printed >= EVERY:
+            self._printed = now
+            self.console.print(self.get_renderable())
