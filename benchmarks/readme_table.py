@@ -15,9 +15,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
 import tyro
 
-from rsae_triton.report.fronts import interval, with_sd, write_front
+from rsae_triton.report.fronts import interval, paired, spread, with_sd, write_front
 from rsae_triton.report.scores import paired_difference
 
 COMMITTED = Path("benchmarks/results/demo-smollm2.json")
@@ -111,21 +112,53 @@ def origin(result: dict[str, Any]) -> str:
 
 
 def controls_table(result: dict[str, Any]) -> str:
-    """The further controls of the places that have them: "scratch" and "thresholds" beside the RSAE."""
-    titles = ("teacher", "l0", "thresholds", "scratch", "control", "**RSAE**", "RSAE − scratch (95 %)")
-    titles += ("Δ CE: thresholds", "scratch", "control", "RSAE", "RSAE − scratch (95 %)")
+    """The further controls of the places that have them: "thresholds", and "scratch" carried to the teacher's l0.
+
+    A teacher that is trained for longer ends sparser, and no threshold makes a code denser: its scores are carried
+    along the front of its family's teachers at that place (a power of l0, fitted to their means), and so are the RSAE's.
+    """
+    titles = ("teacher", "l0", "thresholds", "scratch", "carried to l0", "control", "**RSAE**", "RSAE − scratch (95 %)")
+    titles += ("Δ CE: thresholds", "scratch", "carried to l0", "control", "RSAE", "RSAE − scratch (95 %)")
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
-    shown = ("thresholds", "scratch", "control", "rsae")
     for row in sorted(result["rows"], key=row_order):
         if "scratch" not in row["scores"]:
             continue
-        equal = {name: row["scores"][name]["matched"] for name in shown}
+        equal = {name: kinds["matched"] for name, kinds in row["scores"].items()}
+        slopes = {metric: front_slope(result["rows"], row, metric) for metric in ("mse", "delta_ce")}
+        members = [carried(cell, slopes) for cell in result["cells"] if is_of(cell, row)]
         line = [row["teacher"], f"{row['l0']['mean']:.1f}"]
         for metric, digits in (("mse", ".2f"), ("delta_ce", ".3f")):
-            line += [with_sd(equal[name][metric], digits) for name in shown]
-            line.append(interval(row["against"][metric]["scratch"], relative=metric == "mse"))
+            scratch = [one["scores"]["matched_l0"]["scratch"][metric] for one in members]
+            line += [with_sd(equal["thresholds"][metric], digits)]
+            line += [f"{with_sd(equal['scratch'][metric], digits)} @ {equal['scratch']['l0']['mean']:.1f}"]
+            line += [with_sd(spread(scratch), digits)]
+            line += [with_sd(equal[name][metric], digits) for name in ("control", "rsae")]
+            line.append(interval(paired(members, "scratch", metric), relative=metric == "mse"))
         lines.append("| " + " | ".join(line) + " |")
     return "\n".join([*lines, "", origin(result)])
+
+
+def is_of(cell: dict[str, Any], row: dict[str, Any]) -> bool:
+    own = cell["hook_name"], cell["d_sae"], cell["cell"]["teacher"], cell["cell"]["sparsity"]
+    return own == tuple(row[name] for name in ("hook_name", "d_sae", "teacher", "sparsity"))
+
+
+def front_slope(rows: list[dict[str, Any]], row: dict[str, Any], metric: str) -> float:
+    """The power of l0 with which the metric of a row's family falls, over its teachers' sparsities at that place."""
+    same = [one for one in rows if all(one[name] == row[name] for name in ("hook_name", "d_sae", "teacher"))]
+    points = [one["scores"]["teacher"]["matched"] for one in same]
+    l0, value = (np.log([point[name]["mean"] for point in points]) for name in ("l0", metric))
+    return float(np.polyfit(l0, value, 1)[0])
+
+
+def carried(cell: dict[str, Any], slopes: dict[str, float]) -> dict[str, Any]:
+    """A cell whose codes at equal l0 are carried to the teacher's l0 where they are sparser."""
+    equal = cell["scores"]["matched_l0"]
+    moved = {
+        name: {metric: score[metric] * (equal["teacher"]["l0"] / score["l0"]) ** slopes[metric] for metric in slopes}
+        for name, score in equal.items()
+    }
+    return {"scores": {"matched_l0": moved}}
 
 
 def mse_cell(equal: dict[str, Any], name: str) -> str:
