@@ -115,7 +115,7 @@ def controls_table(result: dict[str, Any]) -> str:
     """The further controls of the places that have them: "thresholds", and "scratch" carried to the teacher's l0.
 
     A teacher that is trained for longer ends sparser, and no threshold makes a code denser: its scores are carried
-    along the front of its family's teachers at that place (a power of l0, fitted to their means), and so are the RSAE's.
+    along the front of its family's teachers at that place (a power of l0, fitted to their means), as are the RSAE's.
     """
     titles = ("teacher", "l0", "thresholds", "scratch", "carried to l0", "control", "**RSAE**", "RSAE − scratch (95 %)")
     titles += ("Δ CE: thresholds", "scratch", "carried to l0", "control", "RSAE", "RSAE − scratch (95 %)")
