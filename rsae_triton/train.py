@@ -96,7 +96,7 @@ def train(
             f"the activations have d_in={width}, the SAE has d_in={sae.d_in}; they must come from one hook"
         )
     if recipe.target_l0 is not None and recipe.target_l0 > sae.d_sae * together.features[1]:
-        raise ConfigError(f"target_l0 is {recipe.target_l0}; there are {sae.d_sae * together.features[1]} features")
+        raise ConfigError(f"target_l0 is {recipe.target_l0:g}; there are {sae.d_sae * together.features[1]} features")
     # Before the run's folder is made; a store of one process's shards counts for itself.
     rows = len(activations) if isinstance(activations, Tensor) else getattr(activations, "n_tokens", None)
     if rows is not None and getattr(activations, "share", None) is None and rows < settings.batch_size:

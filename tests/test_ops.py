@@ -79,7 +79,8 @@ def test_cpu_gradients_are_exact_in_float64(kind, domain, monkeypatch):
     form, amplitude, hard, backward = kind
     for (p, q), sets in itertools.product([(0, 0), (1, 0), (0, 2), (3, 2), (5, 4), (9, 8), (12, 12)], [1, F]):
         spec = GateSpec(p, q, form, domain, amplitude, hard, backward)
-        check(spec, sets, "cpu", torch.float64, 1e-12)
+        # Sums of twelfth powers cancel; by how much depends on the CPU's vector units.
+        check(spec, sets, "cpu", torch.float64, 1e-12 if max(p, q) < 12 else 1e-11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -58,7 +58,7 @@ def splice(
     if not hasattr(model, "register_forward_pre_hook"):
         raise ConfigError(f"model is a {type(model).__name__}; give a TransformerLens or Hugging Face model")
     if norm_limit is not None:
-        check_number("norm_limit", norm_limit, above=0)
+        check_number("norm_limit", norm_limit, least=0)
     place = hook_name or sae.metadata.get("hook_name")
     if not place:
         raise ConfigError("the SAE's metadata names no hook_name; pass it: where in the model is the SAE to go?")

@@ -216,7 +216,7 @@ def test_the_figure_shows_gate_and_equioscillation(tmp_path):
     figure = fit.plot(tmp_path / "new" / "gate.png")
     assert (tmp_path / "new" / "gate.png").read_bytes().startswith(b"\x89PNG")
     below = figure.axes[1]
-    reference = next(line for line in below.lines if line.get_label() == "reference")
+    reference = next(line for line in below.lines if line.get_label() == "where it alternates")
     assert len(reference.get_xdata()) == 11
     np.testing.assert_allclose(np.abs(reference.get_ydata()), fit.error, rtol=1e-3)
     again = GateFit.from_dict(fit.to_dict()).plot()
