@@ -1,6 +1,7 @@
 """The training loop: it learns, holds l0, is deterministic, keeps decoder norms, and stops on bad numbers."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from workers import small_sae
 
 from rsae_triton import train, upgrade
 from rsae_triton.errors import ConfigError, NumericsError, ShapeError
-from rsae_triton.recipes import RECIPES, Recipe, SparsityController, auxiliary_loss, losses, recipe_for
+from rsae_triton.recipes import RECIPES, Recipe, SparsityController, auxiliary_loss, holding, losses, recipe_for
 from rsae_triton.teachers import JumpReluSAE, ReluSAE, TopKSAE
 
 QUIET = {"progress": False, "batch_size": 128, "log_every": 5}
@@ -51,6 +52,22 @@ def test_l0_is_held_at_the_target(activations):
     log = train(rsae, activations, steps=600, target_l0=target, lr=1e-3, **QUIET)
     assert sum(log.l0[-10:]) / 10 == pytest.approx(target, rel=0.1)
     assert len(set(log.weight)) > 10
+
+
+def test_what_stage_1_noted_is_held_unless_told_otherwise(activations):
+    sae = teacher()
+    train(sae, activations, steps=100, recipe=Recipe("relu", "l1", weight=0.08), lr=3e-3, **QUIET)
+    rsae = upgrade(sae, activations)
+    noted = rsae.metadata["stage1"]["train_l0"]
+    assert noted == pytest.approx(1.04 * rsae.metadata["stage1"]["teacher_l0"])
+    recipe = RECIPES["hard"]
+    assert holding(recipe, rsae, "auto").target_l0 == noted
+    assert holding(replace(recipe, target_l0=3.0), rsae, "auto").target_l0 == 3.0  # the recipe's own
+    assert holding(recipe, sae, "auto").target_l0 is None  # no stage 1
+    logs = [
+        train(copy.deepcopy(rsae), activations, steps=30, **options, **QUIET) for options in ({}, {"target_l0": None})
+    ]
+    assert [len(set(log.weight)) > 1 for log in logs] == [True, False]
 
 
 def test_decoder_norms_stay_what_they_were(activations):
