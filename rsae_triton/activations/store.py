@@ -269,9 +269,10 @@ class ActivationStore:
                 raise self._broken(MANIFEST, f"names {str(name)[:60]!r}, which is no file of its folder")
         if text != [None, None]:
             limit = self.manifest.get("norm_limit")
-            if limit is not None and not (isinstance(limit, int | float) and limit > 0):
+            if limit is not None and not (isinstance(limit, int | float) and float(limit) > 0):
                 raise self._broken(MANIFEST, f"has norm_limit={shown(limit)}")
-            if not isinstance(self.manifest["bos_token_id"], int) or not isinstance(self.manifest["hook_name"], str):
+            bos = self.manifest["bos_token_id"]
+            if not isinstance(bos, int) or abs(bos) >= 2**31 or not isinstance(self.manifest["hook_name"], str):
                 raise self._broken(MANIFEST, "says neither which token begins a text nor where it was read")
         if any(not isinstance(shard["rows"], int) or shard["rows"] < 1 for shard in self.manifest["shards"]):
             raise self._broken(MANIFEST, "lists shards without rows")
