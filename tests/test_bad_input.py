@@ -141,7 +141,7 @@ COMMANDS = [
     ("train {at}/good --activations {at}/empty --out {new} --steps 1", "manifest.json"),
     ("train {at}/good --activations {at}/empty --out {new} --steps 1 --features-over 2", "torchrun"),
     ("train {at}/good --activations {at}/store --out {new} --steps 1 --batch-size 17", "16 tokens are fewer"),
-    ("train {at}/good --activations {at}/store --out {new} --steps 1 --target-l0 9", "target_l0 is 9.0; there are 8"),
+    ("train {at}/good --activations {at}/store --out {new} --steps 1 --target-l0 9", "target_l0 is 9; there are 8"),
     ("train {at}/good --activations {at}/store --out {new} --steps 1 --lr 1e999", "lr is inf"),
     ("train {at}/good --activations {at}/store --out {new} --steps 1 --seed {nines}", "seed"),
     ("train {at}/good --activations {at}/store --out {new} --steps 1 --accumulate 999", "accumulate=999"),
