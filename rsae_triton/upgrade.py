@@ -327,8 +327,8 @@ def ramp_width(teacher: SparseAutoencoder, x: Tensor, above: Tensor, width: floa
     """C_in of a ramp of `width` (see `upgrade`); above [n, d_sae]: pre-activations over their thresholds.
 
     A ramp bets on features below their thresholds as if they were worth what active ones are: it must not reach much
-    deeper than those rise. Where they rise more, a wider one gains nothing, and where many features are near their
-    thresholds l0 could not be held.
+    deeper than those rise. Where they rise more it is not widened: it gains little, and where many features are near
+    their thresholds l0 could not be held.
     """
     usual = GATE_WIDTH * float(teacher.normalization(x).apply(x).float().norm(dim=1).mean())
     if width is not None:
