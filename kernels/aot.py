@@ -23,6 +23,7 @@ import torch
 import triton
 
 from . import aot_sparse
+from .aot_variants import ARCHS, NAMES, PRODUCTS, Variant
 from .configs import (
     MatmulTile,
     backward_tile,
@@ -37,12 +38,10 @@ from .machine_code import Launch, Usage, inspect
 from .rational_backward import rational_backward_kernel
 from .rational_forward import rational_forward_kernel
 
-ARCHS = (80, 90, 100)
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 REGISTERS = 65536
 """Of a multiprocessor, in all three generations; a thread can have 255."""
 DRIFT = 0.1
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 KERNELS = {
     "encode_forward": encode_forward_kernel,
     "encode_backward": encode_backward_kernel,
@@ -50,38 +49,6 @@ KERNELS = {
     "rational_backward": rational_backward_kernel,
     **aot_sparse.KERNELS,
 }
-PRODUCTS = ("encode_forward", "encode_backward", "sparse_encode")
-NO_GATE = aot_sparse.KERNELS.keys() - {"sparse_encode"}
-
-
-class Variant(NamedTuple):
-    """One kernel as it would be launched: for which GPU, in which dtype, with which gate (if it has one)."""
-
-    kernel: str
-    arch: int
-    dtype: torch.dtype
-    p: int = 0
-    q: int = 0
-    shared: bool = True
-    gated: bool = False
-    precision: str = "tf32"
-    ragged: bool = False
-    """True: the number of tokens is no multiple of 16, so codes cannot be stored 16 bytes at a time."""
-    ranked: bool = False
-    """The top-k variant of the sparse kernels: codes in float32."""
-
-    def __str__(self) -> str:
-        words = [NAMES[self.dtype]]
-        if self.dtype == torch.float32 and self.kernel in PRODUCTS:
-            words.append(self.precision)
-        if self.kernel not in NO_GATE:
-            words += ["gated" if self.gated else "direct", f"({self.p}, {self.q})"]
-            words.append("shared" if self.shared else "per feature")
-        return " ".join(words + ["ragged"] * self.ragged + ["top-k"] * self.ranked)
-
-    @property
-    def key(self) -> str:
-        return f"{self.kernel} sm_{self.arch} {self}"
 
 
 class Report(NamedTuple):
@@ -139,7 +106,8 @@ def launch(v: Variant) -> tuple[Launch, str, float]:
         "P": v.p, "Q": v.q, "GATED": v.gated, "CLAMP": True, "IDENTITY": False, "HARD": True, "SHARED": v.shared,
     }  # fmt: skip
     if v.kernel.endswith("_backward"):
-        constants |= {"RATIONAL_BACKWARD": v.gated, "HAS_DCOUNTS": v.gated, "HAS_DL1": True}
+        constants |= {"RATIONAL_BACKWARD": v.gated, "HAS_DCOUNTS": v.gated, "HAS_DL1": not v.frozen}
+        constants["COEFFICIENTS"] = not v.frozen
     if v.kernel in PRODUCTS:
         tile = _tile(v)
         constants |= {
@@ -154,7 +122,7 @@ def launch(v: Variant) -> tuple[Launch, str, float]:
         name = f"{tile.features}x{tile.tokens}x{tile.inner} sub {tile.sub} w{tile.warps} s{tile.stages}"
     else:
         flat = pointwise_tile(v.dtype, 15 if v.ragged else 16)
-        constants |= {"BLOCK_F": flat.features, "LANES": flat.lanes, "VECTOR": flat.vector}
+        constants |= {"BLOCK_F": flat.features, "LANES": flat.lanes, "VECTOR": flat.vector, "STAGES": flat.stages}
         options = {"num_warps": flat.warps, "num_stages": 1}
         name = f"{flat.features}x{flat.lanes * flat.vector} w{flat.warps}"
     return Launch(KERNELS[v.kernel], types, constants, options, unaligned), name, _elements(constants, options)
@@ -183,6 +151,8 @@ def variants(archs: Iterable[int] = ARCHS) -> Iterator[Variant]:
                 for dtype in (bf16, fp32):
                     for kernel in ("encode_forward", "encode_backward", "rational_backward"):
                         yield Variant(kernel, arch, dtype, *degree, shared, gated)
+                        if gated and shared and kernel.endswith("_backward"):  # the default recipe
+                            yield Variant(kernel, arch, dtype, *degree, shared, gated, frozen=True)
             yield Variant("rational_forward", arch, bf16, *degree, shared)
         for degree in ((3, 2), (9, 8)):
             for kernel in ("encode_forward", "encode_backward"):

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
+from .aot_variants import Variant
 from .configs import decode_tile, rows_tile, sparse_tile
 from .sparse_decode import segment_sum_kernel, sparse_decode_kernel, sparse_dots_kernel
 from .sparse_encode import sparse_encode_kernel
 from .sparse_rows import gather_rows_kernel, keep_largest_kernel
-
-if TYPE_CHECKING:
-    from .aot import Variant
 
 KERNELS = {
     "sparse_encode": sparse_encode_kernel,

@@ -168,4 +168,5 @@ def pointwise_tiles(itemsize: int, n_tokens: int) -> Iterator[PointwiseTile]:
             if n_tokens % SPECIALISED:
                 yield from (PointwiseTile(features, lanes, 1, warps) for lanes in (32, 64, 128))
             else:
-                yield from (PointwiseTile(features, 32, size // itemsize, warps) for size in (8, 16, 32))
+                for size in (8, 16, 32):
+                    yield from (PointwiseTile(features, 32, size // itemsize, warps, stages) for stages in (1, 3))

@@ -33,6 +33,8 @@ class PointwiseTile(NamedTuple):
     lanes: int
     vector: int
     warps: int
+    stages: int = 1
+    """Iterations of the loop over tokens whose loads are on their way at a time."""
 
 
 class RowsTile(NamedTuple):
@@ -140,11 +142,13 @@ def pointwise_tile(dtype: torch.dtype, n_tokens: int) -> PointwiseTile:
     """The tile of the pointwise kernels: one warp to a feature, 16 bytes of h to a thread.
 
     Rows that do not start on 16 bytes cannot be read so; then a thread takes single tokens, because spreading
-    a vector over lanes would make every sum of the loop a shuffle.
+    a vector over lanes would make every sum of the loop a shuffle. Such loads cannot be sent ahead either. The others
+    are: two iterations ahead, because the backward pass's sums leave room for 12 to 16 warps on a multiprocessor, whose
+    own loads (16 KB) are less than what keeps a GPU's memory busy (some 25 KB on an H200).
     """
     if n_tokens % SPECIALISED:
         return PointwiseTile(features=4, lanes=64, vector=1, warps=4)
-    return PointwiseTile(features=4, lanes=32, vector=16 // dtype.itemsize, warps=4)
+    return PointwiseTile(features=4, lanes=32, vector=16 // dtype.itemsize, warps=4, stages=3)
 
 
 def sparse_tile(capability: int, dtype: torch.dtype, p: int, q: int, shared: bool, n_tokens: int) -> MatmulTile:

@@ -49,12 +49,12 @@ def encode_backward_kernel(
     P: tl.constexpr, Q: tl.constexpr,
     GATED: tl.constexpr, CLAMP: tl.constexpr, IDENTITY: tl.constexpr, HARD: tl.constexpr,
     RATIONAL_BACKWARD: tl.constexpr, HAS_DCOUNTS: tl.constexpr, HAS_DL1: tl.constexpr,
-    SAVE_Z: tl.constexpr, SHARED: tl.constexpr,
+    SAVE_Z: tl.constexpr, COEFFICIENTS: tl.constexpr, SHARED: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     SUB: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: the [BLOCK_F, BLOCK_N] tile of dh. partial [n_token_blocks, P+Q+5, n_features] float32, as in
-    `rational_backward_kernel`.
+    """One program: the [BLOCK_F, BLOCK_N] tile of dh. partial [n_token_blocks, P+Q+5 or 3, n_features] float32, as
+    in `rational_backward_kernel`.
 
     The epilogue works on SUB (1, 2 or 4) parts. Sums stay apart for the LANES threads that share a feature until
     all parts are done.
@@ -83,8 +83,9 @@ def encode_backward_kernel(
         dcount_f = tl.load(dcounts + f3, mask=f3_in, other=0.0)
     if HAS_DL1:
         dl1_f = tl.load(dl1 + f3, mask=f3_in, other=0.0)
+    COUNT: tl.constexpr = P + Q + 5 if COEFFICIENTS else 3
     sums = ()
-    for _ in tl.static_range(P + Q + 5):
+    for _ in tl.static_range(COUNT):
         sums = sums + (tl.zeros((BLOCK_F, LANES), tl.float32),)  # noqa: RUF005
     g_parts = token_parts(g_z, BLOCK_F, BLOCK_N, SUB)
     for i in tl.static_range(SUB):
@@ -105,9 +106,9 @@ def encode_backward_kernel(
             tl.store(z + where, _by_token(code.to(z.dtype.element_ty), BLOCK_F, PART, LANES), mask=here)
         if GATED:
             last = dvalue
-        sums = accumulate(sums, u, v, s, e, dt, t, last, P, Q)
-    row = partial + n_block.to(tl.int64) * (P + Q + 5) * n_features + f0
-    for k in tl.static_range(P + Q + 5):
+        sums = accumulate(sums, u, v, s, e, dt, t, last, P, Q, COEFFICIENTS)
+    row = partial + n_block.to(tl.int64) * COUNT * n_features + f0
+    for k in tl.static_range(COUNT):
         tl.store(row + f_local, tl.sum(sums[k], axis=1), mask=f_local < n_features - f0)
         row += n_features
 
@@ -131,6 +132,7 @@ def encode_backward(
     identity: bool,
     hard: bool,
     backward_rational: bool,
+    coefficients: bool = True,
     z_dtype: torch.dtype | None = None,
     dh_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None, GateGrads]:
@@ -138,8 +140,8 @@ def encode_backward(
     n_tokens] -> dh_fm in dh_dtype (g's unless given), z_fm in z_dtype (None unless given), the gate's gradients.
 
     The same as `rational_backward(h_fm, W_dec @ g.T, ...)` without the [n_features, n_tokens] product in memory,
-    and without its rounding. z is the code recomputed from h_fm, for the gradient of W_dec. dcounts, dl1, gate: as
-    in `rational_backward`. h whose tokens are not contiguous is copied first.
+    and without its rounding. z is the code recomputed from h_fm, for the gradient of W_dec. dcounts, dl1, gate,
+    coefficients: as in `rational_backward`. h whose tokens are not contiguous is copied first.
     """
     (n_tokens, d_in), n_features = g.shape, W_dec.shape[0]
     if W_dec.shape[1] != d_in or h_fm.shape != (n_features, n_tokens) or gate[5].shape != (n_features,):
@@ -157,14 +159,16 @@ def encode_backward(
     constants = {
         "P": p, "Q": q, "GATED": gated, "CLAMP": clamp, "IDENTITY": identity, "HARD": hard,
         "RATIONAL_BACKWARD": backward_rational, "HAS_DCOUNTS": counted, "HAS_DL1": dl1 is not None,
-        "SAVE_Z": z_fm is not None, "SHARED": packed.shared, "PRECISION": dot_precision(g.dtype),
+        "SAVE_Z": z_fm is not None, "COEFFICIENTS": coefficients, "SHARED": packed.shared,
+        "PRECISION": dot_precision(g.dtype),
     }  # fmt: skip
+    n_sums = p + q + 5 if coefficients else 3
     dcounts = dcounts.float().contiguous() if counted else packed.rows
     dl1 = packed.rows if dl1 is None else dl1.float().contiguous()
 
     def launch(tile: MatmulTile) -> Tensor:
         token_blocks = triton.cdiv(n_tokens, tile.tokens)
-        partial = g.new_empty((token_blocks, p + q + 5, n_features), dtype=torch.float32)
+        partial = g.new_empty((token_blocks, n_sums, n_features), dtype=torch.float32)
         encode_backward_kernel[(triton.cdiv(n_features, tile.features) * token_blocks,)](
             g, W_dec, h_fm, dh_fm, dh_fm if z_fm is None else z_fm, dcounts, dl1, partial,
             packed.coefficients, packed.rows, n_features, n_tokens, d_in, *g.stride(), *W_dec.stride(), **constants,
@@ -174,7 +178,7 @@ def encode_backward(
         return partial
 
     if h_fm.numel() == 0:
-        partial = g.new_zeros((1, p + q + 5, n_features), dtype=torch.float32)
+        partial = g.new_zeros((1, n_sums, n_features), dtype=torch.float32)
     else:
         with launching_on(g):
             tile = pick(

@@ -32,27 +32,29 @@ class GateGrads(NamedTuple):
 
 
 @triton.jit
-def accumulate(sums, u, v, s, e, dt, t, last, P: tl.constexpr, Q: tl.constexpr):
-    """Adds one tile's terms to the tuple of sums, over the axis that a thread holds whole."""
-    over_a, over_b = (), ()
-    power = tl.full(s.shape, 1.0, tl.float32)
-    # One loop for both: each power of s is made once and dies at once.
-    for k in tl.static_range(P + Q + 1):
-        if k <= P:
-            over_a = over_a + (sums[k] + tl.sum(u * power, axis=2),)  # noqa: RUF005 (no starred tuples in Triton)
-        if k >= 1 and k <= Q:
-            over_b = over_b + (sums[P + k] + tl.sum(v * power, axis=2),)  # noqa: RUF005
-        if k < P or k < Q:
-            power = power * s
-    return (
-        over_a
-        + over_b
-        + (
-            sums[P + Q + 1] + tl.sum(e, axis=2),
-            sums[P + Q + 2] + tl.sum(dt, axis=2),
-            sums[P + Q + 3] + tl.sum(dt * t, axis=2),
-            sums[P + Q + 4] + tl.sum(last, axis=2),
-        )
+def accumulate(sums, u, v, s, e, dt, t, last, P: tl.constexpr, Q: tl.constexpr, COEFFICIENTS: tl.constexpr):
+    """Adds one tile's terms to the tuple of sums, over the axis that a thread holds whole.
+
+    The sums of a, b and the centre come first, and only where COEFFICIENTS says that they are trained.
+    """
+    FIRST: tl.constexpr = P + Q + 2 if COEFFICIENTS else 0
+    found = ()
+    if COEFFICIENTS:
+        over_a, over_b = (), ()
+        power = tl.full(s.shape, 1.0, tl.float32)
+        # One loop for both: each power of s is made once and dies at once.
+        for k in tl.static_range(P + Q + 1):
+            if k <= P:
+                over_a = over_a + (sums[k] + tl.sum(u * power, axis=2),)  # noqa: RUF005 (no starred tuples in Triton)
+            if k >= 1 and k <= Q:
+                over_b = over_b + (sums[P + k] + tl.sum(v * power, axis=2),)  # noqa: RUF005
+            if k < P or k < Q:
+                power = power * s
+        found = over_a + over_b + (sums[P + Q + 1] + tl.sum(e, axis=2),)
+    return found + (  # noqa: RUF005
+        sums[FIRST] + tl.sum(dt, axis=2),
+        sums[FIRST + 1] + tl.sum(dt * t, axis=2),
+        sums[FIRST + 2] + tl.sum(last, axis=2),
     )
 
 
@@ -62,12 +64,14 @@ def rational_backward_kernel(
     P: tl.constexpr, Q: tl.constexpr,
     GATED: tl.constexpr, CLAMP: tl.constexpr, IDENTITY: tl.constexpr, HARD: tl.constexpr,
     RATIONAL_BACKWARD: tl.constexpr, HAS_DCOUNTS: tl.constexpr, HAS_DL1: tl.constexpr,
-    SHARED: tl.constexpr, BLOCK_F: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    COEFFICIENTS: tl.constexpr, SHARED: tl.constexpr,
+    BLOCK_F: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_F features, split_size tokens. Tile as in `rational_forward_kernel`.
 
     partial [n_splits, P+Q+5, n_features] float32: sums of u s^i, v s^j, e, dt, dt t and, last, of dh (gated)
-    or gain (direct, whose sum of dh is that of dt over C_in). dh may be dz itself.
+    or gain (direct, whose sum of dh is that of dt over C_in). Without COEFFICIENTS only the last three. dh may be
+    dz itself.
     """
     f0 = tl.program_id(0).to(tl.int64) * BLOCK_F
     f_local = tl.arange(0, BLOCK_F)[:, None, None]
@@ -86,10 +90,11 @@ def rational_backward_kernel(
     tile = f_local.to(tl.int64) * n_tokens + lane * VECTOR + vector
     base = f0 * n_tokens
     start = tl.program_id(1) * split_size
+    COUNT: tl.constexpr = P + Q + 5 if COEFFICIENTS else 3
     sums = ()
-    for _ in tl.static_range(P + Q + 5):
+    for _ in tl.static_range(COUNT):
         sums = sums + (tl.zeros((BLOCK_F, LANES), tl.float32),)  # noqa: RUF005
-    for n0 in range(start, tl.minimum(start + split_size, n_tokens), LANES * VECTOR):
+    for n0 in tl.range(start, tl.minimum(start + split_size, n_tokens), LANES * VECTOR, num_stages=STAGES):
         mask = f_mask & (lane * VECTOR + vector < n_tokens - n0)
         value = tl.load(h + base + n0 + tile, mask=mask, other=0.0).to(tl.float32)
         # Beyond the last token all gradients are 0, and h = theta keeps what they multiply finite.
@@ -103,10 +108,10 @@ def rational_backward_kernel(
         tl.store(dh + base + n0 + tile, dvalue.to(dh.dtype.element_ty), mask=mask)
         if GATED:
             last = dvalue
-        sums = accumulate(sums, u, v, s, e, dt, t, last, P, Q)
+        sums = accumulate(sums, u, v, s, e, dt, t, last, P, Q, COEFFICIENTS)
     f_local = tl.arange(0, BLOCK_F)
-    row = partial + tl.program_id(1).to(tl.int64) * (P + Q + 5) * n_features + f0
-    for k in tl.static_range(P + Q + 5):
+    row = partial + tl.program_id(1).to(tl.int64) * COUNT * n_features + f0
+    for k in tl.static_range(COUNT):
         tl.store(row + f_local, tl.sum(sums[k], axis=1), mask=f_local < n_features - f0)
         row += n_features
 
@@ -125,13 +130,15 @@ def rational_backward(
     identity: bool,
     hard: bool,
     backward_rational: bool,
+    coefficients: bool = True,
     inplace: bool = False,
 ) -> tuple[Tensor, GateGrads]:
     """h_fm, dz_fm [n_features, n_tokens] -> dh_fm in dz's dtype, and the gate's gradients in float32.
 
     dcounts [n_features] or None: gradient of the activity counts, which the gated form alone has. dl1
     [n_features] or None: gradient of the sums of |z|; dl1 sign(z) is added to dz here, sign(0) being 0. gate: the
-    seven tensors of `launch.pack_gate`. inplace: dh may overwrite dz (a dz whose tokens are not contiguous is
+    seven tensors of `launch.pack_gate`. coefficients: False leaves the gradients of a, b and centre at zero (they are
+    frozen) and saves their sums. inplace: dh may overwrite dz (a dz whose tokens are not contiguous is
     copied, and then the copy is overwritten, so take dh from what is returned).
     """
     n_features, n_tokens = h_fm.shape
@@ -145,24 +152,26 @@ def rational_backward(
     constants = {
         "P": p, "Q": q, "GATED": gated, "CLAMP": clamp, "IDENTITY": identity, "HARD": hard,
         "RATIONAL_BACKWARD": backward_rational, "HAS_DCOUNTS": counted, "HAS_DL1": dl1 is not None,
-        "SHARED": packed.shared,
+        "COEFFICIENTS": coefficients, "SHARED": packed.shared,
     }  # fmt: skip
+    n_sums = p + q + 5 if coefficients else 3
     dcounts = dcounts.float().contiguous() if counted else packed.rows
     dl1 = packed.rows if dl1 is None else dl1.float().contiguous()
 
     def launch(tile: PointwiseTile, out: Tensor) -> Tensor:
         blocks = triton.cdiv(n_features, tile.features)
         split = split_tokens(n_tokens, blocks, tile.lanes * tile.vector)
-        partial = h_fm.new_empty((split.count, p + q + 5, n_features), dtype=torch.float32)
+        partial = h_fm.new_empty((split.count, n_sums, n_features), dtype=torch.float32)
         rational_backward_kernel[(blocks, split.count)](
             h_fm, dz_fm, out, dcounts, dl1, partial, packed.coefficients, packed.rows,
             n_features, n_tokens, split.tokens, **constants,
-            BLOCK_F=tile.features, LANES=tile.lanes, VECTOR=tile.vector, num_warps=tile.warps, num_stages=1,
+            BLOCK_F=tile.features, LANES=tile.lanes, VECTOR=tile.vector, STAGES=tile.stages,
+            num_warps=tile.warps, num_stages=1,
         )  # fmt: skip
         return partial
 
     if h_fm.numel() == 0:
-        partial = h_fm.new_zeros((1, p + q + 5, n_features), dtype=torch.float32)
+        partial = h_fm.new_zeros((1, n_sums, n_features), dtype=torch.float32)
     else:
         with launching_on(h_fm):
             tile = pick(
@@ -176,7 +185,10 @@ def rational_backward(
 
 
 def finish(sums: Tensor, gate: Sequence[Tensor], p: int, q: int, gated: bool) -> GateGrads:
-    """From the sums [p+q+5, n_features] in float64 to gradients, folded to as many sets as each tensor has."""
+    """From the sums [p+q+5, n_features] in float64 (or the last three of them: the rest is zero) to gradients, folded
+    to as many sets as each tensor has."""
+    if len(sums) == 3:
+        sums = torch.cat([sums.new_zeros(p + q + 2, sums.shape[1]), sums])
     da, db, (de, ddt, ddt_t, dlast) = sums[: p + 1], sums[p + 1 : p + 1 + q], sums[p + 1 + q :]
     input_scale = gate[3].detach().double()
     dtheta = -ddt / input_scale

@@ -23,7 +23,8 @@ def rational_forward_kernel(
     h, z, partial, coefficients, rows, n_features, n_tokens, split_size,
     P: tl.constexpr, Q: tl.constexpr,
     GATED: tl.constexpr, CLAMP: tl.constexpr, IDENTITY: tl.constexpr, HARD: tl.constexpr,
-    SHARED: tl.constexpr, BLOCK_F: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    SHARED: tl.constexpr,
+    BLOCK_F: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_F features, split_size tokens. partial [n_splits, 2, n_features] float32: counts, l1.
 
@@ -42,7 +43,7 @@ def rational_forward_kernel(
     base = f0 * n_tokens
     start = tl.program_id(1) * split_size
     count, l1 = tl.zeros((BLOCK_F, LANES), tl.float32), tl.zeros((BLOCK_F, LANES), tl.float32)
-    for n0 in range(start, tl.minimum(start + split_size, n_tokens), LANES * VECTOR):
+    for n0 in tl.range(start, tl.minimum(start + split_size, n_tokens), LANES * VECTOR, num_stages=STAGES):
         mask = f_mask & (lane * VECTOR + vector < n_tokens - n0)
         value = tl.load(h + base + n0 + tile, mask=mask, other=0.0).to(tl.float32)
         code, active = gate_forward(value, theta, activity, c, P, Q, GATED, CLAMP, IDENTITY, HARD)
@@ -89,7 +90,8 @@ def rational_forward(
         partial = h_fm.new_empty((split.count, 2, n_features), dtype=torch.float32)
         rational_forward_kernel[(blocks, split.count)](
             h_fm, z_fm, partial, packed.coefficients, packed.rows, n_features, n_tokens, split.tokens, **constants,
-            BLOCK_F=tile.features, LANES=tile.lanes, VECTOR=tile.vector, num_warps=tile.warps, num_stages=1,
+            BLOCK_F=tile.features, LANES=tile.lanes, VECTOR=tile.vector, STAGES=tile.stages,
+            num_warps=tile.warps, num_stages=1,
         )  # fmt: skip
         return partial
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .configs import rows_tile, sparse_tile
 from .launch import capability, dot_precision, launching_on, pack_gate
-from .product import halves as _halves
+from .product import product, tile_of_program, token_parts
 from .rational import gate_forward, load_coefficients
 from .sparse_rows import NAN_KEY, gather_rows_kernel, keep_largest_kernel
 
@@ -79,27 +79,12 @@ def sparse_encode_kernel(
 
     z [n_features, stride_f] is written where the code is not zero; bits and best [n_features / 32, stride_f].
     """
-    feature_blocks, token_blocks = tl.cdiv(n_features, BLOCK_F), tl.cdiv(n_tokens, BLOCK_N)
-    per_group = GROUP * token_blocks
-    first = tl.program_id(0) // per_group * GROUP
-    height = tl.minimum(feature_blocks - first, GROUP)
-    within = tl.program_id(0) % per_group
-    f_block, n_block = first + within % height, within // height
-
+    f_block, n_block = tile_of_program(n_features, n_tokens, BLOCK_F, BLOCK_N, GROUP)
     f0, n0 = f_block.to(tl.int64) * BLOCK_F, n_block.to(tl.int64) * BLOCK_N
-    f_local, n_local, d = tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    f_in, n_in = f_local < n_features - f0, n_local < n_tokens - n0
-    w_tile = w + f0 * stride_wf + f_local[:, None] * stride_wf + d[None, :] * stride_wd
-    x_tile = x + n0 * stride_xn + n_local[None, :] * stride_xn + d[:, None] * stride_xd
-    value = tl.zeros((BLOCK_F, BLOCK_N), tl.float32)
-    for d0 in range(0, d_in, BLOCK_D):
-        w_part = tl.load(w_tile, mask=f_in[:, None] & (d[None, :] < d_in - d0), other=0.0)
-        x_part = tl.load(x_tile, mask=n_in[None, :] & (d[:, None] < d_in - d0), other=0.0)
-        value = tl.dot(w_part, x_part, value, input_precision=PRECISION)
-        w_tile += BLOCK_D * stride_wd
-        x_tile += BLOCK_D * stride_xd
-
-    f, f_mask = f0 + f_local[:, None], f_in[:, None]
+    value = product(w, x, f0, n0, n_features, n_tokens, d_in, stride_wf, stride_wd, stride_xn, stride_xd,
+                    BLOCK_F, BLOCK_N, BLOCK_D, PRECISION)  # fmt: skip
+    f_local = tl.arange(0, BLOCK_F)
+    f, f_mask = f0 + f_local[:, None], f_local[:, None] < n_features - f0
     c = load_coefficients(coefficients, f, f_mask, n_features, P + Q + 4, SHARED)
     theta = tl.load(rows + f, mask=f_mask, other=0.0)
     activity = tl.load(rows + n_features + f, mask=f_mask, other=0.0)
@@ -112,19 +97,12 @@ def sparse_encode_kernel(
     bits_tile = bits + n0 + (f0 // 32 + word_local) * stride_f
     best_tile = best + n0 + (f0 // 32 + word_local) * stride_f
     n_left = (n_tokens - n0).to(tl.int32)
-    if SUB == 1:
-        _emit(value, z_tile, bits_tile, best_tile, n_local[None, :], n_left, f_mask, word_mask, bit, theta, activity,
-              c, P, Q, GATED, CLAMP, IDENTITY, RANKED, WORDS, BLOCK_N)  # fmt: skip
-    else:
-        PART: tl.constexpr = BLOCK_N // SUB
-        parts = _halves(value, BLOCK_F, BLOCK_N)
-        if SUB == 4:
-            left, right = _halves(parts[0], BLOCK_F, BLOCK_N // 2), _halves(parts[1], BLOCK_F, BLOCK_N // 2)
-            parts = (left[0], left[1], right[0], right[1])
-        for i in tl.static_range(SUB):
-            n_part = i * PART + tl.arange(0, PART)[None, :]
-            _emit(parts[i], z_tile, bits_tile, best_tile, n_part, n_left, f_mask, word_mask, bit, theta, activity,
-                  c, P, Q, GATED, CLAMP, IDENTITY, RANKED, WORDS, PART)  # fmt: skip
+    PART: tl.constexpr = BLOCK_N // SUB
+    parts = token_parts(value, BLOCK_F, BLOCK_N, SUB)
+    for i in tl.static_range(SUB):
+        n_part = i * PART + tl.arange(0, PART)[None, :]
+        _emit(parts[i], z_tile, bits_tile, best_tile, n_part, n_left, f_mask, word_mask, bit, theta, activity,
+              c, P, Q, GATED, CLAMP, IDENTITY, RANKED, WORDS, PART)  # fmt: skip
 
 
 def sparse_encode(

@@ -222,6 +222,7 @@ def decode_backward(
     """
     if backend == "triton" and fused:
         flags = {**kernel_flags(spec), "backward_rational": spec.backward == "rational"}
+        flags["coefficients"] = coefficients
         dh, _, sums = kernels().encode_backward(g, W_dec, h, dcounts, dl1, gate, **flags)
         return Gradients(dh, sums.b_enc, _in_order(sums, gate))
     dz = torch.mm(W_dec, g.t()) if out is None else torch.mm(W_dec, g.t(), out=out)
@@ -246,6 +247,7 @@ def gate_backward(
     """
     if backend == "triton":
         flags = {**kernel_flags(spec), "backward_rational": spec.backward == "rational"}
+        flags["coefficients"] = coefficients
         dh, sums = kernels().rational_backward(h, dz, dcounts, dl1, gate, **flags, inplace=inplace)
         return Gradients(dh, sums.b_enc, _in_order(sums, gate))
     if backend == "cpu":

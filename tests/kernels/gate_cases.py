@@ -170,3 +170,10 @@ def assert_as_good_as_torch(name, found, truth, torchs, tolerance, scale=None) -
     ours, theirs = error(found, truth, scale), error(torchs, truth, scale)
     WORST[name] = max(WORST.get(name, 0.0), ours - theirs)
     assert ours <= theirs + tolerance, f"{name}: error {ours:.3g}, torch's own {theirs:.3g} + {tolerance:.3g}"
+
+
+def assert_frozen(frozen, whole) -> None:
+    """A gate's gradients without those of the coefficients: zeros in their shapes, every other one bit for bit."""
+    for name, one, other in zip(whole._fields, frozen, whole, strict=True):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        assert torch.equal(one, torch.zeros_like(other) if name in ("a", "b", "centre") else other), name

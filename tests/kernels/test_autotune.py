@@ -70,7 +70,7 @@ def test_the_fastest_tile_is_taken_and_remembered(device, tuning, monkeypatch, t
     assert len(tuning) == 3  # the table's own tile and two more
     [file] = files(tmp_path)
     content = json.loads(file.read_text())
-    assert content["tile"] == list(tuning[2]) == [8, 32, 1, 4]
+    assert content["tile"] == list(tuning[2]) == [8, 32, 1, 4, 1]
     assert content["ms"] == 1.0
     assert [one["ms"] for one in content["tried"]] == [2.0, 3.0, 1.0]
     assert content["key"]["device"] == "a stub"

@@ -7,6 +7,7 @@ from gate_cases import (
     DTYPES,
     FLAVOURS,
     assert_as_good_as_torch,
+    assert_frozen,
     assert_gradients,
     draw_h,
     flags,
@@ -233,3 +234,14 @@ def test_euler_identity(device, small_tiles):
     euler = (torch.arange(6) * gate.a[0] * grads.a[0].cpu()).sum()
     euler += (torch.arange(1, 5) * gate.b[0] * grads.b[0].cpu()).sum()
     torch.testing.assert_close(euler, -(grads.input_scale.cpu() * gate.input_scale)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["direct", "gated"])
+def test_frozen_coefficients(form, device, small_tiles):
+    small_tiles()
+    spec, gate = GateSpec(3, 2, form=form, backward="rational"), random_gate(3, 2, 21, 21)
+    g, W, h, dcounts, dl1 = (one.to(device) for one in inputs(spec, gate, torch.float32, SHAPE))
+    given = (g, W, h.T.contiguous(), dcounts, dl1, to(gate, device))
+    frozen, whole = (encode_backward(*given, **flags(spec, True), coefficients=trained) for trained in (False, True))
+    assert torch.equal(frozen[0], whole[0])
+    assert_frozen(frozen[2], whole[2])

@@ -9,6 +9,7 @@ from gate_cases import (
     DTYPES,
     FLAVOURS,
     assert_as_good_as_torch,
+    assert_frozen,
     assert_gradients,
     draw_h,
     flags,
@@ -157,3 +158,20 @@ def test_bit_reproducible(device):
     again, again_grads = rational_backward(h, dz, dcounts, dl1, gate, **flags(spec, True))
     assert torch.equal(first, again)
     assert all(torch.equal(x, y) for x, y in zip(first_grads, again_grads, strict=True))
+
+
+@pytest.mark.parametrize("form", ["direct", "gated"])
+@pytest.mark.parametrize("sets", [1, 6])
+@pytest.mark.parametrize("degree", [(0, 0), (3, 2)], ids=name_of)
+def test_frozen_coefficients(degree, sets, form, device):
+    from rsae_triton.kernels import rational_backward
+
+    spec, gate = GateSpec(*degree, form=form, backward="rational"), to(random_gate(*degree, 6, sets), device)
+    h = torch.randn(6, 300, device=device)
+    dz, (dcounts, dl1) = torch.randn_like(h), torch.randn(2, 6, device=device)
+    found = [
+        rational_backward(h, dz, dcounts, dl1, gate, **flags(spec, True), coefficients=trained)
+        for trained in (False, True)
+    ]
+    assert torch.equal(found[0][0], found[1][0])
+    assert_frozen(found[0][1], found[1][1])

@@ -1,0 +1,45 @@
+"""What `aot` compiles: a kernel as it would be launched, and its name in the tables and on record."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+ARCHS = (80, 90, 100)
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+PRODUCTS = ("encode_forward", "encode_backward", "sparse_encode")
+"""Kernels whose machine code must use the tensor cores."""
+NO_GATE = ("gather_rows", "keep_largest", "sparse_decode", "sparse_dots", "segment_sum")
+
+
+class Variant(NamedTuple):
+    """One kernel as it would be launched: for which GPU, in which dtype, with which gate (if it has one)."""
+
+    kernel: str
+    arch: int
+    dtype: torch.dtype
+    p: int = 0
+    q: int = 0
+    shared: bool = True
+    gated: bool = False
+    precision: str = "tf32"
+    ragged: bool = False
+    """True: the number of tokens is no multiple of 16, so codes cannot be stored 16 bytes at a time."""
+    ranked: bool = False
+    """The top-k variant of the sparse kernels: codes in float32."""
+    frozen: bool = False
+    """A backward pass without the gradients of the coefficients."""
+
+    def __str__(self) -> str:
+        words = [NAMES[self.dtype]]
+        if self.dtype == torch.float32 and self.kernel in PRODUCTS:
+            words.append(self.precision)
+        if self.kernel not in NO_GATE:
+            words += ["gated" if self.gated else "direct", f"({self.p}, {self.q})"]
+            words.append("shared" if self.shared else "per feature")
+        return " ".join(words + ["ragged"] * self.ragged + ["top-k"] * self.ranked + ["frozen"] * self.frozen)
+
+    @property
+    def key(self) -> str:
+        return f"{self.kernel} sm_{self.arch} {self}"
