@@ -8,6 +8,8 @@ import numpy as np
 from rsae_triton.remez.problem import Problem
 from rsae_triton.remez.rational import Rational
 
+FALLEN = 1e-6  # a fall of the error by this share is no rounding, down to errors of about 1e-9
+
 
 @dataclass(frozen=True)
 class Peaks:
@@ -30,11 +32,26 @@ def near_poles(r: Rational, problem: Problem) -> np.ndarray:
     return problem.inside((poles.real[:, None] + np.abs(poles.imag)[:, None] * offsets).ravel())
 
 
+def bracket(size: np.ndarray, top: np.ndarray, steps: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """Indices (low, high) around each maximum `top` of `size` [n] between which the true maximum lies.
+
+    The next points are not enough. Where two points nearly coincide, rounding decides which has the larger error,
+    and the maximum may lie beyond both. So each end moves outward until the error has fallen by `FALLEN`, which
+    is more than rounding, or `steps` times.
+    """
+    low, high = np.maximum(top - 1, 0), np.minimum(top + 1, len(size) - 1)
+    enough = size[top] * (1 - FALLEN)
+    for _ in range(steps):
+        low = np.where(size[low] > enough, np.maximum(low - 1, 0), low)
+        high = np.where(size[high] > enough, np.minimum(high + 1, len(size) - 1), high)
+    return low, high
+
+
 def find_peaks(problem: Problem, r: Callable[[np.ndarray], np.ndarray], extra: np.ndarray, zooms: int = 5) -> Peaks:
     """Local maxima of |weight * (value - r)| over the continuous domain: grid, then zooming between its points.
 
-    Each maximum on the grid is replaced by the best of 17 points between its neighbours, `zooms` times; each
-    zoom narrows the bracket eightfold.
+    Each maximum on the grid is replaced by the best of 17 points of its `bracket`, `zooms` times; each zoom
+    narrows the bracket eightfold.
     """
 
     def error(t: np.ndarray) -> np.ndarray:
@@ -47,7 +64,7 @@ def find_peaks(problem: Problem, r: Callable[[np.ndarray], np.ndarray], extra: n
         size = np.abs(error(t))
         padded = np.concatenate([[-1.0], size, [-1.0]])
         top = np.flatnonzero((padded[1:-1] >= padded[:-2]) & (padded[1:-1] > padded[2:]))
-        low, high = t[np.maximum(top - 1, 0)], t[np.minimum(top + 1, len(t) - 1)]
+        low, high = (t[end] for end in bracket(size, top))
         for _ in range(zooms):
             ladder = low[:, None] + (high - low)[:, None] * np.linspace(0.0, 1.0, 17)
             ladder = np.clip(ladder, low_end, high_end)

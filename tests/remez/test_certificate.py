@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rsae_triton.remez import fit_gate
 from rsae_triton.remez.bound import program_bound
-from rsae_triton.remez.extrema import Peaks, alternation, find_peaks, near_poles
+from rsae_triton.remez.extrema import Peaks, alternation, bracket, find_peaks, near_poles
 from rsae_triton.remez.fit import certify
 from rsae_triton.remez.problem import make_problem
 from rsae_triton.remez.rational import Rational, safe_pade, shifted
@@ -88,6 +88,32 @@ def test_peaks_are_found_between_grid_points_and_under_poles():
     spike = Rational(np.array([1.0]), np.array([1.0, 0.0, width**-2]), 0.51234567)
     peaks = find_peaks(problem, spike, near_poles(spike, problem))
     assert peaks.largest == pytest.approx(1.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("side", [-1, 1])
+def test_a_peak_is_found_beyond_a_point_that_nearly_coincides_with_another(side):
+    """Rounding gave the first of two such points the larger error; the peak lay beyond the second, unseen."""
+    problem = make_problem(lambda t: 0 * t, points=401)
+    both = np.array([np.nextafter(0.5, 0.0), 0.5])
+    first, second = both[::side]
+
+    def bump(t):
+        return 1 - 0.4 * (t - 0.5 - side * 0.0013) ** 2 - 1e-13 * (t == second)
+
+    t = np.union1d(problem.grid, both)
+    top = np.flatnonzero(t == first)
+    low, high = (t[end[0]] for end in bracket(bump(t), top))
+    assert low < 0.5 + side * 0.0013 < high
+    assert find_peaks(problem, bump, both).largest == pytest.approx(1.0, abs=1e-13)
+
+
+def test_a_bracket_ends_at_the_ends_of_the_interval_and_on_a_plateau():
+    for size in (np.ones(50), np.arange(50.0), np.arange(50.0)[::-1]):
+        for top in (np.array([0, 49]), np.array([25])):
+            low, high = bracket(size, top)
+            assert np.all((low <= top) & (top <= high))
+            assert low.min() >= 0
+            assert high.max() <= 49
 
 
 def test_the_safe_form_has_no_pole_anywhere():

@@ -12,10 +12,11 @@ def test_two_hundred_random_gates_are_certified():
     for target, degree, theta, margin in draws(200, seed=20_260_614):
         fit = fit_gate(target, degree, theta=theta, margin=margin, table=False)  # a refusal raises
         assert fit.ratio > 0.999 or fit.certificate == "rounding", fit
-        t = np.linspace(-1, 1, 20_011)
+        # The certificate is about the interval: no point that the fit did not look at has a larger error.
+        t = np.linspace(-1, 1, 40_009)
         domain = t[np.abs(t - theta) >= margin]
         error = np.max(np.abs(fit(domain) - value(target, theta, domain)))
-        assert error <= fit.error * (1 + 1e-6) + 2e-12, fit  # rounding
+        assert error <= fit.error * (1 + 1e-8) + 1e-13, fit  # 1e-13: what the sums of r cost in float64
         # No pole between -1 and 1, the gap included: B >= 0 there, so that the safe form is P / Q itself.
         assert denominator_dip(fit.b, fit.centre, t) >= -1e-6, fit
         if not isinstance(target, str):
