@@ -50,7 +50,7 @@ $(INTEROP)/.installed: pyproject.toml setup.py constraints.txt
 	touch $@
 
 test-interop: $(INTEROP)/.installed
-	$(INTEROP)/bin/python -m pytest tests/interop tests/teachers tests/integrations tests/test_export.py
+	$(INTEROP)/bin/python -m pytest tests/interop tests/teachers tests/integrations tests/sae/test_export.py
 	PYTHONPATH=$(LENS4) $(INTEROP)/bin/python -m pytest tests/integrations/test_splicing.py tests/integrations/test_examples.py
 
 fuzz: $(INSTALLED)
@@ -58,7 +58,7 @@ fuzz: $(INSTALLED)
 	TRITON_INTERPRET=1 $(BIN)/python fuzz/readers.py
 
 soak: $(INSTALLED)
-	SOAK_STEPS=20000 $(BIN)/python -m pytest -q tests/test_soak.py
+	SOAK_STEPS=20000 $(BIN)/python -m pytest -q tests/training/test_soak.py
 
 $(DOCS)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(DOCS)
@@ -114,9 +114,9 @@ aot: $(INSTALLED)
 aot-record: $(INSTALLED)
 	$(AOT) --record
 
-# Which of two ways the GPU at hand is faster: measured rows for rsae_triton/routes.json.
+# Which of two ways the GPU at hand is faster: measured rows for rsae_triton/ops/routes.json.
 routes: $(INSTALLED)
-	$(BIN)/python -m rsae_triton.measure_routes
+	$(BIN)/python -m rsae_triton.commands.routes
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu

@@ -33,7 +33,7 @@ from scipy.linalg import eigvals
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "remez"))
 from random_gates import Draw, draws, value
 
-from rsae_triton.errors import ConvergenceError
+from rsae_triton.common.errors import ConvergenceError
 from rsae_triton.remez import fit_gate
 
 TYPES = ((3, 2), (5, 4), (7, 6), (9, 8))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rsae_triton import FusedRationalSAE, RationalGate
-from rsae_triton.cost import Step
+from rsae_triton.ops.cost import Step
 from rsae_triton.remez import fit_gate
 
 ACTIVITY = 0.03
@@ -179,7 +179,7 @@ def _gate(case: Case, level: float, scale: float) -> RationalGate:
     groups = case.groups or case.d_sae
     if case.form == "gated":
         if case.degree == (2, 2):
-            from rsae_triton.gate import smooth_step
+            from rsae_triton.sae.gate import smooth_step
 
             a, b = smooth_step()
             return RationalGate(

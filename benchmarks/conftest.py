@@ -33,7 +33,7 @@ class Session:
     def __init__(self, config: pytest.Config) -> None:
         from measuring import ceilings, environment
 
-        from rsae_triton.bench import read_result
+        from rsae_triton.report.speed import read_result
 
         self.began = time.perf_counter()
         self.device = torch.device(config.getoption("--bench-device"))
@@ -58,14 +58,14 @@ class Session:
         return 60 * self.minutes - (time.perf_counter() - self.began)
 
     def has(self, case: dict[str, Any]) -> bool:
-        from rsae_triton.bench.results import key
+        from rsae_triton.report.speed.results import key
 
         return key(case) in {key(one) for one in self.cases}
 
     def save(self) -> None:
         """After every case, so that a run that is cut off keeps what it has."""
         if self.out is not None:
-            from rsae_triton.bench import write_result
+            from rsae_triton.report.speed import write_result
 
             write_result(self.out, self.result())
 

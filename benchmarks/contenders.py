@@ -12,12 +12,12 @@ from measuring import Contender, forget
 from torch import Tensor
 
 from rsae_triton import FusedRationalSAE
-from rsae_triton.backends import gate_backward
-from rsae_triton.memory import MemoryPlan
-from rsae_triton.recipes import RECIPES, losses
-from rsae_triton.reference import GateSpec, GateTensors, rational_gate
-from rsae_triton.runtime import matmul_precision
-from rsae_triton.workspace import StepMemory, Workspace
+from rsae_triton.ops.backends import gate_backward
+from rsae_triton.ops.reference import GateSpec, GateTensors, rational_gate
+from rsae_triton.ops.runtime import matmul_precision
+from rsae_triton.ops.workspace import StepMemory, Workspace
+from rsae_triton.training.memory import MemoryPlan
+from rsae_triton.training.recipes import RECIPES, losses
 
 WEIGHTS = {"direct": 0.1, "gated": 0.05}
 """Of the sparsity term: l1 in the direct form, l0 in the gated one."""

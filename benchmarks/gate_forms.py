@@ -24,20 +24,20 @@ import torch
 import tyro
 
 from rsae_triton.activations import load_corpus, load_host
-from rsae_triton.base import SparseAutoencoder
-from rsae_triton.contenders import WEIGHTS, Contender, contender, jumprelu_like
-from rsae_triton.demo import Demo
-from rsae_triton.evaluate import at_l0, reconstruction
-from rsae_triton.files import write_text
-from rsae_triton.gate import RationalGate, smooth_step
-from rsae_triton.recipes import RECIPES, recipe_for
+from rsae_triton.common.files import write_text
+from rsae_triton.evaluation import at_l0, reconstruction
+from rsae_triton.experiments.contenders import WEIGHTS, Contender, contender, jumprelu_like
+from rsae_triton.experiments.demo import Demo
+from rsae_triton.experiments.sweep import Cell, Sweep
+from rsae_triton.experiments.teach import TeacherPlan, make_teacher, splits_for
+from rsae_triton.ops.runtime import matmul_precision
 from rsae_triton.remez import fit_gate
-from rsae_triton.runtime import matmul_precision
-from rsae_triton.sae import FusedRationalSAE
-from rsae_triton.sweep import Cell, Sweep
-from rsae_triton.teach import TeacherPlan, make_teacher, splits_for
-from rsae_triton.train import LR, train
-from rsae_triton.upgrade import upgrade
+from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.sae.gate import RationalGate, smooth_step
+from rsae_triton.sae.rational import FusedRationalSAE
+from rsae_triton.training.loop import LR, train
+from rsae_triton.training.recipes import RECIPES, recipe_for
+from rsae_triton.upgrading.stage_one import upgrade
 
 WIDTHS = (0.45, 0.65, 1.0, 1.6)
 

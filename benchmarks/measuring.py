@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from rsae_triton.cost import CEILINGS, Ceilings
-from rsae_triton.runtime import matmul_precision
+from rsae_triton.ops.cost import CEILINGS, Ceilings
+from rsae_triton.ops.runtime import matmul_precision
 
 LIMITS = {"fp32": 1e-3, "bf16": 3e-2}
 """Relative error that a contender may have beside twice eager PyTorch's own."""
@@ -30,7 +30,7 @@ class Contender:
         run: does the work once. found: what it computed, by name, after a run; None where there is nothing to compare.
         exact: whether `found` must agree with the case's reference (peers compute something else and check
             themselves: `found` raises).
-        strategy: the row of `rsae_triton.cost` that predicts it, if there is one. pieces: its chunk sizes there.
+        strategy: the row of `rsae_triton.ops.cost` that predicts it, if there is one. pieces: its chunk sizes there.
         wanted: what it must find, where that is not the case's reference.
         forget: gives up what the last run left, before memory is looked at; returns how many bytes of it do not count
             (gradients, which every run leaves).

@@ -29,12 +29,12 @@ import tyro
 from torch.utils.checkpoint import checkpoint
 
 from rsae_triton import FusedRationalSAE
-from rsae_triton.cost import Step, cost
-from rsae_triton.memory import plan_memory
-from rsae_triton.optimizer import make_optimizer, remove_radial_gradient
-from rsae_triton.plan import Plan, estimates
-from rsae_triton.recipes import RECIPES, losses
-from rsae_triton.settings import TrainSettings
+from rsae_triton.commands.plan import Plan, estimates
+from rsae_triton.ops.cost import Step, cost
+from rsae_triton.training.memory import plan_memory
+from rsae_triton.training.optimizer import make_optimizer, remove_radial_gradient
+from rsae_triton.training.recipes import RECIPES, losses
+from rsae_triton.training.settings import TrainSettings
 
 RESULTS, PAGE = Path("benchmarks/results/scaling-cpu.json"), Path("docs/scaling.md")
 STRATEGIES = {

@@ -21,8 +21,8 @@ from cases import Case, cpu_cases, gpu_cases, tiny_cases
 from contenders import Made
 from measuring import spread, status_of, take_turns, warm_up
 
-from rsae_triton.cost import Ceilings, cost
-from rsae_triton.runtime import matmul_precision
+from rsae_triton.ops.cost import Ceilings, cost
+from rsae_triton.ops.runtime import matmul_precision
 
 RESERVE = 40.0
 """Seconds of the budget that are left to test_usage.py."""

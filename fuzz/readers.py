@@ -1,6 +1,6 @@
 """Coverage-guided fuzzing of every reader of files that strangers make: `make fuzz` (atheris, 10 minutes).
 
-An input chooses a format, a file of a valid source of it and damage to that file (tests/mutations.py); the
+An input chooses a format, a file of a valid source of it and damage to that file (tests/helpers/mutations.py); the
 reader must answer with one of our errors or with finite tensors, in at most 2 GiB. Inputs that find something new are
 kept in fuzz/corpus; one that fails is written to fuzz/crashes and printed: what it did to the file then becomes a case
 of tests/teachers/test_mutations.py, because its bytes mean something else once a format is added.
@@ -16,13 +16,13 @@ from pathlib import Path
 import atheris
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "tests"))
+sys.path.insert(0, str(HERE.parent / "tests" / "helpers"))
 
 with atheris.instrument_imports(include=["rsae_triton", "zipfile", "pickletools", "json"]):
     from mutations import Bytes, damaged
     from valid_files import SOURCES
 
-    from rsae_triton.errors import RsaeError
+    from rsae_triton.common.errors import RsaeError
 
 warnings.simplefilter("ignore")
 NAMES = sorted(SOURCES)

@@ -13,8 +13,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-# pytest's importlib mode puts no test folder on the path; tests share synthetic.py and remez/random_gates.py.
-sys.path.insert(0, str(Path(__file__).parent))
+# pytest's importlib mode puts no test folder on the path; tests share helpers/ and remez/random_gates.py.
+sys.path[:0] = [str(Path(__file__).parent / "helpers"), str(Path(__file__).parent)]
 
 
 def untraced(function):

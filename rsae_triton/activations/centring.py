@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from rsae_triton.common.errors import ConfigError
 
 
 def center_writing_weights_(model: Any) -> None:

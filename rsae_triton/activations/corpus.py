@@ -10,17 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from rsae_triton.activations.demo_corpus import demo_documents
-from rsae_triton.activations.documents import (
-    Document,
-    corpus_sha256,
-    cut,
-    drop_duplicates,
-    split,
-    strip_gutenberg,
-)
-from rsae_triton.checks import check_integer, shown
-from rsae_triton.errors import ConfigError, FormatError, SourceError, first_line
-from rsae_triton.hub import require_hub
+from rsae_triton.activations.documents import Document, corpus_sha256, cut, drop_duplicates, split, strip_gutenberg
+from rsae_triton.common.checks import check_integer, shown
+from rsae_triton.common.errors import ConfigError, FormatError, SourceError, first_line
+from rsae_triton.common.hub import require_hub
 
 __all__ = ["Document", "check_corpus", "corpus_sha256", "load_corpus", "split"]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rsae_triton.activations.documents import Document, strip_gutenberg
 from rsae_triton.activations.downloads import fetch
-from rsae_triton.errors import FormatError, SourceError
+from rsae_triton.common.errors import FormatError, SourceError
 
 # Milton's short poems lie in the sdist in three editions: one group, or a split would have them on both sides.
 _MILTON_MINOR = {"poetical_works_gut", "comus_gut", "lallegro_il_penseroso_comus_and_lycidas_gut"}

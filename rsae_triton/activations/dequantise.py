@@ -15,8 +15,8 @@ from typing import Any
 from filelock import FileLock
 
 from rsae_triton.activations.downloads import DOWNLOADS, cache_dir, fetch
-from rsae_triton.errors import FormatError, SourceError, first_line
-from rsae_triton.files import make_folder
+from rsae_triton.common.errors import FormatError, SourceError, first_line
+from rsae_triton.common.files import make_folder
 
 
 def embedded_model() -> Path:

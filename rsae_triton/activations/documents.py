@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from rsae_triton.errors import ConfigError
+from rsae_triton.common.errors import ConfigError
 
 # About 1500 tokens of English: long enough to fill several contexts, short enough that a source's share
 # of a small corpus still holds dozens of documents.

@@ -14,9 +14,9 @@ from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
 
-from rsae_triton.errors import SourceError
-from rsae_triton.files import file_sha256
-from rsae_triton.progress import LoggedProgress
+from rsae_triton.common.errors import SourceError
+from rsae_triton.common.files import file_sha256
+from rsae_triton.common.progress import LoggedProgress
 
 _TIMEOUT_S = 60
 _CHUNK = 1 << 14  # what of it has arrived when a connection breaks is lost

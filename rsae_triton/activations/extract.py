@@ -20,8 +20,8 @@ from rsae_triton.activations.host import HostModel
 from rsae_triton.activations.loading import parse_dtype
 from rsae_triton.activations.store import SCHEMA, ActivationStore
 from rsae_triton.activations.writing import Extraction, write_shards
-from rsae_triton.errors import ConfigError, FormatError
-from rsae_triton.files import make_folder
+from rsae_triton.common.errors import ConfigError, FormatError
+from rsae_triton.common.files import make_folder
 
 
 class Splits(NamedTuple):

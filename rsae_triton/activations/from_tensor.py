@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from rsae_triton.activations.store import MANIFEST, SCHEMA, ActivationStore
-from rsae_triton.checks import check_data, check_finite, check_integer
-from rsae_triton.errors import ConfigError, NumericsError, ShapeError, StorageError, first_line
-from rsae_triton.files import as_path, file_sha256
+from rsae_triton.common.checks import check_data, check_finite, check_integer
+from rsae_triton.common.errors import ConfigError, NumericsError, ShapeError, StorageError, first_line
+from rsae_triton.common.files import as_path, file_sha256
 
 
 def store_tensor(

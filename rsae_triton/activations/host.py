@@ -17,7 +17,7 @@ from torch.nn import functional
 from rsae_triton.activations import layers as stream
 from rsae_triton.activations.centring import center_writing_weights_
 from rsae_triton.activations.loading import default_dtype, load_model, parse_dtype
-from rsae_triton.errors import ConfigError, ShapeError, SourceError, first_line
+from rsae_triton.common.errors import ConfigError, ShapeError, SourceError, first_line
 
 Library = Literal["auto", "transformer_lens", "transformers"]
 Replace = Callable[[torch.Tensor], torch.Tensor]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rsae_triton.errors import SourceError
+from rsae_triton.common.errors import SourceError
 
 
 class _Reached(Exception):  # noqa: N818  (a signal that ends the forward pass, not an error)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from rsae_triton.activations.dequantise import embedded_model, gguf_model
-from rsae_triton.errors import ConfigError, FormatError, SourceError, first_line
-from rsae_triton.hub import hub_reachable
+from rsae_triton.common.errors import ConfigError, FormatError, SourceError, first_line
+from rsae_triton.common.hub import hub_reachable
 
 _DTYPES = {
     "fp32": torch.float32, "float32": torch.float32,

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from rsae_triton.activations.order import EpochOrder, mix_seed
 from rsae_triton.activations.prefetch import prefetched
-from rsae_triton.checks import check_integer, check_seed, parse_device, shown
-from rsae_triton.errors import ConfigError, FormatError
-from rsae_triton.files import as_path, file_sha256, read_json
+from rsae_triton.common.checks import check_integer, check_seed, parse_device, shown
+from rsae_triton.common.errors import ConfigError, FormatError
+from rsae_triton.common.files import as_path, file_sha256, read_json
 
 SCHEMA = 1
 MANIFEST = "manifest.json"

@@ -26,9 +26,9 @@ from rsae_triton.activations.host import HostModel
 from rsae_triton.activations.order import mix_seed
 from rsae_triton.activations.packing import Contexts, pack
 from rsae_triton.activations.store import MANIFEST
-from rsae_triton.errors import FormatError, NumericsError
-from rsae_triton.files import file_sha256
-from rsae_triton.progress import LoggedProgress
+from rsae_triton.common.errors import FormatError, NumericsError
+from rsae_triton.common.files import file_sha256
+from rsae_triton.common.progress import LoggedProgress
 
 _PROGRESS = "progress.json"
 _SHARD_BYTES = 64 << 20  # half a minute of extraction on two cores: what a killed run loses at most

@@ -4,6 +4,6 @@
 imported; `saebench` wraps an SAE for SAEBench.
 """
 
-from .splicing import splice
+from rsae_triton.integrations.splicing import splice
 
 __all__ = ["splice"]

@@ -14,8 +14,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ..base import SparseAutoencoder
-from ..errors import ConfigError
+from rsae_triton.common.errors import ConfigError
+from rsae_triton.sae.base import SparseAutoencoder
 
 
 @dataclass

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, FormatError, SourceError
-from ..gate import RationalGate
-from ..ops import rational_encode
-from ..reference import rational_gate
-from ..sae import FusedRationalSAE, initial_gate
+from rsae_triton.common.errors import ConfigError, FormatError, SourceError
+from rsae_triton.ops.encode import rational_encode
+from rsae_triton.ops.reference import rational_gate
+from rsae_triton.sae.gate import RationalGate
+from rsae_triton.sae.rational import FusedRationalSAE, initial_gate
 
 __all__ = ["RationalSAE", "RationalTrainingSAE", "from_saelens", "to_saelens"]
 

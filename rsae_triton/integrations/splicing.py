@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..activations.layers import decoder_layers, tapped
-from ..base import SparseAutoencoder, check_sae
-from ..checks import check_number
-from ..errors import ConfigError, ShapeError
+from rsae_triton.activations.layers import decoder_layers, tapped
+from rsae_triton.common.checks import check_number
+from rsae_triton.common.errors import ConfigError, ShapeError
+from rsae_triton.sae.base import SparseAutoencoder, check_sae
 
 _RESIDUAL = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
 

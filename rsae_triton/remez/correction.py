@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rsae_triton.errors import ConvergenceError
+from rsae_triton.common.errors import ConvergenceError
 from rsae_triton.remez.problem import Problem
 from rsae_triton.remez.rational import Rational
 from rsae_triton.remez.tangent import tangent

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rsae_triton.checks import check_number
-from rsae_triton.errors import ConfigError, ConvergenceError
+from rsae_triton.common.checks import check_number
+from rsae_triton.common.errors import ConfigError, ConvergenceError
 from rsae_triton.remez.bound import program_bound
 from rsae_triton.remez.extrema import Peaks, alternation, find_peaks, near_poles
 from rsae_triton.remez.gatefit import GateFit

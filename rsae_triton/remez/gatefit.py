@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rsae_triton.errors import FormatError, NumericsError
+from rsae_triton.common.errors import FormatError, NumericsError
 from rsae_triton.remez.problem import Problem
 from rsae_triton.remez.rational import Rational, float32_error, safe_pade
 

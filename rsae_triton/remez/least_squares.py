@@ -5,7 +5,7 @@ For fits to the density of real pre-activations, where most mass is near 0 and t
 
 import numpy as np
 
-from rsae_triton.errors import ConfigError, ConvergenceError, NumericsError
+from rsae_triton.common.errors import ConfigError, ConvergenceError, NumericsError
 from rsae_triton.remez.minimax import poles_at, solve
 from rsae_triton.remez.problem import Problem
 from rsae_triton.remez.rational import Rational

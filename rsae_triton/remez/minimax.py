@@ -6,7 +6,7 @@ from itertools import islice, product
 
 import numpy as np
 
-from rsae_triton.errors import ConvergenceError
+from rsae_triton.common.errors import ConvergenceError
 from rsae_triton.remez.correction import correct
 from rsae_triton.remez.extrema import alternation, find_peaks, near_poles
 from rsae_triton.remez.problem import Problem

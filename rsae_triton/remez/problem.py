@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rsae_triton.checks import check_integer, check_number, shown
-from rsae_triton.errors import ConfigError, NumericsError, first_line
+from rsae_triton.common.checks import check_integer, check_number, shown
+from rsae_triton.common.errors import ConfigError, NumericsError, first_line
 
 Target = str | Callable[[np.ndarray], np.ndarray]
 Weight = Callable[[np.ndarray], np.ndarray] | np.ndarray

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from rsae_triton.errors import FormatError, RsaeError
-from rsae_triton.files import read_json
+from rsae_triton.common.errors import FormatError, RsaeError
+from rsae_triton.common.files import read_json
 from rsae_triton.remez.gatefit import GateFit
 from rsae_triton.remez.problem import parse_degree
 

@@ -1,6 +1,6 @@
 """The report of a run: one self-contained HTML page, and the short table that ends it on the terminal."""
 
-from .page import write_report
-from .summary import summary_table
+from rsae_triton.report.page import write_report
+from rsae_triton.report.summary import summary_table
 
 __all__ = ["summary_table", "write_report"]

@@ -9,9 +9,9 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from ..base import SparseAutoencoder
-from ..errors import ShapeError
-from ..evaluate.reconstruction import CHUNK
+from rsae_triton.common.errors import ShapeError
+from rsae_triton.evaluation.reconstruction import CHUNK
+from rsae_triton.sae.base import SparseAutoencoder
 
 MAX_TOKENS = 20_000
 CURVE = np.linspace(0.25, 1.0, 10)

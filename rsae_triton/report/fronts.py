@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from ..files import write_text
-from .style import COLOURS, DASHES, NAMES
+from rsae_triton.common.files import write_text
+from rsae_triton.report.style import COLOURS, DASHES, NAMES
 
 METRICS = ("mse", "fvu", "cosine", "l0", "l1", "alive_fraction", "delta_ce", "loss_recovered", "kl")
 # Downstream scores exist only where sequences were spliced.

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..base import SparseAutoencoder
-from ..sae import FusedRationalSAE
+from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.sae.rational import FusedRationalSAE
 
 GRID = 401
 BAND = (0.1, 0.5, 0.9)

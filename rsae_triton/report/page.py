@@ -9,15 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-from ..activations import ActivationStore
-from ..base import SparseAutoencoder
-from ..errors import ConfigError, ShapeError
-from ..files import make_folder, write_atomically
-from . import plots, scores
-from .codes import Codes, codes_of, mse_against_l0, subset
-from .snippets import CONTEXT, N_ROWS, Tokenizer, feature_snippets
-from .style import ROLES
-from .svg import inline_svg
+from rsae_triton.activations import ActivationStore
+from rsae_triton.common.errors import ConfigError, ShapeError
+from rsae_triton.common.files import make_folder, write_atomically
+from rsae_triton.report import plots, scores
+from rsae_triton.report.codes import Codes, codes_of, mse_against_l0, subset
+from rsae_triton.report.snippets import CONTEXT, N_ROWS, Tokenizer, feature_snippets
+from rsae_triton.report.style import ROLES
+from rsae_triton.report.svg import inline_svg
+from rsae_triton.sae.base import SparseAutoencoder
 
 TEMPLATE = "page.html"
 
@@ -88,7 +88,7 @@ def write_report(
 
 
 def _check(saes: Mapping[str, SparseAutoencoder], x: Tensor, store: ActivationStore | None) -> None:
-    from ..sae import FusedRationalSAE
+    from rsae_triton.sae.rational import FusedRationalSAE
 
     missing = [role for role in ROLES if role not in saes]
     if missing:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .fronts import interval, with_sd
-from .style import NAMES
+from rsae_triton.report.fronts import interval, with_sd
+from rsae_triton.report.style import NAMES
 
 RECONSTRUCTION = {"mse": ".2f", "fvu": ".4f", "cosine": ".4f", "l0": ".1f", "l1": ".1f", "alive_fraction": ".3f"}
 DOWNSTREAM = {"delta_ce": ".3f", "loss_recovered": ".4f", "kl": ".3f"}

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..base import SparseAutoencoder
-from ..sae import FusedRationalSAE
-from .codes import Codes, codes_of, mse_against_l0, subset
-from .gates import GatePicture, gate_picture
-from .scores import number
-from .style import COLOURS, NAMES, ROLES, line
+from rsae_triton.report.codes import Codes, codes_of, mse_against_l0, subset
+from rsae_triton.report.gates import GatePicture, gate_picture
+from rsae_triton.report.scores import number
+from rsae_triton.report.style import COLOURS, NAMES, ROLES, line
+from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.sae.rational import FusedRationalSAE
 
 # At this width a figure that fills a phone's screen still has readable text.
 _SIZE = (4.8, 3.6)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .style import NAMES, ROLES
+from rsae_triton.report.style import NAMES, ROLES
 
 DASH = "–"
 # Two codes are at one l0 when they differ by less than this fraction of it.

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..activations import ActivationStore
-from ..base import SparseAutoencoder
-from .codes import Codes
-from .gates import thresholds
+from rsae_triton.activations import ActivationStore
+from rsae_triton.report.codes import Codes
+from rsae_triton.report.gates import thresholds
+from rsae_triton.sae.base import SparseAutoencoder
 
 N_FEATURES = 8
 N_ROWS = 4

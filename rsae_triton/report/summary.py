@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .scores import COLUMNS, best, headline, number, text
-from .style import NAMES, ROLES
+from rsae_triton.report.scores import COLUMNS, best, headline, number, text
+from rsae_triton.report.style import NAMES, ROLES
 
 if TYPE_CHECKING:
     from rich.table import Table

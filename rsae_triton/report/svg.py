@@ -7,7 +7,7 @@ import re
 from typing import Any
 from xml.etree import ElementTree
 
-from .style import COLOURS
+from rsae_triton.report.style import COLOURS
 
 _ID_REFERENCE = re.compile(r"url\(#([^)]+)\)")
 _COLOUR = re.compile("|".join(map(re.escape, COLOURS.values())), re.IGNORECASE)

@@ -6,14 +6,23 @@ import warnings
 from pathlib import Path
 from types import ModuleType
 
-from ..base import SparseAutoencoder
-from ..checks import check_integer, check_number
-from ..errors import ConfigError, FormatError, RsaeError, first_line
-from ..hub import local_path
-from . import dictionary_learning, gemma_scope, goodfire, llama_scope, openai, qwen_scope, saelens, sparsify
-from .architectures import JumpReluSAE, ReluSAE, TopKSAE, keep_largest
-from .batch_topk import BatchTopKSAE
-from .parts import Files
+from rsae_triton.common.checks import check_integer, check_number
+from rsae_triton.common.errors import ConfigError, FormatError, RsaeError, first_line
+from rsae_triton.common.hub import local_path
+from rsae_triton.sae.architectures import JumpReluSAE, ReluSAE, TopKSAE, keep_largest
+from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.sae.batch_topk import BatchTopKSAE
+from rsae_triton.teachers import (
+    dictionary_learning,
+    gemma_scope,
+    goodfire,
+    llama_scope,
+    openai,
+    qwen_scope,
+    saelens,
+    sparsify,
+)
+from rsae_triton.teachers.parts import Files
 
 __all__ = [
     "FORMATS",

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..base import SparseAutoencoder
-from ..errors import FormatError
-from ..files import read_json, read_torch
-from .parts import Files, Parts, require
+from rsae_triton.common.errors import FormatError
+from rsae_triton.common.files import read_json, read_torch
+from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.teachers.parts import Files, Parts, require
 
 NAME = "dictionary_learning"
 LOOKS_FOR = "ae.pt + config.json with trainer.dict_class"

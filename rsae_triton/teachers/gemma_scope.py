@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..base import SparseAutoencoder
-from ..errors import FormatError
-from ..files import read_json, read_npz, read_safetensors
-from .parts import Files, Parts, layer_of, require
+from rsae_triton.common.errors import FormatError
+from rsae_triton.common.files import read_json, read_npz, read_safetensors
+from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.teachers.parts import Files, Parts, layer_of, require
 
 NAME = "gemma_scope"
 NPZ, SAFETENSORS = "params.npz", "params.safetensors"

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..base import SparseAutoencoder
-from ..errors import FormatError
-from ..files import read_torch
-from .parts import Files, Parts, layer_of, require
+from rsae_triton.common.errors import FormatError
+from rsae_triton.common.files import read_torch
+from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.teachers.parts import Files, Parts, layer_of, require
 
 NAME = "goodfire"
 LOOKS_FOR = "a .pt or .pth file with encoder_linear.weight and decoder_linear.weight"

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base import SparseAutoencoder
-from ..errors import FormatError
-from ..files import read_json, read_safetensors
-from ..pretrained import WEIGHTS_FILE
-from .parts import Files, Parts, require
+from rsae_triton.common.errors import FormatError
+from rsae_triton.common.files import read_json, read_safetensors
+from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.sae.pretrained import WEIGHTS_FILE
+from rsae_triton.teachers.parts import Files, Parts, require
 
 NAME = "llama_scope"
 WEIGHTS = (WEIGHTS_FILE, "checkpoints/pruned.safetensors", "checkpoints/final.safetensors")

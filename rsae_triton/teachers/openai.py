@@ -10,10 +10,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ..base import SparseAutoencoder
-from ..errors import FormatError
-from ..files import read_torch
-from .parts import Files, Parts, require
+from rsae_triton.common.errors import FormatError
+from rsae_triton.common.files import read_torch
+from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.teachers.parts import Files, Parts, require
 
 NAME = "openai"
 LOOKS_FOR = "a .pt file with pre_bias, encoder.weight, latent_bias, decoder.weight"

@@ -10,11 +10,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ..base import SparseAutoencoder
-from ..checks import check_finite
-from ..errors import ConfigError, FormatError
-from ..files import read_torch
-from .architectures import JumpReluSAE, ReluSAE, TopKSAE
+from rsae_triton.common.checks import check_finite
+from rsae_triton.common.errors import ConfigError, FormatError
+from rsae_triton.common.files import read_torch
+from rsae_triton.sae.architectures import JumpReluSAE, ReluSAE, TopKSAE
+from rsae_triton.sae.base import SparseAutoencoder
 
 
 @dataclass(frozen=True)

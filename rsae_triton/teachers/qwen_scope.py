@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ..base import SparseAutoencoder
-from ..errors import FormatError
-from ..files import read_torch
-from .parts import Files, Parts, layer_of, require
+from rsae_triton.common.errors import FormatError
+from rsae_triton.common.files import read_torch
+from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.teachers.parts import Files, Parts, layer_of, require
 
 NAME = "qwen_scope"
 LOOKS_FOR = "layerN.sae.pt with W_enc, W_dec, b_enc, b_dec"

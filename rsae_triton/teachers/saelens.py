@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base import SparseAutoencoder
-from ..errors import FormatError
-from ..files import read_json, read_safetensors
-from ..normalization import MODES
-from ..pretrained import CONFIG_FILE, WEIGHTS_FILE, parse_dtype
-from .parts import Files, Parts, require
+from rsae_triton.common.errors import FormatError
+from rsae_triton.common.files import read_json, read_safetensors
+from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.sae.normalization import MODES
+from rsae_triton.sae.pretrained import CONFIG_FILE, WEIGHTS_FILE, parse_dtype
+from rsae_triton.teachers.parts import Files, Parts, require
 
 NAME = "saelens"
 LOOKS_FOR = f"{CONFIG_FILE} with an architecture + {WEIGHTS_FILE}"

@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ..base import SparseAutoencoder
-from ..errors import FormatError
-from ..files import read_json, read_safetensors
-from ..pretrained import CONFIG_FILE
-from .parts import Files, Parts, require
+from rsae_triton.common.errors import FormatError
+from rsae_triton.common.files import read_json, read_safetensors
+from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.sae.pretrained import CONFIG_FILE
+from rsae_triton.teachers.parts import Files, Parts, require
 
 NAME = "sparsify"
 WEIGHTS = "sae.safetensors"

@@ -11,7 +11,7 @@ import pytest
 
 from rsae_triton.activations import Document, corpus, corpus_sha256, demo_corpus, load_corpus, split
 from rsae_triton.activations.documents import PIECE_CHARS, cut, drop_duplicates, strip_gutenberg
-from rsae_triton.errors import ConfigError, FormatError, SourceError
+from rsae_triton.common.errors import ConfigError, FormatError, SourceError
 
 from .conftest import words
 

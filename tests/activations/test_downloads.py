@@ -9,7 +9,7 @@ import pytest
 
 from rsae_triton.activations import downloads
 from rsae_triton.activations.downloads import Download, cache_dir, fetch
-from rsae_triton.errors import SourceError
+from rsae_triton.common.errors import SourceError
 
 CONTENT = bytes(range(256)) * 4000
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rsae_triton.activations import dequantise, layers, load_host
-from rsae_triton.errors import ConfigError, FormatError, ShapeError, SourceError
+from rsae_triton.common.errors import ConfigError, FormatError, ShapeError, SourceError
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from rsae_triton.activations import ActivationStore, extract, extract_hooks, layers, store_tensor, writing
 from rsae_triton.activations.order import EpochOrder
 from rsae_triton.activations.prefetch import prefetched
-from rsae_triton.cli import main
-from rsae_triton.errors import ConfigError, FormatError, NumericsError, ShapeError
+from rsae_triton.commands.cli import main
+from rsae_triton.common.errors import ConfigError, FormatError, NumericsError, ShapeError
 
 OPTIONS = {"n_tokens": 1500, "context": 16, "dtype": "float32", "batch": 4, "progress": False}
 HOOKS = ["blocks.2.hook_resid_pre", "blocks.0.hook_resid_post", "blocks.1.hook_resid_pre"]

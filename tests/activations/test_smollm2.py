@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rsae_triton.activations import load_host
-from rsae_triton.errors import SourceError
+from rsae_triton.common.errors import SourceError
 
 pytestmark = pytest.mark.network
 

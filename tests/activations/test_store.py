@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from rsae_triton.activations import ActivationStore, Document, extract, extract_splits, store, writing
 from rsae_triton.activations.packing import pack
-from rsae_triton.errors import ConfigError, FormatError, NumericsError
+from rsae_triton.common.errors import ConfigError, FormatError, NumericsError
 
 OPTIONS = {"n_tokens": 1000, "context": 16, "dtype": "float32", "batch": 4, "progress": False}
 

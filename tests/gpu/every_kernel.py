@@ -13,7 +13,7 @@ def run(device: str) -> list[torch.Tensor]:
     from gate_cases import flags, random_gate, to
 
     from rsae_triton import kernels
-    from rsae_triton.reference import GateSpec
+    from rsae_triton.ops.reference import GateSpec
 
     found = []
     for dtype, n_tokens, d_in, n_features in (

@@ -5,8 +5,8 @@ import torch
 from gate_cases import flags, random_gate, to
 
 from rsae_triton import kernels
-from rsae_triton.autoencode import rational_autoencode
-from rsae_triton.reference import GateSpec, GateTensors, rational_gate
+from rsae_triton.ops.autoencode import rational_autoencode
+from rsae_triton.ops.reference import GateSpec, GateTensors, rational_gate
 
 SPEC = GateSpec(3, 2, form="gated", backward="rational")
 

@@ -14,10 +14,11 @@ import triton
 from gate_cases import flags, random_gate, to
 from triton.testing import do_bench
 
-from rsae_triton import kernels, reference
-from rsae_triton.autoencode import rational_autoencode
-from rsae_triton.cost import CEILINGS, Step, cost
-from rsae_triton.reference import GateSpec, GateTensors
+from rsae_triton import kernels
+from rsae_triton.ops import reference
+from rsae_triton.ops.autoencode import rational_autoencode
+from rsae_triton.ops.cost import CEILINGS, Step, cost
+from rsae_triton.ops.reference import GateSpec, GateTensors
 
 N_TOKENS, D_IN, D_SAE = 4096, 768, 24576
 CASES = [((3, 2), 1), ((3, 2), D_SAE), ((9, 8), 1), ((9, 8), D_SAE)]

@@ -9,7 +9,7 @@ import torch
 from hub_stub import Hub, serve
 
 from rsae_triton import FusedRationalSAE, load_teacher
-from rsae_triton.errors import FormatError, SourceError
+from rsae_triton.common.errors import FormatError, SourceError
 from rsae_triton.teachers import ReluSAE
 
 huggingface_hub = pytest.importorskip("huggingface_hub")

@@ -4,10 +4,10 @@ import pytest
 import torch
 from rational_cases import D_IN, D_SAE, FORMS, rsae
 
-from rsae_triton.errors import ConfigError
+from rsae_triton.common.errors import ConfigError
 from rsae_triton.integrations.saebench import SAEBenchSAE
+from rsae_triton.sae.topk_rational import TopKRationalSAE
 from rsae_triton.teachers import ReluSAE, TopKSAE
-from rsae_triton.topk_rational import TopKRationalSAE
 
 
 @pytest.fixture

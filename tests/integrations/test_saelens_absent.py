@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from rsae_triton.errors import SourceError
+from rsae_triton.common.errors import SourceError
 
 
 @pytest.mark.skipif(importlib.util.find_spec("sae_lens") is not None, reason="sae-lens is installed")

@@ -7,7 +7,7 @@ import torch
 from tiny_models import D_MODEL, N_LAYERS, bridge, gpt2, llama
 
 from rsae_triton import FusedRationalSAE, load_host
-from rsae_triton.errors import ConfigError, ShapeError, SourceError
+from rsae_triton.common.errors import ConfigError, ShapeError, SourceError
 from rsae_triton.integrations import splice
 from rsae_triton.teachers import ReluSAE
 

@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from rsae_triton.errors import FormatError
+from rsae_triton.common.errors import FormatError
 from rsae_triton.teachers import JumpReluSAE, ReluSAE, TopKSAE, load_teacher
 
 if importlib.util.find_spec("dictionary_learning") is None:

@@ -11,7 +11,7 @@ import sae_lens
 from sae_lens import SAE, TrainingSAE
 from safetensors.torch import load_file, save_file
 
-from rsae_triton.errors import FormatError
+from rsae_triton.common.errors import FormatError
 from rsae_triton.teachers import JumpReluSAE, ReluSAE, TopKSAE, load_teacher
 
 D_IN, D_SAE, K = 12, 40, 5

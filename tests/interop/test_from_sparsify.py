@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from rsae_triton.errors import FormatError
+from rsae_triton.common.errors import FormatError
 from rsae_triton.teachers import TopKSAE, load_teacher
 
 os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # its decoder's kernel needs a GPU

@@ -12,9 +12,9 @@ from sae_lens import SAE, SAETransformerBridge, TrainingSAE
 from tiny_models import D_MODEL, bridge, llama
 
 from rsae_triton import FusedRationalSAE
-from rsae_triton.errors import ConfigError, SourceError
+from rsae_triton.common.errors import ConfigError, SourceError
 from rsae_triton.integrations import saelens, splice
-from rsae_triton.topk_rational import TopKRationalSAE
+from rsae_triton.sae.topk_rational import TopKRationalSAE
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ import rsae_triton.integrations.saelens  # noqa: F401  (registers the architectu
 from rsae_triton import FusedRationalSAE, load_host, train, upgrade
 from rsae_triton.activations import extract_splits, load_corpus
 from rsae_triton.activations.loading import find_model
-from rsae_triton.errors import SourceError
-from rsae_triton.evaluate.commands import Eval, run_eval
-from rsae_triton.evaluate.held_out import load_saes, open_held_out, open_host
+from rsae_triton.commands.evaluate import Eval, run_eval
+from rsae_triton.common.errors import SourceError
+from rsae_triton.evaluation.held_out import load_saes, open_held_out, open_host
+from rsae_triton.experiments.teach import TeacherPlan, make_teacher
 from rsae_triton.integrations import splice
-from rsae_triton.teach import TeacherPlan, make_teacher
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]
 

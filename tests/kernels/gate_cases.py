@@ -4,7 +4,7 @@ from itertools import product
 
 import torch
 
-from rsae_triton.reference import GateSpec, GateTensors, rational_gate
+from rsae_triton.ops.reference import GateSpec, GateTensors, rational_gate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DEGREES = [(0, 0), (3, 2), (5, 4), (9, 8), (12, 12)]

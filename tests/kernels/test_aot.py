@@ -97,7 +97,7 @@ def test_the_table_has_every_tile_of_every_generation():
 
 
 def test_the_cost_model_knows_the_tiles():
-    from rsae_triton.cost import TILES
+    from rsae_triton.ops.cost import TILES
 
     for generation, tiles in TILES.items():
         for (itemsize, backward, many), sizes in tiles.items():

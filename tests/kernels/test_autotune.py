@@ -11,7 +11,7 @@ from triton.runtime.errors import OutOfResources
 
 from rsae_triton.kernels import autotune, encode_backward, encode_forward, rational_backward, rational_forward
 from rsae_triton.kernels.configs import MatmulTile, PointwiseTile
-from rsae_triton.reference import GateSpec
+from rsae_triton.ops.reference import GateSpec
 
 SPEC = GateSpec(3, 2)
 

@@ -7,7 +7,7 @@ from gate_cases import FLAVOURS, flags, name_of, oracle, random_gate, to
 from rsae_triton.kernels import encode_forward, rational_backward, rational_forward
 from rsae_triton.kernels.interpreter import INTERPRETED
 from rsae_triton.kernels.launch import PROGRAMS, TOKENS_PER_SUM, split_tokens
-from rsae_triton.reference import GateSpec
+from rsae_triton.ops.reference import GateSpec
 
 FORWARD = [f for f in FLAVOURS if f["backward"] == "soft"]
 

@@ -19,7 +19,7 @@ from gate_cases import (
 )  # fmt: skip
 
 from rsae_triton.kernels import configs, encode_backward, rational_backward
-from rsae_triton.reference import GateSpec, GateTensors
+from rsae_triton.ops.reference import GateSpec, GateTensors
 
 # dh: of its largest value; sums: of the sum of their terms' absolute values. The product has another order of
 # summation than torch's, and on a GPU float32 goes through three TF32 products.
@@ -194,7 +194,7 @@ def test_wrong_input_is_refused_with_a_reason(device):
 def test_autoencode_takes_the_way_that_is_named(way, device, monkeypatch, small_tiles):
     """Every gradient of the loss, chunk by chunk, against the eager backend."""
     from rsae_triton import kernels
-    from rsae_triton.autoencode import rational_autoencode
+    from rsae_triton.ops.autoencode import rational_autoencode
 
     small_tiles()
     called = []

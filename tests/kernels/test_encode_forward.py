@@ -16,7 +16,7 @@ from gate_cases import (
 )  # fmt: skip
 
 from rsae_triton.kernels import configs
-from rsae_triton.reference import GateSpec
+from rsae_triton.ops.reference import GateSpec
 
 # Of the largest code; float32 products go through three TF32 ones on a GPU, and sums have another order.
 TOLERANCE = 4e-6

@@ -21,7 +21,7 @@ from gate_cases import (
     to,
 )  # fmt: skip
 
-from rsae_triton.reference import GateSpec
+from rsae_triton.ops.reference import GateSpec
 
 # dh: of its largest value. Sums: of the sum of their terms' absolute values. float32 has an epsilon of 1.2e-7;
 # 16-bit dh is rounded once, as torch's is.

@@ -16,7 +16,7 @@ from gate_cases import (
     to,
 )  # fmt: skip
 
-from rsae_triton.reference import GateSpec
+from rsae_triton.ops.reference import GateSpec
 
 TOLERANCE = 1e-6  # of the largest code; a 16-bit code is rounded once, as torch's is
 FORWARD = [f for f in FLAVOURS if f["backward"] == "soft"]

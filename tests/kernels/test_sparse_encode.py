@@ -7,7 +7,7 @@ import torch
 from gate_cases import DTYPES, FLAVOURS, assert_as_good_as_torch, doubtful, flags, name_of, oracle, random_gate, to
 
 from rsae_triton.kernels import configs, encode_forward, sparse_encode
-from rsae_triton.reference import GateSpec, GateTensors
+from rsae_triton.ops.reference import GateSpec, GateTensors
 
 SHAPE = (21, 20, 75)  # n_tokens, d_in, n_features: nothing divides a tile, and the last word is not full
 HARD = [f for f in FLAVOURS if f["backward"] == "soft" and f["hard"]]

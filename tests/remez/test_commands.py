@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import tyro
 
-from rsae_triton.errors import ConfigError, FormatError
-from rsae_triton.remez import GateFit, commands, table
+from rsae_triton.commands import gates as commands
+from rsae_triton.common.errors import ConfigError, FormatError
+from rsae_triton.remez import GateFit, table
 
 COMMANDS = {"fit": commands.fit, "show": commands.show, "rebuild": commands.rebuild}
 

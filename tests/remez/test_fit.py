@@ -7,7 +7,7 @@ import pytest
 import torch
 from remez.random_gates import gelu, shifted_relu, soft_threshold, tanh_shrink
 
-from rsae_triton.errors import ConfigError, FormatError, NumericsError
+from rsae_triton.common.errors import ConfigError, FormatError, NumericsError
 from rsae_triton.remez import GateFit, fit_gate, shipped_gate
 from rsae_triton.remez import table as gate_table
 from rsae_triton.remez.fit import ladder, parse_degree

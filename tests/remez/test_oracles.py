@@ -7,7 +7,7 @@ import pytest
 from scipy.optimize import OptimizeResult, linprog
 from scipy.special import ellipj, ellipkm1
 
-from rsae_triton.errors import ConvergenceError
+from rsae_triton.common.errors import ConvergenceError
 from rsae_triton.remez import correction, fit_gate
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rsae_triton.evaluate import compare
+from rsae_triton.evaluation import compare
 
 # pytest's importlib mode puts no test folder on the path; the tests share report_cases.py.
 sys.path.insert(0, str(Path(__file__).parent))

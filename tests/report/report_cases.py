@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from rsae_triton.activations import Sequences
-from rsae_triton.gate import RationalGate, smooth_step
-from rsae_triton.sae import FusedRationalSAE
+from rsae_triton.sae.gate import RationalGate, smooth_step
+from rsae_triton.sae.rational import FusedRationalSAE
 from rsae_triton.teachers import JumpReluSAE, ReluSAE, TopKSAE
-from rsae_triton.train import TrainLog
+from rsae_triton.training.loop import TrainLog
 
 D_IN, D_SAE, N_SEQUENCES, LENGTH = 16, 32, 12, 20
 TEACHERS = {"relu": ReluSAE, "jumprelu": JumpReluSAE, "topk": TopKSAE}

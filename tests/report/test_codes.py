@@ -1,4 +1,4 @@
-"""What the plots and snippets are computed from, against the definitions in rsae_triton.evaluate."""
+"""What the plots and snippets are computed from, against the definitions in rsae_triton.evaluation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from report_cases import FakeStore, FakeTokenizer, make_saes
 
-from rsae_triton.evaluate import at_l0, reconstruction
+from rsae_triton.evaluation import at_l0, reconstruction
 from rsae_triton.report.codes import codes_of, mse_against_l0, subset
 from rsae_triton.report.gates import gate_picture
 from rsae_triton.report.plots import readme_figure

@@ -11,8 +11,8 @@ import pytest
 import torch
 from report_cases import FakeTokenizer, make_log, make_saes
 
-from rsae_triton.errors import ConfigError, ShapeError
-from rsae_triton.evaluate import compare
+from rsae_triton.common.errors import ConfigError, ShapeError
+from rsae_triton.evaluation import compare
 from rsae_triton.report import write_report
 from rsae_triton.teachers import ReluSAE
 

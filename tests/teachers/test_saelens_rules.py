@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rsae_triton.errors import FormatError
+from rsae_triton.common.errors import FormatError
 from rsae_triton.teachers import load_teacher
 
 D_IN, D_SAE, K = 6, 20, 4

@@ -1,0 +1,170 @@
+"""`rsae ...`: every command is a documented dataclass or function; errors a person can mend take one line."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import sys
+from collections.abc import Callable
+from textwrap import dedent
+from typing import Annotated, Any
+
+import torch
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from tyro.extras import SubcommandApp
+
+from rsae_triton.commands import gates
+from rsae_triton.commands.bench import Bench, run_bench
+from rsae_triton.commands.doctor import Doctor
+from rsae_triton.commands.doctor import doctor as run_doctor
+from rsae_triton.commands.evaluate import Eval, run_eval
+from rsae_triton.commands.extract import Extract, run_extract
+from rsae_triton.commands.match import Match, run_match
+from rsae_triton.commands.plan import Plan, run_plan
+from rsae_triton.commands.probe import Probe, run_probe
+from rsae_triton.commands.train import Export, Train, Upgrade, export, run_train, run_upgrade
+from rsae_triton.common.errors import RsaeError, Stopped
+from rsae_triton.experiments.demo import Demo, run
+from rsae_triton.experiments.reproduce import Reproduce
+from rsae_triton.experiments.reproduce import reproduce as run_reproduce
+from rsae_triton.experiments.sweep import Sweep
+from rsae_triton.experiments.sweep import sweep as run_sweep
+from rsae_triton.experiments.teach import Teach
+from rsae_triton.experiments.teach import teach as run_teach
+
+ABOUT = (
+    "Upgrades sparse autoencoders (SAEs) of language models into Rational SAEs, and measures what that gains. "
+    "Begin with `rsae demo`, or with `rsae doctor`. An error takes one line; --debug shows where it came from."
+)
+_EXAMPLES = re.compile(r"^ *Examples:\n(.*?)(?:\n\s*\n|\s*\Z)", re.MULTILINE | re.DOTALL)
+
+
+def bench(config: Annotated[Bench, tyro.conf.arg(name="")]) -> None:
+    run_bench(config)
+
+
+def demo(config: Annotated[Demo, tyro.conf.arg(name="")]) -> None:
+    run(config)
+
+
+def evaluate(config: Annotated[Eval, tyro.conf.arg(name="")]) -> None:
+    run_eval(config)
+
+
+def match(config: Annotated[Match, tyro.conf.arg(name="")]) -> None:
+    run_match(config)
+
+
+def probe(config: Annotated[Probe, tyro.conf.arg(name="")]) -> None:
+    run_probe(config)
+
+
+def teach(config: Annotated[Teach, tyro.conf.arg(name="")]) -> None:
+    print(run_teach(config))
+
+
+def sweep(config: Annotated[Sweep, tyro.conf.arg(name="")]) -> None:
+    print(run_sweep(config))
+
+
+def reproduce(config: Annotated[Reproduce, tyro.conf.arg(name="")]) -> None:
+    print(run_reproduce(config))
+
+
+def doctor(config: Annotated[Doctor, tyro.conf.arg(name="")]) -> int:
+    return run_doctor(config)
+
+
+def extract(config: Annotated[Extract, tyro.conf.arg(name="")]) -> None:
+    run_extract(config)
+
+
+def plan(config: Annotated[Plan, tyro.conf.arg(name="")]) -> None:
+    run_plan(config)
+
+
+def upgrade(config: Annotated[Upgrade, tyro.conf.arg(name="")]) -> None:
+    print(run_upgrade(config))
+
+
+def train(config: Annotated[Train, tyro.conf.arg(name="")]) -> None:
+    print(run_train(config))
+
+
+def export_sae(config: Annotated[Export, tyro.conf.arg(name="")]) -> None:
+    print(export(config.run, config.out))
+
+
+# In the order of the help; the configurations' docstrings say what a command does, with examples.
+COMMANDS: dict[str, tuple[Callable[..., Any], type]] = {
+    "demo": (demo, Demo),
+    "extract": (extract, Extract),
+    "teach": (teach, Teach),
+    "upgrade": (upgrade, Upgrade),
+    "train": (train, Train),
+    "export": (export_sae, Export),
+    "eval": (evaluate, Eval),
+    "match": (match, Match),
+    "probe": (probe, Probe),
+    "sweep": (sweep, Sweep),
+    "reproduce": (reproduce, Reproduce),
+    "plan": (plan, Plan),
+    "bench": (bench, Bench),
+    "doctor": (doctor, Doctor),
+}
+
+
+def examples(arguments: list[str]) -> str:
+    """The examples of the command that `arguments` ask for help about; without one, the first of each command."""
+    texts = {name: config.__doc__ or "" for name, (_, config) in COMMANDS.items()} | {"gates": gates.fit.__doc__ or ""}
+    found = {name: dedent(match[1]).splitlines() for name, text in texts.items() if (match := _EXAMPLES.search(text))}
+    asked = next((one for one in arguments if one in texts), None)
+    lines = found.get(asked, []) if asked else [of[0] for of in found.values()]
+    return "\n".join(["examples:", *(f"  {line}" for line in lines)]) if lines else ""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; 0 when it worked, 2 after an error that its one line explains."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments == ["--version"]:
+        print(f"rsae-triton {importlib.metadata.version('rsae-triton')}")
+        return 0
+    debug = "--debug" in arguments
+    app, gate_app = SubcommandApp(), SubcommandApp()
+    for name, (command, config) in COMMANDS.items():
+        app.command(name=name, help=(config.__doc__ or "").split("\n\n")[0])(command)
+    gate_app.command(name="fit")(gates.fit)
+    gate_app.command(name="show")(gates.show)
+    gate_app.command(name="rebuild")(gates.rebuild)
+    app.command(gate_app, name="gates", help="Fit rational gates, with proof.")
+    try:
+        status = app.cli(args=[one for one in arguments if one != "--debug"], prog="rsae", description=ABOUT)
+    except Stopped as stopped:
+        Console(stderr=True, soft_wrap=True).print(escape(str(stopped)), highlight=False)
+        return 0
+    except SystemExit as end:  # tyro's, after the help, in which docstrings have no examples
+        if not end.code and {"-h", "--help"} & set(arguments):
+            print(examples(arguments))
+        raise
+    except BrokenPipeError:
+        # Whoever read our output (head, a pager) has seen enough; a flush at exit must not complain either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (RsaeError, OSError, MemoryError, RuntimeError) as error:
+        # Out of memory is a RuntimeError of torch, on the CPU without a class of its own; any other is a bug of ours.
+        bug = isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError | RsaeError)
+        if debug or (bug and "can't allocate memory" not in str(error)):
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        if not isinstance(error, RsaeError):
+            message += " (the machine, not the input: room on the disk, leave to write, or memory; --debug says where)"
+        Console(stderr=True, soft_wrap=True).print(f"[red]rsae:[/red] {escape(message)}", highlight=False)
+        return 2
+    except KeyboardInterrupt:
+        said = "interrupted; what was finished is kept, run the same command (train: with --resume) to go on"
+        print(f"rsae: {said}", file=sys.stderr)
+        return 130
+    return status if isinstance(status, int) else 0

@@ -1,0 +1,244 @@
+"""`rsae plan`: memory and time of a training step on paper, so that a run can be sized before anything is rented.
+
+Products, traffic and instructions are those of `cost`; to them come the optimiser's traffic and what processes send
+each other. Ceilings are estimates (`cost.CEILINGS`, `LINKS`) and every time is a prediction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from rsae_triton.common.checks import check_integer
+from rsae_triton.common.errors import ConfigError
+from rsae_triton.ops.cost import CEILINGS, Step, cost
+from rsae_triton.remez.problem import parse_degree
+from rsae_triton.training.memory import SHARE, cut
+
+
+@dataclass(frozen=True)
+class Links:
+    """Bytes/s that one GPU sends in an all-reduce, inside a node and between nodes, and the seconds one costs at least.
+
+    At 0.75 of NVLink's data sheet in one direction, and 0.8 of one InfiniBand port per GPU.
+    """
+
+    memory: float
+    inside: float
+    between: float
+    latency: float = 30e-6
+
+
+LINKS = {
+    "A100": Links(79e9, 0.75 * 300e9, 0.8 * 25e9),
+    "H100": Links(79e9, 0.75 * 450e9, 0.8 * 50e9),
+    "H200": Links(139e9, 0.75 * 450e9, 0.8 * 50e9),
+}
+STRATEGIES = ("saved", "chunked", "streamed", "eager")
+_MOST, _MOST_GPUS = 2**40, 2**16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Predict memory and step time of a training run, by strategy and by layout over GPUs.
+
+    Examples:
+        rsae plan --d-in 4096 --d-sae 1048576 --tokens 8192 --gpus 8
+        rsae plan --d-in 768 --d-sae 24576 --device A100 --degree 9,8 --per-feature
+    """
+
+    d_in: int
+    """Width of the activations."""
+    d_sae: int
+    """Features."""
+    tokens: int = 8192
+    """Tokens per optimiser step, over all GPUs."""
+    gpus: int = 1
+    """Processes, one GPU each."""
+    gpus_per_node: int = 8
+    """GPUs that NVLink connects."""
+    device: Literal["A100", "H100", "H200"] = "H100"
+    """What the ceilings are of."""
+    degree: str = "3,2"
+    """Of the rational, as p,q."""
+    per_feature: bool = False
+    """Every feature has its own coefficients; otherwise all share them."""
+    form: Literal["gated", "direct"] = "gated"
+    """Of the gate."""
+    precision: Literal["bf16", "float32"] = "bf16"
+    """Of the matrix products; weights and optimiser are float32 either way."""
+    rows: int = 12
+    """Rows of the table: the fastest that fit."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One way to run: bytes per GPU and predicted seconds of one step.
+
+    Attributes:
+        tokens_over, features_over: processes along each axis. strategy: see `cost`; pieces: how it is cut.
+        weights, optimiser (gradients and two moments), copies (of the weights, in the products' dtype), activations:
+            bytes on each GPU. memory: the bytes each GPU has.
+        compute, update, communication: seconds. sent: bytes each GPU sends in a step. flops: of each GPU's products.
+    """
+
+    tokens_over: int
+    features_over: int
+    strategy: str
+    pieces: str
+    weights: float
+    optimiser: float
+    copies: float
+    activations: float
+    memory: float
+    compute: float
+    update: float
+    communication: float
+    sent: float
+    flops: float
+
+    @property
+    def bytes(self) -> float:
+        return self.weights + self.optimiser + self.copies + self.activations
+
+    @property
+    def fits(self) -> bool:
+        return self.bytes <= self.memory
+
+    @property
+    def seconds(self) -> float:
+        return self.compute + self.update + self.communication
+
+
+def estimates(plan: Plan) -> list[Estimate]:
+    """Every strategy on every layout, the fastest that fit first.
+
+    Raises:
+        ConfigError: sizes that cannot be.
+    """
+    for name in ("d_in", "d_sae", "tokens", "gpus", "gpus_per_node", "rows"):
+        most = _MOST_GPUS if name.startswith("gpus") else _MOST
+        check_integer(f"--{name.replace('_', '-')}", getattr(plan, name), 1, most)
+    p, q = parse_degree(plan.degree)
+    layouts = [(plan.gpus // share, share) for share in range(1, plan.gpus + 1) if plan.gpus % share == 0]
+    layouts = [(data, share) for data, share in layouts if plan.tokens % data == 0 and plan.d_sae % share == 0]
+    if not layouts:
+        raise ConfigError(f"{plan.gpus} GPUs share neither {plan.tokens} tokens nor {plan.d_sae} features equally")
+    itemsize = 2 if plan.precision == "bf16" else 4
+    found = [
+        _estimate(plan, Step(plan.tokens // data, plan.d_in, plan.d_sae // share, p, q, not plan.per_feature, plan.form,
+                             itemsize), data, share, strategy)
+        for data, share in layouts
+        for strategy in STRATEGIES
+    ]  # fmt: skip
+    return sorted(found, key=lambda one: (not one.fits, one.seconds))
+
+
+def _estimate(plan: Plan, step: Step, data: int, share: int, strategy: str) -> Estimate:
+    on, links = CEILINGS[plan.device], LINKS[plan.device]
+    gate = (step.p + step.q + 6) * (1 if step.shared else step.d_sae) + 2 * step.d_sae
+    parameters = 2 * step.weights + gate
+    held = 4.0 * parameters
+    copies = 2.0 * step.weights * step.itemsize if step.itemsize < 4 and strategy != "streamed" else 0.0
+    budget = SHARE * (links.memory - 4 * held - copies)
+    if strategy == "eager":
+        priced, pieces = cost(step, "eager"), ""
+    else:
+        way = cut(step, budget, strategy)
+        sizes = {"chunk_tokens": way.chunk_tokens or 0, "chunk_features": way.chunk_features or 0}
+        priced = cost(step, "split" if strategy == "saved" else strategy, **sizes)
+        pieces = ", ".join(f"{value} {name[6:]}" for name, value in sizes.items() if value)
+    # Adam reads parameter, gradient and both moments and writes three of them; the norm and the clipping of the
+    # gradient; the decoder's projection and its rows' norms; the copies.
+    traffic = held * (7 + 3) + 4.0 * step.weights * (6 + 3) + 1.5 * 2 * copies
+    sent, seconds = _communication(plan, step, data, share, parameters, priced.strategy == "streamed", pieces, links)
+    return Estimate(
+        tokens_over=data,
+        features_over=share,
+        strategy=strategy,
+        pieces=pieces,
+        weights=held,
+        optimiser=3 * held,
+        copies=copies,
+        activations=priced.peak_bytes,
+        memory=links.memory,
+        compute=priced.seconds(on),
+        update=traffic / on.bandwidth,
+        communication=seconds,
+        sent=sent,
+        flops=priced.total("flops"),
+    )
+
+
+def _communication(
+    plan: Plan, step: Step, data: int, share: int, parameters: float, streamed: bool, pieces: str, links: Links
+) -> tuple[float, float]:
+    """Bytes one GPU sends in a step and the seconds that takes, nothing hidden behind anything.
+
+    A ring all-reduce of b bytes among r sends 2 (r - 1) / r b from each.
+    """
+
+    def ring(count: float, ranks: int, inside: bool) -> tuple[float, float]:
+        sent = 2 * (ranks - 1) / ranks * count if ranks > 1 else 0.0
+        return sent, sent / (links.inside if inside else links.between) + (links.latency if ranks > 1 else 0.0)
+
+    # Processes that share features have neighbouring ranks.
+    partial = ring(4.0 * step.n_tokens * step.d_in, share, share <= plan.gpus_per_node)
+    gradients = ring(4.0 * parameters, data, plan.gpus <= plan.gpus_per_node)
+    numbers = ring(4.0 * (step.d_in + 64), plan.gpus, plan.gpus <= plan.gpus_per_node)
+    sent, seconds = (sum(part) for part in zip(partial, gradients, numbers, strict=True))
+    return sent, seconds
+
+
+def run_plan(plan: Plan, console: Console | None = None) -> list[Estimate]:
+    """Prints the table and returns every estimate."""
+    found = estimates(plan)
+    fitting = [one for one in found if one.fits]
+    shown = (fitting or found)[: plan.rows]
+    eager = next(one for one in found if one.strategy == "eager")
+    shown += [] if eager in shown else [eager]
+    if console is None:
+        console = Console()
+        # Thirteen columns squeezed into 80 characters say nothing; a narrow terminal folds the lines instead.
+        console = Console(width=max(console.width, 170))
+    best = found[0]
+    console.print(
+        f"d_in {plan.d_in}, d_sae {plan.d_sae}, {plan.tokens} tokens a step, {plan.precision} products, "
+        f"{plan.gpus} x {plan.device}. Predicted from estimated ceilings, not measured.",
+        highlight=False,
+    )
+    table = Table()
+    sizes = ("weights", "grad + Adam", "copies", "activations", "all")
+    times = ("compute", "update", "network", "step")
+    for name in ("GPUs, tokens\nx features", "\n--memory", *(f"{one}\nGB" for one in sizes), "\nfits",
+                 *(f"{one}\nms" for one in times), "\ntokens/s"):  # fmt: skip
+        table.add_column(name, justify="left" if "memory" in name else "right", no_wrap=True)
+    for one in shown:
+        parts = [f"{part / 1e9:.2f}" for part in (one.weights, one.optimiser, one.copies, one.activations, one.bytes)]
+        spent = [f"{1e3 * part:.1f}" for part in (one.compute, one.update, one.communication, one.seconds)]
+        table.add_row(
+            f"{one.tokens_over} x {one.features_over}",
+            f"{one.strategy}{f' ({one.pieces})' if one.pieces else ''}",
+            *parts,
+            "yes" if one.fits else "no",
+            *spent,
+            f"{plan.tokens / one.seconds:,.0f}",
+        )
+    console.print(table)
+    if not fitting:
+        console.print(f"nothing fits into {best.memory / 1e9:.0f} GB: take more GPUs, or fewer features")
+    else:
+        nodes = -(-plan.gpus // plan.gpus_per_node)
+        many = f"--nnodes {nodes} " if nodes > 1 else ""
+        launch = f"torchrun {many}--nproc-per-node {min(plan.gpus, plan.gpus_per_node)} -m rsae_triton train"
+        command = launch if plan.gpus > 1 else "rsae train"
+        console.print(
+            f"best: {command} ... --batch-size {plan.tokens} --features-over {best.features_over} --memory "
+            f"{best.strategy if best.strategy != 'eager' else 'saved'} --precision {plan.precision}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return found

@@ -1,0 +1,171 @@
+"""`rsae upgrade`, `rsae train` and `rsae export`: the two stages on a store of activations, for runs of any length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from rsae_triton.activations import ActivationStore
+from rsae_triton.common.checks import check_integer, parse_device
+from rsae_triton.common.errors import ConfigError, FormatError
+from rsae_triton.common.files import check_folder
+from rsae_triton.evaluation.held_out import load_sae
+from rsae_triton.ops.runtime import matmul_precision
+from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.training.checkpoints import Checkpoints
+from rsae_triton.training.loop import train
+from rsae_triton.training.settings import TrainSettings
+from rsae_triton.upgrading.stage_one import parse_coefficients, parse_degree
+from rsae_triton.upgrading.stage_one import upgrade as stage_1
+
+UNITS = "trained_at_scale"
+"""In the metadata of an SAE under training: what the store multiplies activations by."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upgrade:
+    """Stage 1: turn a saved SAE into a Rational SAE that computes the same code.
+
+    Examples:
+        rsae upgrade out/teacher --activations STORE --out out/rational
+    """
+
+    teacher: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="TEACHER")]]
+    """The teacher: a folder, a file or a hub id, in any format that load_teacher reads."""
+    activations: Path
+    """Folder of an activation store (`rsae extract`)."""
+    out: Path
+    """Folder for the Rational SAE."""
+    degree: str = "auto"
+    """Degree of the rational, as p,q."""
+    form: Literal["auto", "gated", "direct"] = "auto"
+    """Of the gate: gated (auto), a smooth step with zeros by thresholds; direct, the paper's."""
+    coefficients: str = "shared"
+    """shared, per_feature, or a number of groups by strength."""
+    thresholds: Literal["feature", "token"] = "feature"
+    """Of a TopK teacher: feature (fixed ones, no sort) or token (exact, by a sort)."""
+    width: str = "auto"
+    """Of the gated form's ramp, in units of 2 % of the activations' mean norm, or auto."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(TrainSettings):
+    """Train a saved SAE on a store of activations; killed runs go on with --resume.
+
+    Examples:
+        rsae train out/rational --activations STORE --out out/run --steps 22000
+        rsae train out/rational --activations STORE --out out/run --steps 22000 --resume
+        torchrun --nproc-per-node 8 -m rsae_triton train out/rational --activations STORE --out out/run \\
+            --steps 22000 --features-over 8
+    """
+
+    sae: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="SAE")]]
+    """Folder of the SAE to train, in the model's own units."""
+    activations: Path
+    """Folder of an activation store (`rsae extract`)."""
+    out: Path = tyro.MISSING  # a field without a default would inherit None
+    """Folder for sae/, metrics.jsonl and checkpoints/."""
+    recipe: str = "auto"
+    """What is minimised: auto for what fits the SAE, or by name: hard, hard-trained, paper (Rational SAEs); relu,
+    jumprelu, jumprelu-tanh, topk, batchtopk."""
+    split_shards: bool = False
+    """Each process that sees other tokens reads its own shards only (on disks of their own). Without, all read rows of
+    the same batches, and the numbers are those of one process."""
+    features_over: int = 1
+    """Processes that share the features of one SAE (under torchrun); the others split the tokens."""
+    device: str | None = None
+    """cpu or cuda; CUDA where there is one when not given."""
+
+    def settings(self) -> TrainSettings:
+        return TrainSettings(**{field.name: getattr(self, field.name) for field in fields(TrainSettings)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write the SAE of a run's latest checkpoint (or of one checkpoint) as a plain folder, in the model's units.
+
+    Examples:
+        rsae export out/run --out out/so_far
+    """
+
+    run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
+    """Folder of the run, or of one of its checkpoints."""
+    out: Path
+    """Folder for the SAE."""
+
+
+def run_upgrade(config: Upgrade) -> Path:
+    parse_degree(config.degree)
+    parse_coefficients(config.coefficients)
+    check_folder(config.out)
+    store = ActivationStore(config.activations)
+    teacher = load_sae(config.teacher).fold_activation_scale_(1 / store.scale)
+    rsae = stage_1(
+        teacher,
+        store,
+        degree=config.degree,
+        form=config.form,
+        coefficients=parse_coefficients(config.coefficients),
+        thresholds=config.thresholds,
+        width=config.width,
+    )
+    stage1 = rsae.metadata["stage1"]
+    print(f"{stage1['summary']}; rsae train holds l0 at {stage1['train_l0']:.2f}")
+    return rsae.fold_activation_scale_(store.scale).save_pretrained(config.out)
+
+
+@matmul_precision("high")
+def run_train(config: Train) -> Path:
+    """Trains, alone or with the processes that torchrun started; returns the folder of the SAE."""
+    from rsae_triton.training.distributed import launched, mesh_of
+
+    settings = config.settings()
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    parse_device(device)
+    check_integer("--features-over", config.features_over, 1)
+    if not launched() and config.features_over > 1:
+        raise ConfigError(
+            f"--features-over {config.features_over} needs as many processes; start with: torchrun --nproc-per-node "
+            f"{config.features_over} -m rsae_triton train ..."
+        )
+    with mesh_of(config.features_over, device) as mesh:
+        share = mesh.data if mesh is not None and config.split_shards else None
+        store = ActivationStore(config.activations, shards=share)
+        sae = load_sae(config.sae).fold_activation_scale_(1 / store.scale)
+        _note(sae, store)
+        own = sae if mesh is None else mesh.shard(sae)
+        own.to(device if mesh is None else mesh.device)
+        log = train(own, store, settings, mesh=mesh)
+        if mesh is not None and mesh.rank:
+            return config.out / "sae"
+    if log.mse:
+        print(f"mse {log.mse[-1]:.2f}  l0 {log.l0[-1]:.1f}  dead {log.dead[-1]}  {log.seconds:.0f} s")
+    return export(config.out, config.out / "sae")
+
+
+def _note(sae: SparseAutoencoder, store: ActivationStore) -> None:
+    """What evaluation asks an SAE for: units, model and place."""
+    sae.metadata[UNITS] = sae.metadata["activation_scale"] = store.scale
+    for name, key in (("model_name", "model"), ("hook_name", "hook_name")):
+        if store.manifest.get(key) is not None:
+            sae.metadata.setdefault(name, store.manifest[key])
+
+
+def export(run: Path, out: Path) -> Path:
+    """Writes the SAE of a checkpoint, or of a run's latest, as a plain folder in the model's own units.
+
+    Raises:
+        FormatError: there is no checkpoint that can be read.
+    """
+    from rsae_triton.sae.sharded import read_sae
+
+    folders = [run] if run.name.startswith("step-") else [path for path, _ in Checkpoints(run).newest_first()]
+    if not folders:
+        raise FormatError(f"{run} holds no checkpoint; name the --out of a run, or one of its checkpoints")
+    sae = read_sae(folders[0])
+    scale = sae.metadata.pop(UNITS, 1.0)
+    return sae.fold_activation_scale_(scale).save_pretrained(out)

@@ -1,0 +1,153 @@
+"""The Hugging Face hub: whether it is there, what of a repository is wanted, and sending a folder to it.
+
+Its client is asked for only after a connection has opened: it retries an unreachable host for 23 seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
+
+from rsae_triton.common.errors import FormatError, SourceError, first_line
+
+_TIMEOUT_S = 5
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w .=@+-]+)*")
+_DATA = (".json", ".safetensors", ".npz", ".pt", ".pth")
+_PICKLED = (".pt", ".pth")
+
+
+def hub_reachable() -> bool:
+    """Whether a connection to the hub's host opens (assumed where a proxy does the connecting)."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "TRUE", "YES", "ON"}:
+        return False
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True
+    endpoint = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
+    try:
+        with socket.create_connection((endpoint.hostname or "", port), timeout=_TIMEOUT_S):
+            return True
+    except OSError:
+        return False
+
+
+def require_hub(what: str) -> None:
+    """Raise SourceError, beginning with `what`, when the hub cannot be reached."""
+    if not hub_reachable():
+        raise SourceError(
+            f"{what} cannot be fetched: the Hugging Face hub is unreachable; "
+            "check the name and the connection, or give a local path"
+        )
+
+
+def local_path(source: str | Path, revision: str | None = None) -> Path:
+    """A local file or folder as it is; a hub id fetched into the hub's cache.
+
+    Args:
+        source: a path, or "owner/repository" with or without a folder or file in it ("owner/repository/layer_20/...").
+            What exists locally is never looked up on the hub.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        FormatError: neither a path nor a hub id, or a repository that holds several SAEs and no choice among them.
+        SourceError: the hub, the repository or the revision cannot be had.
+    """
+    if not isinstance(source, str | Path) or not str(source):
+        raise FormatError(f"source is {source!r}; give a folder, a file, or a hub id such as owner/repository/folder")
+    path, name = Path(os.path.expanduser(source)), str(source)  # Path.expanduser raises where there is no such user
+    try:
+        if path.exists():
+            return path
+    except OSError as error:  # a name that no file can have
+        raise FormatError(f"{name[:60]}... cannot be a path ({error.strerror}); check it") from error
+    if name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name) or ".." in name:
+        raise FormatError(f"{name} does not exist; give a folder, a file, or a hub id such as owner/repository/folder")
+    owner, repository, *inside = name.split("/")
+    return _fetch(f"{owner}/{repository}", "/".join(inside), revision)
+
+
+def _client(what: str) -> Any:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise SourceError(f"{what} needs huggingface_hub; install it with: pip install huggingface_hub") from error
+    return huggingface_hub
+
+
+def _fetch(repo: str, inside: str, revision: str | None) -> Path:
+    hub = _client(f"{repo} is no local path, and a hub id")
+    if not hub_reachable():
+        try:
+            folder = hub.snapshot_download(repo, revision=revision, local_files_only=True)
+        except Exception as error:  # of several kinds, by version; all of them mean: not cached
+            raise SourceError(
+                f"no local path named {repo!r}, and as a hub id it cannot be fetched: the Hugging Face hub is "
+                "unreachable and its cache does not hold it; check the name and the connection"
+            ) from error
+        cached = Path(folder) / inside
+        if not cached.exists():
+            raise SourceError(f"the hub's cache holds {repo}, but not {inside!r} in it, and the hub is unreachable")
+        return cached
+    try:
+        names = hub.HfApi().list_repo_files(repo, revision=revision)
+        files = _wanted(repo, names, inside)
+        for name in files:
+            fetched = Path(hub.hf_hub_download(repo, name, revision=revision))
+            root = fetched.parents[len(PurePosixPath(name).parts) - 1]
+    except (FormatError, SourceError):
+        raise
+    except Exception as error:
+        reason = first_line(error)
+        at = f" at revision {revision!r}" if revision else ""
+        raise SourceError(f"cannot fetch {repo}{at} from the Hugging Face hub ({reason}); check the name") from error
+    return root / inside
+
+
+def _wanted(repo: str, names: list[str], inside: str) -> list[str]:
+    """Of a repository's files: the one that `inside` names, or those in that folder, and the configurations near."""
+    folder = PurePosixPath(inside)
+    if inside in names:
+        near = [name for name in names if PurePosixPath(name).parent == folder.parent and name.endswith(".json")]
+        return [*near, inside] if inside not in near else near
+    here = [
+        name
+        for name in names
+        if PurePosixPath(name).suffix in _DATA and PurePosixPath(name).parent in (folder, folder / "checkpoints")
+    ]
+    weights = [name for name in here if not name.endswith(".json")]
+    pickled = [name for name in here if name.endswith(_PICKLED)]
+    if weights and len(pickled) <= 1:
+        beside = str(folder.parent / "config.json") if inside else "config.json"
+        return here + [name for name in names if name == beside and name not in here]
+    inner = sorted(name for name in names if folder in PurePosixPath(name).parents and not name.endswith(".json"))
+    choices = pickled or sorted({str(PurePosixPath(n).parent) for n in inner if PurePosixPath(n).suffix in _DATA})
+    if not choices:
+        raise FormatError(f"{repo} holds no weights{f' in {inside!r}' if inside else ''}; check the name")
+    shown = ", ".join(f"{repo}/{one}" for one in choices[:4])
+    raise FormatError(
+        f"{repo} holds {len(choices)} SAEs{f' in {inside!r}' if inside else ''}; name one, such as {shown}"
+    )
+
+
+def upload(folder: Path, repo: str, *, private: bool, revision: str | None, message: str, token: str | None) -> str:
+    """Makes the repository if it is not there and commits the folder's files to it; returns the commit's address.
+
+    Raises:
+        SourceError: the hub cannot be reached, or refuses.
+    """
+    require_hub(f"{repo} (to be written)")
+    hub = _client("writing to the hub")
+    api = hub.HfApi(token=token)
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        commit = api.upload_folder(repo_id=repo, folder_path=str(folder), revision=revision, commit_message=message)
+    except Exception as error:
+        reason = first_line(error)
+        raise SourceError(f"cannot write to {repo} on the Hugging Face hub ({reason}); check name and token") from error
+    return str(commit)

@@ -1,0 +1,31 @@
+"""How good a code is: reconstruction, sparsity, and what splicing it in costs the language model.
+
+Every number is computed on the code that is shipped (exact zeros), and again at equal l0.
+"""
+
+from rsae_triton.evaluation.compare import compare, evaluate
+from rsae_triton.evaluation.downstream import Downstream, Splice, splice_loss
+from rsae_triton.evaluation.matching import Matching, match_features
+from rsae_triton.evaluation.paired import Interval, mean_interval
+from rsae_triton.evaluation.probing import Probed, sparse_probe
+from rsae_triton.evaluation.reconstruction import Measured, Reconstruction, Thresholded, at_l0, measure, reconstruction
+
+__all__ = [
+    "Downstream",
+    "Interval",
+    "Matching",
+    "Measured",
+    "Probed",
+    "Reconstruction",
+    "Splice",
+    "Thresholded",
+    "at_l0",
+    "compare",
+    "evaluate",
+    "match_features",
+    "mean_interval",
+    "measure",
+    "reconstruction",
+    "sparse_probe",
+    "splice_loss",
+]

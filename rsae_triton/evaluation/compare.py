@@ -1,0 +1,139 @@
+"""Several SAEs on the same held-out text, as shipped and at one l0: what metrics.json holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from itertools import combinations
+from typing import Any
+
+from torch import Tensor
+
+from rsae_triton.activations import ActivationStore
+from rsae_triton.common.checks import check_integer
+from rsae_triton.common.errors import ConfigError, ShapeError
+from rsae_triton.evaluation.downstream import Splice, Spliced, downstream, splice_sequences
+from rsae_triton.evaluation.paired import mean_interval
+from rsae_triton.evaluation.reconstruction import Codec, Measured, Thresholded, at_l0, measure
+from rsae_triton.sae.base import SparseAutoencoder
+
+
+def compare(
+    saes: Mapping[str, SparseAutoencoder],
+    x: Tensor,
+    *,
+    l0: float | None = None,
+    measured: Mapping[str, Measured] | None = None,
+    contexts: Tensor | None = None,
+    host: Any = None,
+    tokens: Tensor | None = None,
+    counted: Tensor | None = None,
+    splice: Splice | None = None,
+    mean: Tensor | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Scores each SAE, and under "matched_l0" each at the l0 of the first one (or at `l0`).
+
+    Args:
+        saes: by name; the first sets the matched l0 (the teacher). x: held-out activations [n_tokens, d_in].
+        measured: what `measure` gave for each of the SAEs on x; measured here when None.
+        contexts: int [n_tokens], the context each row of x was read in (`ActivationStore.contexts`), for paired
+            intervals of mse; without it there are none, for the tokens of one context are not independent.
+        host, tokens, counted, splice, mean: for the downstream scores, see `splice_sequences`; left out without host.
+        progress: called with the number of sequences spliced.
+
+    Returns:
+        {name: {mse, fvu, cosine, l0, l1, alive_fraction, ..., and with a host delta_ce, kl, ...}, "matched_l0":
+        {name: the same, with the threshold `tau` that it took}, "paired": {"shipped": differences, "matched_l0":
+        differences}} with `differences[b][a]` = {mse, delta_ce, kl: [b - a, low, high]} for every a before b.
+    """
+    if not isinstance(saes, Mapping) or not saes:
+        raise ConfigError("saes is empty or no dictionary; give at least one SAE by name")
+    if not isinstance(measured, Mapping | None):
+        raise ConfigError(f"measured is a {type(measured).__name__}; give a dictionary of what measure returned")
+    if measured is not None and set(measured) != set(saes):
+        raise ConfigError(f"measured is of {', '.join(measured) or 'nothing'}, not of {', '.join(saes)}")
+    if not isinstance(contexts, Tensor | None):
+        raise ShapeError(f"contexts is a {type(contexts).__name__}; give a torch.Tensor")
+    if contexts is not None and len(contexts) != len(x):
+        raise ShapeError(f"contexts has {len(contexts)} entries for {len(x)} activations; give one each")
+    measured = {name: measure(sae, x) for name, sae in saes.items()} if measured is None else measured
+    target = next(iter(measured.values())).scores.l0 if l0 is None else l0
+    matched: dict[str, Thresholded] = {name: at_l0(sae, x, target) for name, sae in saes.items()}
+    # A code that was not thresholded is the shipped one: measuring and splicing it twice would tell nothing.
+    measured_at = {name: measure(one, x) if one.tau > 0 else measured[name] for name, one in matched.items()}
+    scores: dict[str, Any] = {name: asdict(one.scores) for name, one in measured.items()}
+    at_target = {name: {**asdict(one.scores), "tau": matched[name].tau} for name, one in measured_at.items()}
+    spliced: dict[str, Spliced] = {}
+    if host is not None:
+        if tokens is None or splice is None or mean is None:
+            raise ConfigError("with a host, compare needs tokens, splice and mean as well (see splice_sequences)")
+        codecs: dict[str, Codec] = dict(saes)
+        codecs.update({f"matched {name}": one for name, one in matched.items() if one.tau > 0})
+        spliced = splice_sequences(host, codecs, tokens, splice, mean, counted=counted, progress=progress)
+        for name, one in matched.items():
+            scores[name].update(asdict(downstream(spliced, f"sae:{name}")))
+            key = f"sae:matched {name}" if one.tau > 0 else f"sae:{name}"
+            spliced[f"at:{name}"] = spliced[key]
+            at_target[name].update(asdict(downstream(spliced, key)))
+    return {
+        **scores,
+        "matched_l0": at_target,
+        "paired": {
+            "shipped": differences(measured, spliced, "sae:", contexts),
+            "matched_l0": differences(measured_at, spliced, "at:", contexts),
+        },
+    }
+
+
+def differences(
+    measured: Mapping[str, Measured], spliced: Mapping[str, Spliced], prefix: str, contexts: Tensor | None
+) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """differences[b][a] of `compare`: b - a on the same tokens and sequences, with its 95 % interval."""
+    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for a, b in combinations(measured, 2):
+        here = found.setdefault(b, {}).setdefault(a, {})
+        if contexts is not None:
+            here["mse"] = [*mean_interval(measured[b].squared_error - measured[a].squared_error, contexts)]
+        if spliced:
+            ours, theirs = spliced[prefix + b], spliced[prefix + a]
+            here["delta_ce"] = [*mean_interval(ours.ce - theirs.ce)]
+            here["kl"] = [*mean_interval(ours.kl - theirs.kl)]
+    return found
+
+
+def evaluate(
+    sae: SparseAutoencoder, host: Any, activations: ActivationStore, *, n_sequences: int = 32
+) -> dict[str, Any]:
+    """Scores one SAE on a store of held-out text and its host model.
+
+    Args:
+        sae: any SAE of the package, in the store's units. host: a `HostModel`, or None for reconstruction only.
+        activations: a store of text no training has seen. n_sequences: how many of its contexts to splice into.
+
+    Returns:
+        The fields of `Reconstruction` (mse, fvu, cosine, l0, l1, alive_fraction, dead_features, ...) and with a host
+        those of `Downstream` (ce, delta_ce with its interval, loss_recovered, kl, ...).
+    """
+    if not isinstance(activations, ActivationStore):
+        raise ConfigError(
+            f"activations is a {type(activations).__name__}; give an ActivationStore (of a tensor: reconstruction)"
+        )
+    check_integer("n_sequences", n_sequences, 1)
+    options: dict[str, Any] = {}
+    if host is not None:
+        sequences = activations.sequences
+        options = {
+            "host": host,
+            "tokens": sequences.tokens[:n_sequences],
+            "counted": sequences.counted[:n_sequences],
+            "splice": splice_of(activations),
+            "mean": activations.mean,
+        }
+    return compare({"sae": sae}, activations.tensor(), **options)["sae"]
+
+
+def splice_of(activations: ActivationStore) -> Splice:
+    """The hook, scale and outlier limit that a store was made with."""
+    manifest = activations.manifest
+    return Splice(manifest["hook_name"], activations.scale, manifest.get("norm_limit"))

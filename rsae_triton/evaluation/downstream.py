@@ -1,0 +1,170 @@
+"""What replacing the residual stream by its reconstruction costs the language model, in nats per token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rsae_triton.common.errors import NumericsError
+from rsae_triton.evaluation.paired import mean_interval
+from rsae_triton.evaluation.reconstruction import Codec
+
+
+@dataclass(frozen=True)
+class Splice:
+    """How host activations become SAE inputs: x = scale * residual, at the positions an SAE can have seen.
+
+    The BOS position and those with a norm above `norm_limit` (host units; None: no limit) are left as they are,
+    for SAEs and ablations alike: training dropped them.
+    """
+
+    hook_name: str
+    scale: float = 1.0
+    norm_limit: float | None = None
+
+    def replacement(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """What to hand the host as `replace`: function maps [n, d_in] in SAE units to the same."""
+
+        def replace(resid: Tensor) -> Tensor:
+            norms = resid.float().norm(dim=-1)
+            seen = torch.ones_like(norms, dtype=torch.bool)
+            seen[:, 0] = False
+            if self.norm_limit is not None:
+                seen &= norms <= self.norm_limit
+            out = resid.clone()
+            out[seen] = (function(resid[seen].float() * self.scale) / self.scale).to(out.dtype)
+            return out
+
+        return replace
+
+
+@dataclass(frozen=True)
+class Downstream:
+    """Means over sequences of means over their predicted tokens, in nats; intervals are 95 %, from the sequences.
+
+    ce: cross-entropy with the reconstruction in place. delta_ce: ce - ce_clean, paired by sequence. kl: KL(clean ||
+    spliced) of the next-token distributions. loss_recovered: (ce_zero - ce) / (ce_zero - ce_clean), where ce_zero
+    is the cross-entropy with the activation set to zero; loss_recovered_mean: the same with ce_mean, the
+    activation set to its mean over training tokens.
+    """
+
+    ce: float
+    delta_ce: float
+    delta_ce_low: float
+    delta_ce_high: float
+    loss_recovered: float
+    loss_recovered_mean: float
+    n_sequences: int
+    kl: float
+    kl_low: float
+    kl_high: float
+    ce_clean: float
+    ce_zero: float
+    ce_mean: float
+
+
+class Spliced(NamedTuple):
+    """Of every sequence, float64 [n_sequences]: the mean over its predicted tokens of loss and of KL(clean || it)."""
+
+    ce: Tensor
+    kl: Tensor
+
+
+@torch.no_grad()
+def splice_sequences(
+    host: Any,
+    codecs: Mapping[str, Codec],
+    tokens: Tensor,
+    splice: Splice,
+    mean: Tensor,
+    *,
+    counted: Tensor | None = None,
+    batch: int = 8,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Spliced]:
+    """Splices every codec into the host in one pass over the text, so that all see the same sequences.
+
+    Args:
+        host: a `HostModel`. codecs: by name. tokens: [n_sequences, context], BOS first.
+        splice: where and in which units. mean: [d_in] in SAE units, for mean ablation.
+        counted: bool [n_sequences, context - 1], False where a prediction does not count; all when None.
+        batch: sequences at once. progress: called with the number of sequences done.
+
+    Returns:
+        "clean", "zero" and "mean" for the host as it is and under the ablations, "sae:NAME" for every codec.
+
+    Raises:
+        NumericsError: fewer than two sequences (no interval), a sequence without a prediction that counts, or a
+            loss that is not finite.
+    """
+    if len(tokens) < 2:
+        raise NumericsError(f"{len(tokens)} held-out sequences give no interval; use at least 2, better 100")
+    if counted is not None and not bool(counted.any(1).all()):
+        raise NumericsError("a sequence has no prediction that counts; leave such sequences out")
+
+    def reconstruct(codec: Codec) -> Callable[[Tensor], Tensor]:
+        def through(x: Tensor) -> Tensor:
+            x = x.to(codec.W_dec.dtype)
+            return codec.decode(codec.encode(x), x).float()
+
+        return through
+
+    replacements: dict[str, Callable[[Tensor], Tensor] | None] = {
+        "clean": None,
+        "zero": splice.replacement(torch.zeros_like),
+        "mean": splice.replacement(lambda x: mean.to(x).expand_as(x)),
+        **{f"sae:{name}": splice.replacement(reconstruct(codec)) for name, codec in codecs.items()},
+    }
+    found: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in replacements}
+    for start in range(0, len(tokens), batch):
+        part = tokens[start : start + batch]
+        use = torch.ones(part.shape[0], part.shape[1] - 1) if counted is None else counted[start : start + batch]
+        for name, result in host.splice(part, splice.hook_name, replacements, kl=True).items():
+            for values, per_token in zip(found[name], (result.nll, result.kl), strict=True):
+                weights = use.to(per_token)
+                values.append(((per_token * weights).sum(1) / weights.sum(1)).double().cpu())
+        if progress is not None:
+            progress(len(part))
+    spliced = {name: Spliced(torch.cat(ce), torch.cat(kl)) for name, (ce, kl) in found.items()}
+    for name, one in spliced.items():
+        if not bool(torch.isfinite(torch.cat(one)).all()):
+            raise NumericsError(f"the language model's loss under {name!r} is not finite on some sequence")
+    return spliced
+
+
+def splice_loss(
+    host: Any, codecs: Mapping[str, Codec], tokens: Tensor, splice: Splice, mean: Tensor, **options: Any
+) -> dict[str, Downstream]:
+    """What each codec costs the host; arguments and errors as for `splice_sequences`."""
+    spliced = splice_sequences(host, codecs, tokens, splice, mean, **options)
+    return {name: downstream(spliced, f"sae:{name}") for name in codecs}
+
+
+def downstream(spliced: Mapping[str, Spliced], name: str) -> Downstream:
+    """The scores of the entry `name` of what `splice_sequences` returned."""
+    ce, clean = spliced[name].ce, spliced["clean"].ce
+    delta, kl = mean_interval(ce - clean), mean_interval(spliced[name].kl)
+    level = {one: float(spliced[one].ce.mean()) for one in ("clean", "zero", "mean", name)}
+    recovered, recovered_mean = (
+        (level[one] - level[name]) / (level[one] - level["clean"]) if level[one] != level["clean"] else float("nan")
+        for one in ("zero", "mean")
+    )
+    return Downstream(
+        ce=level[name],
+        delta_ce=delta.mean,
+        delta_ce_low=delta.low,
+        delta_ce_high=delta.high,
+        loss_recovered=recovered,
+        loss_recovered_mean=recovered_mean,
+        n_sequences=len(ce),
+        kl=kl.mean,
+        kl_low=kl.low,
+        kl_high=kl.high,
+        ce_clean=level["clean"],
+        ce_zero=level["zero"],
+        ce_mean=level["mean"],
+    )

@@ -1,0 +1,170 @@
+"""From the paths of saved SAEs to those SAEs and the held-out activations they are scored on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from rsae_triton.activations import (
+    ActivationStore,
+    HostModel,
+    check_corpus,
+    extract,
+    load_corpus,
+    load_host,
+    split_three_ways,
+)
+from rsae_triton.common.checks import check_seed
+from rsae_triton.common.errors import ConfigError, FormatError, ShapeError
+from rsae_triton.common.files import read_json
+from rsae_triton.evaluation.downstream import Splice
+from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.sae.pretrained import CONFIG_FILE
+from rsae_triton.sae.topk_rational import RATIONAL
+from rsae_triton.teachers import load_teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostOptions:
+    """Which language model, and where in it."""
+
+    model: str | None = None
+    """Host model: smollm2, a .gguf file, a model folder, or a hub id; what the SAE says it is for when not given."""
+    hook: str | None = None
+    """Where the SAE reads, in TransformerLens' names; what the SAE says when not given."""
+    device: str | None = None
+    """cpu or cuda; CUDA where there is one when not given."""
+    dtype: str | None = None
+    """Of the host model, such as float32; bfloat16 where the hardware multiplies it when not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions(HostOptions):
+    """Which text, and how much of it."""
+
+    text: tuple[str, ...] = ("demo",)
+    """Text to read activations from: demo, files, folders, or a hub dataset."""
+    tokens: int = 10_000
+    """Held-out tokens."""
+    seed: int | None = None
+    """Of the split; what the SAE says it was trained with when not given, else 0."""
+    whole_text: bool = False
+    """Use all of the text, not only its test part: for an SAE that was trained on something else."""
+
+
+def check_text(options: TextOptions) -> None:
+    """Refuses what is wrong about the text before anything is loaded (ConfigError, SourceError)."""
+    if options.tokens < 1:
+        raise ConfigError(f"--tokens is {options.tokens}; give a positive number")
+    if options.seed is not None:
+        check_seed(options.seed)
+    check_corpus(options.text)
+
+
+def load_sae(source: str | Path) -> SparseAutoencoder:
+    """Any SAE that was saved: the folder of a Rational SAE, or whatever `load_teacher` reads.
+
+    Raises:
+        FormatError: no SAE, or a corrupt one. SourceError: a hub id that cannot be fetched.
+    """
+    config = Path(source, CONFIG_FILE)
+    architecture = read_json(config).get("architecture") if config.is_file() else None
+    for kind in RATIONAL:
+        if architecture == kind.architecture:
+            return kind.from_pretrained(source)
+    return load_teacher(source)
+
+
+def load_saes(paths: Sequence[Path]) -> dict[str, SparseAutoencoder]:
+    """SAEs by the shortest end of their path that tells them apart.
+
+    Raises:
+        ConfigError: no path, or one twice. FormatError: as `load_sae`.
+    """
+    if not paths:
+        raise ConfigError("no SAE to evaluate; give the folder of at least one")
+    real = [Path(os.path.realpath(path)) for path in paths]  # Path.resolve raises for a link to itself
+    if len(set(real)) < len(paths):
+        raise ConfigError(f"{', '.join(map(str, paths))} names an SAE twice; give each once")
+    depth = 1
+    parts = [path.parts for path in real]
+    while len({part[-depth:] for part in parts}) < len(paths):
+        depth += 1
+    return {str(Path(*part[-depth:])): load_sae(path) for part, path in zip(parts, paths, strict=True)}
+
+
+def agreed(saes: Mapping[str, SparseAutoencoder], key: str, given: str | None) -> str | None:
+    """`given`, else what the SAEs' metadata say under `key`; None when they say nothing.
+
+    Raises:
+        ConfigError: they say different things.
+    """
+    if given is not None:
+        return given
+    said = {name: str(sae.metadata[key]) for name, sae in saes.items() if sae.metadata.get(key)}
+    if len(set(said.values())) > 1:
+        option = {"model_name": "--model", "hook_name": "--hook"}.get(key, key)
+        what = ", ".join(f"{name}: {value}" for name, value in said.items())
+        raise ConfigError(f"the SAEs are for different places ({what}); evaluate them apart, or say which by {option}")
+    return next(iter(said.values()), None)
+
+
+def open_host(options: HostOptions, saes: Mapping[str, SparseAutoencoder]) -> HostModel:
+    """The host model the SAEs read, at their hook, checked against their width.
+
+    Raises:
+        ConfigError, SourceError: as `load_host`, and SAEs that are for different places. ShapeError: another width.
+    """
+    model = agreed(saes, "model_name", options.model) or "smollm2"
+    hook = agreed(saes, "hook_name", options.hook)
+    host = load_host(model, device=options.device, dtype=options.dtype, hook_name=hook)
+    width = host.hook_width()
+    for name, sae in saes.items():
+        if sae.d_in != width:
+            raise ShapeError(
+                f"{name} has d_in={sae.d_in}, but {host.name} has {width} at {host.default_hook}; "
+                "give the --model and --hook it was trained on"
+            )
+    return host
+
+
+class HeldOut(NamedTuple):
+    """Held-out activations in the SAEs' training units: x [n_tokens, d_in], the context of each row, and how the
+    host's activations come to these units."""
+
+    x: torch.Tensor
+    store: ActivationStore
+    splice: Splice
+    mean: torch.Tensor
+
+
+def open_held_out(options: TextOptions, saes: Mapping[str, SparseAutoencoder], host: HostModel) -> HeldOut:
+    """Reads the test part of the text; takes the SAEs (saved in the host's units) to the units of x, in place.
+
+    The units are those the first SAE was trained in, if its metadata say so (activation_scale), else such that the
+    mean norm of x is sqrt(d_in).
+
+    Raises:
+        ConfigError: a text too small to split.
+    """
+    documents = load_corpus(list(options.text))
+    try:
+        seed = options.seed if options.seed is not None else int(agreed(saes, "split_seed", None) or 0)
+        check_seed(seed)
+    except ValueError as error:  # of a stranger's metadata
+        raise FormatError(f"the split_seed in the SAE's cfg.json is no seed ({error}); give --seed") from error
+    if not options.whole_text:
+        documents = split_three_ways(documents, seed=seed)[2]
+    store = extract(host, documents, n_tokens=options.tokens, split="eval", seed=seed)
+    first = next(iter(saes.values())).metadata
+    scale = float(first.get("activation_scale") or store.scale)
+    for sae in saes.values():
+        sae.to(host.device).fold_activation_scale_(1 / scale)
+    ratio = scale / store.scale
+    splice = Splice(store.manifest["hook_name"], scale, store.manifest["norm_limit"])
+    return HeldOut((store.tensor() * ratio).to(host.device), store, splice, store.mean * ratio)

@@ -1,0 +1,202 @@
+"""Which feature of one SAE a feature of another corresponds to: by decoder direction and by when they are active."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rsae_triton.common.checks import check_integer
+from rsae_triton.common.errors import ConfigError, ShapeError
+from rsae_triton.evaluation.reconstruction import CHUNK, check_activations
+from rsae_triton.sae.base import SparseAutoencoder, check_sae
+
+KEPT = 0.9
+# Co-moments of this many pairs of features are held at once (float64); more pairs take more passes over the text.
+_PAIRS = 1 << 26
+
+
+@dataclass(frozen=True)
+class Matching:
+    """For every feature f of the second SAE its partner in the first (the teacher).
+
+    Attributes:
+        partner: int [d_sae], the teacher's feature whose decoder row has the largest cosine with W_dec[f].
+        cosine: [d_sae], that cosine. mutual: bool [d_sae], whether f is also the partner of its partner.
+        correlation: [d_sae], Pearson's, of the activations of f and of its partner over all tokens (zeros included);
+            NaN where one of them is never active on these tokens, or always at one value.
+        best_correlated: int [d_sae], the teacher's feature with the largest correlation, -1 where there is none;
+            best_correlation: [d_sae], that correlation.
+        frequency, partner_frequency: [d_sae], fraction of tokens on which f, and its partner, is active.
+        n_tokens: how many tokens that was measured on.
+    """
+
+    partner: Tensor
+    cosine: Tensor
+    mutual: Tensor
+    correlation: Tensor
+    best_correlated: Tensor
+    best_correlation: Tensor
+    frequency: Tensor
+    partner_frequency: Tensor
+    n_tokens: int
+
+    @property
+    def similarity(self) -> Tensor:
+        """The smaller of cosine and correlation; NaN where there is no correlation."""
+        return torch.minimum(self.cosine, self.correlation)
+
+    def most_changed(self, count: int = 20) -> list[int]:
+        """The features least like their partners, those without a correlation left out."""
+        order = self.similarity.nan_to_num(nan=torch.inf).argsort()
+        return [int(f) for f in order[:count] if bool(self.similarity[f].isfinite())]
+
+    def summary(self) -> dict[str, Any]:
+        """How many features kept their meaning (cosine and correlation above 0.9), and the distributions."""
+        measured = self.correlation.isfinite()
+        cosine, correlation = self.cosine > KEPT, self.correlation.nan_to_num(nan=-1.0) > KEPT
+        indices = torch.arange(len(self.partner))
+        quantiles = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64)
+
+        def spread(values: Tensor) -> dict[str, float]:
+            if not len(values):
+                return {}
+            found = values.double().quantile(quantiles)
+            return {f"p{round(100 * float(q))}": float(value) for q, value in zip(quantiles, found, strict=True)}
+
+        return {
+            "n_features": len(self.partner),
+            "n_tokens": self.n_tokens,
+            "never_active": int((~measured).sum()),
+            "cosine_above_0.9": int(cosine.sum()),
+            "correlation_above_0.9": int(correlation.sum()),
+            "kept_meaning": int((cosine & correlation).sum()),
+            "kept_meaning_fraction": float((cosine & correlation).sum() / measured.sum().clamp_min(1)),
+            "same_index": int((self.partner == indices).sum()),
+            "mutual": int(self.mutual.sum()),
+            "partner_is_best_correlated": int((self.best_correlated == self.partner).sum()),
+            "cosine": spread(self.cosine),
+            "correlation": spread(self.correlation[measured]),
+            "best_correlation": spread(self.best_correlation[self.best_correlation.isfinite()]),
+        }
+
+
+@torch.no_grad()
+def match_features(
+    teacher: SparseAutoencoder,
+    sae: SparseAutoencoder,
+    x: Tensor,
+    *,
+    pairs: int = _PAIRS,
+    progress: Callable[[int], None] | None = None,
+) -> Matching:
+    """Matches every feature of `sae` with one of `teacher`.
+
+    Codes are made chunk by chunk and only sums are kept: co-moments of `pairs` pairs of features at once, so that
+    memory is 8 * pairs bytes whatever the number of tokens; SAEs with more pairs take several passes.
+
+    Args:
+        teacher, sae: of one d_in, in the units of x. x: held-out activations [n_tokens, d_in].
+        pairs: see above. progress: called with the number of tokens done (`passes` tells how often all are).
+
+    Raises:
+        ShapeError, NumericsError: SAEs of different widths, activations that do not fit or are not finite.
+        ConfigError: fewer than two tokens, or fewer pairs than one row.
+    """
+    check_sae("teacher", teacher)
+    check_sae("sae", sae)
+    check_integer("pairs", pairs, 0)
+    if teacher.d_in != sae.d_in:
+        raise ShapeError(f"the SAEs have d_in={teacher.d_in} and {sae.d_in}; only SAEs of one place can be matched")
+    x = check_activations(sae, x)
+    if len(x) < 2:
+        raise ConfigError(f"{len(x)} token gives no correlation; give at least 2, better 10000")
+    partner, cosine, mutual = _by_direction(teacher, sae, pairs)
+    ours, theirs = _Moments(sae, x), _Moments(teacher, x)
+    best = torch.full((sae.d_sae,), -torch.inf, dtype=torch.float64)
+    best_at = torch.full((sae.d_sae,), -1)
+    at_partner = torch.full((sae.d_sae,), torch.nan, dtype=torch.float64)
+    for first, last in _blocks(teacher.d_sae, sae.d_sae, pairs):
+        total = torch.zeros(last - first, sae.d_sae, dtype=torch.float64, device=sae.W_dec.device)
+        for chunk in x.split(CHUNK):
+            mine = ours.centred(sae, chunk)
+            total += (theirs.centred(teacher, chunk)[:, first:last].t().to(mine.device) @ mine).double()
+            if progress is not None:
+                progress(len(chunk))
+        correlation = total.cpu() - theirs.offset[first:last, None] * ours.offset * len(x)
+        correlation /= theirs.norm[first:last, None] * ours.norm
+        here = (partner >= first) & (partner < last)
+        at_partner[here] = correlation[partner[here] - first, here.nonzero().flatten()]
+        value, at = correlation.nan_to_num(nan=-torch.inf).max(0)
+        better = value > best
+        best[better], best_at[better] = value[better], at[better] + first
+    return Matching(
+        partner=partner,
+        cosine=cosine,
+        mutual=mutual,
+        correlation=at_partner.clamp(-1, 1),
+        best_correlated=best_at,
+        best_correlation=best.clamp(max=1).masked_fill(best_at < 0, torch.nan),
+        frequency=ours.frequency,
+        partner_frequency=theirs.frequency[partner],
+        n_tokens=len(x),
+    )
+
+
+def passes(teacher: SparseAutoencoder, sae: SparseAutoencoder, pairs: int = _PAIRS) -> int:
+    """How often `match_features` goes through the text for the co-moments."""
+    return len(_blocks(teacher.d_sae, sae.d_sae, pairs))
+
+
+def _blocks(d_teacher: int, d_sae: int, pairs: int) -> list[tuple[int, int]]:
+    size = pairs // d_sae
+    if size < 1:
+        raise ConfigError(f"pairs={pairs} is less than the {d_sae} features of the SAE; give at least that many")
+    return [(first, min(first + size, d_teacher)) for first in range(0, d_teacher, size)]
+
+
+def _by_direction(teacher: SparseAutoencoder, sae: SparseAutoencoder, pairs: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Partner and cosine of every feature, and whether the choice is mutual; in blocks of teacher features."""
+    own, other = (torch.nn.functional.normalize(one.W_dec.detach().float().cpu(), dim=1) for one in (sae, teacher))
+    cosine = torch.full((len(own),), -torch.inf)
+    partner = torch.zeros(len(own), dtype=torch.long)
+    back = torch.zeros(len(other), dtype=torch.long)
+    for first, last in _blocks(len(other), len(own), pairs):
+        similar = other[first:last] @ own.t()
+        back[first:last] = similar.argmax(1)
+        value, at = similar.max(0)
+        better = value > cosine
+        cosine[better], partner[better] = value[better], at[better] + first
+    return partner, cosine.clamp(-1, 1).double(), back[partner] == torch.arange(len(own))
+
+
+class _Moments:
+    """Of an SAE's codes on x: a shift close to the mean of each feature, the mean minus that, the root of the sum of
+    squared deviations, and the frequency. Products of shifted codes lose no digits to a feature's mean."""
+
+    def __init__(self, sae: SparseAutoencoder, x: Tensor) -> None:
+        self.shift = self._codes(sae, x[:CHUNK]).mean(0)
+        total = torch.zeros(sae.d_sae, dtype=torch.float64, device=self.shift.device)
+        squares, active = torch.zeros_like(total), torch.zeros_like(total)
+        for chunk in x.split(CHUNK):
+            z = self._codes(sae, chunk)
+            active += (z != 0).sum(0)
+            z = (z - self.shift).double()
+            total += z.sum(0)
+            squares += z.square().sum(0)
+        self.offset = (total / len(x)).cpu()
+        # Rounding can leave a constant feature a tiny norm: what is not above it counts as constant.
+        square = (squares.cpu() - self.offset.square() * len(x)).clamp_min(0)
+        constant = square <= 1e-12 * squares.cpu().clamp_min(1e-300) + 1e-30
+        self.norm = square.sqrt().masked_fill(constant, torch.nan)
+        self.frequency = (active / len(x)).cpu()
+
+    @staticmethod
+    def _codes(sae: SparseAutoencoder, chunk: Tensor) -> Tensor:
+        return sae.encode(chunk.to(device=sae.W_dec.device, dtype=sae.W_dec.dtype)).float()
+
+    def centred(self, sae: SparseAutoencoder, chunk: Tensor) -> Tensor:
+        return self._codes(sae, chunk) - self.shift

@@ -1,0 +1,220 @@
+"""From a task and documents to the token windows that are probed, and from those to codes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rsae_triton.activations import Document, HostModel, cache_dir
+from rsae_triton.common.errors import ConfigError, NumericsError
+from rsae_triton.common.files import write_atomically
+from rsae_triton.evaluation.probe_tasks import Task
+from rsae_triton.evaluation.reconstruction import Codec
+
+# A window is looked for in this many characters per token: enough for all but text that is mostly spaces.
+_CHARS_PER_TOKEN = 8
+# Windows begin this many characters per token apart: a token of English has 4 or 5, so they do not overlap.
+_CHARS_APART = 6
+# Like the activation stores: positions beyond this multiple of the median norm are not what SAEs are trained on.
+_OUTLIER = 4.0
+
+
+@dataclass(frozen=True)
+class Items:
+    """Windows of text with a label each.
+
+    Attributes:
+        tokens: int64 [n_items, context], BOS first. pooled: bool [n_items, context], the positions whose mean
+            stands for the item: all but BOS where the label is the text's, the last where it is a word's.
+        labels: bool [n_items], as many of each. units: [n_items], what a split must not cut.
+    """
+
+    tokens: Tensor
+    pooled: Tensor
+    labels: np.ndarray[Any, Any]
+    units: list[str]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class _Place:
+    document: Document
+    start: int
+    end: int
+    label: bool
+    unit: str
+
+
+def make_items(
+    task: Task,
+    documents: Sequence[Document],
+    host: HostModel,
+    *,
+    per_label: int = 250,
+    context: int = 64,
+    seed: int = 0,
+) -> Items:
+    """Windows of `context` tokens (BOS and context - 1 of text), the same number of each label, at most `per_label`.
+
+    Windows of a text's label come in turn from the task's units and do not overlap. Of labelled words each stands at
+    the end of its window and comes as often with one label as with the other, so that the word itself says nothing.
+
+    Raises:
+        ConfigError: the documents hold fewer than two windows of a label.
+    """
+    rng = np.random.default_rng(int.from_bytes(hashlib.sha256(f"{seed}|{task.name}".encode()).digest()[:8], "little"))
+    places: list[_Place] = []
+    size = _CHARS_PER_TOKEN * context
+    for document in documents:
+        for end, label in task.find(document):
+            unit = task.unit(document)
+            if end is not None:
+                places.append(_Place(document, max(0, end - size), end, label, unit))
+            else:
+                starts = range(0, len(document.text), _CHARS_APART * context)
+                places += (_Place(document, at, min(at + size, len(document.text)), label, unit) for at in starts)
+    places = [places[i] for i in rng.permutation(len(places))]
+    encode = _window(host, context, at_end=task.of_words)
+    chosen: dict[bool, list[tuple[list[int], str]]] = {False: [], True: []}
+    if task.of_words:
+        for pair in _pairs_by_word(places):
+            windows = [encode(place) for place in pair]
+            if all(window is not None for window in windows) and len(chosen[True]) < per_label:
+                for window, place in zip(windows, pair, strict=True):
+                    chosen[place.label].append((window, place.unit))  # type: ignore[arg-type]
+    else:
+        for label, found in chosen.items():
+            for place in _in_turn(places, label):
+                if len(found) == per_label:
+                    break
+                if (window := encode(place)) is not None:
+                    found.append((window, place.unit))
+    count = min(map(len, chosen.values()))
+    if count < 2:
+        raise ConfigError(
+            f"the text holds {len(chosen[False])} windows of {context} tokens labelled {task.classes[0]!r} and "
+            f"{len(chosen[True])} labelled {task.classes[1]!r}; the task {task.name!r} needs more text"
+        )
+    rows = chosen[False][:count] + chosen[True][:count]
+    tokens = torch.tensor([[host.bos_token_id, *window] for window, _ in rows])
+    pooled = torch.zeros_like(tokens, dtype=torch.bool)
+    pooled[:, -1 if task.of_words else 1 :] = True
+    return Items(tokens, pooled, np.repeat([False, True], count), [unit for _, unit in rows])
+
+
+def _in_turn(places: Sequence[_Place], label: bool) -> Iterator[_Place]:
+    """The places with a label, one of each unit, then another of each, and so on."""
+    units: dict[str, list[_Place]] = defaultdict(list)
+    for place in places:
+        if place.label == label:
+            units[place.unit].append(place)
+    return (place for row in zip_longest(*units.values()) for place in row if place is not None)
+
+
+def _pairs_by_word(places: Sequence[_Place]) -> Iterator[tuple[_Place, _Place]]:
+    """Two places with the same word and different labels, one pair of each word, then another of each, and so on."""
+    words: dict[str, tuple[list[_Place], list[_Place]]] = defaultdict(lambda: ([], []))
+    for place in places:
+        word = place.document.text[: place.end][-40:].split()[-1]
+        words["".join(c if c.isalnum() or c == "_" else " " for c in word).split()[-1]][place.label].append(place)
+    pairs = [list(zip(*sides, strict=False)) for sides in words.values()]
+    return (pair for row in zip_longest(*pairs) for pair in row if pair is not None)
+
+
+def _window(host: HostModel, context: int, *, at_end: bool) -> Callable[[_Place], list[int] | None]:
+    """The context - 1 tokens that begin (or end) a place; None when it is too short."""
+
+    def encode(place: _Place) -> list[int] | None:
+        text = place.document.text[place.start : place.end]
+        if place.start > 0:
+            text = text[max(0, text.find(" ")) :]  # not from the middle of a word
+        ids: list[int] = host.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) < context - 1:
+            return None
+        return ids[-(context - 1) :] if at_end else ids[: context - 1]
+
+    return encode
+
+
+class Rows:
+    """The residuals of the pooled positions of items: rows [n_rows, d_in] in host units, and whose each is."""
+
+    def __init__(self, rows: Tensor, items: Tensor, n_items: int) -> None:
+        norms = rows.float().norm(dim=1)
+        # An item all of whose positions are outliers keeps them: a probe must answer for every item.
+        usual = norms <= _OUTLIER * norms.median()
+        counts = torch.zeros(n_items, dtype=torch.long).index_add_(0, items, usual.long())
+        keep = usual | (counts == 0)[items]
+        self.rows, self.items, self.n_items = rows[keep], items[keep], n_items
+
+    def means(self, function: Callable[[Tensor], Tensor], chunk: int = 2048) -> np.ndarray[Any, Any]:
+        """The mean over an item's positions of function(rows), float32 [n_items, width]."""
+        total: Tensor | None = None
+        for rows, items in zip(self.rows.split(chunk), self.items.split(chunk), strict=True):
+            values = function(rows.float()).double().cpu()
+            if total is None:
+                total = torch.zeros(self.n_items, values.shape[1], dtype=torch.float64)
+            total.index_add_(0, items, values)
+        assert total is not None
+        counts = torch.bincount(self.items, minlength=self.n_items)
+        return (total / counts[:, None]).float().numpy()
+
+
+@torch.no_grad()
+def representations(saes: Mapping[str, Codec], rows: Rows) -> dict[str, np.ndarray[Any, Any]]:
+    """The items' mean codes under each SAE (in the host's units), and under "raw" their mean residuals."""
+
+    def codes(sae: Codec) -> Callable[[Tensor], Tensor]:
+        return lambda x: sae.encode(x.to(device=sae.W_dec.device, dtype=sae.W_dec.dtype))
+
+    return {**{name: rows.means(codes(sae)) for name, sae in saes.items()}, "raw": rows.means(lambda x: x)}
+
+
+def read_rows(items: Items, host: HostModel, *, batch: int = 16, progress: Callable[[int], None] | None = None) -> Rows:
+    """The host's residuals at the items' pooled positions, read once and kept in the cache.
+
+    Args:
+        progress: called with the number of items done.
+
+    Raises:
+        NumericsError: a residual is NaN or infinite.
+    """
+    identity = hashlib.sha256(
+        f"{host.fingerprint()}|{host.dtype}|{host.default_hook}|{tuple(items.tokens.shape)}".encode()
+    )
+    for tensor in (items.tokens, items.pooled):
+        identity.update(tensor.numpy().tobytes())
+    path = cache_dir() / "probes" / f"{identity.hexdigest()[:16]}.safetensors"
+    index = items.pooled.nonzero()[:, 0]
+    try:
+        rows = load_file(path)["rows"]
+    except (OSError, SafetensorError, KeyError):
+        parts = []
+        for tokens, pooled in zip(items.tokens.split(batch), items.pooled.split(batch), strict=True):
+            residual = host.residual(tokens)
+            parts.append(residual[pooled.to(residual.device)].cpu())
+            if not bool(torch.isfinite(parts[-1]).all()):
+                raise NumericsError(
+                    f"{host.default_hook} holds NaN or infinity in {host.dtype}; load the host in another dtype"
+                ) from None
+            if progress is not None:
+                progress(len(tokens))
+        rows = torch.cat(parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda temporary: save_file({"rows": rows}, temporary))
+    else:
+        if progress is not None:
+            progress(len(items))
+    return Rows(rows, index, len(items))

@@ -1,0 +1,275 @@
+"""`rsae demo`: teacher, upgrade, control, evaluation and report on a real language model, in one run."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+
+from rsae_triton.activations import HostModel, Splits, check_corpus, corpus_sha256, load_corpus, load_host
+from rsae_triton.common.checks import check_seed
+from rsae_triton.common.errors import ConfigError, ShapeError
+from rsae_triton.common.files import check_folder, write_text
+from rsae_triton.common.progress import LoggedProgress
+from rsae_triton.evaluation import compare
+from rsae_triton.evaluation.compare import splice_of
+from rsae_triton.experiments.teach import FAMILIES, TeacherPlan, objective_of, saved_teacher, splits_for
+from rsae_triton.experiments.teach import make_teacher as train_or_load
+from rsae_triton.ops.runtime import matmul_precision
+from rsae_triton.report import summary_table, write_report
+from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.training.loop import TrainLog, train
+from rsae_triton.upgrading.stage_one import parse_degree, upgrade
+
+SHARED = ("W_enc", "b_enc", "W_dec", "b_dec")
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Upgrade an SAE of a language model into a Rational SAE, beside a fair control, and write a report.
+
+    Examples:
+        rsae demo
+        rsae demo --teacher topk --out out/topk
+        rsae demo --model gpt2 --text my_texts/ --d-sae 24576
+        rsae demo --teacher path/to/sae
+    """
+
+    model: str | None = None
+    """Host model: smollm2 (embedded), a .gguf file, a model folder, or a hub id such as gpt2; the one that a saved
+    teacher names when not given, else smollm2."""
+    text: tuple[str, ...] = ("demo",)
+    """Text to read activations from: demo, files, folders, or a hub dataset."""
+    hook: str | None = None
+    """Where to read, in TransformerLens' names; where a saved teacher says it reads when not given, else the middle of
+    the model."""
+    teacher: str = "relu"
+    """relu, jumprelu, topk or batchtopk to train one here, or a saved SAE: a folder, a file or a hub id."""
+    recipe: Literal["auto", "hard", "hard-trained", "paper"] = "auto"
+    """Stage 2: hard trains the code that is shipped, paper is mse + l1 on the dense code."""
+    degree: str = "auto"
+    """Degree of the rational, as p,q."""
+    out: Path = Path("out/demo")
+    """Folder for report.html, metrics.json and the SAEs."""
+    d_sae: int = 2304
+    """Features of a teacher trained here."""
+    tokens: int = 200_000
+    """Training tokens to extract (the embedded text holds about 3 million)."""
+    teacher_steps: int = 1000
+    """Steps of a teacher trained here."""
+    steps: int = 400
+    """Steps of stage 2, and of the control."""
+    batch_size: int = 512
+    """Tokens per step."""
+    sequences: int = 48
+    """Held-out sequences of 128 tokens to splice into for delta_ce."""
+    seed: int = 0
+    """Of the split, the teacher's start and the order of batches."""
+    device: str | None = None
+    """cpu or cuda; CUDA where there is one when not given."""
+    quick: bool = False
+    """A smaller run for tests: few tokens, features and steps; its numbers mean little."""
+    figure: Path | None = None
+    """Also save the README's picture here."""
+
+    def sized(self) -> Demo:
+        """The sizes --quick stands for; what was set by hand stays."""
+        if not self.quick:
+            return self
+        small = {"d_sae": 512, "tokens": 12_000, "teacher_steps": 120, "steps": 40, "sequences": 4}
+        standard = Demo()
+        own = {name: value for name, value in small.items() if getattr(self, name) == getattr(standard, name)}
+        return Demo(**{**asdict(self), **own})
+
+
+class Stages:
+    """Names each stage on the console as it begins, and keeps how long it took."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self.console.print(f"[bold]{name}[/bold]")
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+        self.console.print(f"  [dim]{self.seconds[name]:.1f} s[/dim]")
+
+
+# bf16 matrix units where the CPU has them: half the time per step, the same error to 3 digits.
+@matmul_precision("medium")
+def run(demo: Demo) -> Path:
+    """Runs the whole pipeline and returns the path of the report.
+
+    Raises:
+        RsaeError: anything a person can mend; the cache stays usable.
+    """
+    demo = demo.sized()
+    check(demo)
+    torch.manual_seed(demo.seed)
+    console = Console()
+    stages = Stages(console)
+    loaded = None if demo.teacher in FAMILIES else saved_teacher("--teacher", demo.teacher)
+    model, hook = place(demo, loaded)
+
+    with stages.stage(f"Host model {model}"):
+        host = load_host(model, device=demo.device, hook_name=hook)
+        check_width(loaded, host, demo.teacher)
+    with stages.stage("Text and activations"):
+        documents = load_corpus(list(demo.text))
+        splits = splits_for(host, documents, demo.tokens, demo.seed)
+    x, test = splits.train.tensor().to(host.device), splits.test.tensor().to(host.device)
+    with stages.stage(f"Teacher {demo.teacher}"):
+        teacher, teacher_log = make_teacher(demo, loaded, splits, x)
+    with stages.stage("Stage 1: upgrade"):
+        init = upgrade(teacher, x, degree=demo.degree, form="direct" if demo.recipe == "paper" else "auto")
+        console.print(f"  {init.metadata['stage1']['summary']}")
+    target_l0 = init.metadata["stage1"]["train_l0"]
+    rsae, control = copy.deepcopy(init), copy.deepcopy(teacher)
+    options: dict[str, Any] = {"steps": demo.steps, "batch_size": demo.batch_size, "seed": demo.seed + 1}
+    with stages.stage("Stage 2: Rational SAE"):
+        rsae_log = train(rsae, x, recipe=demo.recipe, target_l0=target_l0, label="  Rational SAE", **options)
+    with stages.stage("Control: the teacher, same steps, same batches"):
+        control_log = train(control, x, recipe=objective_of(control), target_l0=target_l0, label="  control", **options)
+    saes: dict[str, SparseAutoencoder] = {"teacher": teacher, "init": init, "rsae": rsae, "control": control}
+    with stages.stage("Evaluation on held-out text"):
+        metrics = score(demo, host, splits, saes, test)
+    with stages.stage("Report"):
+        bit_equal = all(torch.equal(getattr(init, name), getattr(teacher, name)) for name in SHARED)
+        metrics["stage1"] = {**init.metadata["stage1"], "weights_bit_equal": bit_equal}
+        metrics["meta"] = facts(demo, host, splits, corpus_sha256(documents), stages)
+        logs = {"teacher": teacher_log, "rsae": rsae_log, "control": control_log}
+        save(demo.out, saes, splits.train.scale, metrics)
+        report = write_report(
+            demo.out / "report.html",
+            title=f"Rational SAE of {host.name}, {splits.train.manifest['hook_name']}",
+            facts={name: str(value) for name, value in metrics["meta"].items() if not isinstance(value, dict)},
+            metrics=metrics,
+            logs=logs,
+            saes=saes,
+            x=test,
+            store=splits.test,
+            tokenizer=host.tokenizer,
+            seed=demo.seed,
+        )
+        if demo.figure is not None:
+            from rsae_triton.report.plots import readme_figure
+
+            demo.figure.parent.mkdir(parents=True, exist_ok=True)
+            readme_figure(metrics, logs, saes, test).savefig(demo.figure, dpi=150)
+    console.print(summary_table(metrics))
+    console.print(f"{report} ({sum(stages.seconds.values()):.0f} s)")
+    return report
+
+
+def check(demo: Demo) -> None:
+    """Refuses what is wrong before anything is downloaded or computed."""
+    for name in ("d_sae", "tokens", "teacher_steps", "steps", "batch_size"):
+        if getattr(demo, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(demo, name)}; give a positive number")
+    check_seed(demo.seed)
+    if demo.degree != "auto":
+        parse_degree(demo.degree)
+    check_corpus(demo.text)
+    check_folder(demo.out)
+    if demo.sequences < 2:
+        raise ConfigError(f"--sequences is {demo.sequences}; an interval takes at least 2, better 48")
+    if demo.tokens < demo.batch_size:
+        raise ConfigError(f"--tokens {demo.tokens} is less than one batch of {demo.batch_size}; give more")
+
+
+def place(demo: Demo, teacher: SparseAutoencoder | None) -> tuple[str, str | None]:
+    """Model and hook: what the command line names, else what a saved teacher says, else the default (hook None)."""
+    said = {} if teacher is None else teacher.metadata
+    return demo.model or said.get("model_name") or "smollm2", demo.hook or said.get("hook_name")
+
+
+def check_width(teacher: SparseAutoencoder | None, host: HostModel, source: str) -> None:
+    if teacher is not None and teacher.d_in != host.hook_width():
+        raise ShapeError(
+            f"the teacher {source} has d_in={teacher.d_in}, but {host.name} has {host.hook_width()} at "
+            f"{host.default_hook}; give the model and --hook that the teacher was trained on"
+        )
+
+
+def make_teacher(
+    demo: Demo, loaded: SparseAutoencoder | None, splits: Splits, x: torch.Tensor
+) -> tuple[SparseAutoencoder, TrainLog | None]:
+    """The loaded teacher in the store's units, or one trained here, or the same trained in an earlier run."""
+    if loaded is not None:
+        return loaded.to(x.device).fold_activation_scale_(1 / splits.train.scale), None
+    plan = TeacherPlan(demo.teacher, demo.d_sae, steps=demo.teacher_steps, batch_size=demo.batch_size, seed=demo.seed)
+    return train_or_load(plan, splits, x)
+
+
+def score(
+    demo: Demo, host: HostModel, splits: Splits, saes: dict[str, SparseAutoencoder], test: torch.Tensor
+) -> dict[str, Any]:
+    sequences = splits.test.sequences
+    count = min(demo.sequences, len(sequences.tokens))
+    with LoggedProgress() as bar:
+        task = bar.add_task("  splicing", total=count)
+        return compare(
+            saes,
+            test,
+            contexts=splits.test.contexts,
+            host=host,
+            tokens=sequences.tokens[:count],
+            counted=sequences.counted[:count],
+            splice=splice_of(splits.train),
+            mean=splits.train.mean,
+            progress=lambda n: bar.advance(task, n),
+        )
+
+
+def facts(demo: Demo, host: HostModel, splits: Splits, corpus: str, stages: Stages) -> dict[str, Any]:
+    """Where the numbers come from: command, data, machine, versions."""
+    manifest = splits.train.manifest
+    return {
+        "command": "rsae " + shlex.join(sys.argv[1:]),
+        "model": host.name,
+        "library": host.library,
+        "hook": manifest["hook_name"],
+        "teacher": demo.teacher,
+        "d_in": splits.train.d_in,
+        "text": ", ".join(demo.text),
+        "corpus_sha256": corpus,
+        "train_tokens": splits.train.n_tokens,
+        "test_tokens": splits.test.n_tokens,
+        "seed": demo.seed,
+        "quick": demo.quick,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {host.device}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "seconds_by_stage": {name: round(value, 1) for name, value in stages.seconds.items()},
+        "configuration": {name: str(value) for name, value in asdict(demo).items()},
+    }
+
+
+def save(out: Path, saes: dict[str, SparseAutoencoder], scale: float, metrics: dict[str, Any]) -> None:
+    """Writes rsae/, teacher/ and control/ in the model's own units, and metrics.json."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("rsae", "teacher", "control"):
+        own = copy.deepcopy(saes[name]).fold_activation_scale_(scale)
+        meta = metrics["meta"]
+        own.metadata.update(
+            model_name=meta["model"], hook_name=meta["hook"], activation_scale=scale, split_seed=meta["seed"]
+        )
+        own.save_pretrained(out / name, metrics=metrics)
+    text = json.dumps(metrics, indent=2)
+    write_text(out / "metrics.json", text + "\n")

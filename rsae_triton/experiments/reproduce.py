@@ -1,0 +1,151 @@
+"""`rsae reproduce`: the paper's two tables on a host, with the controls the paper does not have; resumable."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from rsae_triton.common.errors import ConfigError, FormatError
+from rsae_triton.common.files import read_json, write_text
+from rsae_triton.experiments.sweep import Cell, Sweep, key_of, run_cells, write_cell
+from rsae_triton.report.fronts import METRICS, summarise, write_sweep_report
+from rsae_triton.report.paper_tables import paper_tables
+
+HOSTS = Path(__file__).with_name("hosts.toml")
+# Of a cell, beside its scores and stage 1.
+KEPT = ("cell", "hook_name", "d_in", "d_sae", "family", "training", "seconds", "machine", "torch", "date")
+
+
+@dataclass(frozen=True)
+class Reproduce:
+    """Fill the paper's two tables (reconstruction, downstream) on a host, beside fair controls.
+
+    smollm2 needs no network: its teachers are trained here. gpt2, pythia-160m and gemma-2-2b take the public teachers
+    that rsae_triton/experiments/hosts.toml names, from the hub. Every finished cell is a file in OUT/cells, so that a
+    run that was stopped goes on; two runs may share the folder. What a committed table.json holds need not be computed
+    again (--known).
+
+    Examples:
+        rsae reproduce --host smollm2 --out out/smollm2
+        rsae reproduce --known benchmarks/results/reproduce-smollm2.json
+        rsae reproduce --host gpt2 --device cuda
+        rsae reproduce --host mine --hosts my_hosts.toml
+    """
+
+    host: str = "smollm2"
+    """smollm2, gpt2, pythia-160m, gemma-2-2b, or a section of --hosts."""
+    out: Path = Path("out/reproduce")
+    """Folder of the cells and the tables."""
+    hosts: Path = HOSTS
+    """File that says which teachers, places and seeds belong to a host."""
+    seeds: tuple[int, ...] = ()
+    """These seeds only."""
+    known: Path | None = None
+    """A table.json of an earlier run: its cells are taken over, those it lacks or that changed are computed."""
+    device: str | None = None
+    """cpu or cuda; CUDA where there is one when not given."""
+    list: bool = False
+    """Name the cells and whether they are done, and compute nothing."""
+
+
+def sweeps_of(config: Reproduce) -> tuple[tuple[Sweep, ...], Mapping[str, Any]]:
+    """The host's sweeps, and the published numbers by teacher family.
+
+    Raises:
+        FormatError: a file that is not TOML, or holds what a sweep does not know. ConfigError: an unknown host.
+    """
+    try:
+        known = tomllib.loads(config.hosts.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise FormatError(f"--hosts {config.hosts} cannot be read: {error}") from error
+    if config.host not in known:
+        raise ConfigError(f"--host is {config.host!r}; {config.hosts.name} has {', '.join(known)}")
+    section = dict(known[config.host])
+    published = section.pop("published", {})
+    options = {field.name for field in fields(Sweep)} - {"out", "device"}
+    sweeps = []
+    for own in section.pop("sweeps", []):
+        settings = {**section, **own}
+        strange = sorted(set(settings) - options)
+        if strange:
+            raise FormatError(
+                f"{config.hosts}, host {config.host}: {', '.join(strange)} is no option of a sweep; "
+                f"there are {', '.join(sorted(options))}"
+            )
+        values: dict[str, Any] = {
+            n: tuple(value) if isinstance(value, list) else value for n, value in settings.items()
+        }
+        one = Sweep(**values, out=config.out, device=config.device)
+        seeds = tuple(seed for seed in one.seeds if seed in config.seeds) if config.seeds else one.seeds
+        if seeds:
+            sweeps.append(replace(one, seeds=seeds))
+    if not sweeps:
+        raise ConfigError(f"{config.hosts}, host {config.host}: no sweep with seeds {config.seeds or 'of any kind'}")
+    return tuple(sweeps), published
+
+
+def reproduce(config: Reproduce) -> Path:
+    """Runs `rsae reproduce` and returns the path of OUT/tables.md.
+
+    Raises:
+        RsaeError: anything a person can mend; finished cells stay.
+    """
+    sweeps, published = sweeps_of(config)
+    cells: list[Cell] = [cell for one in sweeps for cell in one.cells()]
+    known = {} if config.known is None else known_cells(config.known)
+    if config.list:
+        for cell in cells:
+            print("done   " if cell.path.is_file() or key_of(cell.identity()) in known else "waiting", cell.label)
+        return config.out
+    for one in sweeps:
+        one.check()
+    for cell in cells:
+        if not cell.path.is_file() and (result := known.get(key_of(cell.identity()))) is not None:
+            write_cell(cell.path, result)
+    results = run_cells(cells)
+    write_sweep_report(config.out, results)
+    write_text(config.out / "tables.md", paper_tables(summarise(results), published))
+    write_text(config.out / "table.json", json.dumps(compact(config.host, results), indent=1) + "\n")
+    return config.out / "tables.md"
+
+
+def known_cells(path: Path) -> dict[str, dict[str, Any]]:
+    """The cells of a table.json, by `key_of` their identity.
+
+    Raises:
+        FormatError: a file that is not one.
+    """
+    cells, wanted = read_json(path).get("cells"), {*KEPT, "stage1", "scores"}
+    if not isinstance(cells, list) or not all(isinstance(cell, dict) and wanted <= set(cell) for cell in cells):
+        raise FormatError(f"--known {path} is not the table.json of a finished `rsae reproduce`; give that file")
+    return {key_of(cell["cell"]): cell for cell in cells}
+
+
+def compact(host: str, cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is worth keeping under version control: the summary, and of each cell what `summarise` takes."""
+    return {
+        "command": f"rsae reproduce --host {host}",
+        "machine": sorted({cell["machine"] for cell in cells}),
+        "torch": sorted({cell["torch"] for cell in cells}),
+        "date": sorted({cell["date"] for cell in cells}),
+        "rows": summarise(cells),
+        "cells": [
+            {
+                **{name: cell[name] for name in KEPT},
+                "stage1": {"summary": cell["stage1"]["summary"]},
+                "scores": {
+                    **{name: _numbers(cell["scores"][name]) for name in cell["scores"]["matched_l0"]},
+                    "matched_l0": {name: _numbers(score) for name, score in cell["scores"]["matched_l0"].items()},
+                },
+            }
+            for cell in cells
+        ],
+    }
+
+
+def _numbers(score: Mapping[str, Any]) -> dict[str, Any]:
+    return {metric: score[metric] for metric in METRICS if metric in score}

@@ -1,0 +1,313 @@
+"""`rsae sweep`: teachers x sparsities x layers x widths x seeds, each upgraded beside its controls; resumable."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import itertools
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+
+from rsae_triton.activations import HostModel, Splits, check_corpus, load_corpus, load_host
+from rsae_triton.common.checks import check_integer, check_number, check_seed
+from rsae_triton.common.errors import ConfigError
+from rsae_triton.common.files import check_folder, write_text
+from rsae_triton.evaluation import compare
+from rsae_triton.evaluation.compare import splice_of
+from rsae_triton.experiments.contenders import CONTENDERS, contender
+from rsae_triton.experiments.teach import FAMILIES, TeacherPlan, make_teacher, saved_teacher, splits_for
+from rsae_triton.ops.runtime import matmul_precision
+from rsae_triton.report.fronts import write_sweep_report
+from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.training.loop import LR, train
+from rsae_triton.training.recipes import RECIPES
+from rsae_triton.upgrading.stage_one import upgrade
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Upgrade many teachers beside their controls, and draw the fronts of error against sparsity.
+
+    Every finished cell is a file in OUT/cells: the same command goes on where it was stopped, and a wider one
+    computes only what is new. OUT/sweep.json, OUT/sweep.md and the plots are made from all cells at the end.
+
+    Examples:
+        rsae sweep --teachers relu topk --seeds 0 1 2 --out out/sweep
+        rsae sweep --teachers path/to/sae --hooks blocks.8.hook_resid_pre --model gpt2
+    """
+
+    teachers: tuple[str, ...] = ("relu", "jumprelu", "topk")
+    """Families to train here (relu, jumprelu, topk, batchtopk), or saved SAEs: folders, files or hub ids."""
+    sparsities: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """Factors on a family's usual density: k is multiplied by them, a sparsity weight divided."""
+    hooks: tuple[str, ...] = ("",)
+    """Where to read, in TransformerLens' names; when empty, where a saved teacher says it reads, else the middle of the
+    model."""
+    widths: tuple[int, ...] = (2304,)
+    """Features of the teachers trained here."""
+    seeds: tuple[int, ...] = (0,)
+    """Each gives a teacher of its own and an order of batches."""
+    contenders: tuple[str, ...] = ("rsae", "control", "rectangle")
+    """What is trained from each teacher: rsae, control, rectangle, thresholds, scratch."""
+    model: str = "smollm2"
+    """Host model: smollm2, a .gguf file, a model folder, or a hub id."""
+    center_writing_weights: bool = False
+    """Centre GPT-2's residual stream, for teachers trained on TransformerLens' default."""
+    text: tuple[str, ...] = ("demo",)
+    """Text to read activations from: demo, files, folders, or a hub dataset."""
+    tokens: int = 200_000
+    """Training tokens to extract at each hook."""
+    teacher_steps: int = 1000
+    """Steps of a teacher trained here."""
+    steps: int = 400
+    """Steps of every contender."""
+    batch_size: int = 512
+    """Tokens per step."""
+    sequences: int = 48
+    """Held-out sequences to splice into for delta_ce; 0 for reconstruction only."""
+    split: Literal["test", "validation"] = "test"
+    """Which held-out split is scored: test, or validation while choosing."""
+    device: str | None = None
+    """cpu or cuda; CUDA where there is one when not given."""
+    out: Path = Path("out/sweep")
+    """Folder of the cells and the report."""
+
+    def check(self) -> None:
+        """Refuses what is wrong before anything is downloaded or computed."""
+        for name in ("teachers", "sparsities", "hooks", "widths", "seeds", "contenders"):
+            if not getattr(self, name):
+                raise ConfigError(f"--{name} is empty; give at least one")
+        for name in ("tokens", "teacher_steps", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give a positive number")
+        for width in self.widths:
+            check_integer("--widths", width, 1)
+        for seed in self.seeds:
+            check_seed(seed)
+        check_folder(self.out)
+        for factor in self.sparsities:
+            check_number("--sparsities", factor, above=0)
+        check_corpus(self.text)
+        unknown = [name for name in self.contenders if name not in (*CONTENDERS, "scratch")]
+        if unknown:
+            raise ConfigError(f"--contenders {', '.join(unknown)}: choose from {', '.join(CONTENDERS)}, scratch")
+        if self.sequences == 1 or self.sequences < 0:
+            raise ConfigError(f"--sequences is {self.sequences}; an interval takes at least 2 (0 for none)")
+        if self.split not in ("test", "validation"):
+            raise ConfigError(f"--split is {self.split!r}; choose test or validation")
+        for teacher in self.teachers:
+            if teacher not in FAMILIES:
+                saved_teacher("--teachers", teacher)
+
+    def cells(self) -> Iterator[Cell]:
+        """Every teacher of the sweep; a saved one is read where it says, unless a hook is given."""
+        saved = [teacher for teacher in self.teachers if teacher not in FAMILIES] if "" in self.hooks else []
+        own = {teacher: saved_teacher("--teachers", teacher).metadata.get("hook_name") for teacher in saved}
+        for hook in self.hooks:
+            for width, teacher, sparsity, seed in itertools.product(
+                self.widths, self.teachers, self.sparsities, self.seeds
+            ):
+                if teacher in FAMILIES or (width == self.widths[0] and sparsity == self.sparsities[0]):
+                    yield Cell(self, hook or own.get(teacher) or "", width, teacher, sparsity, seed)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One teacher of a sweep."""
+
+    sweep: Sweep
+    hook: str
+    width: int
+    teacher: str
+    sparsity: float
+    seed: int
+
+    def plan(self) -> TeacherPlan | None:
+        """How the teacher is trained; None for one that is loaded."""
+        if self.teacher not in FAMILIES:
+            return None
+        usual = RECIPES[self.teacher].weight
+        return TeacherPlan(
+            family=self.teacher,
+            d_sae=self.width,
+            k=max(1, round(TeacherPlan.k * self.sparsity)),
+            weight=usual / self.sparsity if usual else None,
+            steps=self.sweep.teacher_steps,
+            batch_size=self.sweep.batch_size,
+            seed=self.seed,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the cell's numbers, as far as this program sets it."""
+        plan, sweep = self.plan(), self.sweep
+        return {
+            "schema": SCHEMA,
+            "teacher": self.teacher,
+            "sparsity": self.sparsity if plan else None,
+            "plan": asdict(plan) if plan else None,
+            "hook": self.hook,
+            "seed": self.seed,
+            **{name: getattr(sweep, name) for name in ("model", "tokens", "steps", "batch_size", "sequences", "split")},
+            **({"center_writing_weights": True} if sweep.center_writing_weights else {}),
+            # Since the recipe's start follows the teacher's sparsity, cells of another than the usual are others.
+            **({"start": "the teacher's weight"} if self.sparsity != 1 or not plan else {}),
+            # Since a ramp is no wider than small codes rise, cells of dense codes are others; at the usual density and
+            # at half of it the width is what it was.
+            **({"width": "auto"} if self.sparsity > 1 or not plan else {}),
+            "text": list(sweep.text),
+            "contenders": list(sweep.contenders),
+            # A recipe that was changed gives other numbers: its cells are other cells.
+            "recipes": {name: asdict(RECIPES[name]) for name in ("hard", self.teacher) if name in RECIPES},
+            "lr": LR,
+        }
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """What its activations depend on."""
+        config = self.sweep
+        return config.model, config.center_writing_weights, self.hook, config.text, config.tokens
+
+    @property
+    def path(self) -> Path:
+        key = key_of(self.identity())[:8]
+        name = Path(self.teacher).name
+        level = f"x{self.sparsity:g}-d{self.width}-" if self.plan() else ""
+        hook = f"{self.hook}-" if self.hook else ""
+        return self.sweep.out / "cells" / f"{hook}{name}-{level}seed{self.seed}-{key}.json"
+
+    @property
+    def label(self) -> str:
+        return self.path.stem.rsplit("-", 1)[0]
+
+
+def key_of(identity: dict[str, Any]) -> str:
+    """The same for a cell's identity and for what JSON makes of it."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def write_cell(path: Path, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(result, indent=1) + "\n")
+
+
+def sweep(config: Sweep) -> Path:
+    """Runs `rsae sweep` and returns the path of sweep.md.
+
+    Raises:
+        RsaeError: anything a person can mend; finished cells stay.
+    """
+    config.check()
+    return write_sweep_report(config.out, run_cells(list(config.cells())))
+
+
+@matmul_precision("medium")
+def run_cells(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Computes the cells that are not on disk yet, and returns all of them. Cells of one place should be neighbours."""
+    console = Console()
+    waiting = [cell for cell in cells if not cell.path.is_file()]
+    console.print(f"{len(cells)} cells, {len(cells) - len(waiting)} of them done before")
+    host: HostModel | None = None
+    splits: Splits | None = None
+    started = time.perf_counter()
+    for done, cell in enumerate(waiting):
+        if cell.path.is_file():  # a second process works on the same folder
+            continue
+        config = cell.sweep
+        if host is None or splits is None or cell.place != waiting[done - 1].place:
+            host = load_host(
+                config.model,
+                device=config.device,
+                hook_name=cell.hook or None,
+                center_writing_weights=config.center_writing_weights,
+            )
+            splits = splits_for(host, load_corpus(list(config.text)), config.tokens)
+        result = run_cell(cell, host, splits)
+        write_cell(cell.path, result)
+        left = (time.perf_counter() - started) / (done + 1) * (len(waiting) - done - 1)
+        console.print(
+            f"{cell.label}: {one_line(result)}  [dim]({done + 1}/{len(waiting)}, {left / 60:.0f} min left)[/]"
+        )
+    return [json.loads(cell.path.read_text()) for cell in cells]
+
+
+def run_cell(cell: Cell, host: HostModel, splits: Splits) -> dict[str, Any]:
+    """Trains, upgrades, trains the contenders and scores them all; a dict for JSON."""
+    config = cell.sweep
+    started = time.perf_counter()
+    x = splits.train.tensor().to(host.device)
+    plan = cell.plan()
+    if plan is None:
+        teacher = saved_teacher("--teachers", cell.teacher).to(host.device)
+        teacher.fold_activation_scale_(1 / splits.train.scale)
+    else:
+        teacher, _ = make_teacher(plan, splits, x, label=f"{cell.label} teacher")
+    init = upgrade(teacher, x)
+    target_l0 = init.metadata["stage1"]["train_l0"]
+    saes: dict[str, SparseAutoencoder] = {"teacher": teacher, "init": init}
+    logs = {}
+    for name in config.contenders:
+        if name == "scratch":
+            if plan is not None:
+                longer = TeacherPlan(**{**asdict(plan), "steps": plan.steps + config.steps})
+                saes[name], _ = make_teacher(longer, splits, x, label=f"{cell.label} scratch")
+            continue
+        entry = contender(name, teacher, init)
+        saes[name] = entry.sae
+        if entry.recipe is not None:
+            log = train(
+                entry.sae,
+                x,
+                steps=config.steps,
+                recipe=entry.recipe,
+                target_l0=target_l0,
+                batch_size=config.batch_size,
+                seed=cell.seed + 1,
+                label=f"{cell.label} {name}",
+            )
+            logs[name] = {"weight": log.weight[-1], "l0": log.l0[-1], "seconds": round(log.seconds, 1)}
+    held = getattr(splits, config.split)
+    options: dict[str, Any] = {}
+    if config.sequences:
+        sequences = held.sequences
+        options = {
+            "host": host,
+            "tokens": sequences.tokens[: config.sequences],
+            "counted": sequences.counted[: config.sequences],
+            "splice": splice_of(splits.train),
+            "mean": splits.train.mean,
+        }
+    scores = compare(saes, held.tensor().to(host.device), **options)
+    gc.collect()
+    return {
+        "cell": cell.identity(),
+        "hook_name": splits.train.manifest["hook_name"],
+        "model_name": host.name,
+        "d_in": splits.train.d_in,
+        "d_sae": teacher.d_sae,
+        "family": teacher.architecture,
+        "stage1": init.metadata["stage1"],
+        "training": logs,
+        "scores": scores,
+        "seconds": round(time.perf_counter() - started, 1),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {host.device}",
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def one_line(result: dict[str, Any]) -> str:
+    """The cell's mse at equal l0, contender by contender."""
+    matched = result["scores"]["matched_l0"]
+    numbers = ", ".join(f"{name} {score['mse']:.2f}" for name, score in matched.items() if name != "init")
+    return f"l0 {matched['teacher']['l0']:.1f}: {numbers}"

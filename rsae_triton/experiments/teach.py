@@ -1,0 +1,197 @@
+"""`rsae teach`: a teacher SAE trained on a language model's activations, kept in the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from torch import Tensor
+
+from rsae_triton.activations import Splits, cache_dir, check_corpus, extract_splits, load_corpus, load_host
+from rsae_triton.common.checks import check_number, check_seed
+from rsae_triton.common.errors import ConfigError, FormatError, SourceError
+from rsae_triton.common.files import check_folder, write_text
+from rsae_triton.evaluation import reconstruction
+from rsae_triton.ops.runtime import matmul_precision
+from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.teachers import BatchTopKSAE, JumpReluSAE, ReluSAE, TopKSAE, load_teacher
+from rsae_triton.training.loop import TrainLog, train
+from rsae_triton.training.recipes import RECIPES, Recipe, recipe_for
+
+FAMILIES: dict[str, type[SparseAutoencoder]] = {
+    "relu": ReluSAE,
+    "jumprelu": JumpReluSAE,
+    "topk": TopKSAE,
+    "batchtopk": BatchTopKSAE,
+}
+LR = 1e-3
+WARMUP = 0.4
+"""Share of the steps over which the sparsity weight rises: at full weight an untrained code kills features."""
+
+
+@dataclass(frozen=True)
+class TeacherPlan:
+    """What decides a teacher's weights, besides the activations.
+
+    Attributes:
+        family: one of FAMILIES. d_sae: features. k: active features per token (topk, batchtopk).
+        weight: of the sparsity term in units of the activations' norm (relu, jumprelu), the recipe's when None.
+        penalty: "l0" or "tanh" (jumprelu). steps, batch_size, seed: of its training.
+    """
+
+    family: str
+    d_sae: int
+    k: int = 32
+    weight: float | None = None
+    penalty: Literal["l0", "tanh"] = "l0"
+    steps: int = 1000
+    batch_size: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise ConfigError(f"teacher is {self.family!r}; choose one of {', '.join(FAMILIES)}")
+        if self.penalty != "l0" and self.family != "jumprelu":
+            raise ConfigError(f"penalty={self.penalty!r} is for jumprelu; a {self.family} teacher has its own")
+
+    def recipe(self) -> Recipe:
+        """The family's objective at this plan's weight; the control takes the same."""
+        recipe = RECIPES["jumprelu-tanh" if self.penalty == "tanh" else self.family]
+        return recipe if self.weight is None or recipe.sparsity == "none" else replace(recipe, weight=self.weight)
+
+    def untrained(self, d_in: int) -> SparseAutoencoder:
+        options: dict[str, Any] = {"k": self.k} if self.family in ("topk", "batchtopk") else {}
+        generator = torch.Generator().manual_seed(self.seed)
+        return FAMILIES[self.family](d_in, self.d_sae, generator=generator, **options)
+
+
+def make_teacher(plan: TeacherPlan, splits: Splits, x: Tensor, label: str = "") -> tuple[SparseAutoencoder, TrainLog]:
+    """Trains `plan` on x (the training split, in the store's units), or loads what an earlier run trained."""
+    identity = {"data": splits.train.manifest["key"], **asdict(plan), "version": 2}
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    folder = cache_dir() / "teachers" / f"{plan.family}-{key}"
+    log_path = folder / "log.json"
+    if log_path.is_file():  # written last: what it lies in is complete
+        return FAMILIES[plan.family].from_pretrained(folder, x.device), TrainLog(**json.loads(log_path.read_text()))
+    teacher = plan.untrained(x.shape[1]).to(x.device)
+    with torch.no_grad():
+        teacher.b_dec.copy_(splits.train.mean)
+    log = train(
+        teacher,
+        x,
+        steps=plan.steps,
+        batch_size=plan.batch_size,
+        lr=LR,
+        recipe=plan.recipe(),
+        sparsity_warmup=int(WARMUP * plan.steps),
+        seed=plan.seed,
+        label=label or f"  {plan.family} teacher",
+    )
+    teacher.metadata["objective"] = {name: value for name, value in asdict(plan).items() if name != "d_sae"}
+    teacher.save_pretrained(folder)
+    write_text(log_path, json.dumps(log.as_dict()))
+    return teacher, log
+
+
+@dataclass(frozen=True)
+class Teach:
+    """Train a teacher SAE on a language model and save it, in the model's own units.
+
+    Examples:
+        rsae teach relu --out out/teacher
+        rsae teach topk --k 64 --d-sae 4608 --steps 2000 --out out/topk64
+    """
+
+    family: tyro.conf.Positional[Literal["relu", "jumprelu", "topk", "batchtopk"]]
+    """Nonlinearity of the teacher."""
+    out: Path
+    """Folder to save it to."""
+    model: str = "smollm2"
+    """Host model: smollm2, a .gguf file, a model folder, or a hub id."""
+    text: tuple[str, ...] = ("demo",)
+    """Text to read activations from: demo, files, folders, or a hub dataset."""
+    hook: str | None = None
+    """Where to read, in TransformerLens' names; the middle of the model when not given."""
+    d_sae: int = 2304
+    """Features."""
+    k: int = 32
+    """Active features per token (topk, batchtopk)."""
+    weight: float | None = None
+    """Of the sparsity term, in units of the activations' norm (relu, jumprelu); the recipe's when not given."""
+    penalty: Literal["l0", "tanh"] = "l0"
+    """What a jumprelu teacher is penalised by."""
+    tokens: int = 200_000
+    """Training tokens to extract."""
+    steps: int = 1000
+    """Training steps."""
+    batch_size: int = 512
+    """Tokens per step."""
+    seed: int = 0
+    """Of the teacher's start and the order of batches."""
+    device: str | None = None
+    """cpu or cuda; CUDA where there is one when not given."""
+
+    def plan(self) -> TeacherPlan:
+        return TeacherPlan(
+            self.family, self.d_sae, self.k, self.weight, self.penalty, self.steps, self.batch_size, self.seed
+        )
+
+
+@matmul_precision("medium")
+def teach(config: Teach) -> Path:
+    """Runs `rsae teach` and returns the folder."""
+    for name in ("tokens", "steps", "batch_size", "d_sae", "k"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(config, name)}; give a positive number")
+    if config.family in ("topk", "batchtopk") and config.k > config.d_sae:
+        raise ConfigError(f"--k is {config.k}; there are --d-sae {config.d_sae} features")
+    if config.weight is not None:
+        check_number("--weight", config.weight, least=0)
+    check_seed(config.seed)
+    plan = config.plan()
+    check_corpus(config.text)
+    check_folder(config.out)
+    host = load_host(config.model, device=config.device, hook_name=config.hook)
+    splits = splits_for(host, load_corpus(list(config.text)), config.tokens)
+    teacher, _ = make_teacher(plan, splits, splits.train.tensor().to(host.device))
+    score = reconstruction(teacher, splits.validation.tensor().to(host.device))
+    Console().print(f"mse {score.mse:.2f}  fvu {score.fvu:.3f}  l0 {score.l0:.1f}  alive {score.alive_fraction:.3f}")
+    teacher.fold_activation_scale_(splits.train.scale)
+    teacher.metadata.update(model_name=host.name, hook_name=splits.train.manifest["hook_name"])
+    return teacher.save_pretrained(config.out)
+
+
+def saved_teacher(option: str, source: str) -> SparseAutoencoder:
+    """The teacher that a command was given in the place of a family's name.
+
+    Args:
+        option: how the command line calls it, for the error.
+
+    Raises:
+        FormatError, SourceError: as `load_teacher`, naming the families too.
+    """
+    try:
+        return load_teacher(source)
+    except (FormatError, SourceError) as error:
+        raise type(error)(f"{option} {source} is none of {', '.join(FAMILIES)}, and: {error}") from error
+
+
+def splits_for(host: Any, documents: list[Any], tokens: int, seed: int = 0) -> Splits:
+    """The three splits in the sizes that every command uses, so that they share one cache."""
+    held = max(1000, min(10_000, tokens // 10))
+    return extract_splits(host, documents, n_train=tokens, n_validation=held, n_test=held, seed=seed)
+
+
+def objective_of(sae: SparseAutoencoder) -> Recipe:
+    """The recipe a teacher goes on with: that of its own training where it is known, else its family's."""
+    known = sae.metadata.get("objective")
+    if not isinstance(known, dict):
+        return recipe_for(sae)
+    names = TeacherPlan.__dataclass_fields__
+    return TeacherPlan(d_sae=sae.d_sae, **{name: known[name] for name in names if name in known}).recipe()

@@ -1,0 +1,253 @@
+"""What one training step of an SAE costs, on paper: FLOPs, bytes, fp32 instructions, memory, and predicted time.
+
+A step is loss = mse + sparsity, forward and backward, without the optimiser, for an x that needs no gradient.
+A strategy is a list of kernels, and a kernel takes the longest of three times: matrix products at the device's rate,
+traffic at its bandwidth, fp32 instructions at its issue rate. tests/ops/test_cost.py counts small steps operator by
+operator and holds the formulas to that. Times are predictions until a benchmark says otherwise (docs/kernels.md).
+
+    eager      plain PyTorch; autograd also multiplies out the gradient of x - b_dec
+    compiled   the same under torch.compile: pointwise chains fused, sums of coefficient gradients in groups
+    split      library products and one pointwise kernel each way, no gradient of x - b_dec
+    fused      the gate inside both products (`encode_forward`, `encode_backward`)
+    chunked    split, over pieces of tokens; streamed: over pieces of features, which encodes twice
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from rsae_triton.common.errors import ConfigError
+
+STRATEGIES = ("eager", "compiled", "split", "fused", "chunked", "streamed")
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a device reaches, not what its data sheet says: rates per second.
+
+    Attributes:
+        products: FLOP/s of the library's matrix products by bytes of an element. bandwidth: bytes/s.
+        instructions: fp32 instructions/s over all lanes. launch: seconds a kernel costs beside its work.
+        triton_products: of `products`, what a Triton product with a large tile reaches. l2: bytes/s from the L2 cache,
+            which limits one with a small tile. generation: which tiles it has (the major compute capability).
+        hidden: of a gate inside a product, the part that another program's product hides.
+        measured: False where these are estimates from data sheets.
+    """
+
+    name: str
+    products: dict[int, float]
+    bandwidth: float
+    instructions: float
+    launch: float = 3e-6
+    triton_products: float = 0.8
+    hidden: float = 0.5
+    measured: bool = False
+    l2: float = math.inf
+    generation: int = 9
+
+
+# 2 bytes: bf16; 4 bytes: tf32. Products at 0.68 and bandwidth at 0.9 of the data sheet; instructions at 0.85 of
+# multiprocessors * lanes * boost clock; L2 at 0.9 of 5120 bytes a clock.
+CEILINGS = {
+    ceilings.name: ceilings
+    for ceilings in (
+        Ceilings("A100", {2: 212e12, 4: 106e12}, 1.8e12, 0.85 * 108 * 64 * 1.41e9, l2=6.5e12, generation=8),
+        Ceilings("H100", {2: 672e12, 4: 336e12}, 3.0e12, 0.85 * 132 * 128 * 1.755e9, l2=8.1e12),
+        Ceilings("H200", {2: 672e12, 4: 336e12}, 4.3e12, 0.85 * 132 * 128 * 1.755e9, l2=8.1e12),
+    )
+}
+
+
+# [features, tokens] of the fused kernels' tiles by generation, bytes of an element, backward or not, and whether there
+# are many coefficients: those of kernels/configs.py, which a test compares (it cannot be imported without Triton).
+TILES = {
+    8: {
+        (2, False, False): (128, 128), (2, False, True): (128, 64), (4, False, False): (128, 64),
+        (4, False, True): (128, 64), (2, True, False): (64, 32), (2, True, True): (64, 16),
+        (4, True, False): (64, 32), (4, True, True): (64, 16),
+    },
+    9: {
+        (2, False, False): (128, 128), (2, False, True): (128, 128), (4, False, False): (128, 64),
+        (4, False, True): (128, 64), (2, True, False): (64, 64), (2, True, True): (64, 32),
+        (4, True, False): (64, 32), (4, True, True): (64, 32),
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: sizes, the gate, and the bytes of an element of x, W, h and z (the gate itself is float32)."""
+
+    n_tokens: int
+    d_in: int
+    d_sae: int
+    p: int = 3
+    q: int = 2
+    shared: bool = True
+    form: str = "direct"
+    itemsize: int = 2
+
+    @property
+    def codes(self) -> int:
+        """Elements of a [n_tokens, d_sae] tensor."""
+        return self.n_tokens * self.d_sae
+
+    @property
+    def weights(self) -> int:
+        """Elements of one weight matrix."""
+        return self.d_in * self.d_sae
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Work of one launch (or of `launches` alike): FLOPs of matrix products, bytes of traffic, fp32 instructions."""
+
+    name: str
+    flops: float = 0.0
+    bytes: float = 0.0
+    instructions: float = 0.0
+    launches: int = 1
+    tile: tuple[bool, bool] | None = None
+    """Of a Triton product: whether it is the backward one, and has many coefficients."""
+
+    def seconds(self, on: Ceilings, itemsize: int) -> float:
+        rate = on.products.get(itemsize, on.products[min(on.products)])
+        if self.tile:
+            features, tokens = TILES[on.generation][(2 if itemsize == 2 else 4, *self.tile)]
+            # A step of the inner dimension reads features + tokens elements for that many times two FLOPs.
+            intensity = 2 * features * tokens / (itemsize * (features + tokens))
+            rate = min(rate * on.triton_products, on.l2 * intensity)
+        gate, product = self.instructions / on.instructions, self.flops / rate
+        # Inside a product the instructions that nothing hides come on top.
+        work = max(product, gate) + (1 - on.hidden) * min(product, gate) if self.flops else gate
+        return max(work, self.bytes / on.bandwidth) + self.launches * on.launch
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The kernels of a step and the most bytes alive at once, beside x, weights, their gradients and the gate."""
+
+    strategy: str
+    step: Step
+    kernels: tuple[Kernel, ...]
+    peak_bytes: float
+
+    def total(self, what: str) -> float:
+        """The sum of "flops", "bytes", "instructions" or "launches" over the kernels."""
+        total: float = sum(getattr(kernel, what) for kernel in self.kernels)
+        return total
+
+    def seconds(self, on: Ceilings) -> float:
+        """Predicted, or from measured ceilings: see `Ceilings.measured`."""
+        return sum(kernel.seconds(on, self.step.itemsize) for kernel in self.kernels)
+
+
+def forward_instructions(p: int, q: int) -> float:
+    """fp32 instructions for one element of the gate, counted in the machine code of sm_90."""
+    return _between(p + q, (5, 18), (9, 28), (17, 37))
+
+
+def backward_instructions(p: int, q: int) -> float:
+    """The same for its backward pass with every coefficient's gradient."""
+    return _between(p + q, (5, 53), (9, 68), (17, 97))
+
+
+def cost(step: Step, strategy: str, *, chunk_tokens: int = 0, chunk_features: int = 0) -> Cost:
+    """What a step costs under a strategy; chunks of 0 mean all at once.
+
+    Raises:
+        ConfigError: an unknown strategy.
+    """
+    if strategy not in STRATEGIES:
+        raise ConfigError(f"strategy is {strategy!r}; choose one of {', '.join(STRATEGIES)}")
+    tokens, features = chunk_tokens or step.n_tokens, chunk_features or step.d_sae
+    if strategy in ("eager", "compiled"):
+        made = _eager(step) if strategy == "eager" else _compiled(step)
+    else:
+        made = _ours(step, strategy, tokens, features)
+    return Cost(strategy, step, tuple(made), peak_bytes(step, strategy, tokens, features))
+
+
+def peak_bytes(step: Step, strategy: str, chunk_tokens: int, chunk_features: int) -> float:
+    """The most bytes of tensors alive at once, beside x, the weights, their gradients and what is [d_sae]."""
+    e, rows = step.itemsize, step.n_tokens * step.d_in
+    if strategy == "eager":
+        # Counted: what autograd saves of the gate in float32, and its largest temporaries.
+        own = (40 if step.form == "direct" else 36) + 4 * step.p + (8 + 4 * step.q if step.q else 0)
+        return step.codes * (own + (2 if e < 4 else 0)) + 4 * rows * e
+    if strategy in ("compiled", "split", "fused"):
+        # h, then z beside dz, or dz beside dh.
+        return 3 * step.codes * e + 4 * rows * e
+    piece = min(chunk_tokens, step.n_tokens) * min(chunk_features, step.d_sae)
+    part = min(chunk_tokens, step.n_tokens) * step.d_in
+    # h, and z whose memory dz and dh then take; x_c, x_hat and the residual in float32 and as factor of products.
+    return 2 * piece * e + rows * e + part * (8 + 2 * e)
+
+
+def product_seconds(step: Step, on: Ceilings, *, backward: bool, fused: bool) -> float:
+    """Of one encoder product and its gate, or of dz and the gate's backward pass: the two ways there are."""
+    kernels = list(_ours(step, "fused" if fused else "split", step.n_tokens, step.d_sae))
+    if fused:
+        return kernels[1 if backward else 0].seconds(on, step.itemsize)
+    return _product("", step).seconds(on, step.itemsize) + kernels[2 if backward else 1].seconds(on, step.itemsize)
+
+
+def _product(name: str, step: Step, count: float = 1, **more: Any) -> Kernel:
+    """`count` of the step's matrix products; every one reads or writes a code, a weight matrix and an [n, d_in]."""
+    traffic = count * step.itemsize * (step.codes + step.weights + step.n_tokens * step.d_in)
+    extra = more.pop("bytes", 0.0)
+    return Kernel(name, 2.0 * step.codes * step.d_in * count, traffic + extra, launches=max(1, round(count)), **more)
+
+
+def _eager(step: Step) -> Iterable[Kernel]:
+    yield _product("products", step, 6)
+    # Counted for float32 arithmetic on h: every operator reads and writes [n_tokens, d_sae] tensors.
+    per_code = (293 if step.form == "direct" else 232) + 60 * step.p + (88 + 60 * step.q if step.q else 0)
+    narrow = 18 if step.itemsize < 4 else 0
+    yield Kernel("pointwise", bytes=step.codes * (per_code + narrow), launches=30 + 8 * (step.p + step.q))
+
+
+def _compiled(step: Step) -> Iterable[Kernel]:
+    e = step.itemsize
+    yield _product("products", step, 6)
+    yield Kernel("gate", 0, 2 * step.codes * e, step.codes * forward_instructions(step.p, step.q))
+    yield Kernel("gate backward", 0, 3 * step.codes * e, step.codes * backward_instructions(step.p, step.q))
+    # An assumption, to be measured: coefficient sums are kernels of their own that read h and dz again, all scalars
+    # in one, sums per feature four at a time.
+    groups = 1 if step.shared else -(-(step.p + step.q + 5) // 4)
+    again = step.codes * forward_instructions(step.p, step.q)
+    yield Kernel("coefficient sums", 0, 2 * step.codes * e * groups, again * groups, launches=groups)
+
+
+def _ours(step: Step, strategy: str, chunk_tokens: int, chunk_features: int) -> Iterable[Kernel]:
+    e, codes = step.itemsize, step.codes
+    pieces = -(-step.n_tokens // chunk_tokens) * -(-step.d_sae // chunk_features)
+    forward, backward = forward_instructions(step.p, step.q), backward_instructions(step.p, step.q)
+    encodings = 2 if chunk_features < step.d_sae else 1
+    if strategy == "fused":
+        many = step.p + step.q >= 8  # as kernels/configs.py has it
+        tiles = (False, many and not step.shared), (True, many)
+        yield _product("encode + gate", step, tile=tiles[0], instructions=codes * forward, bytes=codes * e)
+        yield _product("dz + gate backward", step, tile=tiles[1], instructions=codes * backward, bytes=codes * e)
+        yield _product("products", step, 3)
+    else:
+        yield _product("products", step, 4 + encodings)
+        yield Kernel("gate", 0, 2 * codes * e * encodings, codes * forward * encodings, pieces * encodings)
+        yield Kernel("gate backward", 0, 3 * codes * e, codes * backward, pieces)
+    yield Kernel("db_dec", 0, step.weights * e, step.weights)
+    token_pieces = -(-step.n_tokens // chunk_tokens)
+    if token_pieces > 1:
+        # Every piece but the first reads and writes the float32 sums of both weights' gradients, and in a narrow
+        # dtype also what it adds.
+        each = 2 * 4 + (2 * e if e < 4 else 0)
+        yield Kernel("sums of pieces", 0, (token_pieces - 1) * 2 * each * step.weights, launches=0)
+
+
+def _between(x: float, *points: tuple[float, float]) -> float:
+    """Linear between the points and beyond the last two on either side."""
+    k = next((k for k in range(1, len(points) - 1) if x <= points[k][0]), len(points) - 1)
+    (x0, y0), (x1, y1) = points[k - 1], points[k]
+    return max(0.0, y0 + (y1 - y0) * (x - x0) / (x1 - x0))

@@ -1,0 +1,105 @@
+"""What a run asks of its process: to be told of a SIGTERM, how exact products are, a folder of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from rsae_triton.common.errors import ConfigError, StorageError, first_line
+
+
+@contextmanager
+def stop_signal(wanted: bool = True) -> Iterator[list[bool]]:
+    """A list that is no longer empty once a SIGTERM has come; only the main thread can be told."""
+    came: list[bool] = []
+    if not wanted or threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+
+    def remember(*_: Any) -> None:
+        came.append(True)
+
+    before = signal.signal(signal.SIGTERM, remember)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Only algorithms that give the same bits every time; afterwards what it was before.
+
+    Raises:
+        ConfigError: cuBLAS is in use already, with a workspace that does not allow it.
+    """
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        if torch.cuda.is_initialized():
+            _check_cublas()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+def _check_cublas() -> None:
+    """torch looks at the variable at the first product of the process alone, and refuses all later ones."""
+    one = torch.ones(1, 1, device="cuda")
+    try:
+        one @ one
+    except RuntimeError as error:
+        raise ConfigError(
+            f"deterministic=True came after products without it ({first_line(error)}); set the environment variable "
+            "CUBLAS_WORKSPACE_CONFIG=:4096:8 before Python starts"
+        ) from error
+
+
+@contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    """float32 products as torch.set_float32_matmul_precision(name) has them; afterwards what it was before."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def only_writer(out: Path) -> Iterator[None]:
+    """Makes the folder and holds it: two runs in one folder would take each other's checkpoints away.
+
+    Raises:
+        ConfigError: another process holds it. StorageError: it cannot be made.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"the folder {out} cannot be made ({error}); choose another") from error
+    lock = FileLock(out / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ConfigError(f"another process is training into {out}; choose another folder, or stop it") from error
+    try:
+        yield
+    finally:
+        lock.release()

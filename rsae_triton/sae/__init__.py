@@ -1,0 +1,1 @@
+"""The SAEs themselves: their base, the rational gate, files on disk, sparse codes, shards."""

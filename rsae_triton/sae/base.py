@@ -1,0 +1,257 @@
+"""What every SAE of this package is: weights in SAELens' layout, shape checks, encoding, decoding, scaling."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from rsae_triton.common.checks import (
+    check_flag,
+    check_integer,
+    check_number,
+    check_room,
+    check_tensor,
+    parse_device,
+    shown,
+)
+from rsae_triton.common.errors import ConfigError, NumericsError, ResourceError, ShapeError
+from rsae_triton.sae.normalization import MODES, Affine, normalize
+from rsae_triton.sae.pretrained import Pretrained
+
+
+class SparseAutoencoder(Pretrained):
+    """Base of teachers and of `FusedRationalSAE`.
+
+    Attributes:
+        W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in]: trainable.
+        compares_features: whether a feature's code depends on the token's other features (TopK), so that neither the
+            features nor a loss over them can be cut into pieces.
+        metadata: provenance (hook_name, model_name, activation_scale, ...), saved and loaded along.
+
+    Args:
+        d_in, d_sae: width of the activations and number of features, both at least 1.
+        apply_b_dec_to_input: whether b_dec is subtracted from the input before encoding.
+        normalize_activations: what every token goes through first, undone on the reconstruction (`normalization`);
+            h, z, W_enc, W_dec, b_enc and b_dec are then in normalised units, x and x_hat never.
+        dtype, device: of the weights. generator: seeds the random initial weights.
+        initialise: False leaves the weights as they are in memory, for weights to be loaded.
+    """
+
+    compares_features: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        *,
+        apply_b_dec_to_input: bool = True,
+        normalize_activations: str = "none",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        metadata: dict[str, Any] | None = None,
+        generator: torch.Generator | None = None,
+        initialise: bool = True,
+    ) -> None:
+        super().__init__()
+        for name, size in (("d_in", d_in), ("d_sae", d_sae)):
+            check_integer(name, size, 1)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+            raise ConfigError(f"dtype is {dtype!r}; give one of floating point, such as torch.float32")
+        check_flag("apply_b_dec_to_input", apply_b_dec_to_input)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise ConfigError(f"generator is {shown(generator)}; give torch.Generator().manual_seed(...)")
+        if metadata is not None and not isinstance(metadata, Mapping):
+            raise ConfigError(f"metadata is a {type(metadata).__name__}; give a dictionary")
+        check_room(f"W_enc [d_in={d_in}, d_sae={d_sae}]", (d_in, d_sae), dtype)
+        device = parse_device(device)
+        if normalize_activations not in MODES:
+            raise ConfigError(f"normalize_activations is {normalize_activations!r}; choose one of {', '.join(MODES)}")
+        self.d_in, self.d_sae = d_in, d_sae
+        self.apply_b_dec_to_input = apply_b_dec_to_input
+        self.normalize_activations = normalize_activations
+        self.metadata = dict(metadata or {})
+        try:
+            encoder, decoder = _weights(d_in, d_sae, dtype, device, generator, initialise)
+        except RuntimeError as error:
+            if "memory" not in str(error):
+                raise
+            raise ResourceError(f"no memory for an SAE of d_in={d_in}, d_sae={d_sae} on {device or 'cpu'}") from error
+        self.W_dec = nn.Parameter(decoder)
+        self.W_enc = nn.Parameter(encoder)
+        self.b_enc = nn.Parameter(torch.zeros(d_sae, dtype=dtype, device=device))
+        self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype, device=device))
+
+    # -- the forward pass
+
+    @abc.abstractmethod
+    def encode(self, x: Tensor) -> Tensor:
+        """Activations [..., d_in] -> the sparse code [..., d_sae]."""
+
+    def encode_with_counts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The code, and on how many tokens each feature is active [d_sae].
+
+        Where an SAE has trainable thresholds the counts are differentiable, so that l0 can be penalised.
+        """
+        z = self.encode(x)
+        return z, (z != 0).flatten(0, -2).sum(0).float()
+
+    def decode(self, feature_acts: Tensor, x: Tensor | None = None) -> Tensor:
+        """Codes [..., d_sae] -> reconstructions [..., d_in].
+
+        Args:
+            x: the activations [..., d_in] the codes were made from. Only an SAE that normalises every token needs
+                it, to give the reconstruction the token's own mean and scale; others ignore it.
+
+        Raises:
+            ConfigError: such an SAE without x.
+        """
+        self._check_last(feature_acts, "feature_acts", "d_sae", self.d_sae)
+        return self.denormalize(feature_acts @ self.W_dec + self.b_dec, x)
+
+    def denormalize(self, x_hat: Tensor, x: Tensor | None) -> Tensor:
+        """x_hat [..., d_in] with each token's own mean and scale again, as `decode` returns it."""
+        if self.normalize_activations == "none":
+            return x_hat
+        if x is not None:
+            check_tensor("x", x, x_hat.device)
+            if x.shape != x_hat.shape:
+                raise ShapeError(f"x has shape {tuple(x.shape)}; the code is of activations {tuple(x_hat.shape)}")
+        else:
+            raise ConfigError(
+                f"this SAE normalises every token ({self.normalize_activations}) and a code alone does not say what "
+                "to undo; use decode(feature_acts, x) or forward(x)"
+            )
+        return self.normalization(x).undo(x_hat)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Activations [..., d_in] -> reconstructions [..., d_in]."""
+        return self.decode(self.encode(x), x)
+
+    def normalization(self, x: Tensor) -> Affine:
+        """What every token of x [..., d_in] goes through before the encoder; the identity for most SAEs."""
+        return normalize(x, self.normalize_activations)
+
+    def hidden_pre(self, x: Tensor) -> Tensor:
+        """Activations [..., d_in] -> pre-activations h [..., d_sae]."""
+        self._check_last(x, "x", "d_in", self.d_in)
+        x = self.normalization(x).apply(x)
+        if not self.apply_b_dec_to_input:
+            return x @ self.W_enc + self.b_enc
+        if torch.is_autocast_enabled(x.device.type) or x.requires_grad:
+            return (x - self.b_dec) @ self.W_enc + self.b_enc
+        return _CentredLinear.apply(x, self.W_enc, self.b_enc, self.b_dec)
+
+    def _check_last(self, tensor: Tensor, name: str, size_name: str, size: int) -> None:
+        weights = self.W_dec
+        check_tensor(name, tensor, weights.device)
+        if tensor.dim() == 0 or tensor.shape[-1] != size:
+            raise ShapeError(f"{name} has shape {tuple(tensor.shape)}; its last dimension must be {size_name}={size}")
+        if tensor.dtype != weights.dtype and not torch.is_autocast_enabled(weights.device.type):
+            raise ConfigError(
+                f"{name} is {tensor.dtype} but the SAE is {weights.dtype}; convert one of them with .to(...)"
+            )
+
+    # -- weights
+
+    @torch.no_grad()
+    def scale_decoder_rows_(self, norms: Tensor) -> None:
+        """Gives every decoder row the norm in `norms` [d_sae, 1] (rows of zeros are left)."""
+        self.W_dec.mul_(norms / self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
+
+    @torch.no_grad()
+    def constrain_(self) -> None:
+        """Projects onto the feasible set after an optimiser step; nothing to do for most SAEs."""
+
+    @torch.no_grad()
+    def fold_activation_scale_(self, scale: float) -> Self:
+        """Turns an SAE of x * scale into the same SAE of x: codes are unchanged, reconstructions are in x's units.
+
+        Activations are scaled to a mean norm of sqrt(d_in) for training; what is saved should read the model's
+        own activations. An SAE that normalises every token sees the same either way, and is left as it is.
+        """
+        try:
+            check_number("activation scale", scale, above=0)
+            both = torch.tensor([scale, 1 / scale], dtype=self.W_enc.dtype)
+        except ConfigError as error:
+            raise NumericsError(str(error)) from error
+        if not bool(((both > 0) & both.isfinite()).all()):
+            raise NumericsError(f"activation scale is {scale:g}; weights of {self.W_enc.dtype} cannot take it")
+        if self.normalize_activations != "none":
+            return self
+        self.W_enc.mul_(scale)
+        self.W_dec.div_(scale)
+        self.b_dec.div_(scale)
+        return self
+
+    @torch.no_grad()
+    def fold_decoder_norm_(self) -> Self:
+        """Gives every decoder row norm 1 and multiplies its feature's codes by the norm it had.
+
+        Reconstructions are unchanged. Rows of zeros are left.
+
+        Raises:
+            ConfigError: norms are not 1 and the kind of SAE does not allow it (other features of a TopK would win).
+        """
+        norms = self.W_dec.float().norm(dim=1)
+        norms = torch.where(norms > 0, norms, 1.0)
+        if torch.allclose(norms, torch.ones_like(norms), rtol=0, atol=1e-6):
+            return self
+        self._scale_nonlinearity_(norms)
+        norms = norms.to(self.W_dec.dtype)
+        self.W_dec.div_(norms[:, None])
+        self.W_enc.mul_(norms)
+        self.b_enc.mul_(norms)
+        return self
+
+    def _scale_nonlinearity_(self, scale: Tensor) -> None:
+        """Makes the nonlinearity f of every feature scale * f(h / scale), scale [d_sae]."""
+        raise ConfigError(f"the decoder norms of a {type(self).__name__} cannot be folded into its codes")
+
+
+def _weights(
+    d_in: int,
+    d_sae: int,
+    dtype: torch.dtype,
+    device: torch.device | None,
+    generator: torch.Generator | None,
+    initialise: bool,
+) -> tuple[Tensor, Tensor]:
+    """W_enc and W_dec: random directions and their transpose, or whatever is in memory."""
+    if not initialise:
+        return torch.empty(d_in, d_sae, device=device, dtype=dtype), torch.empty(
+            d_sae, d_in, device=device, dtype=dtype
+        )
+    decoder = torch.randn(d_sae, d_in, generator=generator)
+    decoder = (decoder / decoder.norm(dim=1, keepdim=True)).to(device=device, dtype=dtype)
+    return decoder.t().contiguous().clone(), decoder
+
+
+class _CentredLinear(torch.autograd.Function):
+    """(x - b_dec) @ W_enc + b_enc for an x without gradient: that of b_dec is a mat-vec, not a third GEMM."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
+        centred = (x - b_dec).reshape(-1, x.shape[-1])
+        ctx.save_for_backward(centred, W_enc)
+        return torch.addmm(b_enc, centred, W_enc).reshape(*x.shape[:-1], W_enc.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:
+        centred, W_enc = ctx.saved_tensors
+        dh = grads[0].reshape(-1, W_enc.shape[1])
+        db_enc = dh.sum(0)
+        return None, centred.t() @ dh, db_enc, -(W_enc @ db_enc)
+
+
+def check_sae(name: str, value: Any) -> None:
+    """Raises ConfigError unless `value` is an SAE of this package."""
+    if not isinstance(value, SparseAutoencoder):
+        raise ConfigError(
+            f"{name} is a {type(value).__name__}; give an SAE of this package, such as load_teacher returns"
+        )

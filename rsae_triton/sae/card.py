@@ -1,0 +1,146 @@
+"""The README.md beside saved weights: what the SAE is, its measured numbers, and how to load it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rsae_triton.common.files import write_text
+
+CARD_FILE = "README.md"
+_MARK = "<!-- written by rsae_triton.save_pretrained; replaced when the SAE is saved again -->"
+_ROWS = {
+    "teacher": "teacher",
+    "init": "Rational SAE after stage 1",
+    "rsae": "Rational SAE",
+    "control": "control: teacher, same steps",
+}
+# Architectures of Rational SAEs and the class that loads them; the classes' module imports this one.
+_RATIONAL = {"rational": "FusedRationalSAE", "rational_topk": "TopKRationalSAE"}
+_COLUMNS = (
+    ("mse", "mse", "{:.2f}"),
+    ("l0", "l0", "{:.2f}"),
+    ("fvu", "FVU", "{:.4f}"),
+    ("alive_fraction", "alive", "{:.1%}"),
+    ("delta_ce", "Δ CE (nats)", "{:.3f}"),
+    ("loss_recovered", "loss recovered", "{:.1%}"),
+)
+
+
+def write_card(folder: Path, text: str) -> None:
+    """Writes the card, unless the folder holds a README.md that somebody else made."""
+    path = folder / CARD_FILE
+    if path.exists() and (not path.is_file() or _MARK not in path.read_text(encoding="utf-8", errors="replace")):
+        return
+    write_text(path, text)
+
+
+def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any] | None = None) -> str:
+    """The card's text.
+
+    Args:
+        config: what cfg.json holds. metrics: what metrics.json of a run holds; scores by code, "matched_l0", "meta".
+    """
+    metadata = config.get("metadata") or {}
+    loads = _RATIONAL.get(config["architecture"])
+    rational = loads is not None
+    front = {
+        "library_name": "rsae-triton",
+        "tags": ["sparse-autoencoder", "mechanistic-interpretability", "saelens"] + ["rational-sae"] * rational,
+    }
+    if "/" in str(metadata.get("model_name")):
+        front["base_model"] = metadata["model_name"]
+    kind = "Rational sparse autoencoder" if rational else f"Sparse autoencoder ({config['architecture']})"
+    place = f" at `{metadata['hook_name']}`" if metadata.get("hook_name") else ""
+    model = f" of {metadata['model_name']}" if metadata.get("model_name") else ""
+    facts = [("d_in, d_sae", f"{config['d_in']}, {config['d_sae']}"), ("dtype", config["dtype"])]
+    if rational:
+        p, q = config["degree"]
+        facts += [("gate", f"{config['form']}, degree ({p}, {q}), {config['groups']} coefficient set(s)")]
+        if "k" in config:
+            facts += [("thresholds", f"by token, {config['k']} features each (by a sort)")]
+    facts += [("normalisation of activations", config["normalize_activations"])]
+    if (metadata.get("stage1") or {}).get("summary"):
+        facts += [("stage 1", metadata["stage1"]["summary"])]
+    if metadata.get("loaded_from"):
+        facts += [("made from", json.dumps(metadata["loaded_from"]))]
+    loader = f"from rsae_triton import {loads or 'load_teacher'}"
+    call = f'{loads}.from_pretrained("FOLDER OR HUB ID")' if loads else 'load_teacher("FOLDER OR HUB ID")'
+    lines = [
+        "---",
+        *(f"{name}: {json.dumps(value)}" for name, value in front.items()),
+        "---",
+        _MARK,
+        "",
+        f"# {kind}{model}{place}",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {_cell(value)} |" for name, value in facts),
+        "",
+        *_scores(metrics),
+        "## Loading",
+        "",
+        "```python",
+        loader,
+        "",
+        f"sae = {call}",
+        "feature_acts = sae.encode(x)  # x: [..., d_in], the model's own activations",
+        "x_hat = sae(x)",
+        "```",
+        "",
+    ]
+    if config["architecture"] == "rational":
+        lines += [
+            "In SAELens: `import rsae_triton.integrations.saelens`, then `sae_lens.SAE.load_from_disk(folder)`.",
+            "Codes carry exact zeros: they are thresholded, and every number above is of the thresholded code.",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _scores(metrics: Mapping[str, Any] | None) -> list[str]:
+    if not metrics:
+        return ["No scores were given when this SAE was saved.", ""]
+    meta = metrics.get("meta") or {}
+    lines = ["## Scores on held-out text", ""]
+    for title, scores in (("As shipped", metrics), ("At equal l0", metrics.get("matched_l0") or {})):
+        rows = [(name, scores[key]) for key, name in _ROWS.items() if isinstance(scores.get(key), Mapping)]
+        if not rows:
+            continue
+        lines += [
+            f"| {title} | " + " | ".join(label for _, label, _ in _COLUMNS) + " |",
+            "|---" * (len(_COLUMNS) + 1) + "|",
+            *(
+                f"| {name} | " + " | ".join(_number(row.get(key), form) for key, _, form in _COLUMNS) + " |"
+                for name, row in rows
+            ),
+            "",
+        ]
+    known = [f"{name} {_cell(meta[name])}" for name in ("model", "hook", "train_tokens", "test_tokens", "seed", "torch")
+             if name in meta]  # fmt: skip
+    interval = (metrics.get("rsae") or {}).get("delta_ce_low")
+    lines += [
+        (", ".join(known) + ". " if known else "")
+        + "mse is ||x - x_hat||^2 of activations scaled to a mean norm of sqrt(d_in). "
+        + (
+            f"The Rational SAE's Δ CE as shipped has the 95 % interval {interval:.3f} to "
+            f"{metrics['rsae']['delta_ce_high']:.3f}. "
+            if isinstance(interval, float) and math.isfinite(interval)
+            else ""
+        )
+        + ("A quick run: its numbers mean little." if meta.get("quick") else ""),
+        "",
+    ]
+    return lines
+
+
+def _number(value: Any, form: str) -> str:
+    return form.format(value) if isinstance(value, int | float) and math.isfinite(value) else "not measured"
+
+
+def _cell(value: Any) -> str:
+    return " ".join(str(value).replace("|", "\\|").replace("<", "&lt;").split())

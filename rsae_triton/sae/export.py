@@ -1,0 +1,145 @@
+"""A Rational SAE as the nearest JumpReLU SAE: for tools that know no rational, with what it costs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from rsae_triton.common.checks import check_data, check_finite
+from rsae_triton.common.errors import ConfigError, ShapeError
+from rsae_triton.sae.rational import FusedRationalSAE
+from rsae_triton.teachers import JumpReluSAE
+
+_FEATURES = 512  # fitted at once: a sorted column of the sample is held for each
+
+
+@dataclass(frozen=True)
+class DenseExport:
+    """What the JumpReLU SAE loses, on the half of the activations that it was not fitted to.
+
+    code_error: ||z_jumprelu - z|| / ||z|| over all tokens. mse, l0: of the Rational SAE and of the JumpReLU SAE;
+    mse is the mean over tokens of ||x - x_hat||^2. n_tokens: measured on.
+    """
+
+    code_error: float
+    mse: float
+    mse_jumprelu: float
+    l0: float
+    l0_jumprelu: float
+    n_tokens: int
+
+    @property
+    def summary(self) -> str:
+        return (
+            f"code off by {100 * self.code_error:.2f} %, mse {self.mse_jumprelu:.4g} against {self.mse:.4g}, "
+            f"l0 {self.l0_jumprelu:.2f} against {self.l0:.2f}"
+        )
+
+
+@torch.no_grad()
+def to_jumprelu(sae: FusedRationalSAE, activations: Tensor) -> tuple[JumpReluSAE, DenseExport]:
+    """The JumpReLU SAE whose codes are nearest to `sae`'s in least squares, feature by feature.
+
+    A JumpReLU computes g * h + c where that exceeds a threshold. For each feature g and c are the regression of its
+    active codes on their pre-activations (or 1 and 0, where those fit better), and the threshold is the best of all
+    cuts of the sample; g and c go into W_enc and b_enc. The decoder is the same.
+
+    Args:
+        activations: [n_tokens, d_in] in the SAE's units, a few thousand or more. Half are fitted to, half measured on.
+
+    Returns:
+        The JumpReLU SAE in float32, and what it loses.
+
+    Raises:
+        ShapeError, NumericsError: activations that do not fit, are fewer than two or are not finite.
+    """
+    if not isinstance(sae, FusedRationalSAE):
+        raise ConfigError(f"sae is a {type(sae).__name__}; give a FusedRationalSAE")
+    if sae.architecture == "rational_topk":
+        raise ConfigError("a JumpReLU SAE has thresholds per feature; use upgrade(..., thresholds='feature')")
+    check_data("activations", activations)
+    if activations.dim() != 2 or activations.shape[1] != sae.d_in or len(activations) < 2:
+        raise ShapeError(f"activations have shape {tuple(activations.shape)}; give [n_tokens >= 2, d_in={sae.d_in}]")
+    x = activations.to(device=sae.W_enc.device, dtype=sae.W_enc.dtype)
+    check_finite("activations", x, "drop those tokens first")
+    fitted, held = x[0::2], x[1::2]
+    h, z = sae.hidden_pre(fitted).float(), sae.encode(fitted).float()
+    theta = sae.gate.threshold.double()
+    parts = [
+        _fit(h[:, part], z[:, part], theta[part]) for part in torch.arange(sae.d_sae, device=h.device).split(_FEATURES)
+    ]
+    gain, offset, threshold = (torch.cat(one) for one in zip(*parts, strict=True))
+    jumprelu = JumpReluSAE(
+        sae.d_in,
+        sae.d_sae,
+        apply_b_dec_to_input=sae.apply_b_dec_to_input,
+        normalize_activations=sae.normalize_activations,
+        device=sae.W_enc.device,
+        metadata={name: value for name, value in sae.metadata.items() if name != "stage1"},
+        initialise=False,
+    )
+    jumprelu.W_enc.copy_(sae.W_enc.float() * gain)
+    jumprelu.b_enc.copy_(sae.b_enc.float() * gain + offset)
+    jumprelu.threshold.copy_(threshold)
+    jumprelu.W_dec.copy_(sae.W_dec)
+    jumprelu.b_dec.copy_(sae.b_dec)
+    loss = _loss(sae, jumprelu, held)
+    jumprelu.metadata["exported_from"] = {"architecture": sae.architecture, "form": sae.gate.form, **asdict(loss)}
+    return jumprelu, loss
+
+
+def _fit(h: Tensor, z: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """g, c and threshold [n_features] from pre-activations and codes [n_tokens, n_features]; theta is the gate's."""
+    h, order = h.double().sort(dim=0, descending=True)
+    z = z.double().gather(0, order)
+    active = (z != 0).double()
+    count = active.sum(0).clamp_min(1)
+    mean_h, mean_z = (active * h).sum(0) / count, (active * z).sum(0) / count
+    variance = (active * (h - mean_h).square()).sum(0)
+    slope = (active * (h - mean_h) * (z - mean_z)).sum(0) / variance.clamp_min(1e-12)
+    regression = (slope, mean_z - slope * mean_h)
+    usable = (variance > 1e-9) & (slope > 0)
+    identity = (torch.ones_like(slope), torch.zeros_like(slope))
+    cost_r, theta_r = _cut(h, z, *regression, theta)
+    cost_1, theta_1 = _cut(h, z, *identity, theta)
+    use = usable & (cost_r < cost_1)
+    gain, offset = (torch.where(use, r, one) for r, one in zip(regression, identity, strict=True))
+    return gain.float(), offset.float(), torch.where(use, theta_r, theta_1).float()
+
+
+def _cut(h: Tensor, z: Tensor, gain: Tensor, offset: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    """The least squared error over all thresholds, and the threshold; h is sorted, largest first."""
+    value = gain * h + offset
+    # Keeping the k largest: their error as codes, and the codes of the rest as zeros. Values must be positive.
+    change = torch.where(value > 0, (z - value).square() - z.square(), torch.inf)
+    cost = torch.cat([torch.zeros_like(change[:1]), change.cumsum(0)])
+    best, k = cost.min(dim=0)
+    padded = torch.cat([value, value[-1:] - 1])
+    inside = padded.gather(0, (k - 1).clamp_min(0)[None])[0].where(k > 0, torch.inf)
+    outside = padded.gather(0, k[None])[0]
+    # All thresholds between the last that is kept and the first that is not fit the sample alike: the gate's own, if
+    # it is one of them, else the middle; for a feature that keeps none, its largest.
+    own, middle = gain * theta + offset, torch.where(k > 0, (inside + outside) / 2, outside)
+    threshold = torch.where((outside <= own) & (own < inside), own, middle).clamp_min(0)
+    return best + z.square().sum(0), threshold
+
+
+def _loss(sae: FusedRationalSAE, jumprelu: JumpReluSAE, x: Tensor) -> DenseExport:
+    sums = torch.zeros(6, dtype=torch.float64)
+    for rows in x.split(2048):
+        z, dense = sae.encode(rows), jumprelu.encode(rows.float())
+        error, dense_error = rows - sae.decode(z, rows), rows.float() - jumprelu.decode(dense, rows.float())
+        parts = (dense - z, z, error, dense_error)
+        sums[:4] += torch.stack([one.double().square().sum() for one in parts]).cpu()
+        sums[4:] += torch.stack([(one != 0).double().sum() for one in (z, dense)]).cpu()
+    difference, norm, mse, mse_dense, l0, l0_dense = sums.tolist()
+    return DenseExport(
+        code_error=(difference / norm) ** 0.5 if norm > 0 else float("nan"),
+        mse=mse / len(x),
+        mse_jumprelu=mse_dense / len(x),
+        l0=l0 / len(x),
+        l0_jumprelu=l0_dense / len(x),
+        n_tokens=len(x),
+    )

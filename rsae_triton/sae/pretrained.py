@@ -1,0 +1,219 @@
+"""Saving and loading: cfg.json and sae_weights.safetensors in SAELens' layout, folders and the hub."""
+
+from __future__ import annotations
+
+import abc
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rsae_triton.common.checks import check_data, check_finite, parse_device
+from rsae_triton.common.errors import ConfigError, FormatError, NumericsError, RsaeError, ShapeError
+from rsae_triton.common.files import as_path, make_folder, read_json, read_safetensors, write_together
+from rsae_triton.common.hub import local_path, upload
+from rsae_triton.sae.card import model_card, write_card
+
+CONFIG_FILE = "cfg.json"
+WEIGHTS_FILE = "sae_weights.safetensors"
+# The SAELens layout this follows; its readers look at this field first.
+SAE_LENS_VERSION = "6.54.0"
+
+
+class Pretrained(nn.Module, abc.ABC):
+    """What of a `SparseAutoencoder` concerns files."""
+
+    architecture: ClassVar[str]
+    d_in: int
+    d_sae: int
+    apply_b_dec_to_input: bool
+    normalize_activations: str
+    metadata: dict[str, Any]
+    W_enc: nn.Parameter
+
+    def config(self) -> dict[str, Any]:
+        """What cfg.json holds: enough to build an empty SAE of this kind."""
+        return {
+            "architecture": self.architecture,
+            "d_in": self.d_in,
+            "d_sae": self.d_sae,
+            "dtype": str(self.W_enc.dtype).removeprefix("torch."),
+            "device": "cpu",
+            "apply_b_dec_to_input": self.apply_b_dec_to_input,
+            "normalize_activations": self.normalize_activations,
+            # Activations of attention heads [..., head, d_head] are flattened by whoever holds them.
+            "reshape_activations": "hook_z" if str(self.metadata.get("hook_name")).endswith("hook_z") else "none",
+            "metadata": {"sae_lens_version": SAE_LENS_VERSION, **self.metadata},
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """An SAE of this kind with the sizes of `config` and weights still to be loaded."""
+        return cls(**cls.common_arguments(config))
+
+    @staticmethod
+    def common_arguments(config: dict[str, Any]) -> dict[str, Any]:
+        """The constructor's arguments that every kind shares."""
+        return {
+            "d_in": config["d_in"],
+            "d_sae": config["d_sae"],
+            "apply_b_dec_to_input": config.get("apply_b_dec_to_input", True),
+            "normalize_activations": config.get("normalize_activations") or "none",
+            "initialise": False,
+            "dtype": parse_dtype(config.get("dtype", "float32")),
+            "metadata": {k: v for k, v in config.get("metadata", {}).items() if k != "sae_lens_version"},
+        }
+
+    def save_pretrained(self, folder: str | Path, *, metrics: Mapping[str, Any] | None = None) -> Path:
+        """Writes cfg.json and sae_weights.safetensors (SAELens' layout) together or not at all, and a model card.
+
+        Args:
+            metrics: the scores that go into the card, as metrics.json of a run holds them. A README.md that is not
+                such a card is left alone.
+
+        Returns:
+            The folder.
+
+        Raises:
+            NumericsError: a weight is NaN or infinite. ConfigError: metadata that JSON cannot hold. Then nothing is
+            written. StorageError: the disk refuses.
+        """
+        folder = as_path("folder", folder)
+        check_data("W_enc", self.W_enc)
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        for name, tensor in weights.items():
+            check_finite(name, tensor, f"nothing was written to {folder}")
+        config = self.config()
+        try:
+            text = json.dumps(config, indent=2, sort_keys=True)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"metadata holds what JSON cannot ({error}); nothing was written to {folder}") from error
+        try:
+            card = model_card(config, metrics)
+        except (AttributeError, TypeError, LookupError, ValueError) as error:
+            raise ConfigError(
+                f"metrics is not what a run's metrics.json holds ({error}); nothing was written to {folder}"
+            ) from error
+        make_folder(folder)
+        files: dict[str, Callable[[Path], Any]] = {
+            WEIGHTS_FILE: lambda path: save_file(weights, path),
+            CONFIG_FILE: lambda path: path.write_text(text + "\n", encoding="utf-8"),
+        }
+        write_together(folder, files)
+        write_card(folder, card)
+        return folder
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        metrics: Mapping[str, Any] | None = None,
+        private: bool = False,
+        revision: str | None = None,
+        message: str = "Upload a sparse autoencoder",
+        token: str | None = None,
+    ) -> str:
+        """Saves into a repository of the Hugging Face hub, which is made if it is not there.
+
+        Args:
+            repo: "owner/name". metrics: for the card. private: of a repository that is made. revision: a branch,
+                made if it is not there. token: the hub's, where `hf auth login` has not stored one.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            SourceError: the hub cannot be reached, or refuses. NumericsError: as `save_pretrained`.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, metrics=metrics)
+            return upload(Path(folder), repo, private=private, revision=revision, message=message, token=token)
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, device: torch.device | str = "cpu", *, revision: str | None = None
+    ) -> Self:
+        """Loads what `save_pretrained` or `push_to_hub` wrote.
+
+        Args:
+            source: a folder, or a hub id "owner/name" or "owner/name/folder". revision: of a hub id.
+
+        Raises:
+            FormatError: a file is missing, truncated, of another architecture, or lacks a tensor.
+            SourceError: a hub id that cannot be fetched.
+        """
+        device = parse_device(device) or torch.device("cpu")
+        folder = local_path(source, revision)
+        config, weights = read_folder(folder)
+        if config["architecture"] != cls.architecture:
+            raise FormatError(
+                f"{folder} holds an SAE of architecture {config['architecture']!r}, not {cls.architecture!r}; "
+                "use rsae_triton.load_teacher for teachers, FusedRationalSAE.from_pretrained for rational SAEs"
+            )
+        return cls.from_files(config, weights, folder).to(device)
+
+    @classmethod
+    def from_files(cls, config: dict[str, Any], weights: dict[str, Tensor], source: str | Path) -> Self:
+        """An SAE from a parsed configuration and its tensors; `source` is named in errors."""
+        # Before anything of the size that the configuration claims is made: the file bounds it.
+        found, claimed = getattr(weights.get("W_enc"), "shape", None), (config.get("d_in"), config.get("d_sae"))
+        if found is None or tuple(found) != claimed:
+            raise FormatError(
+                f"W_enc in {Path(source) / WEIGHTS_FILE} has shape {found and tuple(found)}; {CONFIG_FILE} makes it "
+                f"{claimed}"
+            )
+        try:
+            sae = cls.from_config(config)
+        except (ConfigError, ShapeError, NumericsError) as error:
+            raise FormatError(f"{Path(source) / CONFIG_FILE}: {error}") from error
+        except RsaeError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise FormatError(f"{Path(source) / CONFIG_FILE} lacks or misuses the field {error}") from error
+        expected = sae.state_dict()
+        missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+        if missing or unknown:
+            raise FormatError(
+                f"{Path(source) / WEIGHTS_FILE} does not fit its cfg.json: missing {missing or 'nothing'}, "
+                f"unknown {unknown or 'nothing'}"
+            )
+        for name, tensor in weights.items():
+            if tensor.shape != expected[name].shape:
+                raise FormatError(
+                    f"{name} in {Path(source) / WEIGHTS_FILE} has shape {tuple(tensor.shape)}; "
+                    f"cfg.json implies {tuple(expected[name].shape)}"
+                )
+            if tensor.is_floating_point() != expected[name].is_floating_point():
+                raise FormatError(f"{name} in {Path(source) / WEIGHTS_FILE} is {tensor.dtype}; the file is bad")
+            check_finite(f"{name} in {Path(source) / WEIGHTS_FILE}", tensor, "the file is bad")
+        sae.load_state_dict(weights)
+        return sae
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """ "float32" or "torch.float32" -> torch.float32."""
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise FormatError(f"dtype {name!r} is not one torch knows; use float32, bfloat16 or float16")
+    return dtype
+
+
+def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """cfg.json and the tensors of a saved SAE.
+
+    Raises:
+        FormatError: missing or unreadable files, or a configuration without an architecture.
+    """
+    folder = Path(folder)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise FormatError(f"{folder / name} does not exist; an SAE folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+    config = read_json(folder / CONFIG_FILE)
+    if not isinstance(config.get("architecture"), str):
+        raise FormatError(f"{folder / CONFIG_FILE} names no architecture; it is not the configuration of an SAE")
+    return config, read_safetensors(folder / WEIGHTS_FILE)

@@ -1,0 +1,254 @@
+"""Codes as rows of values and feature indices: encoding and decoding without a dense [n_tokens, d_sae] code.
+
+A token has some 20 to 200 active features out of tens of thousands, so a dense decoder multiplies zeros. On a GPU
+the kernels of `kernels/sparse_*.py` write and read rows only; elsewhere `sparse_ops.py` makes the code in chunks and
+`torch.nn.functional.embedding_bag` decodes it. Encoding is for inference; decoding is differentiable.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from rsae_triton.common.checks import check_data, check_integer, check_room, check_tensor
+from rsae_triton.common.errors import ConfigError, NumericsError, ShapeError
+from rsae_triton.ops import backends
+from rsae_triton.ops import encode as ops
+from rsae_triton.ops.reference import GateSpec, GateTensors
+from rsae_triton.ops.sparse_ops import (
+    Entries,
+    check_places,
+    entries_of,
+    entries_of_codes,
+    entries_of_gate,
+    sparse_decode,
+    used,
+)
+from rsae_triton.ops.tiles import wide
+from rsae_triton.sae.architectures import JumpReluSAE, ReluSAE, TopKSAE
+from rsae_triton.sae.base import check_sae
+from rsae_triton.sae.gate import RationalGate
+
+if TYPE_CHECKING:
+    from rsae_triton.sae.base import SparseAutoencoder
+
+CAPACITY = 128
+"""Places that the kernels give a token at first where no capacity is asked for."""
+
+
+class SparseCode(NamedTuple):
+    """The features that are not zero, in ascending order, token by token.
+
+    Attributes:
+        values [..., width]: zeros behind the last place in use.
+        indices [..., width]: int64; zeros behind the last place in use.
+        counts [...]: int64, how many places of each token are in use.
+    """
+
+    values: Tensor
+    indices: Tensor
+    counts: Tensor
+
+    def to_dense(self, d_sae: int) -> Tensor:
+        """The dense code [..., d_sae]; differentiable in the values.
+
+        Raises:
+            ShapeError: the parts do not fit each other, or an index is not below d_sae.
+        """
+        _check_code(self)
+        check_integer("d_sae", d_sae, 1)
+        check_room(f"a dense code of d_sae={d_sae}", (self.counts.numel(), d_sae), self.values.dtype)
+        check_places(self.indices, self.counts, d_sae)
+        values = torch.where(used(self.counts, self.values.shape[-1]), self.values, 0)
+        # Added, not written: the places that are not in use all point at feature 0.
+        return values.new_zeros(*values.shape[:-1], d_sae).scatter_add(-1, self.indices.long(), values)
+
+    @classmethod
+    def from_dense(cls, feature_acts: Tensor, capacity: int | None = None) -> SparseCode:
+        """What is not zero in feature_acts [..., d_sae] (NaN is not zero); capacity as in `encode_sparse`."""
+        check_data("feature_acts", feature_acts)
+        if feature_acts.dim() == 0:
+            raise ShapeError("feature_acts is a scalar; give codes of shape [..., d_sae]")
+        _check_count("capacity", capacity)
+        rows = feature_acts.detach().reshape(-1, feature_acts.shape[-1])
+        return _shaped(_rows([entries_of(rows)], len(rows), capacity), feature_acts.shape[:-1])
+
+
+def encode_sparse(
+    sae: SparseAutoencoder, x: Tensor, capacity: int | None = None, *, k: int | None = None
+) -> SparseCode:
+    """The code of x as rows: what is not zero in `sae.encode(x)`, up to rounding, without the dense code.
+
+    Args:
+        sae: a `FusedRationalSAE` or a teacher.
+        x: activations [..., d_in].
+        capacity: how wide the rows are. Nothing is dropped: where a token has more active features, all rows become
+            as wide as the fullest token needs (on a GPU x is then encoded twice). None: that width always.
+        k: keep no more than the k largest positive codes of a token, of equal ones those of the lowest index.
+
+    A `TopKSAE` is encoded with its own k. The kernels rank codes in float32, before they are rounded to the SAE's
+    dtype. No gradient is recorded.
+
+    Raises:
+        ShapeError, ConfigError: x, its dtype, capacity or k cannot be used. NumericsError: a code is NaN.
+    """
+    if "torch._dynamo" in sys.modules:  # else nobody compiles, and importing it to say "not this" takes seconds
+        return torch.compiler.disable(_encode_sparse)(sae, x, capacity, k)
+    return _encode_sparse(sae, x, capacity, k)
+
+
+@torch.no_grad()
+def _encode_sparse(sae: SparseAutoencoder, x: Tensor, capacity: int | None, k: int | None) -> SparseCode:
+    check_sae("sae", sae)
+    if sae.architecture == "rational_topk":
+        raise ConfigError("sparse encoding takes thresholds per feature; use upgrade(..., thresholds='feature')")
+    sae._check_last(x, "x", "d_in", sae.d_in)
+    _check_count("capacity", capacity)
+    _check_count("k", k)
+    if isinstance(sae, TopKSAE):
+        k = min(sae.k, k or sae.k)
+    k = None if k is None else min(k, sae.d_sae)
+    rows = x.reshape(-1, sae.d_in)
+    known, dtype = _gate_of(sae), ops.product_dtype(x)
+    backend = backends.resolve_backend(_backend_of(sae), x.device, dtype).partition(":")[0]
+    b_dec = sae.b_dec if sae.apply_b_dec_to_input else None
+    if known is not None:
+        ops.check_inputs(x, sae.W_enc, sae.b_enc, b_dec, None, *known)
+    # Without kernels the k largest codes of a token are looked for in all of its codes.
+    if known is None or (k is not None and backend != "triton"):
+        parts = entries_of_codes(sae, rows, k)
+        return _shaped(_rows(_without_nan(parts), len(rows), capacity), x.shape[:-1])
+    gate, spec = known
+    x_c = ops.centred(sae.normalization(rows).apply(rows), b_dec, dtype)
+    weights = (x_c, sae.W_enc.to(dtype), sae.b_enc.to(dtype), GateTensors(*(t.to(wide(dtype)) for t in gate)), spec)
+    with torch.autocast(x.device.type, enabled=False):
+        if backend == "triton":
+            code = _by_kernels(*weights, capacity, k)
+        else:
+            code = _rows(_without_nan(entries_of_gate(*weights, backend)), len(rows), capacity)
+    return _shaped(code, x.shape[:-1])
+
+
+def decode_sparse(sae: SparseAutoencoder, code: SparseCode, x: Tensor | None = None) -> Tensor:
+    """A code as rows -> reconstructions [..., d_in]; as `sae.decode` of the dense code, and once differentiable.
+
+    The gradient of W_dec is dense, [d_sae, d_in]; gradients have the same bits in every run.
+
+    Args:
+        x: the activations the code was made from, for an SAE that normalises every token (see `sae.decode`).
+
+    Raises:
+        ShapeError: the parts of the code do not fit each other, or (on the CPU) an index is not below d_sae. On a
+            GPU, where looking would mean waiting, such an index makes its token's reconstruction NaN.
+        ConfigError: such an SAE without x, or a second derivative.
+    """
+    check_sae("sae", sae)
+    _check_code(code)
+    check_tensor("code.values", code.values, sae.W_dec.device)
+    n_tokens, width = code.counts.numel(), code.values.shape[-1]
+    x_hat = sparse_decode(
+        code.values.reshape(n_tokens, width), code.indices.reshape(n_tokens, width), code.counts.reshape(n_tokens),
+        sae.W_dec, sae.b_dec, _backend_of(sae),
+    )  # fmt: skip
+    return sae.denormalize(x_hat.reshape(*code.values.shape[:-1], sae.d_in), x)
+
+
+def _backend_of(sae: SparseAutoencoder) -> str:
+    return getattr(sae, "backend", "auto")
+
+
+def _gate_of(sae: SparseAutoencoder) -> tuple[GateTensors, GateSpec] | None:
+    """The SAE's nonlinearity as a gate; None where there is none (a TopK of negative codes, an SAE not from here)."""
+    gate = getattr(sae, "gate", None)
+    if isinstance(gate, RationalGate):
+        return gate.tensors(), gate.spec()
+    if type(sae) not in (ReluSAE, JumpReluSAE, TopKSAE) or not getattr(sae, "relu", True):
+        return None
+    # h where h > theta: a gated form whose rational multiplies nothing.
+    zeros = torch.zeros_like(sae.b_enc, dtype=wide(sae.b_enc.dtype))
+    threshold = sae.threshold.to(zeros.dtype) if isinstance(sae, JumpReluSAE) else zeros
+    one, zero = zeros.new_ones(1), zeros.new_zeros(1)
+    neutral = GateTensors(one[None], zeros.new_empty(1, 0), zero, one, one, threshold, zeros)
+    return neutral, GateSpec(0, 0, "gated", amplitude="identity")
+
+
+def _by_kernels(
+    x_c: Tensor, W_enc: Tensor, b_enc: Tensor, gate: GateTensors, spec: GateSpec, capacity: int | None, k: int | None
+) -> SparseCode:
+    d_sae = W_enc.shape[1]
+    flags = {name: value for name, value in backends.kernel_flags(spec).items() if name != "hard"}
+    places = min(capacity or CAPACITY if k is None else 2 * k + 32, d_sae)
+    while True:
+        found = backends.kernels().sparse_encode(x_c, W_enc, b_enc, gate, **flags, capacity=places, k=k)
+        most, bad = 0, False
+        if len(x_c) > 0:
+            most, bad = torch.stack([found.counts.max(), found.values.isnan().any()]).tolist()
+        if bad:
+            raise _nan_error(found.values.isnan().any(1).nonzero())
+        if most <= (k or places):
+            break
+        places = most
+    width = max(most, capacity or 1)
+    check_room(f"a code of capacity={capacity}", (len(x_c), width), torch.int64)
+    values, indices = (pad(t[:, :width], (0, max(width - t.shape[1], 0))).contiguous() for t in found[:2])
+    return SparseCode(values, indices, found.counts.long())
+
+
+def _rows(parts: Iterator[Entries] | list[Entries], n_tokens: int, capacity: int | None) -> SparseCode:
+    tokens, features, entries = (torch.cat(one) for one in zip(*parts, strict=True))
+    counts = torch.bincount(tokens, minlength=n_tokens)
+    width = max(int(counts.max()) if n_tokens else 0, capacity or 1)
+    check_room(f"a code of capacity={capacity}", (n_tokens, width), torch.int64)
+    places = torch.arange(len(tokens), device=tokens.device) - (counts.cumsum(0) - counts)[tokens]
+    values, indices = entries.new_zeros(n_tokens, width), features.new_zeros(n_tokens, width)
+    values[tokens, places], indices[tokens, places] = entries, features
+    return SparseCode(values, indices, counts)
+
+
+def _shaped(code: SparseCode, leading: torch.Size) -> SparseCode:
+    return SparseCode(*(t.reshape(leading + t.shape[1:]) for t in code))
+
+
+def _without_nan(parts: Iterator[Entries]) -> Iterator[Entries]:
+    for part in parts:
+        bad = part.values.isnan()
+        if bool(bad.any()):
+            raise _nan_error(part.tokens[bad].unique())
+        yield part
+
+
+def _nan_error(tokens: Tensor) -> NumericsError:
+    return NumericsError(
+        f"the code of token {int(tokens[0])} (and of {len(tokens) - 1} others or more) holds NaN; look for NaN or "
+        "infinity in x there and in the SAE's weights"
+    )
+
+
+def _check_count(name: str, count: int | None) -> None:
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        raise ConfigError(f"{name} is {count!r}; give a positive integer, or None")
+
+
+def _check_code(code: SparseCode) -> None:
+    if not isinstance(code, SparseCode) or not all(isinstance(one, Tensor) for one in code):
+        raise ShapeError(f"code is a {type(code).__name__}; give the SparseCode that encode_sparse returns")
+    values, indices, counts = code
+    if not values.device == indices.device == counts.device:
+        raise ConfigError(
+            f"values are on {values.device}, indices on {indices.device}, counts on {counts.device}; move them to one"
+        )
+    if values.dim() == 0 or indices.shape != values.shape or counts.shape != values.shape[:-1]:
+        raise ShapeError(
+            f"values {tuple(values.shape)}, indices {tuple(indices.shape)} and counts {tuple(counts.shape)} do not "
+            "fit: [..., width], [..., width] and [...] are wanted"
+        )
+    if not values.is_floating_point() or {indices.dtype, counts.dtype} - {torch.int32, torch.int64}:
+        raise ShapeError(
+            f"values are {values.dtype}, indices {indices.dtype} and counts {counts.dtype}; give floats and int32 or "
+            "int64"
+        )

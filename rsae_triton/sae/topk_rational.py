@@ -1,0 +1,84 @@
+"""A Rational SAE whose thresholds are supplied token by token: exact for TopK teachers, at the price of a sort."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from rsae_triton.common.errors import ConfigError
+from rsae_triton.ops.reference import Encoded, rational_gate
+from rsae_triton.sae.gate import RationalGate
+from rsae_triton.sae.rational import FusedRationalSAE
+
+
+class TopKRationalSAE(FusedRationalSAE):
+    """z = h * r((h - tau) / C_in) where h > tau, tau halfway between a token's k-th and (k+1)-th pre-activation.
+
+    With tau supplied, a TopK gate is a JumpReLU (design of arXiv:2606.14990, section 3.1), so that one rational fits
+    all tokens. tau is never below 0 and carries no gradient; tokens whose k-th and (k+1)-th pre-activations are equal
+    keep fewer than k. It sorts, in plain PyTorch; `FusedRationalSAE` with thresholds per feature (`upgrade`'s default,
+    calibrated to fire as often as the teacher) needs no sort and runs in the fused kernels.
+
+    Args:
+        d_in, d_sae, gate, ...: as for `FusedRationalSAE`; the gate must be gated. k: active features per token.
+
+    Raises:
+        ConfigError: a direct gate, or a k that is not from 1 to d_sae.
+    """
+
+    architecture: ClassVar[str] = "rational_topk"
+    compares_features: ClassVar[bool] = True
+
+    def __init__(self, d_in: int, d_sae: int, *, k: int, gate: RationalGate, **options: Any) -> None:
+        super().__init__(d_in, d_sae, gate=gate, **options)
+        if gate.form != "gated":
+            raise ConfigError("thresholds that are supplied token by token need form='gated'")
+        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= d_sae:
+            raise ConfigError(f"k is {k!r}; give an integer from 1 to d_sae={d_sae}")
+        self.k = k
+
+    def encode_with_sums(self, x: Tensor, *, hard: bool = True) -> Encoded:
+        """As `FusedRationalSAE.encode_with_sums`, with this batch's thresholds."""
+        self._check_last(x, "x", "d_in", self.d_in)
+        h = self.hidden_pre(x).reshape(-1, self.d_sae)
+        wide = h.to(torch.promote_types(h.dtype, torch.float32))
+        gate = self.gate.tensors()._replace(threshold=self.token_thresholds(wide.detach()))
+        z, active = rational_gate(wide, gate, self.gate.spec(hard))
+        return Encoded(z.to(h.dtype).reshape(*x.shape[:-1], self.d_sae), active.sum(0), z.abs().sum(0))
+
+    def token_thresholds(self, h: Tensor) -> Tensor:
+        """tau [n_tokens, 1] >= 0 of pre-activations h [n_tokens, d_sae]."""
+        if self.k == self.d_sae:
+            return h.new_zeros(len(h), 1)
+        largest = h.topk(self.k + 1, dim=1).values
+        return largest[:, -2:].mean(1, keepdim=True).clamp_min(0)
+
+    def autoencode(self, x: Tensor, **options: Any) -> Any:
+        """Not for thresholds that a token's whole row decides (ConfigError); train with memory="saved"."""
+        raise ConfigError("a loss in pieces cannot rank whole tokens; use memory='saved', or thresholds per feature")
+
+    def encode_sparse(self, x: Tensor, capacity: int | None = None, *, k: int | None = None) -> Any:
+        """Not for thresholds by token (ConfigError); use upgrade(..., thresholds="feature")."""
+        raise ConfigError("sparse encoding takes thresholds per feature; use upgrade(..., thresholds='feature')")
+
+    def to_jumprelu(self, activations: Tensor) -> Any:
+        """Not for thresholds by token (ConfigError); use upgrade(..., thresholds="feature")."""
+        raise ConfigError("a JumpReLU SAE has thresholds per feature; use upgrade(..., thresholds='feature')")
+
+    def _scale_nonlinearity_(self, scale: Tensor) -> None:
+        if not bool(torch.isclose(scale, scale[:1]).all()):
+            raise ConfigError("features in units of their own would be ranked differently: one scale for all")
+        self.gate.scale_features_(scale)
+
+    def config(self) -> dict[str, Any]:
+        return {**super().config(), "k": self.k}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> TopKRationalSAE:
+        return cls(gate=RationalGate.from_config(config), k=config["k"], **cls.common_arguments(config))
+
+
+RATIONAL: tuple[type[FusedRationalSAE], ...] = (FusedRationalSAE, TopKRationalSAE)
+"""The kinds of Rational SAE, each with an `architecture` of its own in cfg.json."""

@@ -1,0 +1,253 @@
+"""Stage 2, and the training of teachers and controls: one loop for every SAE of the package."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rsae_triton.common.checks import check_data
+from rsae_triton.common.errors import ConfigError, ShapeError, Stopped
+from rsae_triton.ops.runtime import deterministic, only_writer, stop_signal
+from rsae_triton.sae.base import SparseAutoencoder, check_sae
+from rsae_triton.training.checkpoints import Checkpoints
+from rsae_triton.training.memory import plan_memory
+from rsae_triton.training.metrics import Metrics, TrainLog, progress_bar, take_up
+from rsae_triton.training.processes import Alone
+from rsae_triton.training.recipes import Recipe, holding, recipe_for
+from rsae_triton.training.run import Run
+from rsae_triton.training.settings import LR, TrainSettings
+
+if TYPE_CHECKING:
+    from rsae_triton.training.distributed import Mesh
+
+__all__ = ["LR", "Activations", "TrainLog", "TrainSettings", "tensor_batches", "train"]
+
+
+class Activations(Protocol):
+    """What can be trained on besides a tensor: an `ActivationStore`, or anything with these two."""
+
+    d_in: int
+
+    def batches(self, batch_size: int, *, seed: int) -> Iterator[Tensor]:
+        """Shuffled batches [batch_size, d_in], epoch after epoch without end.
+
+        To resume, it also takes start=, the number of batches to leave out; for several processes
+        part=(rank, size), which rows of every batch to give."""
+
+
+def train(
+    sae: SparseAutoencoder,
+    activations: Tensor | Activations,
+    settings: TrainSettings | None = None,
+    *,
+    label: str | None = None,
+    progress: bool = True,
+    mesh: Mesh | None = None,
+    **changes: Any,
+) -> TrainLog:
+    """Trains `sae` in place, all parameters but those that the recipe holds: mse + weight * sparsity.
+
+    Args:
+        sae: a teacher, a control or a Rational SAE; with a mesh, this process's part of it (`Mesh.shard`).
+        activations: [n_tokens, d_in], or an `ActivationStore`; the same on every process.
+        settings: how it goes; `changes` are fields of `TrainSettings` (steps=400, target_l0=20, out="run", ...)
+            in place of or on top of it.
+        label: shown beside the progress bar. progress: whether it and the memory plan are shown.
+        mesh: the processes that train together (`rsae_triton.training.distributed`).
+
+    Returns:
+        The log; `sae` is changed.
+
+    Raises:
+        ShapeError: activations of another width. ConfigError: settings that cannot be used, or a checkpoint of
+            another run. NumericsError: activations, gradients or a loss that are not finite; the message names
+            step, tensor and the last checkpoint, and `sae` holds the parameters from before that step.
+        StorageError: a checkpoint cannot be written. Stopped: a SIGTERM came, and the run is saved.
+    """
+    if not isinstance(settings, TrainSettings | None):
+        raise ConfigError(f"settings is a {type(settings).__name__}; give TrainSettings(...), or its fields by name")
+    settings = TrainSettings(**changes) if settings is None else replace(settings, **changes)
+    check_sae("sae", sae)
+    check_data("sae.W_dec", sae.W_dec)
+    if torch.is_inference_mode_enabled() or any(one.is_inference() for one in sae.parameters()):
+        raise ConfigError("sae was made, or is trained, in torch.inference_mode(), which has no gradients; leave it")
+    recipe = recipe_for(sae, settings.recipe) if isinstance(settings.recipe, str) else settings.recipe
+    if not isinstance(recipe, Recipe):
+        raise ConfigError(f"recipe is a {type(recipe).__name__}; give a name of RECIPES, or a Recipe")
+    recipe = holding(recipe, sae, settings.target_l0)
+    together: Alone = Alone() if mesh is None else mesh
+    together.check(sae, recipe, settings)
+    if isinstance(activations, Tensor):
+        check_data("activations", activations)
+        if activations.dim() != 2:
+            raise ShapeError(f"activations have shape {tuple(activations.shape)}; give [n_tokens, d_in={sae.d_in}]")
+    elif not callable(getattr(activations, "batches", None)) or not hasattr(activations, "d_in"):
+        raise ShapeError(f"activations is a {type(activations).__name__}; give a torch.Tensor or an ActivationStore")
+    width = activations.shape[-1] if isinstance(activations, Tensor) else activations.d_in
+    if width != sae.d_in:
+        raise ShapeError(
+            f"the activations have d_in={width}, the SAE has d_in={sae.d_in}; they must come from one hook"
+        )
+    if recipe.target_l0 is not None and recipe.target_l0 > sae.d_sae * together.features[1]:
+        raise ConfigError(f"target_l0 is {recipe.target_l0:g}; there are {sae.d_sae * together.features[1]} features")
+    # Before the run's folder is made; a store of one process's shards counts for itself.
+    rows = len(activations) if isinstance(activations, Tensor) else getattr(activations, "n_tokens", None)
+    if rows is not None and getattr(activations, "share", None) is None and rows < settings.batch_size:
+        raise ShapeError(f"{rows} tokens are fewer than one batch of {settings.batch_size}; lower batch_size")
+    if settings.precision == "bf16" and sae.W_dec.dtype != torch.float32:
+        raise ConfigError(f"the weights are {sae.W_dec.dtype}; bf16 training keeps float32 ones: use sae.float()")
+    if settings.decoder_norm == "free" and together.rank == 0:
+        warnings.warn("decoder norms are free: they grow and evade an l1 penalty; compare at equal l0", stacklevel=2)
+
+    tokens = settings.batch_size // together.data[1] // settings.accumulate
+    plan = together.agree(plan_memory(sae, max(1, tokens), settings.memory, aux_k=recipe.aux_k))
+    show = progress and together.rank == 0
+    if show:
+        print(plan)
+    log = TrainLog(recipe.name, settings.steps, settings.batch_size, settings.seed)
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(deterministic(settings.deterministic))
+        stack.enter_context(_frozen(sae, recipe))
+        stack.enter_context(_training(sae))
+        if settings.out is not None and together.rank == 0:
+            stack.enter_context(only_writer(settings.out))
+        together.barrier()
+        run = Run(sae, settings, recipe, plan, together, _identity(activations))
+        checkpoints = None if settings.out is None else Checkpoints(settings.out, settings.keep)
+        if checkpoints is not None:
+            _take_up(run, checkpoints, log)
+        batches = _batches(activations, settings, run.step, together.data)
+        stopping = stack.enter_context(stop_signal(settings.out is not None))
+        metrics = Metrics(log, settings.out if together.rank == 0 else None, settings.track, asdict(settings))
+        stack.callback(metrics.close)
+        _loop(run, batches, metrics, checkpoints, stopping, label or f"training ({recipe.name})", show)
+    return log
+
+
+def _loop(
+    run: Run,
+    batches: Iterator[Tensor],
+    metrics: Metrics,
+    checkpoints: Checkpoints | None,
+    stopping: list[bool],
+    label: str,
+    show: bool,
+) -> None:
+    settings, log = run.settings, metrics.log
+    started = saved_at = time.perf_counter()
+    saved_step, path, shown = run.step, None, run.features()
+    with progress_bar(label, settings.steps, run.step, settings.batch_size, show) as advance:
+        while run.step < settings.steps:
+            due = checkpoints is not None and time.perf_counter() - saved_at > 60 * settings.checkpoint_minutes
+            batch = next(batches, None)
+            if not isinstance(batch, Tensor):
+                raise ShapeError(
+                    f"activations.batches gave {'no more' if batch is None else f'a {type(batch).__name__}'} at step "
+                    f"{run.step}; it must give tensors [batch_size, d_in] without end"
+                )
+            row, stop, due = run.advance(batch, bool(stopping), due, checkpoints)
+            if row["step"] % settings.log_every == 0 or run.step == settings.steps:
+                shown = run.features()
+                metrics.row(row | shown | {"seconds": round(log.seconds + time.perf_counter() - started, 3)})
+            advance(row | shown)
+            if checkpoints is None:
+                continue
+            if settings.checkpoint_every is not None and run.step % settings.checkpoint_every == 0:
+                due = True
+            if due or stop:
+                path = run.save(checkpoints, log.seconds + time.perf_counter() - started)
+                saved_at, saved_step = time.perf_counter(), run.step
+            if stop and run.step < settings.steps:
+                raise Stopped(
+                    f"stopped by SIGTERM after step {run.step} of {settings.steps}; saved as {path}. To go on, run the "
+                    "same command with --resume (in Python: train(..., resume=True))"
+                )
+        log.seconds += time.perf_counter() - started
+        if checkpoints is not None and run.step > saved_step:
+            run.save(checkpoints, log.seconds)
+
+
+def _take_up(run: Run, checkpoints: Checkpoints, log: TrainLog) -> None:
+    """Goes on from the latest checkpoint that can be read, if that is asked for and there is one."""
+    settings, out = run.settings, run.settings.out
+    assert out is not None
+    there = checkpoints.steps()
+    if there and not settings.resume:
+        raise ConfigError(
+            f"{out} holds a run that reached step {there[-1]}; resume it (--resume), or take another folder"
+        )
+    if there:
+        log.seconds = run.restore(checkpoints)
+    if run.together.rank == 0:
+        take_up(out, run.step, log)
+    run.together.barrier()
+
+
+def tensor_batches(
+    x: Tensor, batch_size: int, *, seed: int, start: int = 0, part: tuple[int, int] = (0, 1)
+) -> Iterator[Tensor]:
+    """Shuffled batches [batch_size, d_in] of x [n_tokens, d_in], epoch after epoch; the order depends on seed only.
+
+    start: batches to leave out. part: (rank, size), the rows of every batch to give.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    per_epoch = len(x) // batch_size
+    rows = slice(part[0] * (batch_size // part[1]), (part[0] + 1) * (batch_size // part[1]))
+    while True:
+        order = torch.randperm(len(x), generator=generator)
+        for number in range(min(start, per_epoch), per_epoch):
+            yield x[order[number * batch_size : (number + 1) * batch_size][rows].to(x.device)]
+        start = max(0, start - per_epoch)
+
+
+def _batches(
+    activations: Tensor | Activations, settings: TrainSettings, start: int, part: tuple[int, int]
+) -> Iterator[Tensor]:
+    size, seed = settings.batch_size, settings.seed
+    if isinstance(activations, Tensor):
+        return tensor_batches(activations, size, seed=seed, start=start, part=part)
+    more: dict[str, Any] = ({"start": start} if start else {}) | ({"part": part} if part[1] > 1 else {})
+    return activations.batches(size, seed=seed, **more)
+
+
+def _identity(activations: Tensor | Activations) -> str:
+    """What tells these activations from others: the store's key, or sizes and a sum over some rows."""
+    if isinstance(activations, Tensor):
+        some = activations[:: max(1, len(activations) // 64)].double()
+        return f"{tuple(activations.shape)} {float(some.nan_to_num().abs().sum()):.10g}"
+    manifest = getattr(activations, "manifest", {})
+    return str(manifest.get("key", type(activations).__name__))
+
+
+@contextmanager
+def _training(sae: SparseAutoencoder) -> Iterator[None]:
+    """Training mode, which a BatchTopK encodes differently in; afterwards the mode it was found in."""
+    before = sae.training
+    sae.train()
+    try:
+        yield
+    finally:
+        sae.train(before)
+
+
+@contextmanager
+def _frozen(sae: SparseAutoencoder, recipe: Recipe) -> Iterator[None]:
+    """Takes the recipe's frozen parameters out of training, and puts them back as they were."""
+    held = [p for name, p in sae.named_parameters() if name.removeprefix("gate.") in recipe.frozen and p.requires_grad]
+    if not any(p.requires_grad for p in set(sae.parameters()) - set(held)):
+        raise ConfigError("every parameter of sae is frozen; call sae.requires_grad_() before training")
+    for parameter in held:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in held:
+            parameter.requires_grad_(True)

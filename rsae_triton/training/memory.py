@@ -1,0 +1,174 @@
+"""How a training step is cut so that it fits: all at once, in pieces of tokens, or in pieces of features."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from rsae_triton.common.errors import ConfigError
+from rsae_triton.ops.cost import Step, cost
+from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.sae.rational import FusedRationalSAE
+
+MODES = ("auto", "saved", "chunked", "streamed")
+# Of what is free, for the step's own tensors: allocators round up and fragment.
+SHARE = 0.8
+# Fewer tokens or features at a time make matrix products inefficient.
+LEAST_TOKENS, LEAST_FEATURES, MOST_FEATURES = 256, 512, 4096
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a step is cut.
+
+    Attributes:
+        mode: "saved" (autograd keeps h and z of the whole batch), "chunked" or "streamed" (`rational_autoencode`).
+        chunk_tokens, chunk_features: of `rational_autoencode`; None for all at once.
+        need: bytes the step takes at most, beside x, weights, gradients and optimiser state (predicted, `cost`).
+        free: bytes there are before training, for all of the following; None where that cannot be known.
+        weights: bytes of the SAE. optimiser: bytes that gradients and Adam's two moments will take.
+    """
+
+    mode: str
+    chunk_tokens: int | None
+    chunk_features: int | None
+    need: float
+    free: float | None
+    weights: float = 0.0
+    optimiser: float = 0.0
+
+    def __str__(self) -> str:
+        pieces = [
+            f"{size} {name} at a time"
+            for name, size in (("tokens", self.chunk_tokens), ("features", self.chunk_features))
+            if size is not None
+        ]
+        there = "" if self.free is None else f"; {_size(self.free)} free"
+        return (
+            f"memory: {', '.join([self.mode, *pieces])}. weights {_size(self.weights)}, gradients and optimiser "
+            f"{_size(self.optimiser)}, activations {_size(self.need)}{there}"
+        )
+
+
+def plan_memory(
+    sae: SparseAutoencoder, batch_size: int, memory: str = "auto", *, aux_k: int = 0, free: float | None = None
+) -> MemoryPlan:
+    """The plan for training steps of `batch_size` tokens.
+
+    "auto" takes the first that fits into 0.8 of what gradients and Adam's state leave free: saved, chunked (same
+    FLOPs, to rounding the same numbers), streamed (a fifth more FLOPs). Only a Rational SAE can be cut.
+
+    Args:
+        aux_k: of the recipe; an auxiliary loss needs the whole code, and so "saved".
+        free: bytes there are; asked of the device when None.
+
+    Raises:
+        ConfigError: an unknown mode, or one that this SAE or recipe cannot be trained in.
+    """
+    if memory not in MODES:
+        raise ConfigError(f"memory is {memory!r}; choose one of {', '.join(MODES)}")
+    rational = isinstance(sae, FusedRationalSAE) and not sae.compares_features
+    whole = not rational or aux_k > 0
+    if whole and memory in ("chunked", "streamed"):
+        what = "a recipe with an auxiliary loss" if rational else f"a {sae.architecture} SAE"
+        raise ConfigError(
+            f"memory={memory!r} is for Rational SAEs with thresholds per feature; {what} needs the whole code: "
+            "use 'saved' or 'auto'"
+        )
+    if free is None:
+        free = free_memory(sae.W_dec.device)
+    later = _later(sae)
+    # On the eager backend autograd keeps what eager PyTorch does.
+    eager = isinstance(sae, FusedRationalSAE) and sae.backend == "eager"
+    budget = None if free is None else SHARE * (free - later)
+    plan = cut(_step(sae, batch_size), budget, "saved" if whole else memory, eager=eager)
+    weights = sum(one.numel() * one.element_size() for one in sae.state_dict().values())
+    return replace(plan, free=free, weights=weights, optimiser=later)
+
+
+def cut(step: Step, budget: float | None, memory: str = "auto", *, eager: bool = False) -> MemoryPlan:
+    """The plan of one step that shall take `budget` bytes at most (None: any number), as `plan_memory` chooses it."""
+
+    def plan(mode: str, tokens: int | None = None, features: int | None = None) -> MemoryPlan:
+        strategy = mode if mode != "saved" else "eager" if eager else "split"
+        need = cost(step, strategy, chunk_tokens=tokens or 0, chunk_features=features or 0).peak_bytes
+        return MemoryPlan(mode, tokens, features, need, None)
+
+    def fits(one: MemoryPlan) -> bool:
+        return budget is None or one.need <= budget
+
+    saved = plan("saved")
+    if memory == "saved" or (memory == "auto" and fits(saved)):
+        return saved
+    chunked = [plan("chunked", tokens) for tokens in _halvings(step.n_tokens, LEAST_TOKENS)]
+    if memory == "chunked":
+        # The largest piece that fits, but a piece.
+        pieces = chunked[1:] or chunked
+        return next((one for one in pieces if fits(one)), pieces[-1])
+    if memory == "auto" and (found := next((one for one in chunked if fits(one)), None)):
+        return found
+    features = [size for size in _halvings(min(step.d_sae, MOST_FEATURES), LEAST_FEATURES) if size < step.d_sae]
+    streamed = [plan("streamed", None, size) for size in features or [max(1, step.d_sae // 2)]]
+    streamed += [
+        plan("streamed", tokens, streamed[-1].chunk_features) for tokens in _halvings(step.n_tokens, LEAST_TOKENS)[1:]
+    ]
+    return next((one for one in streamed if fits(one)), streamed[-1])
+
+
+def free_memory(device: torch.device) -> float | None:
+    """Bytes that new tensors can take on a device; None where nobody says."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    if device.type != "cpu":
+        return None
+    found = [one for one in (_meminfo(), _cgroup()) if one is not None]
+    return min(found) if found else None
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"
+
+
+def _meminfo() -> float | None:
+    """MemAvailable of Linux."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        names = os.sysconf_names if hasattr(os, "sysconf_names") else {}
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_AVPHYS_PAGES" in names else None
+    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _cgroup(root: str = "/sys/fs/cgroup") -> float | None:
+    """What a container's limit leaves, where there is one (cgroup version 2)."""
+    try:
+        limit, used = (Path(root, name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return None if limit == "max" else float(limit) - float(used)
+    except (OSError, ValueError):
+        return None
+
+
+def _step(sae: SparseAutoencoder, batch_size: int) -> Step:
+    itemsize = sae.W_dec.element_size()
+    if not isinstance(sae, FusedRationalSAE):
+        return Step(batch_size, sae.d_in, sae.d_sae, itemsize=itemsize)
+    gate = sae.gate
+    p, q = gate.degree
+    return Step(batch_size, sae.d_in, sae.d_sae, p, q, gate.groups == 1, gate.form, itemsize)
+
+
+def _later(sae: SparseAutoencoder) -> int:
+    """Bytes that training makes besides: gradients and Adam's two moments."""
+    return sum(3 * one.numel() * one.element_size() for one in sae.parameters() if one.requires_grad)
+
+
+def _halvings(size: int, least: int) -> list[int]:
+    """size, size / 2, ... down to `least`, rounded up to multiples of 16 (rows of the kernels start aligned)."""
+    sizes = [size]
+    while sizes[-1] // 2 >= least:
+        sizes.append(-(-sizes[-1] // 2 // 16) * 16)
+    return sizes

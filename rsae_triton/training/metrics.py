@@ -1,0 +1,159 @@
+"""What a training run says: the log it returns, metrics.jsonl, a progress bar, TensorBoard and Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rsae_triton.common.errors import ConfigError, StorageError
+from rsae_triton.common.files import write_text
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass
+class TrainLog:
+    """What a run did: one entry per logged step in each list, and what it cost."""
+
+    recipe: str
+    steps: int
+    batch_size: int
+    seed: int
+    step: list[int] = field(default_factory=list)
+    mse: list[float] = field(default_factory=list)
+    l0: list[float] = field(default_factory=list)
+    weight: list[float] = field(default_factory=list)
+    dead: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def add(self, row: dict[str, Any]) -> None:
+        for name in ("step", "mse", "l0", "weight", "dead"):
+            getattr(self, name).append(row[name])
+
+
+class Metrics:
+    """Takes one row of numbers per logged step.
+
+    Args:
+        log: is added to. out: folder of metrics.jsonl, or None. track: of `TrainSettings`. settings: what the
+            trackers shall show of the run.
+    """
+
+    def __init__(self, log: TrainLog, out: Path | None, track: tuple[str, ...], settings: dict[str, Any]) -> None:
+        self.log = log
+        self._file = None if out is None else open(out / METRICS, "a", encoding="utf-8")  # noqa: SIM115
+        self._sinks = [_SINKS[name](out, settings) for name in track if out is not None]
+
+    def row(self, row: dict[str, Any]) -> None:
+        self.log.add(row)
+        if self._file is not None:
+            try:
+                self._file.write(json.dumps(row) + "\n")
+                self._file.flush()
+            except OSError as error:
+                raise StorageError(
+                    f"{self._file.name} cannot be written ({error.strerror}); make room, and go on from the last "
+                    "checkpoint with --resume (in Python: resume=True)"
+                ) from error
+        for write, _ in self._sinks:
+            write(row)
+
+    def close(self) -> None:
+        if self._file is not None:
+            with suppress(OSError):  # every row was flushed, or said that it could not be
+                self._file.close()
+        for _, close in self._sinks:
+            close()
+
+
+def take_up(out: Path, step: int, log: TrainLog) -> None:
+    """Cuts metrics.jsonl off at `step`, where a continued run begins, and takes what is before into the log."""
+    path = out / METRICS
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break  # a line that a kill cut short
+        if row["step"] >= step:
+            break
+        rows.append(row)
+        log.add(row)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+Sink = tuple[Callable[[dict[str, Any]], Any], Callable[[], Any]]
+
+
+def _tensorboard(out: Path, settings: dict[str, Any]) -> Sink:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError("track tensorboard needs that package; install it with: pip install tensorboard") from error
+    writer: Any = SummaryWriter(str(out / "tensorboard"))
+    writer.add_text("settings", json.dumps(settings, indent=1, default=str))
+
+    def write(row: dict[str, Any]) -> None:
+        for name, value in row.items():
+            if name != "step":
+                writer.add_scalar(name, value, row["step"])
+
+    return write, writer.close
+
+
+def _wandb(out: Path, settings: dict[str, Any]) -> Sink:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError("track wandb needs that package; install it with: pip install wandb") from error
+    # One id per folder, so that a continued run goes on in the same curve.
+    mark = out / "wandb.id"
+    if not mark.is_file():
+        write_text(mark, secrets.token_hex(4))
+    run: Any = wandb.init(
+        dir=str(out), name=out.name, id=mark.read_text().strip(), resume="allow", config=json.loads(_plain(settings))
+    )
+    return lambda row: run.log(row, step=row["step"]), run.finish
+
+
+def _plain(settings: dict[str, Any]) -> str:
+    return json.dumps(settings, default=str)
+
+
+_SINKS: dict[str, Callable[[Path, dict[str, Any]], Sink]] = {"tensorboard": _tensorboard, "wandb": _wandb}
+
+
+@contextmanager
+def progress_bar(label: str, steps: int, done: int, batch_size: int, show: bool) -> Iterator[Callable[[Any], None]]:
+    """A bar with tokens/s, ETA, mse, l0 and the share of features that are alive; called with the row of a step."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+    from rsae_triton.common.progress import LoggedProgress
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[state]}"),
+        TimeRemainingColumn(),
+    )
+    started = time.perf_counter()
+    with ExitStack() as stack:
+        bar = stack.enter_context(LoggedProgress(*columns, disable=not show))
+        task = bar.add_task(label, total=steps, completed=done, state="")
+
+        def advance(row: dict[str, Any]) -> None:
+            rate = (bar.tasks[0].completed + 1 - done) * batch_size / max(time.perf_counter() - started, 1e-9)
+            state = f"{rate:,.0f} tok/s  mse {row['mse']:.1f}  l0 {row['l0']:.1f}  alive {row['alive']:.1%}"
+            bar.update(task, advance=1, state=state)
+
+        yield advance

@@ -1,0 +1,107 @@
+"""What the processes of a run do together; here for one alone, in `distributed.py` for many."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.training.checkpoints import Checkpoints, is_sharded, read_state
+from rsae_triton.training.memory import MemoryPlan
+from rsae_triton.training.recipes import Losses, Recipe, losses
+from rsae_triton.training.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from rsae_triton.training.run import Run
+
+
+@dataclass
+class Summed:
+    """Of one step, over all processes: mse, l0, the gradient's norm (a tensor, and its number), activity counts of this
+    process's features, and each flag if any process raised it."""
+
+    mse: float
+    l0: float
+    norm: Tensor
+    grad_norm: float
+    counts: Tensor
+    flags: list[bool]
+    finite: bool
+
+
+class Alone:
+    """One process.
+
+    Attributes:
+        rank: of this process. data, features: (its place, how many) along the two axes.
+    """
+
+    rank = 0
+    data: tuple[int, int] = (0, 1)
+    features: tuple[int, int] = (0, 1)
+
+    def check(self, sae: SparseAutoencoder, recipe: Recipe, settings: TrainSettings) -> None:
+        """Refuses what these processes cannot train."""
+
+    def barrier(self) -> None:
+        """Waits for all."""
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Over the processes that see other tokens."""
+        return value
+
+    def over_features(self, value: Tensor) -> Tensor:
+        """The sum over the processes that hold other features."""
+        return value
+
+    def losses(
+        self,
+        sae: SparseAutoencoder,
+        x: Tensor,
+        recipe: Recipe,
+        weight: float,
+        dead: Tensor | None,
+        plan: MemoryPlan,
+    ) -> Losses:
+        return losses(sae, x, recipe, weight, dead, plan)
+
+    def finish(self, sae: SparseAutoencoder, terms: Losses, flags: list[bool]) -> Summed:
+        """Makes gradients and numbers those of the whole batch and the whole SAE."""
+        norm = torch.nn.utils.get_total_norm([one.grad for one in sae.parameters() if one.grad is not None])
+        # One transfer from the device for all of them.
+        numbers = torch.stack([one.detach().double() for one in (terms.mse, terms.l0, norm, terms.total)]).tolist()
+        mse, l0, grad_norm, _ = numbers
+        return Summed(mse, l0, norm, grad_norm, terms.counts, flags, all(map(math.isfinite, numbers)))
+
+    def whole_config(self, sae: SparseAutoencoder) -> dict[str, Any]:
+        """The configuration of the SAE whose part `sae` is."""
+        return sae.config()
+
+    def agree(self, plan: MemoryPlan) -> MemoryPlan:
+        """One plan for all."""
+        return plan
+
+    def save(self, checkpoints: Checkpoints, run: Run, info: dict[str, Any]) -> Path:
+        # Nothing in a step is random today; what an SAE of one's own draws goes on all the same.
+        random = {"rng.cpu": torch.get_rng_state()}
+        if torch.cuda.is_initialized():
+            random["rng.cuda"] = torch.cuda.get_rng_state()
+        return checkpoints.save(run.step, run.tensors() | random, info)
+
+    def load(self, path: Path, run: Run) -> dict[str, Tensor]:
+        """The tensors of a checkpoint, written by one process or by many."""
+        if not is_sharded(path):
+            tensors = read_state(path)
+            if "rng.cpu" in tensors:
+                torch.set_rng_state(tensors["rng.cpu"].clone())
+            if "rng.cuda" in tensors and torch.cuda.is_available():
+                torch.cuda.set_rng_state(tensors["rng.cuda"].clone())
+            return tensors
+        from rsae_triton.sae.sharded import read_whole
+
+        return read_whole(path)

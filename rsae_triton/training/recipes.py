@@ -1,0 +1,269 @@
+"""What is minimised: named recipes for teachers and for Rational SAEs, and the controller that holds l0."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from rsae_triton.common.checks import check_number
+from rsae_triton.common.errors import ConfigError
+from rsae_triton.ops.across import Across, decode_across
+from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.sae.rational import FusedRationalSAE
+from rsae_triton.sae.topk_rational import TopKRationalSAE
+from rsae_triton.teachers import BatchTopKSAE, JumpReluSAE, ReluSAE, TopKSAE, keep_largest
+from rsae_triton.training.memory import MemoryPlan
+
+TANH_SLOPE = 4.0
+USUAL_K, USUAL_L0 = 32, 25.0
+GATE_PARAMETERS = ("alpha", "beta", "centre", "log_input_scale")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One objective: mse + weight * sparsity.
+
+    Attributes:
+        name: how it is called on the command line.
+        sparsity: "l1" on |z| * ||W_dec row||, "l0" on the (differentiable) number of active features, "tanh" on
+            tanh(4 |z| * ||W_dec row||) (a bounded l1 for thresholds trained through a rectangle), or "none".
+        weight: of the sparsity term, in units of the activations' mean norm (l1) or its square (l0), so that it
+            means the same at any scale; its start where `target_l0` steers it.
+        target_l0: hold the l0 of the training batches here by steering the weight; None keeps the weight.
+        soft: train on the dense rational code instead of the shipped one (the paper's way; see docs/experiments.md).
+        aux_k: dead features that reconstruct the residual (TopK's auxiliary loss, arXiv:2406.04093), 0 for none.
+        frozen: names of gate parameters that stay as stage 1 left them.
+        lr_scale: learning-rate factor by parameter-name ending.
+    """
+
+    name: str
+    sparsity: str = "l1"
+    weight: float = 1.0
+    target_l0: float | None = None
+    soft: bool = False
+    aux_k: int = 0
+    frozen: tuple[str, ...] = ()
+    lr_scale: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.sparsity not in ("l1", "l0", "tanh", "none"):
+            raise ConfigError(f"sparsity is {self.sparsity!r}; choose l1, l0, tanh or none")
+        check_number("the sparsity weight", self.weight, least=0)
+        if self.target_l0 is not None:
+            check_number("target_l0", self.target_l0, above=0)
+
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("relu", "l1", weight=0.125),
+        Recipe("jumprelu", "l0", weight=0.001, lr_scale={"threshold": 10.0}),
+        # https://transformer-circuits.pub/2025/january-update: the penalty in place of l0, c = 4.
+        Recipe("jumprelu-tanh", "tanh", weight=0.001, lr_scale={"threshold": 10.0}),
+        Recipe("topk", "none", weight=0.0, aux_k=256),
+        Recipe("batchtopk", "none", weight=0.0, aux_k=256),
+        # The paper to the letter (section 3.3): every parameter, mse + l1 on the soft code.
+        Recipe("paper", "l1", weight=0.125, soft=True),
+        # Train the code that is shipped: zeros made by the hard gate, gradients by the rational's slope.
+        # The weight starts at about twice where it settles: thresholds that rise early leave more steps to use them.
+        # `relative_weight` adapts it to the teacher's sparsity.
+        # The gate's own numbers stay as fitted: trained, they bend the slope that trains everything else
+        # (docs/experiments.md).
+        Recipe("hard", "l0", weight=0.0017, frozen=GATE_PARAMETERS, lr_scale={"threshold": 15.0}),
+        Recipe("hard-trained", "l0", weight=0.0017, lr_scale={"threshold": 15.0}),
+    )
+}
+
+
+def recipe_for(sae: SparseAutoencoder, name: str = "auto") -> Recipe:
+    """The recipe of this name, or the one that fits the SAE.
+
+    Raises:
+        ConfigError: an unknown recipe, or one that this SAE cannot be trained with.
+    """
+    if name == "auto":
+        if isinstance(sae, TopKRationalSAE):
+            name = "topk"
+        elif isinstance(sae, FusedRationalSAE):
+            name = "hard" if sae.gate.form == "gated" else "paper"
+        elif isinstance(sae, JumpReluSAE):
+            name = "jumprelu"
+        else:
+            kept = {TopKSAE: "topk", BatchTopKSAE: "batchtopk"}
+            name = kept.get(type(sae), "relu")
+    if name not in RECIPES:
+        raise ConfigError(f"recipe is {name!r}; choose one of auto, {', '.join(RECIPES)}")
+    recipe = RECIPES[name]
+    if recipe.soft and not isinstance(sae, FusedRationalSAE):
+        raise ConfigError(f"recipe {name!r} trains a rational code; a {sae.architecture} SAE has none")
+    direct = isinstance(sae, FusedRationalSAE) and sae.gate.form == "direct"
+    if recipe.sparsity == "l0" and (isinstance(sae, ReluSAE) or sae.compares_features or direct):
+        raise ConfigError(f"recipe {name!r} needs trainable thresholds; use a gated rational or a JumpReLU SAE")
+    if recipe.sparsity == "l0" and isinstance(sae, FusedRationalSAE):
+        recipe = replace(recipe, weight=recipe.weight * relative_weight(sae.metadata))
+    return recipe
+
+
+def relative_weight(metadata: Mapping[str, Any]) -> float:
+    """What a feature is worth to the teacher an SAE was made from, 1 for the teachers the recipes were chosen on.
+
+    Its own sparsity weight over its family's usual one says so, or for TopK the usual k over its own. A teacher that
+    was trained elsewhere does not tell; the weight at which training settles fell as l0 to the power -1.5
+    (docs/experiments.md).
+    """
+    objective, stage1 = metadata.get("objective"), metadata.get("stage1")
+    if isinstance(objective, Mapping):
+        usual = RECIPES.get(str(objective.get("family")))
+        own, k = objective.get("weight"), objective.get("k")
+        if usual is not None and usual.weight and _positive(own):
+            return float(own) / usual.weight
+        return USUAL_K / float(k) if usual is not None and usual.sparsity == "none" and _positive(k) else 1.0
+    l0 = stage1.get("teacher_l0") if isinstance(stage1, Mapping) else None
+    return float((USUAL_L0 / float(l0)) ** 1.5) if _positive(l0) else 1.0
+
+
+def _positive(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and 0 < value < math.inf
+
+
+def training_l0(teacher: SparseAutoencoder, teacher_l0: float) -> float:
+    """The l0 at which a Rational SAE of `teacher` and its controls are trained, to be compared at the teacher's own.
+
+    A little above it, because a code can be thresholded down to an l0, never up to it; not so for TopK, whose
+    control cannot go above k, and whose l0 on other text is k as well.
+    """
+    return teacher_l0 * (1.0 if isinstance(teacher, TopKSAE) else 1.04)
+
+
+def holding(recipe: Recipe, sae: SparseAutoencoder, target_l0: float | str | None) -> Recipe:
+    """The recipe with l0 held at `target_l0`, where its sparsity term can do that.
+
+    target_l0: None keeps the recipe's weight. "auto" holds what the recipe asks for itself, else what stage 1 noted in
+    the SAE (`training_l0` of its teacher), and nothing in an SAE that has not been through it.
+    """
+    if target_l0 == "auto":
+        stage1 = sae.metadata.get("stage1")
+        noted = stage1.get("train_l0") if isinstance(stage1, Mapping) else None
+        target_l0 = noted if recipe.target_l0 is None and _positive(noted) else recipe.target_l0
+    if target_l0 is not None:
+        check_number("target_l0", target_l0, above=0)
+    return recipe if target_l0 is None or recipe.sparsity == "none" else replace(recipe, target_l0=float(target_l0))
+
+
+class SparsityController:
+    """The sparsity weight in the units of the loss, steered so that l0 stays at a target if there is one.
+
+    Proportional-integral control of log(weight) on log(l0 / target), averaged over about 10 batches: scale-free,
+    and never negative. Thresholds integrate the weight themselves, so that integral control alone would swing.
+    The integral part stays within a factor 100 of its start: a target that cannot be reached shows in the log as a
+    weight at its limit, not as a loss that runs away.
+    """
+
+    _STATE = ("weight", "_base", "_low", "_high", "_average")
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        norm: float = 1.0,
+        *,
+        proportional: float = 3.0,
+        integral: float = 0.02,
+        memory: float = 0.9,
+    ) -> None:
+        """norm: the activations' mean norm."""
+        self.target, self.weight = recipe.target_l0, recipe.weight * (norm if recipe.sparsity == "l1" else norm**2)
+        self._base, self._low, self._high = self.weight, self.weight / 100, self.weight * 100
+        self._proportional, self._integral, self._memory = proportional, integral, memory
+        self._average: float | None = None
+
+    def update(self, l0: float) -> float:
+        """Takes one batch's mean l0 and returns the weight for the next."""
+        self._average = l0 if self._average is None else self._memory * self._average + (1 - self._memory) * l0
+        if self.target is not None:
+            error = math.log(max(self._average, 1e-3) / self.target)
+            self._base = min(max(self._base * math.exp(self._integral * error), self._low), self._high)
+            self.weight = self._base * math.exp(self._proportional * max(-1.0, min(1.0, error)))
+        return self.weight
+
+    def state(self) -> dict[str, float | None]:
+        """What `restore` takes back: a controller goes on from there as if it had never stopped."""
+        return {name: getattr(self, name) for name in self._STATE}
+
+    def restore(self, state: dict[str, float | None]) -> None:
+        for name in self._STATE:
+            setattr(self, name, state[name])
+
+
+@dataclass
+class Losses:
+    """The terms of one batch: `total` to differentiate, the rest for the log; z and counts for dead features."""
+
+    total: Tensor
+    mse: Tensor
+    l0: Tensor
+    counts: Tensor
+
+
+def losses(
+    sae: SparseAutoencoder,
+    x: Tensor,
+    recipe: Recipe,
+    weight: float,
+    dead: Tensor | None = None,
+    plan: MemoryPlan | None = None,
+    across: Across | None = None,
+) -> Losses:
+    """mse (mean over tokens of ||x - x_hat||^2) + weight * sparsity (mean over tokens).
+
+    Args:
+        x: [n_tokens, d_in]. weight: of the sparsity term. dead: [d_sae] bool, features for the auxiliary loss.
+        plan: how the step is cut to fit into memory; whole when None. across: the other processes that hold
+            features of this SAE; mse is then of the whole, sparsity, l0 and counts of the features here.
+    """
+    if plan is not None and plan.mode != "saved":
+        assert isinstance(sae, FusedRationalSAE)
+        cut = sae.autoencode(
+            x,
+            hard=not recipe.soft,
+            l1_weight=weight if recipe.sparsity == "l1" else 0.0,
+            l0_weight=weight if recipe.sparsity == "l0" else 0.0,
+            chunk_tokens=plan.chunk_tokens,
+            chunk_features=plan.chunk_features,
+            across=across,
+        )
+        return Losses(cut.total, cut.mse.detach(), cut.l0.detach(), cut.counts.detach())
+    if isinstance(sae, FusedRationalSAE):
+        z, counts, l1 = sae.encode_with_sums(x, hard=not recipe.soft)
+    else:
+        z, counts = sae.encode_with_counts(x)
+        l1 = None
+    if across is None:
+        x_hat = sae.decode(z, x)
+    else:
+        x_hat = sae.normalization(x).undo(decode_across(z, sae.W_dec, sae.b_dec, across))
+    residual = x - x_hat
+    mse = residual.square().sum(-1).mean()
+    total = mse
+    l0 = counts.sum() / len(x)
+    if recipe.sparsity == "l1":
+        norms = sae.W_dec.norm(dim=1)
+        total = total + weight * ((z.abs() @ norms).mean() if l1 is None else (l1 * norms).sum() / len(x))
+    elif recipe.sparsity == "tanh":
+        total = total + weight * torch.tanh(TANH_SLOPE * z.abs() * sae.W_dec.norm(dim=1)).sum(1).mean()
+    elif recipe.sparsity == "l0":
+        total = total + weight * l0
+    if recipe.aux_k and dead is not None and bool(dead.any()):
+        total = total + auxiliary_loss(sae, x, residual.detach(), dead, recipe.aux_k) / 32
+    return Losses(total, mse.detach(), l0.detach(), counts.detach())
+
+
+def auxiliary_loss(sae: SparseAutoencoder, x: Tensor, residual: Tensor, dead: Tensor, k: int) -> Tensor:
+    """How well the k strongest dead features reconstruct what the live ones left (arXiv:2406.04093, app. A.2)."""
+    h = sae.hidden_pre(x)
+    z = keep_largest(h.masked_fill(~dead, -torch.inf), min(k, int(dead.sum()))).relu()
+    return (residual - sae.normalization(x).scale * (z @ sae.W_dec)).square().sum(-1).mean()

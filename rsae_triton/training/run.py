@@ -1,0 +1,216 @@
+"""One training run: its state, one optimiser step, and saving and restoring all of it."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rsae_triton.common.errors import ConfigError, FormatError, NumericsError
+from rsae_triton.ops.workspace import StepMemory
+from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.training.checkpoints import Checkpoints
+from rsae_triton.training.memory import MemoryPlan
+from rsae_triton.training.optimizer import (
+    make_optimizer,
+    optimizer_tensors,
+    remove_radial_gradient,
+    restore_optimizer,
+    set_learning_rate,
+)
+from rsae_triton.training.processes import Alone
+from rsae_triton.training.recipes import Losses, Recipe, SparsityController
+from rsae_triton.training.settings import TrainSettings
+
+
+class Run:
+    """Everything that a training run is between two steps.
+
+    Attributes:
+        step: steps done. sae, optimizer, controller: what they say. idle: [d_sae], tokens since each feature was
+            last active. norms: [d_sae, 1], what the decoder's rows are held at, or None.
+        together: the processes of the run. identity: of the activations. memory: what steps on the CPU use again.
+    """
+
+    def __init__(
+        self,
+        sae: SparseAutoencoder,
+        settings: TrainSettings,
+        recipe: Recipe,
+        plan: MemoryPlan,
+        together: Alone,
+        identity: str,
+    ) -> None:
+        self.sae, self.settings, self.recipe, self.plan, self.together = sae, settings, recipe, plan, together
+        self.identity, self.step = identity, 0
+        self.memory = StepMemory()
+        self.optimizer = make_optimizer(sae, recipe, settings)
+        self.controller: SparsityController | None = None
+        self.idle = torch.zeros(sae.d_sae, device=sae.W_dec.device)
+        self.norms: Tensor | None = None
+        if settings.decoder_norm != "free":
+            norms = sae.W_dec.detach().norm(dim=1, keepdim=True)
+            self.norms = norms if settings.decoder_norm == "keep" else torch.ones_like(norms)
+            if settings.decoder_norm == "unit":
+                sae.scale_decoder_rows_(self.norms)
+
+    # -- one step
+
+    def advance(
+        self, batch: Tensor, stop: bool, due: bool, checkpoints: Checkpoints | None
+    ) -> tuple[dict[str, Any], bool, bool]:
+        """One optimiser step on this process's rows -> numbers of the step, and whether any process wants to stop
+        or to save.
+
+        Raises:
+            NumericsError: something is not finite; nothing was changed.
+        """
+        sae, settings = self.sae, self.settings
+        x = batch.to(device=sae.W_dec.device, dtype=sae.W_dec.dtype)
+        if self.controller is None:
+            norm = self.together.mean(x.float().norm(dim=1).mean())
+            self.controller = SparsityController(self.recipe, float(norm))
+        dead = self.idle > settings.dead_after
+        ramp = settings.sparsity_ramp(self.step)
+        terms = self._differentiate(x, ramp * self.controller.weight, dead if self.recipe.aux_k else None)
+        if self.norms is not None:
+            remove_radial_gradient(sae.W_dec)
+        summed = self.together.finish(sae, terms, [stop, due])
+        if not summed.finite:
+            raise NumericsError(self._explain(x, terms, checkpoints))
+        torch.nn.utils.clip_grads_with_norm_(_trained(sae), settings.clip, summed.norm)
+        factor = settings.learning_rate(self.step)
+        set_learning_rate(self.optimizer, factor)
+        self.optimizer.step()
+        if self.norms is not None:
+            sae.scale_decoder_rows_(self.norms)
+        sae.constrain_()
+        self.idle = torch.where(summed.counts > 0, 0.0, self.idle + settings.batch_size)
+        if ramp == 1.0:
+            self.controller.update(summed.l0)
+        row = {
+            "step": self.step,
+            "tokens": (self.step + 1) * settings.batch_size,
+            "mse": summed.mse,
+            "l0": summed.l0,
+            "weight": ramp * self.controller.weight,
+            "lr": settings.lr * factor,
+            "grad_norm": summed.grad_norm,  # the tensor would be waited for, and with it the optimiser's step
+        }
+        self.step += 1
+        stop, due = summed.flags
+        return row, stop, due
+
+    def _differentiate(self, x: Tensor, weight: float, dead: Tensor | None) -> Losses:
+        """Gradients of the loss on x, in as many pieces as settings say, and its terms."""
+        # Saved codes are autograd's: it makes its own gradients.
+        self.memory.zero_grad(self.sae.parameters(), keep=self.plan.mode != "saved")
+        found = []
+        for piece in x.chunk(self.settings.accumulate):
+            share = len(piece) / len(x)
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"), self.memory:
+                terms = self.together.losses(self.sae, piece, self.recipe, weight, dead, self.plan)
+            if share == 1:
+                terms.total.backward()
+                return terms
+            (terms.total * share).backward()
+            found.append((share, terms))
+        total, mse, l0 = (sum(share * getattr(one, name).detach() for share, one in found) for name in _SCALARS)
+        return Losses(total, mse, l0, torch.stack([one.counts for _, one in found]).sum(0))
+
+    def features(self) -> dict[str, Any]:
+        """Of the whole SAE: how many features are dead, and which share is alive."""
+        dead = int(self.together.over_features((self.idle > self.settings.dead_after).sum()))
+        return {"dead": dead, "alive": 1 - dead / (self.sae.d_sae * self.together.features[1])}
+
+    def _explain(self, x: Tensor, terms: Losses, checkpoints: Checkpoints | None) -> str:
+        """Names the first tensor, in the order of the computation, that is not finite."""
+        parameters = list(self.sae.named_parameters())
+        gradients = [(f"the gradient of {name}", one.grad) for name, one in parameters if one.grad is not None]
+        named = [("the batch", x), *parameters, ("the loss", terms.total), *gradients]
+        name, bad = next(((name, one) for name, one in named if not bool(one.isfinite().all())), ("", None))
+        what = "a sum over the processes"
+        if bad is not None:
+            count = int((~bad.isfinite()).sum())
+            what = f"{name} holds {count} NaN or infinite of {bad.numel()} values"
+            what += f", the first at {(~bad.isfinite()).nonzero()[0].tolist()}" if bad.dim() else ""
+            what += " (NaN or infinite activations)" if bad is x else ""
+        last = checkpoints.steps() if checkpoints is not None else []
+        good = f"the last good checkpoint is {checkpoints.path(last[-1])}" if checkpoints and last else "no checkpoint"
+        return (
+            f"training stopped at step {self.step}: {what}; the SAE holds the parameters from before this step, "
+            f"{good}. Lower lr, or clean the activations"
+        )
+
+    # -- all of it
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = {f"sae.{name}": one for name, one in self.sae.state_dict().items()}
+        found |= optimizer_tensors(self.sae, self.optimizer)
+        found["idle"] = self.idle
+        if self.norms is not None:
+            found["norms"] = self.norms
+        return found
+
+    def save(self, checkpoints: Checkpoints, seconds: float) -> Path:
+        """Writes a checkpoint; see `Checkpoints.save` for what it raises."""
+        info = {
+            "config": self.together.whole_config(self.sae),
+            "settings": self.settings.fixed(self.recipe),
+            "activations": self.identity,
+            "controller": None if self.controller is None else self.controller.state(),
+            "seconds": seconds,
+        }
+        return self.together.save(checkpoints, self, info)
+
+    def restore(self, checkpoints: Checkpoints) -> float:
+        """Goes back to the latest checkpoint that can be read; returns the seconds of training it took.
+
+        Raises:
+            ConfigError: it is of a run with other settings, another SAE or other activations.
+            FormatError: none can be read.
+        """
+        for path, info in checkpoints.newest_first():
+            self._check(path, info)
+            try:
+                tensors = self.together.load(path, self)
+            except FormatError as error:
+                warnings.warn(f"{error}; going back to the checkpoint before", stacklevel=2)
+                continue
+            self.step = info["step"]
+            if info["controller"] is not None:
+                self.controller = SparsityController(self.recipe)
+                self.controller.restore(info["controller"])
+            self.sae.load_state_dict({name[4:]: one for name, one in tensors.items() if name.startswith("sae.")})
+            restore_optimizer(self.sae, self.optimizer, tensors)
+            self.idle.copy_(tensors["idle"])
+            if self.norms is not None:
+                self.norms.copy_(tensors["norms"])
+            return float(info["seconds"])
+        raise FormatError(f"no checkpoint in {checkpoints.folder} can be read; delete the folder to start again")
+
+    def _check(self, path: Path, info: dict[str, Any]) -> None:
+        own = self.settings.fixed(self.recipe)
+        theirs = info["settings"]
+        for name, value in own.items():
+            if theirs.get(name) != value:
+                raise ConfigError(
+                    f"{path} was trained with {name}={theirs.get(name)!r}, not {value!r}; go on with the same, or "
+                    "start in another folder"
+                )
+        mine = self.together.whole_config(self.sae)
+        for name in mine.keys() - {"metadata", "device"}:
+            if info["config"].get(name) != mine[name]:
+                raise ConfigError(f"{path} is of an SAE with {name}={info['config'].get(name)!r}, not {mine[name]!r}")
+        if info["activations"] != self.identity:
+            raise ConfigError(f"{path} was trained on other activations; resume with those, or start in another folder")
+
+
+_SCALARS = ("total", "mse", "l0")
+
+
+def _trained(sae: SparseAutoencoder) -> list[Tensor]:
+    return [one for one in sae.parameters() if one.grad is not None]

@@ -1,0 +1,122 @@
+"""How a training run goes: one documented dataclass, for `train(...)` and for `rsae train`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rsae_triton.common.checks import check_flag, check_integer, check_number, check_seed
+from rsae_triton.common.errors import ConfigError
+from rsae_triton.common.files import as_path
+from rsae_triton.training.recipes import Recipe
+
+# What may change between a run and its continuation: nothing of it touches a number.
+FREE = ("out", "resume", "checkpoint_every", "checkpoint_minutes", "keep", "memory", "track")
+
+LR = 6e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Settings of one training run.
+
+    Raises:
+        ConfigError: a value that cannot be used.
+    """
+
+    steps: int
+    """Optimiser steps."""
+    recipe: str | Recipe = "auto"
+    """What is minimised: a name of `recipes.RECIPES`, or auto for the one that fits the SAE."""
+    target_l0: float | Literal["auto"] | None = "auto"
+    """Hold l0 here by steering the sparsity weight (recipes that have one): a number, none for a fixed weight, or auto
+    for the teacher's where stage 1 noted it."""
+    batch_size: int = 512
+    """Tokens per optimiser step, over all processes."""
+    accumulate: int = 1
+    """Pieces a batch is cut into, whose gradients are summed; the step stays that of the whole batch."""
+    optimizer: Literal["adam", "adamw"] = "adam"
+    """adamw decays the weights of the encoder and the decoder by `weight_decay`."""
+    weight_decay: float = 0.01
+    """Of adamw."""
+    lr: float = LR
+    """Learning rate, warmed up linearly and brought to zero linearly at the end."""
+    warmup: int | None = None
+    """Steps of the warm-up; a twentieth of all when not given."""
+    decay: float = 0.2
+    """Last share of the steps, over which the learning rate falls to zero."""
+    sparsity_warmup: int = 0
+    """Steps over which the sparsity weight rises from zero; at full weight an untrained code kills features."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    decoder_norm: Literal["keep", "unit", "free"] = "keep"
+    """Norm of the decoder's rows: as it was, one, or free (a free norm evades the l1 penalty)."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """bf16: matrix products in bfloat16 (autocast); weights, gate, optimiser and sums stay float32."""
+    memory: Literal["auto", "saved", "chunked", "streamed"] = "auto"
+    """How a step is cut: not at all, over tokens, over features, or the first of these that fits into memory."""
+    seed: int = 0
+    """Of the order of the batches; nothing else is random."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits every time; slower on a GPU."""
+    dead_after: int = 10_000
+    """Tokens without activity after which a feature counts as dead."""
+    log_every: int = 10
+    """Steps between entries of the log."""
+    out: Path | None = None
+    """Folder for metrics.jsonl and checkpoints/; nothing is written when not given."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints; only by time when not given."""
+    checkpoint_minutes: float = 10.0
+    """Minutes between checkpoints, whichever comes first."""
+    keep: int = 2
+    """Checkpoints kept, the latest ones."""
+    resume: bool = False
+    """Go on from the latest checkpoint in `out`, or begin where there is none."""
+    track: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where metrics go besides metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        counts = ("steps", "warmup", "sparsity_warmup", "dead_after")
+        for name in (*counts, "batch_size", "log_every", "accumulate", "keep", "checkpoint_every"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), 0 if name in counts else 1)
+        check_seed(self.seed)
+        for name in ("deterministic", "resume"):
+            check_flag(name, getattr(self, name))
+        if self.out is not None:
+            object.__setattr__(self, "out", as_path("out", self.out))
+        for name in ("lr", "clip", "checkpoint_minutes"):
+            check_number(name, getattr(self, name), above=0)
+        check_number("weight_decay", self.weight_decay, least=0)
+        check_number("decay", self.decay, least=0, most=1)
+        for name, choices in (
+            ("optimizer", ("adam", "adamw")),
+            ("decoder_norm", ("keep", "unit", "free")),
+            ("precision", ("float32", "bf16")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
+        if unknown := set(self.track) - {"tensorboard", "wandb"}:
+            raise ConfigError(f"track names {', '.join(sorted(unknown))}; there are tensorboard and wandb")
+        if self.accumulate > self.batch_size:
+            raise ConfigError(f"accumulate={self.accumulate} cuts a batch of {self.batch_size} into nothing")
+        if self.out is None and (self.resume or self.track or self.checkpoint_every is not None):
+            raise ConfigError("resume, track and checkpoint_every need a folder: set `out`")
+
+    def learning_rate(self, step: int) -> float:
+        """Factor on the learning rate: linear warm-up, flat, linear decay to zero over the last `decay` of all."""
+        warmup = self.steps // 20 if self.warmup is None else self.warmup
+        up = (step + 1) / warmup if step < warmup else 1.0
+        return min(up, (self.steps - step) / max(1.0, self.decay * self.steps))
+
+    def sparsity_ramp(self, step: int) -> float:
+        """Factor on the sparsity weight."""
+        return min(1.0, step / self.sparsity_warmup) if self.sparsity_warmup else 1.0
+
+    def fixed(self, recipe: Recipe) -> dict[str, Any]:
+        """What a continuation must not change, `recipe` being what ours stands for; as JSON gives it back."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in FREE}
+        return json.loads(json.dumps({**values, "recipe": asdict(recipe)}))

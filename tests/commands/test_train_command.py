@@ -1,0 +1,89 @@
+"""Two stages by command: what stage 1 notes stage 2 follows, and torchrun gives the SAE that one process gives."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from workers import small_sae
+
+from rsae_triton import FusedRationalSAE, TopKRationalSAE, load_teacher
+from rsae_triton.activations import ActivationStore, store_tensor
+from rsae_triton.commands.cli import main
+from rsae_triton.evaluation import reconstruction
+from rsae_triton.evaluation.held_out import load_sae
+
+
+def words(line):
+    return line.split()
+
+
+@pytest.fixture
+def place(tmp_path, activations, monkeypatch):
+    """A folder with STORE of activations in a model's units, and a trained teacher/ of them."""
+    from rsae_triton import train
+    from rsae_triton.training.recipes import Recipe
+
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    store = store_tensor(5 * activations, tmp_path / "STORE", provenance={"model": "tiny", "hook_name": "blocks.0.mlp"})
+    teacher = small_sae("relu")
+    train(teacher, store, steps=150, recipe=Recipe("own", "l1", weight=0.02), lr=3e-3, batch_size=128, progress=False)
+    teacher.fold_activation_scale_(store.scale).save_pretrained("teacher")
+    yield store
+    torch.set_num_threads(threads)
+
+
+def test_stage_2_holds_what_stage_1_noted_and_improves_on_it(place, activations, capsys):
+    assert main(words("upgrade teacher --activations STORE --out rational")) == 0
+    assert "rsae train holds l0 at" in capsys.readouterr().out
+    assert main(words("train rational --activations STORE --out run --steps 150 --batch-size 128 --lr 3e-3")) == 0
+    rsae = FusedRationalSAE.from_pretrained("run/sae")
+    metadata = rsae.metadata
+    assert (metadata["model_name"], metadata["hook_name"]) == ("tiny", "blocks.0.mlp")
+    assert metadata["activation_scale"] == ActivationStore("STORE").scale
+    assert "trained_at_scale" not in metadata
+    x = 5 * activations
+    scores = {one: reconstruction(sae, x) for one, sae in (("teacher", load_teacher("teacher")), ("rsae", rsae))}
+    with open("run/metrics.jsonl") as lines:
+        last = [json.loads(line)["l0"] for line in lines][-5:]
+    assert sum(last) / 5 == pytest.approx(metadata["stage1"]["train_l0"], rel=0.25)
+    assert scores["rsae"].mse < scores["teacher"].mse
+
+
+def test_coefficients_and_thresholds_by_command(place, activations):
+    assert main(words("upgrade teacher --activations STORE --out grouped --coefficients 8")) == 0
+    assert FusedRationalSAE.from_pretrained("grouped").gate.groups == 8
+    small_sae("topk").save_pretrained("topk")
+    assert (
+        main(words("upgrade topk --activations STORE --out token --thresholds token --coefficients per_feature")) == 0
+    )
+    rsae = load_sae("token")
+    assert isinstance(rsae, TopKRationalSAE)
+    assert rsae.gate.groups == 64
+    codes = [one.encode(5 * activations) for one in (rsae, load_sae("topk"))]
+    torch.testing.assert_close(*codes, rtol=0.05, atol=0.05)
+
+
+def test_torchrun_trains_the_same_sae(place):
+    small_sae("gated").save_pretrained("rational")
+    options = words(
+        "train rational --activations STORE --steps 20 --batch-size 128 --target-l0 8 --checkpoint-every 10"
+    )
+    assert main([*options, "--out", "one"]) == 0
+    launch = words("-m torch.distributed.run --nproc-per-node 2 --standalone -m rsae_triton")
+    done = subprocess.run(
+        [sys.executable, *launch, *options, "--out", "two", "--features-over", "2"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = (FusedRationalSAE.from_pretrained(f"{name}/sae") for name in ("one", "two"))
+    for name, tensor in one.state_dict().items():
+        assert torch.allclose(tensor, two.state_dict()[name], rtol=1e-3, atol=2e-5), name
+    assert main([*options, "--out", "one", "--features-over", "2"]) == 2

@@ -1,0 +1,145 @@
+"""Teachers trained here: every family and penalty, the plan that identifies them, and BatchTopK's two modes."""
+
+import pytest
+import torch
+
+from rsae_triton import train, upgrade
+from rsae_triton.common.errors import ConfigError
+from rsae_triton.evaluation import reconstruction
+from rsae_triton.experiments.teach import FAMILIES, TeacherPlan, make_teacher, objective_of
+from rsae_triton.teachers import BatchTopKSAE, JumpReluSAE, load_teacher
+from rsae_triton.training.recipes import RECIPES, recipe_for
+
+QUIET = {"progress": False, "batch_size": 128}
+
+
+class Splits:
+    """As much of the real splits as training a teacher reads."""
+
+    class train:  # noqa: N801
+        manifest = {"key": "k"}  # noqa: RUF012
+        scale, mean = 1.0, torch.zeros(16)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("RSAE_CACHE", str(tmp_path))
+
+
+def trained(k=6, steps=200):
+    from synthetic import sparse_activations
+
+    sae = BatchTopKSAE(16, 64, k=k, generator=torch.Generator().manual_seed(0))
+    train(sae, sparse_activations(), steps=steps, lr=3e-3, **QUIET)
+    return sae
+
+
+def test_batch_topk_keeps_k_on_average_while_training(activations):
+    sae = BatchTopKSAE(16, 64, k=5, generator=torch.Generator().manual_seed(0))
+    assert not sae.training
+    sae.train()
+    z = sae.encode(activations[:100])
+    assert int((z != 0).sum()) == 500
+    kept, left = z[z != 0], sae.hidden_pre(activations[:100]).relu()[z == 0]
+    assert kept.min() > left.max()
+    # Some tokens have more than k, some fewer: that is the point of it.
+    assert (z != 0).sum(1).unique().numel() > 3
+
+
+def test_batch_topk_at_inference_does_not_depend_on_the_batch(activations):
+    sae = trained()
+    assert not sae.training, "training hands the SAE back as it found it"
+    whole = sae.encode(activations)
+    assert torch.allclose(whole[:7], sae.encode(activations[:7]), atol=1e-5)
+    assert reconstruction(sae, activations).l0 == pytest.approx(6, rel=0.15)
+    assert sae.encode(activations[:0]).shape == (0, 64)
+
+
+def test_batch_topk_is_saved_and_upgraded(activations, tmp_path):
+    sae = trained()
+    loaded = load_teacher(sae.save_pretrained(tmp_path / "sae"))
+    assert isinstance(loaded, JumpReluSAE)
+    assert torch.equal(loaded.encode(activations), sae.encode(activations))
+    again = BatchTopKSAE.from_pretrained(tmp_path / "sae")
+    assert again.k == 6
+    assert torch.equal(again.encode(activations), sae.encode(activations))
+    rsae = upgrade(sae, activations)
+    assert torch.all(rsae.gate.threshold == sae.topk_threshold)
+    assert reconstruction(rsae, activations).l0 == reconstruction(sae, activations).l0
+
+
+@pytest.mark.parametrize("k", [0, 65, 2.5, True])
+def test_batch_topk_refuses_a_bad_k(k):
+    with pytest.raises(ConfigError, match="k is"):
+        BatchTopKSAE(16, 64, k=k)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_control_goes_on_with_its_teachers_objective(family, activations, tmp_path):
+    weight = None if family.endswith("topk") else 0.03
+    plan = TeacherPlan(family, 64, k=5, weight=weight, steps=3, batch_size=64)
+    teacher, log = make_teacher(plan, Splits(), activations)
+    again, log_again = make_teacher(plan, Splits(), activations)
+    assert torch.equal(teacher.W_enc, again.W_enc)
+    assert log == log_again
+    kind = type(teacher)
+    recipe = objective_of(kind.from_pretrained(again.save_pretrained(tmp_path / "saved")))
+    assert recipe.name == family
+    assert recipe.weight == (weight or 0.0)
+    # Another plan is another teacher.
+    other, _ = make_teacher(TeacherPlan(family, 64, k=5, weight=weight, steps=4, batch_size=64), Splits(), activations)
+    assert not torch.equal(other.W_enc, teacher.W_enc)
+
+
+def test_a_jumprelu_learns_its_thresholds_under_the_tanh_penalty(activations):
+    sae = JumpReluSAE(16, 64, threshold=0.1, bandwidth=0.3, generator=torch.Generator().manual_seed(0))
+    before = reconstruction(sae, activations).l0
+    recipe = TeacherPlan("jumprelu", 64, penalty="tanh", weight=0.005).recipe()
+    assert recipe == RECIPES["jumprelu-tanh"].__class__(**{**vars(RECIPES["jumprelu-tanh"]), "weight": 0.005})
+    train(sae, activations, steps=200, recipe=recipe, lr=3e-3, **QUIET)
+    assert reconstruction(sae, activations).l0 < 0.7 * before
+    assert (sae.threshold - 0.1).abs().max() > 0.05
+
+
+def test_bad_plans_are_named():
+    with pytest.raises(ConfigError, match="gelu"):
+        TeacherPlan("gelu", 64)
+    with pytest.raises(ConfigError, match="penalty"):
+        TeacherPlan("relu", 64, penalty="tanh")
+
+
+def test_an_sae_of_unknown_training_gets_its_familys_objective():
+    sae = JumpReluSAE(16, 64)
+    assert objective_of(sae) == recipe_for(sae)
+
+
+def test_rsae_teach_saves_an_sae_of_the_models_own_units(tmp_path, monkeypatch, capsys, activations):
+    """The store's activations are the model's times its scale; what is saved reads the model's."""
+    from rsae_triton.commands.cli import main
+    from rsae_triton.experiments import teach as module
+
+    class Store:
+        scale, d_in, mean = 0.25, 16, torch.zeros(16)
+        manifest = {"key": "k", "hook_name": "blocks.1.hook_resid_pre"}  # noqa: RUF012
+
+        def tensor(self):
+            return activations
+
+    class Found:
+        train = validation = Store()
+
+    class Host:
+        device, name = torch.device("cpu"), "synthetic"
+
+    monkeypatch.setattr(module, "load_host", lambda *_, **__: Host())
+    monkeypatch.setattr(module, "load_corpus", lambda *_: [])
+    monkeypatch.setattr(module, "splits_for", lambda *_: Found())
+    out = tmp_path / "teacher"
+    assert main(["teach", "topk", "--k", "5", "--d-sae", "64", "--steps", "60", "--out", str(out)]) == 0
+    assert "alive" in capsys.readouterr().out
+    saved = load_teacher(out)
+    assert saved.metadata["hook_name"] == "blocks.1.hook_resid_pre"
+    cached, _ = make_teacher(TeacherPlan("topk", 64, k=5, steps=60), Found(), activations)
+    torch.testing.assert_close(saved(activations / 0.25), cached(activations) / 0.25)
+    assert main(["teach", "topk", "--steps", "0", "--out", str(out)]) == 2
+    assert "--steps is 0" in capsys.readouterr().err

@@ -1,0 +1,148 @@
+"""The whole GPU path without a GPU (pretend_cuda.py): nothing is left on the CPU, nothing waits where it must not."""
+
+import copy
+
+import pytest
+import torch
+from pretend_cuda import pretend
+
+import rsae_triton as rt
+from rsae_triton import FusedRationalSAE
+from rsae_triton.commands import routes as measure_routes
+from rsae_triton.evaluation.reconstruction import at_l0, measure
+from rsae_triton.teachers import BatchTopKSAE, JumpReluSAE, ReluSAE, TopKSAE
+
+GPU = "cuda:1"
+TEACHERS = {"relu": (ReluSAE, {}), "jumprelu": (JumpReluSAE, {"threshold": 0.3}), "topk": (TopKSAE, {"k": 6}),
+            "batchtopk": (BatchTopKSAE, {"k": 6})}  # fmt: skip
+QUIET = {"steps": 2, "batch_size": 32, "progress": False}
+
+
+@pytest.fixture
+def cuda():
+    with pretend() as mode:
+        yield mode
+
+
+def teacher(name):
+    kind, options = TEACHERS[name]
+    return kind(16, 24, generator=torch.Generator().manual_seed(0), **options)
+
+
+def rational(**options):
+    return FusedRationalSAE(16, 24, generator=torch.Generator().manual_seed(0), form="gated", **options)
+
+
+def on_gpu(sae):
+    return all(one.is_cuda for one in (*sae.parameters(), *sae.buffers()))
+
+
+@pytest.mark.parametrize("backend", ["triton:split", "triton:fused"])
+@pytest.mark.parametrize("chunks", [None, {"chunk_tokens": 16}, {"chunk_features": 16}])
+def test_a_step_computes_what_the_cpu_does_and_never_waits(chunks, backend, activations):
+    def step(sae, x):
+        sae.backend = backend if x.is_cuda else "eager"
+        if chunks is None:
+            z, counts, l1 = sae.encode_with_sums(x)
+            loss = (x - sae.decode(z)).square().sum() / len(x) + 0.1 * l1.sum() / len(x) + 0.1 * counts.sum() / len(x)
+        else:
+            loss = sae.autoencode(x, l1_weight=0.1, l0_weight=0.1, **chunks).total
+        loss.backward()
+        return loss
+
+    x, here = activations[:32], rational()
+    expected = step(here, x)
+    with pretend() as cuda:
+        there = rational().to(GPU)
+        loss = step(there, x.to(GPU))
+        assert cuda.waits == []
+        assert ("encode_backward_kernel" in cuda.launches) == (backend == "triton:fused" and chunks is not None)
+        torch.testing.assert_close(loss.cpu(), expected)
+        for (name, one), other in zip(there.named_parameters(), here.parameters(), strict=True):
+            if other.grad is not None and other.grad.numel():
+                torch.testing.assert_close(one.grad.cpu(), other.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("options", [{}, {"form": "direct"}, {"coefficients": 4}, {"thresholds": "token"}], ids=str)
+@pytest.mark.parametrize("name", TEACHERS)
+def test_an_upgrade_stays_on_the_gpu(name, options, activations, cuda):
+    if "thresholds" in options and name != "topk":
+        pytest.skip("for TopK teachers")
+    rsae = rt.upgrade(teacher(name).to(GPU), activations[:128].to(GPU), tolerance=9.0, **options)
+    assert on_gpu(rsae)
+    assert rsae.encode(activations[:16].to(GPU)).is_cuda
+
+
+@pytest.mark.parametrize("name", ["relu", "topk", "batchtopk", "saved", "chunked", "streamed"])
+def test_a_training_step_waits_once(name, activations, cuda):
+    """For the numbers that say whether it is finite; TopK also for whether a feature is dead, BatchTopK for its k."""
+    sae = (teacher(name) if name in TEACHERS else rational()).to(GPU)
+    options = {**QUIET, "memory": "auto" if name in TEACHERS else name, "log_every": 100}
+    waits = []
+    for steps in (2, 3):
+        cuda.waits.clear()
+        trained = copy.deepcopy(sae)
+        rt.train(trained, activations[:64].to(GPU), **{**options, "steps": steps})
+        waits.append(len(cuda.waits))
+    assert waits[1] - waits[0] == {"topk": 2, "batchtopk": 3}.get(name, 1)
+    assert on_gpu(trained)
+
+
+def test_rows_wait_once_and_decode_without(activations, cuda):
+    x, sae = activations[:8].to(GPU), rational().to(GPU)
+    cuda.waits.clear()
+    code = sae.encode_sparse(x, capacity=24)
+    assert len(cuda.waits) == 1
+    values = code.values.detach().requires_grad_()
+    x_hat = sae.decode_sparse(code._replace(values=values))
+    assert len(cuda.waits) == 1
+    x_hat.square().sum().backward()
+    torch.testing.assert_close(x_hat.cpu(), sae.decode(sae.encode(x)).cpu())
+    assert values.grad.is_cuda
+    assert {"sparse_encode_kernel", "sparse_dots_kernel", "segment_sum_kernel"} <= set(cuda.launches)
+
+
+def test_checkpoints_scores_export_and_files_take_tensors_of_the_gpu(activations, cuda, tmp_path):
+    x, sae = activations[:64].to(GPU), rational().to(GPU)
+    rt.train(sae, x, **QUIET, out=str(tmp_path / "run"), deterministic=True)
+    rt.train(rational().to(GPU), x, **QUIET, out=tmp_path / "run", resume=True, deterministic=True)
+    assert measure(at_l0(sae, x, 2.0), x).scores.l0 <= 2.0
+    assert on_gpu(sae.to_jumprelu(x)[0])
+    sae.save_pretrained(tmp_path / "sae")
+    assert on_gpu(FusedRationalSAE.from_pretrained(tmp_path / "sae", device=GPU))
+
+
+def test_routes_are_measured(cuda):
+    row = next(measure_routes.measure(torch.device(GPU), lambda call: (call(), 1.0)[1], n_tokens=16, d_sae=32))
+    assert row["source"] == "measured"
+
+
+def test_it_is_as_strict_as_a_gpu(cuda):
+    x, here = torch.randn(4, 16, device=GPU), torch.randn(4, 16)
+    for mixed in (lambda: x + here, lambda: x @ here.T, lambda: here[torch.ones(4, dtype=torch.long, device=GPU)]):
+        with pytest.raises(RuntimeError, match="on"):
+            mixed()
+    with pytest.raises(RuntimeError, match="generator"):
+        torch.randn(4, device=GPU, generator=torch.Generator())
+    torch.randn(4, device=GPU, generator=torch.Generator(GPU))
+    assert (x + torch.tensor(1.0)).is_cuda  # one number of the CPU's is allowed
+    assert cuda.waits == []
+    for waiting in (lambda: float(x.sum()), x.cpu, x.nonzero, lambda: x[x > 0], lambda: bool((x > 0).any())):
+        waiting()
+    assert len(cuda.waits) == 5
+
+
+def test_a_kernel_on_the_wrong_gpu_or_on_memory_of_the_cpu_is_found(monkeypatch, cuda):
+    import contextlib
+    from importlib import import_module
+
+    sae, x = rational().to(GPU), torch.randn(4, 16, device=GPU)
+    with pytest.raises(AssertionError, match="memory of the CPU"):
+        rt.kernels.rational_forward(torch.randn(24, 16), sae.gate.tensors(), p=3, q=2, gated=True, clamp=True,
+                                    identity=False, hard=True)  # fmt: skip
+    monkeypatch.setattr(
+        import_module("rsae_triton.kernels.rational_forward"), "launching_on", lambda _: contextlib.nullcontext()
+    )
+    sae.backend = "triton:split"
+    with pytest.raises(AssertionError, match="launched on cuda:0"):
+        sae.encode(x)

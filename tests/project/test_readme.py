@@ -1,0 +1,46 @@
+"""The README tells the truth: its table is the committed one, its examples run."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from rsae_triton.activations import fetch
+from rsae_triton.commands.cli import main
+from rsae_triton.common.errors import SourceError
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_tables_are_the_committed_results(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from readme_table import tables
+
+    for page, name, text in tables():
+        between = re.search(rf"<!-- {name} table:.*?-->\n(.*?)\n<!-- /{name} table -->", page.read_text(), re.DOTALL)
+        assert between, f"{page} has no place for the {name} table"
+        assert between[1] == text, f"run: python benchmarks/readme_table.py ({page}, {name})"
+
+
+def test_every_linked_file_exists():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_python_examples_run(tmp_path, monkeypatch):
+    try:
+        fetch("smollm2")
+    except SourceError as error:
+        pytest.skip(f"the demo's files cannot be fetched: {error}")
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--quick"]) == 0
+    names = {"residual": torch.randn(3, 576)}
+    for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
+        exec(compile(block, "README.md", "exec"), names)
+    assert (tmp_path / "out" / "my_rsae" / "cfg.json").is_file()
+    assert names["feature_acts"].shape == (3, 512)
