@@ -1,0 +1,225 @@
+"""Entries: the few places of [n_tokens, d_sae] that matter, and the differentiable functions over them.
+
+A code is zero at almost every place, and so is every gradient with respect to it. `finding.find_entries` makes the
+dense product in blocks of features and keeps what is above a threshold of each feature; what follows (the code, its
+reconstruction, dots with the decoder, all gradients) works on the entries. The functions here are differentiable once,
+and their gradients have the same bits in every run.
+
+    entries = find_entries(x_c, W_enc, b_enc, low)           # h > low, or NaN
+    h = encode_at(x_c, W_enc, b_enc, entries)                # entries.values, differentiable
+    x_hat = decode_at(z, entries, W_dec)                     # [n_tokens, d_in]
+    c = dots_at(e, entries, W_dec)                           # e[token] . W_dec[feature]
+    per_feature = sum_at(z, entries)                         # [d_sae]
+
+Where a matrix is used several times, take `W = collected(W_dec)` first: its gradient is then made in one pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rsae_triton.ops import entry_loops as loops
+
+
+class Entries(NamedTuple):
+    """Places in [n_tokens, d_sae], sorted by feature and then token.
+
+    Attributes:
+        tokens, features [n_entries]: int64. values [n_entries]: the pre-activation h, float32 or wider.
+        offsets [d_sae + 1]: int64, where the entries of each feature begin; the last is n_entries.
+        n_tokens: how many tokens there are.
+    """
+
+    tokens: Tensor
+    features: Tensor
+    values: Tensor
+    offsets: Tensor
+    n_tokens: int
+
+    def select(self, keep: Tensor) -> Entries:
+        """The entries where `keep` [n_entries] (bool) is true."""
+        places = keep.nonzero().squeeze(1)
+        features = self.features[places]
+        offsets = loops.offsets_of(features, len(self.offsets) - 1)
+        return Entries(self.tokens[places], features, self.values[places], offsets, self.n_tokens)
+
+
+def encode_at(x_c: Tensor, W_enc: Tensor, b_enc: Tensor, entries: Entries) -> Tensor:
+    """h of the entries, `entries.values` as `find_entries` made them; differentiable in all three."""
+    with torch.autocast(x_c.device.type, enabled=False):
+        return _Encode.apply(x_c, W_enc, b_enc, _terms(W_enc), *entries)
+
+
+def decode_at(values: Tensor, entries: Entries, W_dec: Tensor) -> Tensor:
+    """sum over each token's entries of values * W_dec[feature], [n_tokens, d_in]; differentiable in both."""
+    with torch.autocast(values.device.type, enabled=False):
+        return _Decode.apply(values, W_dec, _terms(W_dec), *entries)
+
+
+def dots_at(e: Tensor, entries: Entries, W_dec: Tensor) -> Tensor:
+    """e[token] . W_dec[feature] of every entry, [n_entries]; e is [n_tokens, d_in]; differentiable in both."""
+    with torch.autocast(e.device.type, enabled=False):
+        return _Dots.apply(e, W_dec, _terms(W_dec), *entries)
+
+
+def sum_at(values: Tensor, entries: Entries) -> Tensor:
+    """The sum of each feature's values, [d_sae]; differentiable."""
+    return _Sum.apply(values, entries.features, entries.offsets)
+
+
+def collected(W: Tensor) -> Tensor:
+    """W itself, for the functions above: what they contribute to its gradient is made in one pass at the end."""
+    if not (torch.is_grad_enabled() and W.requires_grad):
+        return W
+    terms = _Terms()
+    alias = _Collect.apply(W, terms)
+    alias._rsae_terms = terms
+    return alias
+
+
+class _Terms:
+    """What a matrix's gradient is made of: (values, g, entries) of sums over entries of value * g[token]."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self.transposed = False
+
+    def add(self, values: Tensor, g: Tensor, tokens: Tensor, offsets: Tensor) -> None:
+        self.found.append((values.contiguous(), g.contiguous(), tokens, offsets))
+
+    def made(self, out: Tensor) -> Tensor:
+        """The sum of all, in `out` [d_sae, d_in]."""
+        add = False
+        groups: dict[int, list[tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
+        for one in self.found:
+            groups.setdefault(one[2].data_ptr(), []).append(one)
+        for group in groups.values():
+            _, _, tokens, offsets = group[0]
+            loops.rows([(values, g) for values, g, _, _ in group], tokens, offsets, out, add=add)
+            add = True
+        self.found = []
+        return out if add else out.zero_()
+
+
+def _terms(W: Tensor) -> _Terms | None:
+    return getattr(W, "_rsae_terms", None)
+
+
+class _Collect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, terms: _Terms) -> Tensor:
+        ctx.terms, ctx.like = terms, W
+        ctx.set_materialize_grads(False)
+        return W.view_as(W)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+        terms, like = ctx.terms, ctx.like
+        made = terms.made(_gradient_memory(like.t() if terms.transposed else like)) if terms.found else None
+        if made is not None and terms.transposed:
+            made = made.t()
+        if made is None or grads[0] is None:
+            return grads[0] if made is None else made.to(like.dtype), None
+        return made.add_(grads[0]).to(like.dtype), None
+
+
+def _gradient_memory(like: Tensor) -> Tensor:
+    """Row-major memory of this shape, in the precision that sums need."""
+    return torch.empty(like.shape, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+
+
+def _matrix_gradient(
+    values: Tensor, g: Tensor, tokens: Tensor, offsets: Tensor, like: Tensor, terms: _Terms | None
+) -> Tensor | None:
+    if terms is not None:
+        terms.add(values, g, tokens, offsets)
+        return None
+    return loops.rows([(values.contiguous(), g.contiguous())], tokens, offsets, _gradient_memory(like), add=False).to(
+        like.dtype
+    )
+
+
+class _Encode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_c: Tensor, W_enc: Tensor, b_enc: Tensor, terms: _Terms | None, *entries: Any) -> Tensor:
+        tokens, features, values, offsets, _ = entries
+        ctx.save_for_backward(x_c, W_enc, tokens, features, offsets)
+        ctx.terms, ctx.bias = terms, b_enc.dtype
+        if terms is not None:
+            terms.transposed = True
+        return values.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x_c, W_enc, tokens, features, offsets = ctx.saved_tensors
+        dh = grads[0].contiguous()
+        dx = dW = db = None
+        if ctx.needs_input_grad[0]:
+            dx = loops.decode(dh, tokens, features, len(x_c), W_enc.t()).to(x_c.dtype)
+        if ctx.needs_input_grad[1]:
+            made = _matrix_gradient(dh, x_c, tokens, offsets, W_enc.t(), ctx.terms)
+            dW = None if made is None else made.t()
+        if ctx.needs_input_grad[2]:
+            db = loops.sums(dh, offsets).to(ctx.bias)
+        return dx, dW, db, *(None,) * 6
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, W: Tensor, terms: _Terms | None, *entries: Any) -> Tensor:
+        tokens, features, _, offsets, n_tokens = entries
+        ctx.save_for_backward(values, W, tokens, features, offsets)
+        ctx.terms = terms
+        return loops.decode(values.contiguous(), tokens, features, n_tokens, W)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        values, W, tokens, features, offsets = ctx.saved_tensors
+        g = grads[0].contiguous()
+        dvalues = dW = None
+        if ctx.needs_input_grad[0]:
+            dvalues = loops.dots(g, tokens, features, offsets, W).to(values.dtype)
+        if ctx.needs_input_grad[1]:
+            dW = _matrix_gradient(values, g, tokens, offsets, W, ctx.terms)
+        return dvalues, dW, *(None,) * 6
+
+
+class _Dots(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, e: Tensor, W: Tensor, terms: _Terms | None, *entries: Any) -> Tensor:
+        tokens, features, _, offsets, _ = entries
+        ctx.save_for_backward(e, W, tokens, features, offsets)
+        ctx.terms = terms
+        return loops.dots(e.contiguous(), tokens, features, offsets, W)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        e, W, tokens, features, offsets = ctx.saved_tensors
+        dc = grads[0].contiguous()
+        de = dW = None
+        if ctx.needs_input_grad[0]:
+            de = loops.decode(dc, tokens, features, len(e), W).to(e.dtype)
+        if ctx.needs_input_grad[1]:
+            dW = _matrix_gradient(dc, e, tokens, offsets, W, ctx.terms)
+        return de, dW, *(None,) * 6
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, features: Tensor, offsets: Tensor) -> Tensor:
+        ctx.save_for_backward(features)
+        return loops.sums(values, offsets)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (features,) = ctx.saved_tensors
+        return grads[0][features], None, None

@@ -1,0 +1,121 @@
+"""Loops over entries in C++ (`entries.cpp`), compiled once for the machine at hand by the compiler that is there.
+
+A compiler is an offer, not a need: without one, or with RSAE_CPU_ENGINE=tiled, PyTorch's own operations do the same,
+some two to four times slower. What is compiled is kept in the cache folder, by source, compiler and processor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("entries.cpp")
+_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+_NATIVE = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled loops; None where there is no compiler or it is not wanted."""
+    if os.environ.get("RSAE_CPU_ENGINE") == "tiled":
+        return None
+    return _library(os.environ.get("CXX") or "g++")
+
+
+@functools.cache
+def _library(compiler: str) -> ctypes.CDLL | None:
+    program = shutil.which(compiler)
+    if program is None:
+        return None
+    try:
+        loaded = ctypes.CDLL(str(_built(program)))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        warnings.warn(
+            f"{compiler} cannot build the sparse loops ({reason[0] if reason else error}); PyTorch's operations do "
+            "the same, more slowly", stacklevel=3,
+        )  # fmt: skip
+        return None
+    for name in ("find_float", "find_bfloat16", "screen"):
+        getattr(loaded, name).restype = ctypes.c_int64
+    return loaded
+
+
+def _built(program: str) -> Path:
+    """The file of the library, made where it is not there yet."""
+    source = SOURCE.read_bytes()
+    version = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=60).stdout
+    key = hashlib.sha256(b"\0".join([source, version.encode(), _processor().encode(), repr(_FLAGS).encode()]))
+    cache = os.environ.get("RSAE_CACHE")
+    folder = (Path(cache) if cache else Path(platformdirs.user_cache_dir("rsae-triton"))) / "native"
+    path = folder / f"entries-{key.hexdigest()[:24]}.so"
+    if path.exists():
+        return path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        folder = Path(tempfile.mkdtemp(prefix="rsae-native-"))
+        path = folder / path.name
+    part = folder / f"{path.stem}.{os.getpid()}.part"
+    for native in _NATIVE:
+        command = [program, *_FLAGS, *native, str(SOURCE), "-o", str(part)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        if done.returncode == 0:
+            break
+    else:
+        raise subprocess.CalledProcessError(done.returncode, command, done.stdout, done.stderr)
+    part.replace(path)  # whole or not at all, whoever else builds it
+    return path
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()} {platform.version()}"
+    kinds = ("flags", "Features", "model name", "cpu family", "model\t")
+    return "\n".join(sorted({line for line in lines if line.startswith(kinds)}))
+
+
+def address(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def integer(number: int) -> ctypes.c_int64:
+    return ctypes.c_int64(number)
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether the loops can read these matrices: float32 rows on the CPU, one after the other."""
+    return library() is not None and all(
+        one.dtype == torch.float32 and one.device.type == "cpu" and one.is_contiguous() for one in tensors
+    )
+
+
+def split(length: int, work: Callable[[int, int], Any], least: int) -> list[Any]:
+    """work(from, to) on as many threads as PyTorch has, in parts of at least `least`."""
+    threads = max(1, min(torch.get_num_threads(), length // least))
+    return each(threads, lambda k: work(length * k // threads, length * (k + 1) // threads))
+
+
+def each(count: int, work: Callable[[int], Any]) -> list[Any]:
+    """[work(0), ..., work(count - 1)], each on a thread of its own; ctypes releases the GIL."""
+    if count == 1:
+        return [work(0)]
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(work, range(count)))

@@ -1,0 +1,127 @@
+"""The whole loss of a gated SAE with its gradients on the support: one dense product instead of five.
+
+Where the gate is gated, clamped and hard, and its coefficients are frozen, everything but h itself is exactly zero
+outside the support {h > theta - C_in}: the code, the gradients of h and of theta, the slope of the counts. So h alone
+is made densely, block by block (`find_entries`), and all else on the support's entries. The loss and its gradients
+are those of `autoencode.run` to rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rsae_triton.ops import entry_loops as loops
+from rsae_triton.ops import explicit
+from rsae_triton.ops.across import Across
+from rsae_triton.ops.encode import through_encoder
+from rsae_triton.ops.entries import Entries
+from rsae_triton.ops.finding import find_entries
+from rsae_triton.ops.reference import GateSpec, GateTensors
+from rsae_triton.ops.tiles import wide
+from rsae_triton.ops.workspace import StepMemory
+
+
+def has_support(spec: GateSpec, wanted: list[bool]) -> bool:
+    """Whether a gate is zero outside its support, gradients (`wanted`, in the order of `autoencode`) and all."""
+    return spec.form == "gated" and spec.domain == "clamp" and spec.hard and not any(wanted[5:8])
+
+
+def lowest(gate: GateTensors) -> Tensor:
+    """theta - C_in [d_sae], below which a gate and its derivatives are zero."""
+    return gate.threshold - gate.input_scale
+
+
+def at_entries(gate: GateTensors, entries: Entries) -> GateTensors:
+    """The gate of every entry's feature; what all features share stays one row."""
+    return GateTensors(*(one[entries.features] if k >= 5 or len(one) > 1 else one for k, one in enumerate(gate)))
+
+
+def run(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    gate: GateTensors,
+    spec: GateSpec,
+    l1_weight: float,
+    l0_weight: float,
+    subtract: bool,
+    target: Tensor | None,
+    scale: Tensor | None,
+    dtype: torch.dtype,
+    wanted: list[bool],
+    memory: StepMemory,
+    across: Across | None = None,
+    most: int | None = None,
+) -> tuple[Tensor, ...] | None:
+    """As `autoencode.run`: total, mse, l1, l0, counts, x_hat, the number of entries, and the gradients of total; None
+    where there are more entries than `most`."""
+    exact = wide(dtype)
+    x_c = (x - b_dec if subtract else x).to(exact)
+    entries = find_entries(x_c, W_enc, b_enc, lowest(gate), most=most, dtype=dtype)
+    if entries is None:
+        return None
+    mean = 1 / max(len(x), 1)
+    own, h = at_entries(gate, entries), entries.values.unsqueeze(1)
+    z, active, _ = explicit.gate_forward(h, own, spec)  # one feature an entry
+    counts = loops.sums(active, entries.offsets)
+    z = z.squeeze(1)
+    x_hat = loops.decode(z, entries.tokens, entries.features, len(x), W_dec).to(exact)
+    if across is None or across.first:
+        x_hat += b_dec
+    if across is not None:
+        x_hat = across.sum(x_hat)
+    residual = x_hat - (x if target is None else target)
+    if scale is not None:
+        residual.mul_(scale)
+    mse, l0 = residual.square().sum() * mean, counts.sum() * mean
+    l1, norms = loops.sums(z.abs(), entries.offsets), torch.linalg.vector_norm(W_dec, dim=1, dtype=exact)
+    l1_mean = torch.dot(l1, norms) * mean
+    total = mse + l1_weight * l1_mean + l0_weight * l0
+    size = torch.tensor(len(z))
+    if not any(wanted):
+        return total, mse, l1_mean, l0, counts, x_hat.to(x.dtype), size, *(x.new_empty(0) for _ in wanted)
+    g = residual.mul_(2 * mean if scale is None else scale * (2 * mean))
+    dz = loops.dots(g, entries.tokens, entries.features, entries.offsets, W_dec).unsqueeze(1)
+    dcounts = z.new_full((len(z),), l0_weight * mean) if l0_weight else None
+    dl1 = norms[entries.features] * (l1_weight * mean) if l1_weight else None
+    dh, db, grads = explicit.gate_backward(h, dz, dcounts, dl1, own, spec, coefficients=False)
+    dh, db_enc = dh.squeeze(1), loops.sums(db, entries.offsets)
+
+    def rows(values: Tensor, of: Tensor, like: Tensor) -> Tensor:
+        out = memory.gradient(like, wide(like.dtype))
+        return loops.rows([(values, of)], entries.tokens, entries.offsets, out, add=False)
+
+    def dx() -> Tensor:
+        made = loops.decode(dh, entries.tokens, entries.features, len(x), W_enc.t())
+        return made.sub_(g) if target is None else made
+
+    def of_encoder() -> Tensor:
+        # As W_enc lies in memory: anything else would be copied when it becomes the parameter's gradient.
+        made = rows(dh, x_c, W_enc.t()).t()
+        return made if W_enc.stride() == made.stride() else made.contiguous()
+
+    def of_decoder() -> Tensor:
+        made = rows(z, g, W_dec)
+        if l1_weight:
+            made.addcmul_(W_dec, (torch.where(norms > 0, l1 / norms, 0) * (l1_weight * mean)).unsqueeze(1))
+        return made
+
+    def db_dec() -> Tensor:
+        own = g.sum(0) if across is None or across.first else g.new_zeros(g.shape[1])
+        return own - through_encoder(W_enc, db_enc) if subtract else own
+
+    def folded(k: int) -> Tensor:
+        per_feature = loops.sums(grads[k], entries.offsets)
+        return per_feature if len(gate[k]) == len(per_feature) else per_feature.double().sum(0, keepdim=True)
+
+    nothing = [lambda k=k: torch.zeros_like(gate[k]) for k in range(3)]
+    made = (dx, of_encoder, lambda: db_enc, of_decoder, db_dec, *nothing, *(lambda k=k: folded(k) for k in (3, 4, 5)))
+    likes = (x, W_enc, b_enc, W_dec, b_dec, *gate[:6])
+    gradients = (
+        make().to(like.dtype) if want else like.new_empty(0)
+        for make, like, want in zip(made, likes, wanted, strict=True)
+    )
+    return total, mse, l1_mean, l0, counts, x_hat.to(x.dtype), size, *gradients
