@@ -31,6 +31,7 @@ from rsae_triton.ops.runtime import matmul_precision
 from rsae_triton.report import summary_table, write_report
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.training.loop import TrainLog, train
+from rsae_triton.training.settings import KEPT_BY, trains
 from rsae_triton.upgrading.stage_one import parse_degree, upgrade
 
 SHARED = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -59,6 +60,9 @@ class Demo:
     """relu, jumprelu, topk or batchtopk to train one here, or a saved SAE: a folder, a file or a hub id."""
     recipe: Literal["auto", "hard", "hard-trained", "paper"] = "auto"
     """Stage 2: hard trains the code that is shipped, paper is mse + l1 on the dense code."""
+    trainable: Literal["all", "encoder", "gate"] = "all"
+    """What stage 2 and the control train: all; encoder: the decoder stays to the bit, and with it every label; gate: every
+    weight stays."""
     degree: str = "auto"
     """Degree of the rational, as p,q."""
     out: Path = Path("out/demo")
@@ -140,11 +144,19 @@ def run(demo: Demo) -> Path:
         console.print(f"  {init.metadata['stage1']['summary']}")
     target_l0 = init.metadata["stage1"]["train_l0"]
     rsae, control = copy.deepcopy(init), copy.deepcopy(teacher)
-    options: dict[str, Any] = {"steps": demo.steps, "batch_size": demo.batch_size, "seed": demo.seed + 1}
+    options: dict[str, Any] = {
+        "steps": demo.steps,
+        "batch_size": demo.batch_size,
+        "seed": demo.seed + 1,
+        "trainable": demo.trainable,
+    }
     with stages.stage("Stage 2: Rational SAE"):
         rsae_log = train(rsae, x, recipe=demo.recipe, target_l0=target_l0, label="  Rational SAE", **options)
     with stages.stage("Control: the teacher, same steps, same batches"):
-        control_log = train(control, x, recipe=objective_of(control), target_l0=target_l0, label="  control", **options)
+        control_log = None
+        if trains(control, demo.trainable):
+            options |= {"recipe": objective_of(control), "label": "  control"}
+            control_log = train(control, x, target_l0=target_l0, **options)
     saes: dict[str, SparseAutoencoder] = {"teacher": teacher, "init": init, "rsae": rsae, "control": control}
     with stages.stage("Evaluation on held-out text"):
         metrics = score(demo, host, splits, saes, test)
@@ -182,6 +194,8 @@ def check(demo: Demo) -> None:
         if getattr(demo, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(demo, name)}; give a positive number")
     check_seed(demo.seed)
+    if demo.trainable not in KEPT_BY:
+        raise ConfigError(f"--trainable is {demo.trainable!r}; choose {', '.join(KEPT_BY)}")
     if demo.degree != "auto":
         parse_degree(demo.degree)
     check_corpus(demo.text)

@@ -30,6 +30,7 @@ from rsae_triton.report.fronts import write_sweep_report
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.training.loop import LR, train
 from rsae_triton.training.recipes import RECIPES
+from rsae_triton.training.settings import KEPT_BY, trains
 from rsae_triton.upgrading.stage_one import upgrade
 
 SCHEMA = 1
@@ -72,6 +73,9 @@ class Sweep:
     """Steps of a teacher trained here."""
     steps: int = 400
     """Steps of every contender."""
+    trainable: Literal["all", "encoder", "gate"] = "all"
+    """What contenders train: all, encoder (the decoder stays to the bit) or gate (every weight stays); a control that
+    has nothing of the kind stays the teacher."""
     batch_size: int = 512
     """Tokens per step."""
     sequences: int = 48
@@ -106,6 +110,8 @@ class Sweep:
             raise ConfigError(f"--sequences is {self.sequences}; an interval takes at least 2 (0 for none)")
         if self.split not in ("test", "validation"):
             raise ConfigError(f"--split is {self.split!r}; choose test or validation")
+        if self.trainable not in KEPT_BY:
+            raise ConfigError(f"--trainable is {self.trainable!r}; choose {', '.join(KEPT_BY)}")
         for teacher in self.teachers:
             if teacher not in FAMILIES:
                 saved_teacher("--teachers", teacher)
@@ -160,6 +166,7 @@ class Cell:
             "seed": self.seed,
             **{name: getattr(sweep, name) for name in ("model", "tokens", "steps", "batch_size", "sequences", "split")},
             **({"center_writing_weights": True} if sweep.center_writing_weights else {}),
+            **({"trainable": sweep.trainable} if sweep.trainable != "all" else {}),
             # Since the recipe's start follows the teacher's sparsity, cells of another than the usual are others.
             **({"start": "the teacher's weight"} if self.sparsity != 1 or not plan else {}),
             # Since a ramp is no wider than small codes rise, cells of dense codes are others; at the usual density and
@@ -264,13 +271,14 @@ def run_cell(cell: Cell, host: HostModel, splits: Splits) -> dict[str, Any]:
             continue
         entry = contender(name, teacher, init)
         saes[name] = entry.sae
-        if entry.recipe is not None:
+        if entry.recipe is not None and trains(entry.sae, config.trainable):
             log = train(
                 entry.sae,
                 x,
                 steps=config.steps,
                 recipe=entry.recipe,
                 target_l0=target_l0,
+                trainable=config.trainable,
                 batch_size=config.batch_size,
                 seed=cell.seed + 1,
                 label=f"{cell.label} {name}",

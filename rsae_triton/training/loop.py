@@ -22,7 +22,7 @@ from rsae_triton.training.metrics import Metrics, TrainLog, progress_bar, take_u
 from rsae_triton.training.processes import Alone
 from rsae_triton.training.recipes import Recipe, holding, recipe_for
 from rsae_triton.training.run import Run
-from rsae_triton.training.settings import LR, TrainSettings
+from rsae_triton.training.settings import KEPT_BY, LR, TrainSettings
 
 if TYPE_CHECKING:
     from rsae_triton.training.distributed import Mesh
@@ -52,7 +52,7 @@ def train(
     mesh: Mesh | None = None,
     **changes: Any,
 ) -> TrainLog:
-    """Trains `sae` in place, all parameters but those that the recipe holds: mse + weight * sparsity.
+    """Trains `sae` in place, all parameters but those that the recipe or `trainable` holds: mse + weight * sparsity.
 
     Args:
         sae: a teacher, a control or a Rational SAE; with a mesh, this process's part of it (`Mesh.shard`).
@@ -115,7 +115,7 @@ def train(
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(deterministic(settings.deterministic))
-        stack.enter_context(_frozen(sae, recipe))
+        stack.enter_context(_frozen(sae, recipe, settings.trainable))
         stack.enter_context(_training(sae))
         if settings.out is not None and together.rank == 0:
             stack.enter_context(only_writer(settings.out))
@@ -239,11 +239,16 @@ def _training(sae: SparseAutoencoder) -> Iterator[None]:
 
 
 @contextmanager
-def _frozen(sae: SparseAutoencoder, recipe: Recipe) -> Iterator[None]:
-    """Takes the recipe's frozen parameters out of training, and puts them back as they were."""
-    held = [p for name, p in sae.named_parameters() if name.removeprefix("gate.") in recipe.frozen and p.requires_grad]
+def _frozen(sae: SparseAutoencoder, recipe: Recipe, trainable: str) -> Iterator[None]:
+    """Takes what the recipe freezes and what `trainable` keeps out of training, and puts it back as it was."""
+    kept = {*recipe.frozen, *KEPT_BY[trainable]}
+    held = [p for name, p in sae.named_parameters() if name.removeprefix("gate.") in kept and p.requires_grad]
     if not any(p.requires_grad for p in set(sae.parameters()) - set(held)):
-        raise ConfigError("every parameter of sae is frozen; call sae.requires_grad_() before training")
+        if trainable == "all":
+            raise ConfigError("every parameter of sae is frozen; call sae.requires_grad_() before training")
+        raise ConfigError(
+            f"trainable={trainable!r} leaves nothing of this {sae.architecture} SAE to train; choose encoder or all"
+        )
     for parameter in held:
         parameter.requires_grad_(False)
     try:

@@ -51,7 +51,7 @@ class Run:
         self.controller: SparsityController | None = None
         self.idle = torch.zeros(sae.d_sae, device=sae.W_dec.device)
         self.norms: Tensor | None = None
-        if settings.decoder_norm != "free":
+        if settings.decoder_norm != "free" and sae.W_dec.requires_grad:  # a kept decoder is not touched by a bit
             norms = sae.W_dec.detach().norm(dim=1, keepdim=True)
             self.norms = norms if settings.decoder_norm == "keep" else torch.ones_like(norms)
             if settings.decoder_norm == "unit":
@@ -196,7 +196,8 @@ class Run:
         own = self.settings.fixed(self.recipe)
         theirs = info["settings"]
         for name, value in own.items():
-            if theirs.get(name) != value:
+            # A setting that the checkpoint is older than was what it is by default.
+            if theirs.get(name, getattr(TrainSettings, name, None)) != value:
                 raise ConfigError(
                     f"{path} was trained with {name}={theirs.get(name)!r}, not {value!r}; go on with the same, or "
                     "start in another folder"

@@ -10,12 +10,25 @@ from typing import Any, Literal
 from rsae_triton.common.checks import check_flag, check_integer, check_number, check_seed
 from rsae_triton.common.errors import ConfigError
 from rsae_triton.common.files import as_path
+from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.training.recipes import Recipe
 
 # What may change between a run and its continuation: nothing of it touches a number.
 FREE = ("out", "resume", "checkpoint_every", "checkpoint_minutes", "keep", "memory", "track")
 
+# Of each choice of `trainable`, the parameters that stay as they are, bit for bit.
+KEPT_BY: dict[str, tuple[str, ...]] = {
+    "all": (),
+    "encoder": ("W_dec", "b_dec"),
+    "gate": ("W_enc", "b_enc", "W_dec", "b_dec"),
+}
+
 LR = 6e-4
+
+
+def trains(sae: SparseAutoencoder, trainable: str) -> bool:
+    """Whether `trainable` leaves anything of this SAE to train: a ReLU or TopK SAE has no gate of its own."""
+    return any(name not in KEPT_BY[trainable] for name, _ in sae.named_parameters())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +66,9 @@ class TrainSettings:
     """Largest norm of the gradient."""
     decoder_norm: Literal["keep", "unit", "free"] = "keep"
     """Norm of the decoder's rows: as it was, one, or free (a free norm evades the l1 penalty)."""
+    trainable: Literal["all", "encoder", "gate"] = "all"
+    """Which parameters are trained: all; encoder, all but W_dec and b_dec, so that labels people gave to features hold;
+    gate, the numbers per feature alone (thresholds, and what a round adds), every weight bit-equal."""
     precision: Literal["float32", "bf16"] = "float32"
     """bf16: matrix products in bfloat16 (autocast); weights, gate, optimiser and sums stay float32."""
     memory: Literal["auto", "saved", "chunked", "streamed"] = "auto"
@@ -96,11 +112,16 @@ class TrainSettings:
             ("optimizer", ("adam", "adamw")),
             ("decoder_norm", ("keep", "unit", "free")),
             ("precision", ("float32", "bf16")),
+            ("trainable", tuple(KEPT_BY)),
         ):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
         if unknown := set(self.track) - {"tensorboard", "wandb"}:
             raise ConfigError(f"track names {', '.join(sorted(unknown))}; there are tensorboard and wandb")
+        if self.decoder_norm == "unit" and self.trainable != "all":
+            raise ConfigError(
+                f"trainable={self.trainable!r} keeps the decoder, decoder_norm='unit' scales it; choose one of them"
+            )
         if self.accumulate > self.batch_size:
             raise ConfigError(f"accumulate={self.accumulate} cuts a batch of {self.batch_size} into nothing")
         if self.out is None and (self.resume or self.track or self.checkpoint_every is not None):

@@ -71,6 +71,17 @@ def test_scratch_and_thresholds_take_part(tiny):
     assert result["scores"]["teacher"]["l0"] == pytest.approx(8, rel=0.01)  # k = 32 / 4
 
 
+def test_contenders_that_keep_their_weights(tiny):
+    names = ("rsae", "control", "rectangle")
+    config = replace(tiny, sparsities=(1.0,), seeds=(0,), contenders=names, trainable="gate")
+    cell = next(iter(config.cells()))
+    assert cell.path != next(iter(replace(config, trainable="all").cells())).path
+    result = module.run_cell(cell, Host(), Splits())
+    assert set(result["training"]) == {"rsae", "rectangle"}  # a ReLU SAE has no thresholds: the control is the teacher
+    assert result["scores"]["control"] == result["scores"]["teacher"]
+    assert result["scores"]["rsae"] != result["scores"]["init"]
+
+
 def test_a_saved_teacher_is_one_cell_a_seed(tiny, tmp_path):
     ReluSAE(16, 32).save_pretrained(tmp_path / "mine")
     config = replace(tiny, teachers=(str(tmp_path / "mine"), "relu"))
@@ -89,6 +100,7 @@ def test_a_saved_teacher_is_one_cell_a_seed(tiny, tmp_path):
         ({"steps": 0}, ConfigError, "--steps"),
         ({"sequences": 1}, ConfigError, "--sequences"),
         ({"split": "train"}, ConfigError, "--split"),
+        ({"trainable": "decoder"}, ConfigError, "--trainable"),
     ],
 )
 def test_bad_sweeps_are_refused_before_anything_is_done(tmp_path, options, error, message):

@@ -14,7 +14,7 @@ from rsae_triton.common.errors import ConfigError, NumericsError
 from rsae_triton.teachers import ReluSAE, TopKSAE
 from rsae_triton.training.optimizer import make_optimizer
 from rsae_triton.training.recipes import RECIPES, Recipe
-from rsae_triton.training.settings import TrainSettings
+from rsae_triton.training.settings import KEPT_BY, TrainSettings
 
 QUIET = {"progress": False, "batch_size": 128, "log_every": 1}
 
@@ -216,6 +216,8 @@ def test_metrics_go_to_jsonl_and_to_trackers(activations, tmp_path, monkeypatch)
         ({"track": ("paper",)}, "tensorboard and wandb"),
         ({"track": ("wandb",)}, "set `out`"),
         ({"checkpoint_every": 0, "out": "x"}, "checkpoint_every"),
+        ({"trainable": "decoder"}, "all, encoder, gate"),
+        ({"trainable": "gate", "decoder_norm": "unit"}, "keeps the decoder"),
     ],
 )
 def test_bad_settings_are_named(settings, message):
@@ -228,3 +230,61 @@ def test_the_bar_shows_rate_time_left_and_the_state_of_the_sae(activations, caps
     shown = capsys.readouterr().out
     for part in ("memory: saved", "3/3", "tok/s", "mse", "l0", "alive"):
         assert part in shown
+
+
+@pytest.mark.parametrize("memory", ["saved", "chunked", "streamed"])
+@pytest.mark.parametrize(("trainable", "kept"), list(KEPT_BY.items()))
+def test_what_is_kept_stays_to_the_bit(activations, trainable, kept, memory):
+    """Also where the decoder's rows have other norms than one, and where an optimiser would decay them."""
+    sae = small_sae("gated")
+    with torch.no_grad():
+        sae.W_dec.mul_(torch.linspace(0.5, 2, 64)[:, None])
+    before = {name: one.detach().clone() for name, one in sae.named_parameters()}
+    options = {"optimizer": "adamw", "target_l0": 8.0, "trainable": trainable, "memory": memory, **QUIET}
+    train(sae, activations, steps=12, **options)
+    changed = {name for name, one in sae.named_parameters() if not torch.equal(one, before[name])}
+    trained = {"W_enc", "b_enc", "W_dec", "b_dec", "gate.threshold"} - set(kept)
+    assert changed == trained
+    assert all(one.requires_grad for one in sae.parameters())
+
+
+@pytest.mark.parametrize("kind", ["relu", "jumprelu", "topk"])
+def test_controls_keep_their_dictionary_too(activations, kind):
+    sae, other = small_sae(kind), small_sae(kind)
+    train(sae, activations, steps=6, trainable="encoder", **QUIET)
+    assert torch.equal(sae.W_dec, other.W_dec)
+    assert torch.equal(sae.b_dec, other.b_dec)
+    assert not torch.equal(sae.W_enc, other.W_enc)
+    if kind == "jumprelu":
+        train(other, activations, steps=6, trainable="gate", **QUIET)
+        assert torch.equal(other.W_enc, small_sae(kind).W_enc)
+        assert not torch.equal(other.threshold, small_sae(kind).threshold)
+    else:
+        with pytest.raises(ConfigError, match=f"leaves nothing of this {sae.architecture} SAE to train"):
+            train(other, activations, steps=6, trainable="gate", **QUIET)
+
+
+def test_a_run_with_a_kept_decoder_goes_on_to_the_same_bits(activations, tmp_path):
+    whole, parts = small_sae("gated"), small_sae("gated")
+    options = {"recipe": "hard", "target_l0": 8.0, "trainable": "encoder", **QUIET}
+    train(whole, activations, steps=8, decay=0.0, out=tmp_path / "whole", **options)
+    run = {"steps": 8, "decay": 0.0, "out": tmp_path / "parts", "checkpoint_every": 4, **options}
+    seen = []
+
+    def stop(*_):
+        seen.append(1)
+        if len(seen) > 5:
+            raise KeyboardInterrupt
+
+    original = torch.optim.Adam.step
+    try:
+        torch.optim.Adam.step = lambda self, *a, **k: (stop(), original(self, *a, **k))[1]
+        with pytest.raises(KeyboardInterrupt):
+            train(parts, activations, **run)
+    finally:
+        torch.optim.Adam.step = original
+    with pytest.raises(ConfigError, match="trainable='encoder'"):
+        train(parts, activations, **{**run, "trainable": "all", "resume": True})
+    train(parts, activations, **{**run, "resume": True})
+    assert torch.equal(whole.gate.threshold, parts.gate.threshold)
+    assert torch.equal(whole.W_enc, parts.W_enc)
