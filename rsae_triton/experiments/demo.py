@@ -61,7 +61,7 @@ class Demo:
     recipe: Literal["auto", "hard", "hard-trained", "paper"] = "auto"
     """Stage 2: hard trains the code that is shipped, paper is mse + l1 on the dense code."""
     trainable: Literal["all", "encoder", "gate"] = "all"
-    """What stage 2 and the control train: all; encoder: the decoder stays to the bit, and with it every label; gate: every
+    """What stage 2 and the control train: all; encoder: the decoder stays, and with it every label; gate: every
     weight stays."""
     degree: str = "auto"
     """Degree of the rational, as p,q."""
