@@ -8,7 +8,6 @@ need the whole reconstruction first and encode a second time: 12, with memory th
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -18,13 +17,11 @@ from torch.utils.flop_counter import register_flop_formula
 
 from rsae_triton.common.checks import check_integer, check_number, check_tensor
 from rsae_triton.common.errors import ConfigError, ShapeError
-from rsae_triton.ops import backends
 from rsae_triton.ops.across import Across
-from rsae_triton.ops.backends import Codes
-from rsae_triton.ops.encode import GATE_SCHEMA, centred, check_inputs, product_dtype, settings, through_encoder, unpack
+from rsae_triton.ops.encode import GATE_SCHEMA, check_inputs, product_dtype, settings, unpack
+from rsae_triton.ops.pieces import run
 from rsae_triton.ops.reference import GateSpec, GateTensors
 from rsae_triton.ops.tiles import wide
-from rsae_triton.ops.workspace import StepMemory, current
 
 N_GRADIENTS = 11
 """x, W_enc, b_enc, W_dec, b_dec and the gate's first six tensors."""
@@ -126,196 +123,6 @@ def rational_autoencode(
         results = _Across.apply(across, gate, spec, options, *differentiable)
     total, mse, l1, l0, counts, x_hat, *_ = results
     return Autoencoded(total, mse, l1, l0, counts, x_hat if x.dim() == 2 else x_hat.reshape(x.shape))
-
-
-def run(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor,
-    gate: GateTensors,
-    spec: GateSpec,
-    l1_weight: float,
-    l0_weight: float,
-    chunk_tokens: int,
-    chunk_features: int,
-    subtract: bool,
-    target: Tensor | None,
-    scale: Tensor | None,
-    backend: str,
-    dtype: torch.dtype,
-    wanted: list[bool],
-    across: Across | None = None,
-) -> tuple[Tensor, ...]:
-    """What the operator does: -> total, mse, l1, l0, counts, x_hat and the N_GRADIENTS gradients of total (of no
-    elements where not wanted). x [n_tokens, d_in]; chunks of 0 mean all at once; dtype is that of the products."""
-    n, d_sae, exact = len(x), W_enc.shape[1], wide(dtype)
-    token_parts, feature_parts = _parts(n, chunk_tokens), _parts(d_sae, chunk_features)
-    differentiate, whole = any(wanted), len(feature_parts) == 1
-    kind, route = backends.choose(backend, x.device, dtype, x.shape[1], gate, spec, training=differentiate)
-    forward, backward = route.forward == "fused", route.backward == "fused"
-    # Gradients of the mean; in float16 those would vanish, and those of the sum overflow.
-    unit = 1 / max(n, 1) if dtype != torch.float16 else 2.0 ** -math.ceil(math.log2(max(n, 1)) / 2)
-    W_enc_p, W_dec_p = (W_enc.to(dtype), W_dec.to(dtype)) if whole else (W_enc, W_dec)
-    norms = torch.linalg.vector_norm(W_dec, dim=1, dtype=exact)
-    memory = current()
-    found = _Gradients(x, W_enc, W_dec, b_dec, gate, wanted, len(token_parts) == 1, whole, memory)
-    counts, l1, squares = (x.new_zeros(shape, dtype=exact) for shape in (d_sae, d_sae, ()))
-    x_hat = torch.empty_like(x, memory_format=torch.contiguous_format)
-    space = memory.space if kind == "cpu" else None
-    # A direct gate sees h - threshold alone: a bias less to add spares the CPU a pass over h. Not in low precision,
-    # where h rounds as it should with the bias in it.
-    folded = kind == "cpu" and spec.form == "direct" and dtype == exact
-
-    def encode(features: slice, x_c: Tensor, save_h: bool) -> tuple[Codes, Tensor, Tensor, GateTensors]:
-        W_e, W_d, own = W_enc_p[:, features].to(dtype), W_dec_p[features].to(dtype), _rows(gate, features)
-        b_e = b_enc[features].to(dtype)
-        if folded:
-            own = own._replace(threshold=own.threshold - b_e)
-        bias = None if folded else b_e
-        codes = backends.encode(kind, x_c, W_e, bias, own, spec, save_h=save_h, fused=forward, space=space)
-        return codes, W_e, W_d, own
-
-    for tokens in token_parts:
-        part = x[tokens]
-        x_c = centred(part, b_dec if subtract else None, dtype)
-        out = part.new_empty(part.shape, dtype=dtype if whole else exact)
-        for features in feature_parts:
-            piece = encode(features, x_c, differentiate and whole)
-            codes, _, W_d, _ = piece
-            _add_product(out, codes.z.t(), W_d, fresh=features.start == 0)
-            counts[features] += codes.counts
-            l1[features] += codes.l1
-        out = out.to(exact)
-        if across is None or across.first:
-            out.add_(b_dec)
-        if across is not None:
-            out = across.sum(out)
-        x_hat[tokens] = out
-        residual = out.sub_(part if target is None else target[tokens])
-        if scale is not None:
-            residual.mul_(scale[tokens])
-        squares += residual.square().sum()
-        if not differentiate:
-            continue
-        residual.mul_(2 * unit if scale is None else scale[tokens] * (2 * unit))
-        g = residual.to(dtype)
-        for features in feature_parts:
-            codes, W_e, W_d, own = piece if whole else encode(features, x_c, True)
-            assert codes.h is not None
-            found.decoder(tokens, features, codes.z, g)
-            dcounts = norms[features].new_full((len(codes.z),), l0_weight * unit) if l0_weight else None
-            dl1 = norms[features] * (l1_weight * unit) if l1_weight else None
-            grads = backends.decode_backward(
-                kind, g, W_d, codes.h, dcounts, dl1, own, spec,
-                coefficients=any(wanted[5:8]), fused=backward, out=codes.z,
-            )  # fmt: skip
-            found.encoder(tokens, features, x_c, W_e, grads)
-        found.residual(tokens, residual, of_x=target is None, of_b_dec=across is None or across.first)
-
-    mean = 1 / max(n, 1)
-    mse, l1_mean, l0 = squares * mean, torch.dot(l1, norms) * mean, counts.sum() * mean
-    total = mse + l1_weight * l1_mean + l0_weight * l0
-    if l1_weight:
-        found.norms(W_dec, torch.where(norms > 0, l1 / norms, 0) * (l1_weight * unit))
-    if subtract:
-        found.centre(W_enc)
-    return total, mse, l1_mean, l0, counts, x_hat, *found.finish(mean / unit)
-
-
-class _Gradients:
-    """The gradients as they grow from piece to piece, each in the precision that its sum needs."""
-
-    def __init__(
-        self,
-        x: Tensor,
-        W_enc: Tensor,
-        W_dec: Tensor,
-        b_dec: Tensor,
-        gate: GateTensors,
-        wanted: list[bool],
-        one_token_part: bool,
-        one_feature_part: bool,
-        recycled: StepMemory,
-    ) -> None:
-        self._likes, self._wanted = (x, W_enc, W_enc[0], W_dec, b_dec, *gate[:6]), wanted
-
-        def memory(place: int, one_term: bool) -> Tensor:
-            like = self._likes[place]
-            dtype = like.dtype if one_term else wide(like.dtype)
-            return recycled.gradient(like, dtype) if wanted[place] else like.new_empty(0, dtype=dtype)
-
-        self.dx, self.dW_enc, self.dW_dec = (
-            memory(0, one_feature_part),
-            memory(1, one_token_part),
-            memory(3, one_token_part),
-        )
-        self.db_enc, self.db_dec = (one.new_zeros(one.shape, dtype=wide(one.dtype)) for one in (W_enc[0], b_dec))
-        # Shared coefficients sum over every feature and every piece.
-        double = torch.float64 if x.device.type != "mps" else torch.float32
-        self.gate = [one.new_zeros(one.shape, dtype=double) for one in gate[:6]]
-
-    def decoder(self, tokens: slice, features: slice, z: Tensor, g: Tensor) -> None:
-        if self._wanted[3]:
-            _add_product(self.dW_dec[features], z, g, fresh=tokens.start == 0)
-
-    def encoder(self, tokens: slice, features: slice, x_c: Tensor, W_enc: Tensor, grads: backends.Gradients) -> None:
-        if self._wanted[1]:
-            _add_product(self.dW_enc[:, features], x_c.t(), grads.dh.t(), fresh=tokens.start == 0)
-        if self._wanted[0]:
-            _add_product(self.dx[tokens], grads.dh.t(), W_enc.t(), fresh=features.start == 0)
-        self.db_enc[features] += grads.b_enc
-        for total, one in zip(self.gate, grads.gate, strict=False):
-            (total if len(total) == len(one) else total[features]).add_(one)
-
-    def residual(self, tokens: slice, g: Tensor, *, of_x: bool, of_b_dec: bool) -> None:
-        """g: the gradient of x_hat; minus that of x, beside what goes through the encoder, if x is the target."""
-        if of_b_dec:
-            self.db_dec += g.sum(0)
-        if self._wanted[0] and of_x:
-            self.dx[tokens] -= g
-
-    def norms(self, W_dec: Tensor, scale: Tensor) -> None:
-        """scale [d_sae]: l1's gradient by the norms of the decoder's rows, over the norms."""
-        if self._wanted[3]:
-            self.dW_dec.addcmul_(W_dec, scale.unsqueeze(1).to(self.dW_dec.dtype))
-
-    def centre(self, W_enc: Tensor) -> None:
-        if self._wanted[4]:
-            self.db_dec -= through_encoder(W_enc, self.db_enc)
-
-    def finish(self, rescale: float) -> list[Tensor]:
-        """Each in its parameter's dtype, of no elements where it is not wanted."""
-        found = (self.dx, self.dW_enc, self.db_enc, self.dW_dec, self.db_dec, *self.gate)
-        return [
-            (one if rescale == 1 else one.mul_(rescale)).to(like.dtype) if wanted else like.new_empty(0)
-            for one, like, wanted in zip(found, self._likes, self._wanted, strict=True)
-        ]
-
-
-def _parts(length: int, step: int) -> list[slice]:
-    step = step or max(length, 1)
-    return [slice(start, min(start + step, length)) for start in range(0, max(length, 1), step)]
-
-
-def _rows(gate: GateTensors, features: slice) -> GateTensors:
-    """The gate of some features; shared coefficients stay as they are."""
-    parts = [one[features] if k >= 5 or len(one) > 1 else one for k, one in enumerate(gate)]
-    return GateTensors(*parts)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
-    """total += a @ b, or total = a @ b where it is fresh memory; the sum is in total's dtype."""
-    if total.dtype == a.dtype:
-        if fresh:
-            torch.mm(a, b, out=total)
-        else:
-            torch.addmm(total, a, b, out=total)
-    elif fresh:
-        total.copy_(a @ b)
-    else:
-        total.add_(a @ b)
 
 
 @custom_op(

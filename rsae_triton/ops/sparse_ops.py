@@ -1,9 +1,9 @@
-"""Under `sparse.py`: the codes that are not zero in plain PyTorch, and the sparse decoder as a torch operator."""
+"""Under `sae/sparse.py`: the codes that are not zero in plain PyTorch, and the sparse decoder as a torch operator."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -15,10 +15,6 @@ from rsae_triton.ops import backends
 from rsae_triton.ops.reference import GateSpec, GateTensors, rational_gate
 from rsae_triton.ops.tiles import wide
 from rsae_triton.ops.workspace import Workspace
-from rsae_triton.sae.architectures import TopKSAE
-
-if TYPE_CHECKING:
-    from rsae_triton.sae.base import SparseAutoencoder
 
 CHUNK = 2**22
 """Elements of the dense code that exist at a time (16 MiB in float32)."""
@@ -75,18 +71,6 @@ def _take(gate: GateTensors, features: slice | Tensor) -> GateTensors:
     """The gate of some features. The threshold has one row for each; what is shared has a single one."""
     n_features = len(gate.threshold)
     return GateTensors(*(t if len(t) == 1 < n_features else t[features] for t in gate))
-
-
-def entries_of_codes(sae: SparseAutoencoder, rows: Tensor, k: int | None) -> Iterator[Entries]:
-    """Codes of rows [n_tokens, d_in] by any SAE, which makes them dense for CHUNK // d_sae tokens at a time."""
-    for n0, part in chunks(rows, max(CHUNK // sae.d_sae, 1)):
-        if isinstance(sae, TopKSAE):
-            h = sae.hidden_pre(part)
-            z = h.relu() if sae.relu else h
-        else:
-            z = sae.encode(part) if k is None else sae.encode(part).relu()
-        found = entries_of(z if k is None else first_largest(z, k))
-        yield found._replace(tokens=found.tokens + n0)
 
 
 def entries_of(z: Tensor) -> Entries:

@@ -1,7 +1,7 @@
 """The figure of a fit: the gate over its target, and the error between the two lines that certify it."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -9,11 +9,38 @@ from matplotlib.figure import Figure
 from rsae_triton.remez.problem import TARGETS, Problem, make_problem
 from rsae_triton.remez.rational import Rational
 
-if TYPE_CHECKING:
-    from rsae_triton.remez.gatefit import GateFit
+
+class Fit(Protocol):
+    """What is drawn of a `GateFit`, which has this figure as a method."""
+
+    @property
+    def a(self) -> np.ndarray: ...
+    @property
+    def b(self) -> np.ndarray: ...
+    @property
+    def centre(self) -> float: ...
+    @property
+    def degree(self) -> tuple[int, int]: ...
+    @property
+    def target(self) -> str: ...
+    @property
+    def theta(self) -> float: ...
+    @property
+    def margin(self) -> float: ...
+    @property
+    def error(self) -> float: ...
+    @property
+    def lower_bound(self) -> float: ...
+    @property
+    def reference(self) -> np.ndarray: ...
+    @property
+    def weighted(self) -> bool: ...
+    @property
+    def problem(self) -> Problem | None: ...
+    def __call__(self, t: Any) -> Any: ...
 
 
-def _dense(fit: "GateFit") -> np.ndarray:
+def _dense(fit: Fit) -> np.ndarray:
     """Even points, points that cluster at theta, and points under the poles, in [-1, 1]."""
     steps = np.geomspace(1e-7, 2.0, 600)
     poles = Rational(fit.a, np.concatenate([[1.0], fit.b]), fit.centre).poles()
@@ -22,7 +49,7 @@ def _dense(fit: "GateFit") -> np.ndarray:
     return np.unique(t[np.abs(t) <= 1])
 
 
-def _problem(fit: "GateFit") -> Problem | None:
+def _problem(fit: Fit) -> Problem | None:
     """The target to draw: the fit's own, a named one rebuilt, or None (a callable's fit read from a file)."""
     if fit.problem is not None:
         return fit.problem
@@ -31,7 +58,7 @@ def _problem(fit: "GateFit") -> Problem | None:
     return None
 
 
-def plot_fit(fit: "GateFit", path: str | Path | None = None) -> Figure:
+def plot_fit(fit: Fit, path: str | Path | None = None) -> Figure:
     """Draws r and its target above, and target - r with error, lower bound and reference points below.
 
     The figure belongs to no window or global state. Saved to `path` (any suffix matplotlib knows) if given.

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from rsae_triton.common.checks import check_data, check_finite
 from rsae_triton.common.errors import ConfigError, ShapeError
-from rsae_triton.sae.rational import FusedRationalSAE
-from rsae_triton.teachers import JumpReluSAE
+from rsae_triton.sae.architectures import JumpReluSAE
+from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.sae.gate import RationalGate
 
 _FEATURES = 512  # fitted at once: a sorted column of the sample is held for each
 
@@ -39,7 +40,7 @@ class DenseExport:
 
 
 @torch.no_grad()
-def to_jumprelu(sae: FusedRationalSAE, activations: Tensor) -> tuple[JumpReluSAE, DenseExport]:
+def to_jumprelu(sae: SparseAutoencoder, activations: Tensor) -> tuple[JumpReluSAE, DenseExport]:
     """The JumpReLU SAE whose codes are nearest to `sae`'s in least squares, feature by feature.
 
     A JumpReLU computes g * h + c where that exceeds a threshold. For each feature g and c are the regression of its
@@ -55,7 +56,8 @@ def to_jumprelu(sae: FusedRationalSAE, activations: Tensor) -> tuple[JumpReluSAE
     Raises:
         ShapeError, NumericsError: activations that do not fit, are fewer than two or are not finite.
     """
-    if not isinstance(sae, FusedRationalSAE):
+    gate = getattr(sae, "gate", None)
+    if not isinstance(gate, RationalGate):
         raise ConfigError(f"sae is a {type(sae).__name__}; give a FusedRationalSAE")
     if sae.architecture == "rational_topk":
         raise ConfigError("a JumpReLU SAE has thresholds per feature; use upgrade(..., thresholds='feature')")
@@ -66,7 +68,7 @@ def to_jumprelu(sae: FusedRationalSAE, activations: Tensor) -> tuple[JumpReluSAE
     check_finite("activations", x, "drop those tokens first")
     fitted, held = x[0::2], x[1::2]
     h, z = sae.hidden_pre(fitted).float(), sae.encode(fitted).float()
-    theta = sae.gate.threshold.double()
+    theta = gate.threshold.double()
     parts = [
         _fit(h[:, part], z[:, part], theta[part]) for part in torch.arange(sae.d_sae, device=h.device).split(_FEATURES)
     ]
@@ -86,7 +88,7 @@ def to_jumprelu(sae: FusedRationalSAE, activations: Tensor) -> tuple[JumpReluSAE
     jumprelu.W_dec.copy_(sae.W_dec)
     jumprelu.b_dec.copy_(sae.b_dec)
     loss = _loss(sae, jumprelu, held)
-    jumprelu.metadata["exported_from"] = {"architecture": sae.architecture, "form": sae.gate.form, **asdict(loss)}
+    jumprelu.metadata["exported_from"] = {"architecture": sae.architecture, "form": gate.form, **asdict(loss)}
     return jumprelu, loss
 
 
@@ -126,7 +128,7 @@ def _cut(h: Tensor, z: Tensor, gain: Tensor, offset: Tensor, theta: Tensor) -> t
     return best + z.square().sum(0), threshold
 
 
-def _loss(sae: FusedRationalSAE, jumprelu: JumpReluSAE, x: Tensor) -> DenseExport:
+def _loss(sae: SparseAutoencoder, jumprelu: JumpReluSAE, x: Tensor) -> DenseExport:
     sums = torch.zeros(6, dtype=torch.float64)
     for rows in x.split(2048):
         z, dense = sae.encode(rows), jumprelu.encode(rows.float())

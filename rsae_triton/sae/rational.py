@@ -20,8 +20,8 @@ from rsae_triton.sae.gate import RationalGate
 from rsae_triton.sae.sparse import SparseCode, decode_sparse, encode_sparse
 
 if TYPE_CHECKING:
+    from rsae_triton.sae.architectures import JumpReluSAE
     from rsae_triton.sae.export import DenseExport
-    from rsae_triton.teachers import JumpReluSAE
 
 
 class FusedRationalSAE(SparseAutoencoder):

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rsae_triton.common.checkpoint import STATE, is_sharded, read_info, read_state
 from rsae_triton.common.errors import FormatError, SourceError, first_line
+from rsae_triton.sae.architectures import JumpReluSAE, ReluSAE, TopKSAE
 from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.sae.batch_topk import BatchTopKSAE
 from rsae_triton.sae.topk_rational import RATIONAL
-from rsae_triton.teachers import BatchTopKSAE, JumpReluSAE, ReluSAE, TopKSAE
-from rsae_triton.training.checkpoints import STATE, is_sharded, read_info, read_state
 
 _TEACHERS: tuple[type[SparseAutoencoder], ...] = (ReluSAE, JumpReluSAE, TopKSAE, BatchTopKSAE)
 _KINDS: dict[str, type[SparseAutoencoder]] = {kind.architecture: kind for kind in (*RATIONAL, *_TEACHERS)}

@@ -17,15 +17,16 @@ from torch.nn.functional import pad
 
 from rsae_triton.common.checks import check_data, check_integer, check_room, check_tensor
 from rsae_triton.common.errors import ConfigError, NumericsError, ShapeError
-from rsae_triton.ops import backends
+from rsae_triton.ops import backends, sparse_ops
 from rsae_triton.ops import encode as ops
 from rsae_triton.ops.reference import GateSpec, GateTensors
 from rsae_triton.ops.sparse_ops import (
     Entries,
     check_places,
+    chunks,
     entries_of,
-    entries_of_codes,
     entries_of_gate,
+    first_largest,
     sparse_decode,
     used,
 )
@@ -121,7 +122,7 @@ def _encode_sparse(sae: SparseAutoencoder, x: Tensor, capacity: int | None, k: i
         ops.check_inputs(x, sae.W_enc, sae.b_enc, b_dec, None, *known)
     # Without kernels the k largest codes of a token are looked for in all of its codes.
     if known is None or (k is not None and backend != "triton"):
-        parts = entries_of_codes(sae, rows, k)
+        parts = _entries_of_codes(sae, rows, k)
         return _shaped(_rows(_without_nan(parts), len(rows), capacity), x.shape[:-1])
     gate, spec = known
     x_c = ops.centred(sae.normalization(rows).apply(rows), b_dec, dtype)
@@ -252,3 +253,15 @@ def _check_code(code: SparseCode) -> None:
             f"values are {values.dtype}, indices {indices.dtype} and counts {counts.dtype}; give floats and int32 or "
             "int64"
         )
+
+
+def _entries_of_codes(sae: SparseAutoencoder, rows: Tensor, k: int | None) -> Iterator[Entries]:
+    """Codes of rows [n_tokens, d_in] by any SAE, which makes them dense for CHUNK // d_sae tokens at a time."""
+    for n0, part in chunks(rows, max(sparse_ops.CHUNK // sae.d_sae, 1)):
+        if isinstance(sae, TopKSAE):
+            h = sae.hidden_pre(part)
+            z = h.relu() if sae.relu else h
+        else:
+            z = sae.encode(part) if k is None else sae.encode(part).relu()
+        found = entries_of(z if k is None else first_largest(z, k))
+        yield found._replace(tokens=found.tokens + n0)

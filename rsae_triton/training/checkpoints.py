@@ -22,11 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rsae_triton.common.checkpoint import INFO, SCHEMA, STATE, read_info
 from rsae_triton.common.errors import FormatError, StorageError
-from rsae_triton.common.files import read_json, read_safetensors
 
-SCHEMA = 1
-INFO, STATE, FOLDER = "training.json", "state", "checkpoints"
+FOLDER = "checkpoints"
 
 
 class Checkpoints:
@@ -108,35 +107,6 @@ class Checkpoints:
     def temporary(self, step: int) -> Path:
         """Where the checkpoint of `step` lies while it is written."""
         return self.folder / f".step-{step:08d}"
-
-
-def read_info(path: Path) -> dict[str, Any]:
-    """training.json of a checkpoint.
-
-    Raises:
-        FormatError: it is missing, damaged, or of another schema, or a file it names is missing or cut short.
-    """
-    info = read_json(path / INFO)
-    if info.get("schema") != SCHEMA:
-        raise FormatError(f"{path / INFO} is not of schema {SCHEMA}; it was written by another version")
-    for name, size in info["files"].items():
-        file = path / STATE / name
-        if not file.is_file() or file.stat().st_size != size:
-            raise FormatError(f"{file} is missing or has not the {size:,} bytes it was written with")
-    return info
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint that one process wrote, mapped from its file.
-
-    Raises:
-        FormatError: files are missing or damaged.
-    """
-    return read_safetensors(path / STATE / "state.safetensors")
-
-
-def is_sharded(path: Path) -> bool:
-    return not (path / STATE / "state.safetensors").is_file()
 
 
 def _to_disk(path: Path) -> None:

@@ -37,7 +37,7 @@ from rsae_triton.training.recipes import Losses, Recipe, losses
 from rsae_triton.training.settings import TrainSettings
 
 if TYPE_CHECKING:
-    from rsae_triton.training.run import Run
+    pass
 
 
 class Sharding(NamedTuple):
@@ -214,16 +214,23 @@ class Mesh(Alone):
 
     # -- checkpoints
 
-    def save(self, checkpoints: Checkpoints, run: Run, info: dict[str, Any]) -> Path:
-        sharding, step = _sharding(run.sae), run.step
-        parts = {name: self._whole(one, sharding.axis(name, one.dim())) for name, one in run.tensors().items()}
+    def save(
+        self,
+        checkpoints: Checkpoints,
+        step: int,
+        sae: SparseAutoencoder,
+        tensors: dict[str, Tensor],
+        info: dict[str, Any],
+    ) -> Path:
+        sharding = _sharding(sae)
+        parts = {name: self._whole(one, sharding.axis(name, one.dim())) for name, one in tensors.items()}
         self._all(lambda: checkpoints.begin(step) if self.rank == 0 else None, checkpoints, step)
         self._all(lambda: write_parts(checkpoints.temporary(step), parts), checkpoints, step)
         self._all(lambda: checkpoints.finish(step, info) if self.rank == 0 else None, checkpoints, step)
         return checkpoints.path(step)
 
-    def load(self, path: Path, run: Run) -> dict[str, Tensor]:
-        sharding, like, found = _sharding(run.sae), run.tensors(), {}
+    def load(self, path: Path, sae: SparseAutoencoder, like: dict[str, Tensor]) -> dict[str, Tensor]:
+        sharding, found = _sharding(sae), {}
         for name, shape in shapes_of(path).items():
             axis, local = sharding.axis(name, len(shape)), list(shape)
             if axis is not None:

@@ -5,19 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rsae_triton.common.checkpoint import is_sharded, read_state
 from rsae_triton.sae.base import SparseAutoencoder
-from rsae_triton.training.checkpoints import Checkpoints, is_sharded, read_state
+from rsae_triton.training.checkpoints import Checkpoints
 from rsae_triton.training.memory import MemoryPlan
 from rsae_triton.training.recipes import Losses, Recipe, losses
 from rsae_triton.training.settings import TrainSettings
-
-if TYPE_CHECKING:
-    from rsae_triton.training.run import Run
 
 
 @dataclass
@@ -86,15 +84,23 @@ class Alone:
         """One plan for all."""
         return plan
 
-    def save(self, checkpoints: Checkpoints, run: Run, info: dict[str, Any]) -> Path:
+    def save(
+        self,
+        checkpoints: Checkpoints,
+        step: int,
+        sae: SparseAutoencoder,
+        tensors: dict[str, Tensor],
+        info: dict[str, Any],
+    ) -> Path:
+        """Writes a checkpoint of the run's tensors, each process its part."""
         # Nothing in a step is random today; what an SAE of one's own draws goes on all the same.
         random = {"rng.cpu": torch.get_rng_state()}
         if torch.cuda.is_initialized():
             random["rng.cuda"] = torch.cuda.get_rng_state()
-        return checkpoints.save(run.step, run.tensors() | random, info)
+        return checkpoints.save(step, tensors | random, info)
 
-    def load(self, path: Path, run: Run) -> dict[str, Tensor]:
-        """The tensors of a checkpoint, written by one process or by many."""
+    def load(self, path: Path, sae: SparseAutoencoder, like: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a checkpoint, written by one process or by many; like: those of the run, for their dtypes."""
         if not is_sharded(path):
             tensors = read_state(path)
             if "rng.cpu" in tensors:

@@ -164,7 +164,7 @@ class Run:
             "controller": None if self.controller is None else self.controller.state(),
             "seconds": seconds,
         }
-        return self.together.save(checkpoints, self, info)
+        return self.together.save(checkpoints, self.step, self.sae, self.tensors(), info)
 
     def restore(self, checkpoints: Checkpoints) -> float:
         """Goes back to the latest checkpoint that can be read; returns the seconds of training it took.
@@ -176,7 +176,7 @@ class Run:
         for path, info in checkpoints.newest_first():
             self._check(path, info)
             try:
-                tensors = self.together.load(path, self)
+                tensors = self.together.load(path, self.sae, self.tensors())
             except FormatError as error:
                 warnings.warn(f"{error}; going back to the checkpoint before", stacklevel=2)
                 continue

@@ -16,6 +16,10 @@ from rsae_triton.common.errors import NumericsError
 from rsae_triton.remez import GateFit
 
 BINS = 500
+LADDER = ((3, 2), (5, 4), (7, 6), (9, 8))
+"""Degrees that "auto" tries, smallest first."""
+HISTOGRAM_TOKENS = 2048
+"""Of the sample, those that a gate is fitted to."""
 
 
 @dataclass(frozen=True)

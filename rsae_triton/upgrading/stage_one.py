@@ -5,33 +5,25 @@ from __future__ import annotations
 import functools
 import warnings
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from rsae_triton.common.checks import check_data, check_finite, check_integer, check_number, check_seed, shown
-from rsae_triton.common.errors import ConfigError, NumericsError, ShapeError
+from rsae_triton.common.errors import ConfigError, NumericsError
 from rsae_triton.ops.encode import resolve_backend
-from rsae_triton.remez import GateFit, fit_gate
 from rsae_triton.remez.problem import parse_degree as remez_degree
+from rsae_triton.sae.architectures import JumpReluSAE, ReluSAE, TopKSAE
 from rsae_triton.sae.base import SparseAutoencoder
-from rsae_triton.sae.gate import RationalGate
+from rsae_triton.sae.batch_topk import BatchTopKSAE
 from rsae_triton.sae.rational import FusedRationalSAE
 from rsae_triton.sae.topk_rational import TopKRationalSAE
-from rsae_triton.teachers import BatchTopKSAE, JumpReluSAE, ReluSAE, TopKSAE
 from rsae_triton.training.recipes import training_l0
-from rsae_triton.upgrading.calibrate import Calibration, Histogram, calibrate, histogram
-
-LADDER = ((3, 2), (5, 4), (7, 6), (9, 8))
-HISTOGRAM_TOKENS = 2048
-# A direct JumpReLU is fitted with its jump at THETA of the clip, so that codes up to 1 / THETA thresholds are covered.
-THETA, MARGIN = 0.1, 0.02
-# C_in of the gated form, in units of the activations' mean norm, and how much of it active pre-activations must rise
-# above their thresholds in the median; chosen in docs/experiments.md.
-GATE_WIDTH = 0.02
-LEAST_RISE = 0.7
+from rsae_triton.upgrading.direct import direct
+from rsae_triton.upgrading.gated import gated
+from rsae_triton.upgrading.sampling import Sample, sample
+from rsae_triton.upgrading.thresholds import Grouping, strength_groups, teacher_thresholds
 
 
 @dataclass(frozen=True)
@@ -63,22 +55,6 @@ class StageOne:
             f"{self.form} {self.degree}{fitted}; code within {100 * self.relative_error:.2f} % of the teacher's, "
             f"l0 {self.l0:.2f} against {self.teacher_l0:.2f}"
         )
-
-
-class Sample(NamedTuple):
-    """What stage 1 looks at: activations x [n, d_in], the teacher's h and z [n, d_sae], its thresholds [d_sae]."""
-
-    x: Tensor
-    h: Tensor
-    z: Tensor
-    thresholds: Tensor
-
-
-class Grouping(NamedTuple):
-    """How many coefficient sets, and which of them each feature uses (None: one for all, or one for each)."""
-
-    groups: int
-    group_of: Tensor | None
 
 
 def upgrade(
@@ -167,7 +143,7 @@ def upgrade(
     groups = given if isinstance(given, int) else {"shared": 1, "per_feature": teacher.d_sae}[given]
     if not 1 <= groups <= teacher.d_sae:
         raise ConfigError(f"coefficients is {groups} groups; there are {teacher.d_sae} features to put into them")
-    kind = _direct if form == "direct" else functools.partial(_gated, width=factor)
+    kind = direct if form == "direct" else functools.partial(gated, width=factor)
     seen = Sample(x, h, z, teacher_thresholds(teacher, h, z))
     grouping = Grouping(groups, None if groups in (1, teacher.d_sae) else strength_groups(h, z, groups))
     gate, facts = kind(teacher, seen, pair, grouping, tolerance)
@@ -233,170 +209,3 @@ def parse_width(width: str | float) -> float | None:
         raise ConfigError(f"width is {width!r}; give 'auto' or a positive number such as 0.5") from error
     check_number("width", number, above=0)
     return number
-
-
-def sample(activations: Tensor | Any, teacher: SparseAutoencoder, n_tokens: int, seed: int) -> Tensor:
-    """n_tokens rows to calibrate on, in the teacher's dtype and on its device."""
-    if not isinstance(activations, Tensor) and not hasattr(activations, "tensor"):
-        raise ShapeError(f"activations is a {type(activations).__name__}; give a torch.Tensor or an ActivationStore")
-    x = activations if isinstance(activations, Tensor) else activations.tensor()
-    check_data("activations", x)
-    if x.dim() != 2 or x.shape[1] != teacher.d_in:
-        raise ShapeError(f"activations have shape {tuple(x.shape)}; the teacher takes [n, d_in={teacher.d_in}]")
-    if len(x) == 0:
-        raise ShapeError("there are no activations to calibrate on; give at least a few hundred tokens")
-    chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:n_tokens]
-    x = x[chosen.to(x.device)].to(device=teacher.W_enc.device, dtype=teacher.W_enc.dtype)
-    check_finite("the sample of the activations", x, "drop those rows first")
-    return x
-
-
-def teacher_thresholds(teacher: SparseAutoencoder, h: Tensor, z: Tensor) -> Tensor:
-    """theta_f >= 0 [d_sae]: above it the teacher's feature is active (TopK: as often as it is active)."""
-    if isinstance(teacher, JumpReluSAE):
-        return teacher.threshold.detach().float().clone()
-    if isinstance(teacher, BatchTopKSAE):
-        return teacher.topk_threshold.detach().float().expand(teacher.d_sae).clone()
-    if isinstance(teacher, ReluSAE):
-        return torch.zeros(teacher.d_sae, device=h.device)
-    # The m-th largest pre-activation of a feature that fires on m tokens would itself not fire at h > theta, so
-    # the threshold lies halfway to the next; a feature that never fires keeps its largest.
-    fires = (z != 0).sum(0)
-    ranked = torch.cat([h.sort(0, descending=True).values, h.amin(0, keepdim=True)]).float()
-    last = ranked.gather(0, (fires - 1).clamp_min(0).unsqueeze(0)).squeeze(0)
-    following = ranked.gather(0, fires.unsqueeze(0)).squeeze(0)
-    return torch.where(fires > 0, (last + following) / 2, last).clamp_min(0)
-
-
-def strength_groups(h: Tensor, z: Tensor, groups: int) -> Tensor:
-    """[d_sae] int64: features in `groups` equal parts by the root mean square of their active pre-activations.
-
-    Features of one strength cover the same stretch of the gate, which is what they have to share. One that is never
-    active on the sample counts as weakest.
-    """
-    active = z != 0
-    strength = (h.float().square() * active).sum(0) / active.sum(0).clamp_min(1)
-    rank = strength.argsort(stable=True).argsort()
-    return rank * groups // len(rank)
-
-
-def _gated(
-    teacher: SparseAutoencoder,
-    seen: Sample,
-    degree: tuple[int, int] | None,
-    grouping: Grouping,
-    tolerance: float,
-    width: float | None,
-) -> tuple[RationalGate, dict[str, Any]]:
-    """z = h * r where h > theta_f, r the minimax fit of a ramp that is complete at theta.
-
-    Above the threshold r is 1 to the fit's error, so that the code is the teacher's; its slope lies below, where
-    it tells pre-activations that are not active yet what they would be worth (docs/experiments.md: why this side).
-    """
-    x, h = seen.x[:HISTOGRAM_TOKENS], seen.h[:HISTOGRAM_TOKENS]
-    input_scale = ramp_width(teacher, x, h - seen.thresholds, width)
-    # Against the code with thresholds and no ramp: a TopK teacher's own code differs already in which fire.
-    exact = h * (h > seen.thresholds)
-    with torch.no_grad():
-        mse = (x - teacher.decode(exact, x)).square().sum()
-    error = np.inf
-    for candidate in LADDER if degree is None else (degree,):
-        fit = fit_gate("ramp", candidate)
-        gate = RationalGate.from_fit(
-            fit,
-            teacher.d_sae,
-            thresholds=seen.thresholds,
-            form="gated",
-            **grouping._asdict(),
-            backward="rational",
-            input_scale=input_scale,
-        ).to(h.device)
-        with torch.no_grad():
-            code = gate(h)
-            change = (x - teacher.decode(code, x)).square().sum() / mse - 1
-            error = max(float((code - exact).norm() / exact.norm().clamp_min(1e-12)), abs(float(change)))
-        if error <= tolerance:
-            return gate, {"error": fit.error, "lower_bound": fit.lower_bound, "initial_relative_error": None}
-    raise NumericsError(
-        f"a gate of degree {gate.degree} reproduces the teacher's code to {error:.3g}, not to {tolerance:g}; "
-        "raise tolerance or the degree"
-    )
-
-
-def ramp_width(teacher: SparseAutoencoder, x: Tensor, above: Tensor, width: float | None) -> float:
-    """C_in of a ramp of `width` (see `upgrade`); above [n, d_sae]: pre-activations over their thresholds.
-
-    A ramp bets on features below their thresholds as if they were worth what active ones are: it must not reach much
-    deeper than those rise. Where they rise more it is not widened: it gains little, and where many features are near
-    their thresholds l0 could not be held.
-    """
-    usual = GATE_WIDTH * float(teacher.normalization(x).apply(x).float().norm(dim=1).mean())
-    if width is not None:
-        return width * usual
-    rises = above[above > 0].float()
-    if not len(rises):
-        return usual
-    rise = float(rises.median())
-    return rise if rise < LEAST_RISE * usual else usual
-
-
-def _direct(
-    teacher: SparseAutoencoder, seen: Sample, degree: tuple[int, int] | None, grouping: Grouping, tolerance: float
-) -> tuple[RationalGate, dict[str, Any]]:
-    """z = C_out * (r(h / C_in) + tail): the minimax fit of the teacher's gate, calibrated; thresholds by C_in."""
-    jump, thresholds = not isinstance(teacher, ReluSAE), seen.thresholds
-    if jump and bool((thresholds <= 0).any()):
-        # A feature without a threshold of its own is a ReLU; the smallest positive one is the closest jump.
-        positive = thresholds[thresholds > 0]
-        thresholds = thresholds.clamp_min(max(float(positive.min()), 1e-3) if len(positive) else 1e-3)
-    scale = thresholds / THETA if jump else torch.ones_like(thresholds)
-    h, z = seen.h[:HISTOGRAM_TOKENS], seen.z[:HISTOGRAM_TOKENS]
-    # In units of the feature's own scale; an error there counts scale^2 in the code.
-    value, target = (h / scale).flatten().double().cpu().numpy(), (z / scale).flatten().double().cpu().numpy()
-    weight = scale.square().expand_as(h).flatten().double().cpu().numpy()
-    data = histogram(value, target, target != 0, weight)
-    best: tuple[Calibration, GateFit, float] | None = None
-    for candidate in LADDER if degree is None else (degree,):
-        fit = fit_gate("jumprelu", candidate, theta=THETA, margin=MARGIN) if jump else fit_gate("relu", candidate)
-        best = min(
-            (_calibrated(fit, data, c) for c in _input_scales(data, jump)), key=lambda one: one[0].relative_error
-        )
-        if best[0].relative_error <= tolerance:
-            break
-    assert best is not None
-    calibration, fit, c_in = best
-    gate = RationalGate(
-        teacher.d_sae,
-        fit.degree,
-        calibration.a,
-        calibration.b,
-        **grouping._asdict(),
-        form="direct",
-        centre=fit.centre,
-        input_scale=scale * c_in if jump else c_in,
-        output_scale=scale * c_in if jump else c_in,
-        numerator_scale=fit.numerator_scale,
-        denominator_scale=fit.denominator_scale,
-    ).to(h.device)
-    with torch.no_grad():
-        # A threshold below all that are active, l0 as in the teacher: ranked in numpy, kthvalue is slow on millions.
-        strengths = gate(h, hard=False).abs().flatten().cpu().numpy()
-        rank = max(0, len(strengths) - int((z != 0).sum()) - 1)
-        gate.activity_threshold.fill_(float(np.partition(strengths, rank)[rank]))
-    return gate, {
-        "error": fit.error,
-        "lower_bound": fit.lower_bound,
-        "initial_relative_error": calibration.initial_relative_error,
-    }
-
-
-def _input_scales(data: Histogram, jump: bool) -> list[float]:
-    """C_in to try: a jump's is set by its threshold, a ReLU's by how far the pre-activations reach."""
-    if jump:
-        return [1.0]
-    reach = np.abs(data.value).max()
-    return [float(reach * share) for share in (1.0, 0.5, 0.25, 0.125)]
-
-
-def _calibrated(fit: GateFit, data: Histogram, input_scale: float) -> tuple[Calibration, GateFit, float]:
-    return calibrate(fit, data, input_scale, tail=True), fit, input_scale

@@ -10,9 +10,10 @@ from encode_cases import KINDS, D, F, N, inputs, relative
 from torch.utils.flop_counter import FlopCounterMode
 
 from rsae_triton.common.errors import ConfigError, ShapeError
-from rsae_triton.ops import autoencode, reference
+from rsae_triton.ops import reference
 from rsae_triton.ops.autoencode import rational_autoencode
 from rsae_triton.ops.encode import settings
+from rsae_triton.ops.pieces import run as autoencode_in_pieces
 from rsae_triton.ops.reference import GateSpec, GateTensors
 from rsae_triton.ops.workspace import StepMemory
 
@@ -129,7 +130,7 @@ def tiled_on_one_thread(monkeypatch):
 
 
 def problem(n, d_in, d_sae, p=3, q=2):
-    """The arguments of `autoencode.run` up to the gate, float32, shared direct gate."""
+    """The arguments of `run` up to the gate, float32, shared direct gate."""
     generator = torch.Generator().manual_seed(0)
     W_dec = torch.randn(d_sae, d_in, generator=generator)
     x = torch.randn(n, d_in, generator=generator)
@@ -140,7 +141,7 @@ def problem(n, d_in, d_sae, p=3, q=2):
 
 def run(arguments, tokens, features, differentiate=True):
     wanted = [False, *[differentiate] * 10]
-    return autoencode.run(*arguments, 0.1, 0.0, tokens, features, True, None, None, "cpu", torch.float32, wanted)
+    return autoencode_in_pieces(*arguments, 0.1, 0.0, tokens, features, True, None, None, "cpu", torch.float32, wanted)
 
 
 @ENGINE
@@ -194,7 +195,7 @@ def test_no_product_more_than_needed():
             run(arguments, tokens, features, differentiate)
         assert flops.get_total_flops() == expected * unit
     with FlopCounterMode(display=False) as flops, torch.no_grad():
-        autoencode.run(*arguments, 0.1, 0.0, 0, 0, True, None, None, "cpu", torch.float32, [True] * 11)
+        autoencode_in_pieces(*arguments, 0.1, 0.0, 0, 0, True, None, None, "cpu", torch.float32, [True] * 11)
     assert flops.get_total_flops() == 12 * unit
 
 

@@ -9,6 +9,7 @@ from rsae_triton.common.errors import ConfigError
 from rsae_triton.ops import autoencode, reference
 from rsae_triton.ops import encode as ops
 from rsae_triton.ops.cost import CEILINGS, STRATEGIES, Step, backward_instructions, cost, forward_instructions
+from rsae_triton.ops.pieces import run
 from rsae_triton.ops.reference import GateSpec, GateTensors
 
 N, D, F = 256, 2, 1024
@@ -82,7 +83,7 @@ def pieces(n, d_in, d_sae, tokens, features, mode):
     gate = GateTensors(*gate, activity)
     options = (0.1, 0.0, tokens, features, True, None, None, "cpu", torch.float32, [False, *[True] * 10])
     with torch.no_grad(), mode:
-        autoencode.run(x, W_enc, b_enc, W_dec, b_dec, gate, GateSpec(3, 2), *options)
+        run(x, W_enc, b_enc, W_dec, b_dec, gate, GateSpec(3, 2), *options)
     return mode
 
 

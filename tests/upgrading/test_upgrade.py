@@ -13,7 +13,7 @@ from rsae_triton.evaluation.held_out import load_sae
 from rsae_triton.ops.reference import rational_gate
 from rsae_triton.teachers import JumpReluSAE, ReluSAE, TopKSAE
 from rsae_triton.training.recipes import RECIPES, Recipe
-from rsae_triton.upgrading.stage_one import teacher_thresholds
+from rsae_triton.upgrading.thresholds import teacher_thresholds
 
 FAMILIES = {
     "relu": (ReluSAE, {}, Recipe("relu", "l1", weight=0.08)),

@@ -1,0 +1,43 @@
+"""What a checkpoint's folder holds, and reading it: training.json beside state/*.safetensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rsae_triton.common.errors import FormatError
+from rsae_triton.common.files import read_json, read_safetensors
+
+SCHEMA = 1
+INFO, STATE = "training.json", "state"
+
+
+def read_info(path: Path) -> dict[str, Any]:
+    """training.json of a checkpoint.
+
+    Raises:
+        FormatError: it is missing, damaged, or of another schema, or a file it names is missing or cut short.
+    """
+    info = read_json(path / INFO)
+    if info.get("schema") != SCHEMA:
+        raise FormatError(f"{path / INFO} is not of schema {SCHEMA}; it was written by another version")
+    for name, size in info["files"].items():
+        file = path / STATE / name
+        if not file.is_file() or file.stat().st_size != size:
+            raise FormatError(f"{file} is missing or has not the {size:,} bytes it was written with")
+    return info
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint that one process wrote, mapped from its file.
+
+    Raises:
+        FormatError: files are missing or damaged.
+    """
+    return read_safetensors(path / STATE / "state.safetensors")
+
+
+def is_sharded(path: Path) -> bool:
+    return not (path / STATE / "state.safetensors").is_file()
