@@ -81,6 +81,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 
 # `make bench BENCH=` has the 2048 tokens that cases.py lists, in twice the time; ratios hardly change.
 BENCH ?= --bench-tokens 1024

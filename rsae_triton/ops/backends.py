@@ -13,6 +13,7 @@ the dtype of the matrix product; the gate, its sums and their gradients are floa
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import warnings
 from types import ModuleType
@@ -37,8 +38,7 @@ OLDEST = (8, 0)
 def kernels() -> ModuleType:
     """The Triton kernels; imported late because Triton exists on Linux only."""
     try:
-        from rsae_triton import kernels as module
-        from rsae_triton.kernels import encode_backward, encode_forward, rational_backward  # noqa: F401
+        module = importlib.import_module("rsae_triton.kernels")
     except ImportError as error:
         raise SourceError(
             f"backend='triton' cannot be used ({error}); install triton >= 3.3 (torch >= 2.7) or use backend='eager'"
