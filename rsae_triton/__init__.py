@@ -1,32 +1,57 @@
-"""rsae_triton: upgrade a pretrained sparse autoencoder into a Rational SAE, with fused Triton kernels."""
+"""rsae_triton: upgrade a pretrained sparse autoencoder into a Rational SAE, with fused Triton kernels.
 
-# Imported at once, not on first use: `train`, `upgrade` and `evaluate` are called like the modules they live in,
-# and a module imported later would take the function's place.
-from rsae_triton.activations import load_host
-from rsae_triton.evaluation import evaluate
+Every public name is here; `rsae_triton.activations`, `.teachers`, `.integrations.saelens` and `.kernels` have the rest.
+"""
+
+from rsae_triton.activations import ActivationStore, extract, extract_splits, load_corpus, load_host
+from rsae_triton.common.errors import RsaeError
+from rsae_triton.evaluation import compare, evaluate
+from rsae_triton.integrations import splice
 from rsae_triton.remez import GateFit, fit_gate
+from rsae_triton.sae.architectures import JumpReluSAE, ReluSAE, TopKSAE
+from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.sae.batch_topk import BatchTopKSAE
 from rsae_triton.sae.gate import RationalGate
 from rsae_triton.sae.rational import FusedRationalSAE
 from rsae_triton.sae.sparse import SparseCode, decode_sparse, encode_sparse
 from rsae_triton.sae.topk_rational import TopKRationalSAE
 from rsae_triton.teachers import load_teacher
 from rsae_triton.training.loop import train
+from rsae_triton.training.settings import TrainSettings
 from rsae_triton.upgrading.stage_one import upgrade
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActivationStore",
+    "BatchTopKSAE",
     "FusedRationalSAE",
     "GateFit",
+    "JumpReluSAE",
     "RationalGate",
+    "ReluSAE",
+    "RsaeError",
+    "SparseAutoencoder",
     "SparseCode",
     "TopKRationalSAE",
+    "TopKSAE",
+    "TrainSettings",
+    "compare",
     "decode_sparse",
     "encode_sparse",
     "evaluate",
+    "extract",
+    "extract_splits",
     "fit_gate",
+    "load_corpus",
     "load_host",
     "load_teacher",
+    "splice",
     "train",
     "upgrade",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names, for completion; the rooms stay importable by their paths."""
+    return sorted([*__all__, "__doc__", "__version__"])

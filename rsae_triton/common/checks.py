@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Iterable
 from numbers import Real
 from typing import Any
 
@@ -19,6 +21,21 @@ def shown(value: Any) -> str:
     except ValueError:  # Python does not print an integer of more than 4300 digits
         text = f"a very long {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean lr?" where one of `known` is near `name`, else nothing: the end of a message."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def check_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raises ConfigError where one of the `given` names is not `known`, with those that are near it."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            near = closest(name, known) or f"; there are {', '.join(known)}"
+            raise ConfigError(f"{what} has no {name!r}{near}")
 
 
 def check_flag(name: str, value: Any) -> None:

@@ -7,18 +7,19 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Unpack
 
 import torch
 from torch import Tensor
 
-from rsae_triton.common.checks import check_data
+from rsae_triton.common.checks import check_data, check_names
 from rsae_triton.common.errors import ConfigError, ShapeError, Stopped
 from rsae_triton.ops.runtime import deterministic, only_writer, stop_signal
 from rsae_triton.sae.base import SparseAutoencoder, check_sae
 from rsae_triton.training.checkpoints import Checkpoints
 from rsae_triton.training.memory import plan_memory
 from rsae_triton.training.metrics import Metrics, TrainLog, progress_bar, take_up
+from rsae_triton.training.options import TrainOptions
 from rsae_triton.training.processes import Alone
 from rsae_triton.training.recipes import Recipe, holding, recipe_for
 from rsae_triton.training.run import Run
@@ -50,7 +51,7 @@ def train(
     label: str | None = None,
     progress: bool = True,
     mesh: Mesh | None = None,
-    **changes: Any,
+    **changes: Unpack[TrainOptions],
 ) -> TrainLog:
     """Trains `sae` in place, all parameters but those that the recipe or `trainable` holds: mse + weight * sparsity.
 
@@ -66,14 +67,19 @@ def train(
         The log; `sae` is changed.
 
     Raises:
-        ShapeError: activations of another width. ConfigError: settings that cannot be used, or a checkpoint of
-            another run. NumericsError: activations, gradients or a loss that are not finite; the message names
-            step, tensor and the last checkpoint, and `sae` holds the parameters from before that step.
+        ShapeError: activations of another width. ConfigError: settings that cannot be used, a name that is no setting
+            (with the one that was meant), or a checkpoint of another run. NumericsError: activations, gradients or a
+            loss that are not finite; the message names step, tensor and the last checkpoint, and `sae` holds the
+            parameters from before that step.
         StorageError: a checkpoint cannot be written. Stopped: a SIGTERM came, and the run is saved.
     """
     if not isinstance(settings, TrainSettings | None):
         raise ConfigError(f"settings is a {type(settings).__name__}; give TrainSettings(...), or its fields by name")
-    settings = TrainSettings(**changes) if settings is None else replace(settings, **changes)
+    check_names("train", changes, TrainSettings.__dataclass_fields__)
+    if settings is None and "steps" not in changes:
+        raise ConfigError("train needs steps, the number of optimiser steps: train(sae, activations, steps=400)")
+    values: dict[str, Any] = dict(changes)
+    settings = TrainSettings(**values) if settings is None else replace(settings, **values)
     check_sae("sae", sae)
     check_data("sae.W_dec", sae.W_dec)
     if torch.is_inference_mode_enabled() or any(one.is_inference() for one in sae.parameters()):

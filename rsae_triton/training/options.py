@@ -1,0 +1,39 @@
+"""The fields of `TrainSettings` as keyword arguments of `train`: what an editor completes and a type checker checks."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Literal, TypedDict
+
+from rsae_triton.training.recipes import Recipe
+
+
+class TrainOptions(TypedDict, total=False):
+    """Every field of `TrainSettings`, where each is documented; a test holds the two together."""
+
+    steps: int
+    recipe: str | Recipe
+    target_l0: float | Literal["auto"] | None
+    batch_size: int
+    accumulate: int
+    optimizer: Literal["adam", "adamw"]
+    weight_decay: float
+    lr: float
+    warmup: int | None
+    decay: float
+    sparsity_warmup: int
+    clip: float
+    decoder_norm: Literal["keep", "unit", "free"]
+    trainable: Literal["all", "encoder", "gate"]
+    precision: Literal["float32", "bf16"]
+    memory: Literal["auto", "saved", "chunked", "streamed"]
+    seed: int
+    deterministic: bool
+    dead_after: int
+    log_every: int
+    out: str | PathLike[str] | None
+    checkpoint_every: int | None
+    checkpoint_minutes: float
+    keep: int
+    resume: bool
+    track: tuple[Literal["tensorboard", "wandb"], ...]
