@@ -144,7 +144,9 @@ def _(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, *re
     exact = wide(dtype)
     scalars = [x.new_empty((), dtype=exact) for _ in range(4)]
     likes = (x, W_enc, b_enc, W_dec, b_dec, *rest[:6])
-    gradients = [like.new_empty(like.shape if needed else 0) for like, needed in zip(likes, wanted, strict=True)]
+    gradients = [
+        torch.empty_like(like) if needed else like.new_empty(0) for like, needed in zip(likes, wanted, strict=True)
+    ]
     return *scalars, x.new_empty(W_enc.shape[1], dtype=exact), x.new_empty(x.shape), *gradients
 
 

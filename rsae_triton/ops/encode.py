@@ -208,15 +208,13 @@ def _encode_backward(
         grads = backends.gate_backward(chosen, h, dz, dcounts, dl1, gate, spec, coefficients=any(needs[4:7]))
         made = (
             lambda: grads.dh.t() @ W_enc.to(dtype).t(),
-            lambda: centred(x, b_dec, dtype).t() @ grads.dh.t(),
+            lambda: product_like(W_enc, centred(x, b_dec, dtype).t(), grads.dh.t()),
             lambda: grads.b_enc,
             lambda: -through_encoder(W_enc, grads.b_enc),
             *((lambda k=k: grads.gate[k]) for k in range(6)),
         )
         likes = (x, W_enc, W_enc, W_enc, *gate[:6])
-        return [
-            make().to(like.dtype).contiguous() for make, like, needed in zip(made, likes, needs, strict=True) if needed
-        ]
+        return [make().to(like.dtype) for make, like, needed in zip(made, likes, needs, strict=True) if needed]
 
 
 @_encode_backward.register_fake
@@ -224,7 +222,9 @@ def _(dz: Any, dcounts: Any, dl1: Any, x: Tensor, W_enc: Tensor, b_dec: Any, h: 
     d_in, d_sae = W_enc.shape
     shapes = [x.shape, W_enc.shape, (d_sae,), (d_in,), *(one.shape for one in rest[:6])]
     likes = [x, W_enc, W_enc, W_enc, *rest[:6]]
-    return [like.new_empty(shape) for shape, like, needed in zip(shapes, likes, rest[-1], strict=True) if needed]
+    made = [like.new_empty(shape) for shape, like in zip(shapes, likes, strict=True)]
+    made[1] = torch.empty_like(W_enc)
+    return [one for one, needed in zip(made, rest[-1], strict=True) if needed]
 
 
 def _refuse(ctx: Any, *grads: Any) -> NoReturn:
@@ -235,6 +235,12 @@ def _refuse(ctx: Any, *grads: Any) -> NoReturn:
 
 
 _encode_backward.register_autograd(_refuse)
+
+
+def product_like(like: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in memory that is laid out as `like` is, row by row or column by column: as a gradient of `like`, it need
+    not be copied."""
+    return a @ b if like.is_contiguous() or not like.t().is_contiguous() else (b.t() @ a.t()).t()
 
 
 def unpack(rest: tuple[Any, ...]) -> tuple[GateTensors, GateSpec, tuple[Any, ...]]:

@@ -60,11 +60,11 @@ class StepMemory:
         self._spare = []
 
     def gradient(self, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """Memory of this shape that the last step gave back, or new one."""
+        """Memory of this shape and layout that the last step gave back, or new one."""
         for place, one in enumerate(self._spare):
-            if one.shape == like.shape and one.dtype == dtype and one.device == like.device:
+            if (one.shape, one.stride(), one.dtype, one.device) == (like.shape, like.stride(), dtype, like.device):
                 return self._spare.pop(place)
-        return like.new_empty(like.shape, dtype=dtype)
+        return torch.empty_like(like, dtype=dtype)
 
 
 _current: ContextVar[StepMemory | None] = ContextVar("step_memory", default=None)
@@ -78,4 +78,4 @@ def current() -> StepMemory:
 def _reusable(grad: Tensor) -> bool:
     if type(grad) is not Tensor or grad.device.type != "cpu":
         return False
-    return grad.dim() == 2 and grad.is_contiguous() and not grad._is_view()
+    return grad.dim() == 2 and (grad.is_contiguous() or grad.t().is_contiguous()) and not grad._is_view()

@@ -20,6 +20,7 @@ from rsae_triton.common.checks import (
     shown,
 )
 from rsae_triton.common.errors import ConfigError, NumericsError, ResourceError, ShapeError
+from rsae_triton.ops.encode import product_like
 from rsae_triton.sae.normalization import MODES, Affine, normalize
 from rsae_triton.sae.pretrained import Pretrained
 
@@ -221,14 +222,17 @@ def _weights(
     generator: torch.Generator | None,
     initialise: bool,
 ) -> tuple[Tensor, Tensor]:
-    """W_enc and W_dec: random directions and their transpose, or whatever is in memory."""
+    """W_enc and W_dec: random directions and their transpose, or whatever is in memory.
+
+    W_enc [d_in, d_sae] lies in memory feature by feature, as W_dec does: what is done for one feature (its column of a
+    product, its gradient, its optimiser step, its shard) reads one run of memory. Files hold it row by row.
+    """
     if not initialise:
-        return torch.empty(d_in, d_sae, device=device, dtype=dtype), torch.empty(
-            d_sae, d_in, device=device, dtype=dtype
-        )
+        encoder, decoder = (torch.empty(d_sae, d_in, device=device, dtype=dtype) for _ in range(2))
+        return encoder.t(), decoder
     decoder = torch.randn(d_sae, d_in, generator=generator)
     decoder = (decoder / decoder.norm(dim=1, keepdim=True)).to(device=device, dtype=dtype)
-    return decoder.t().contiguous().clone(), decoder
+    return decoder.clone().t(), decoder
 
 
 class _CentredLinear(torch.autograd.Function):
@@ -246,7 +250,7 @@ class _CentredLinear(torch.autograd.Function):
         centred, W_enc = ctx.saved_tensors
         dh = grads[0].reshape(-1, W_enc.shape[1])
         db_enc = dh.sum(0)
-        return None, centred.t() @ dh, db_enc, -(W_enc @ db_enc)
+        return None, product_like(W_enc, centred.t(), dh), db_enc, -(W_enc @ db_enc)
 
 
 def check_sae(name: str, value: Any) -> None:

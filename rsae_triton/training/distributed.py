@@ -210,6 +210,7 @@ class Mesh(Alone):
     def _sum(self, value: Tensor, axis: str | None = None) -> Any:
         """Starts to sum `value` in place along an axis, or over all processes; None where there is but one."""
         group = dist.group.WORLD if axis is None else self.mesh.get_group(axis)
+        value = value if value.is_contiguous() else value.t()  # the gradient of W_enc, which lies feature by feature
         return dist.all_reduce(value, group=group, async_op=True) if dist.get_world_size(group) > 1 else None
 
     # -- checkpoints
@@ -282,7 +283,7 @@ def _cut(sae: SparseAutoencoder, axes: dict[str, int | None], place: int, parts:
     for name, tensor in (*sae.named_parameters(), *sae.named_buffers()):
         axis = axes[name]
         if axis is not None:
-            part = tensor.detach().chunk(parts, axis)[place].clone(memory_format=torch.contiguous_format)
+            part = tensor.detach().chunk(parts, axis)[place].clone()
             taken[id(tensor)] = nn.Parameter(part) if isinstance(tensor, nn.Parameter) else part
     own = copy.deepcopy(sae, taken)
     own.d_sae //= parts

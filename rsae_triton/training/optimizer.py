@@ -64,4 +64,11 @@ def restore_optimizer(sae: SparseAutoencoder, optimizer: torch.optim.Optimizer, 
         state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         if state:
             # Copies: the file's memory may lie so that other instructions run over it, and round otherwise.
-            optimizer.state[parameter] = {key: value.to(parameter.device, copy=True) for key, value in state.items()}
+            optimizer.state[parameter] = {key: _laid_out(value, parameter) for key, value in state.items()}
+
+
+def _laid_out(value: Tensor, parameter: Tensor) -> Tensor:
+    """A copy on the parameter's device, in the parameter's layout if it has its shape: Adam takes all as they lie."""
+    if value.shape != parameter.shape:
+        return value.to(parameter.device, copy=True)
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)

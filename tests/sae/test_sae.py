@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from rsae_triton.common.errors import ConfigError, FormatError, NumericsError, ShapeError
 from rsae_triton.ops.reference import GateSpec
@@ -224,3 +225,19 @@ def test_autoencode_is_the_loss_of_encode_and_decode(normalize):
     pairs = [torch.autograd.grad(total, parameters, allow_unused=True) for total in (found.total, expected)]
     for name, one, other in zip(names, *pairs, strict=True):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_encoder_lies_feature_by_feature_in_memory_and_row_by_row_in_files(tmp_path, dtype):
+    sae = FusedRationalSAE(8, 12, dtype=dtype)
+    for one in (sae, copy.deepcopy(sae), sae.to(torch.float32)):
+        assert one.W_enc.t().is_contiguous()
+    sae.encode(torch.randn(5, 8)).sum().backward()
+    assert sae.W_enc.grad.stride() == sae.W_enc.stride()
+    sae.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "sae_weights.safetensors")["W_enc"]
+    assert stored.is_contiguous()
+    assert torch.equal(stored, sae.W_enc)
+    loaded = FusedRationalSAE.from_pretrained(tmp_path)
+    assert loaded.W_enc.t().is_contiguous()
+    assert torch.equal(loaded.W_enc, sae.W_enc)
