@@ -242,9 +242,9 @@ class Mesh(Alone):
         return {name: one.to_local() if isinstance(one, DTensor) else one for name, one in found.items()}
 
     def _whole(self, part: Tensor, axis: int | None) -> Tensor:
-        """A part as the whole it is of."""
+        """A part as the whole it is of, row by row in memory, as files hold it."""
         if axis is None or self.features[1] == 1:
-            return part
+            return part.contiguous()
         return DTensor.from_local(part.contiguous(), self.mesh, [Replicate(), Shard(axis)], run_check=False)
 
     def _all(self, action: Callable[[], Any], checkpoints: Checkpoints, step: int) -> None:
