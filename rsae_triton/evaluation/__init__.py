@@ -5,14 +5,17 @@ Every number is computed on the code that is shipped (exact zeros), and again at
 
 from rsae_triton.evaluation.compare import compare, evaluate
 from rsae_triton.evaluation.downstream import Downstream, Splice, splice_loss
+from rsae_triton.evaluation.ground_truth import Detection, KnownFeatures, detect, planted_features, saelens_model
 from rsae_triton.evaluation.matching import Matching, match_features
 from rsae_triton.evaluation.paired import Interval, mean_interval
 from rsae_triton.evaluation.probing import Probed, sparse_probe
 from rsae_triton.evaluation.reconstruction import Measured, Reconstruction, Thresholded, at_l0, measure, reconstruction
 
 __all__ = [
+    "Detection",
     "Downstream",
     "Interval",
+    "KnownFeatures",
     "Matching",
     "Measured",
     "Probed",
@@ -21,11 +24,14 @@ __all__ = [
     "Thresholded",
     "at_l0",
     "compare",
+    "detect",
     "evaluate",
     "match_features",
     "mean_interval",
     "measure",
+    "planted_features",
     "reconstruction",
+    "saelens_model",
     "sparse_probe",
     "splice_loss",
 ]

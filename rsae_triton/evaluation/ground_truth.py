@@ -1,0 +1,207 @@
+"""Whether a code detects the features that data was made of: MCC, F1, precision and recall, where they are known.
+
+A lower error is not a better feature. Data with known features says both; the definitions are SAELens'
+(`sae_lens.synthetic.evals`, which the tests compare with), so that the numbers stand beside its SynthSAEBench.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rsae_triton.common.checks import check_data, check_integer, check_number
+from rsae_triton.common.errors import ConfigError, ShapeError, SourceError
+from rsae_triton.evaluation.reconstruction import CHUNK, Codec, check_activations
+
+
+class KnownFeatures(NamedTuple):
+    """Activations x [n_tokens, d_in], the directions [n_features, d_in] they were made of, and which of these are in
+    each, active bool [n_tokens, n_features]."""
+
+    x: Tensor
+    directions: Tensor
+    active: Tensor
+
+    @property
+    def l0(self) -> float:
+        """Features in a token."""
+        return float(self.active.sum(1).double().mean())
+
+
+@dataclass(frozen=True)
+class Detection:
+    """How well an SAE's features detect known ones.
+
+    mcc: the mean |cosine| of decoder rows and true directions under the best one-to-one assignment (arXiv:2505.20254).
+    f1, precision, recall: every feature of the SAE is taken as a detector of the true feature that its decoder row is
+    most like; means over the SAE's features, 0 for one that is never active. uniqueness: different true features that
+    are so detected, per feature of the SAE. dead: features that are never active here. l0, true_l0: of the code, and of
+    the data.
+    """
+
+    mcc: float
+    f1: float
+    precision: float
+    recall: float
+    uniqueness: float
+    dead: int
+    l0: float
+    true_l0: float
+    mse: float
+
+
+@torch.no_grad()
+def detect(sae: Codec, known: KnownFeatures, *, chunk: int = CHUNK) -> Detection:
+    """Scores the code of `known.x` as a detector of the features it was made of.
+
+    Raises:
+        ShapeError, NumericsError: an SAE of another width, or tensors that do not fit each other.
+        SourceError: SciPy is not installed.
+    """
+    x, directions, active = check_activations(sae, known.x), known.directions, known.active
+    check_data("known.directions", directions)
+    if directions.shape != (active.shape[-1], x.shape[1]) or len(active) != len(x):
+        raise ShapeError(
+            f"directions {tuple(directions.shape)} and active {tuple(active.shape)} do not fit activations "
+            f"{tuple(x.shape)}; give [n_features, d_in], [n_tokens, n_features], [n_tokens, d_in]"
+        )
+    weights = sae.W_dec.detach()
+    cosine = _unit(weights).cpu() @ _unit(directions).cpu().t()
+    partner = cosine.abs().argmax(1)
+    both, fires, there = (torch.zeros(len(weights), dtype=torch.float64) for _ in range(3))
+    error = 0.0
+    for rows, truth in zip(x.split(chunk), active.split(chunk), strict=True):
+        own = rows.to(device=weights.device, dtype=weights.dtype)
+        z = sae.encode(own)
+        error += float((own - sae.decode(z, own)).double().square().sum())
+        on, true = (z != 0).cpu(), truth.cpu()[:, partner]
+        both += (on & true).sum(0)
+        fires += on.sum(0)
+        there += true.sum(0)
+    precision, recall = both / fires.clamp_min(1), both / there.clamp_min(1)
+    return Detection(
+        mcc=assigned_cosine(cosine.abs()),
+        # 2 PR / (P + R) of counts, with 0 where nothing was right.
+        f1=float((2 * both / (fires + there).clamp_min(1)).mean()),
+        precision=float(precision.mean()),
+        recall=float(recall.mean()),
+        uniqueness=len(partner.unique()) / len(partner),
+        dead=int((fires == 0).sum()),
+        l0=float(fires.sum()) / len(x),
+        true_l0=known.l0,
+        mse=error / len(x),
+    )
+
+
+def assigned_cosine(cosine: Tensor) -> float:
+    """The mean of cosine [n, m] over the min(n, m) pairs of the assignment that makes it largest."""
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError as error:
+        raise SourceError("matching known features needs SciPy; install it with: pip install scipy") from error
+    rows, columns = linear_sum_assignment(cosine.double().numpy(), maximize=True)
+    return float(cosine[torch.as_tensor(rows), torch.as_tensor(columns)].double().mean())
+
+
+def _unit(rows: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(rows.float(), dim=1)
+
+
+# -- data
+
+
+def planted_features(
+    n_tokens: int,
+    *,
+    d_in: int = 64,
+    n_features: int = 512,
+    l0: float = 5.0,
+    correlation: float = 0.0,
+    seed: int = 0,
+    model_seed: int = 0,
+) -> KnownFeatures:
+    """Data of our own with known features: directions in superposition, frequencies after Zipf, sizes 1 + |N| / 3.
+
+    Args:
+        l0: features in a token in the mean. correlation: 0 for independent features, below 1; how much of what makes
+            a feature active it shares with the others of its group of eight (a Gaussian copula).
+        seed: of the tokens. model_seed: of directions and frequencies; two calls with the same give one model.
+    """
+    for name, value in (("n_tokens", n_tokens), ("d_in", d_in), ("n_features", n_features)):
+        check_integer(name, value, 1)
+    check_number("l0", l0, above=0)
+    check_number("correlation", correlation, least=0)
+    if l0 > n_features / 2 or correlation >= 1:
+        raise ConfigError(f"l0={l0:g}, correlation={correlation:g}: give at most n_features / 2, and less than 1")
+    fixed, drawn = (torch.Generator().manual_seed(one) for one in (model_seed, 2**20 + seed))
+    directions = _unit(torch.randn(n_features, d_in, generator=fixed))
+    frequency = 1 / (torch.arange(n_features) + 8.0) ** 0.5
+    frequency = (frequency * l0 / frequency.sum())[torch.randperm(n_features, generator=fixed)].clamp(max=0.5)
+    groups = torch.arange(n_features) // 8
+    shared = torch.randn(n_tokens, int(groups[-1]) + 1, generator=drawn)[:, groups]
+    own = torch.randn(n_tokens, n_features, generator=drawn)
+    score = math.sqrt(correlation) * shared + math.sqrt(1 - correlation) * own
+    active = score > torch.special.ndtri(1 - frequency.double()).float()
+    sizes = 1 + torch.randn(n_tokens, n_features, generator=drawn).abs() / 3
+    return KnownFeatures((active * sizes) @ directions, directions, active)
+
+
+def saelens_features(model: Any, n_tokens: int, *, seed: int = 0, chunk: int = 8192) -> KnownFeatures:
+    """Tokens of a `sae_lens.synthetic.SyntheticModel`, of your own or as SynthSAEBench publishes them.
+
+    Raises:
+        ConfigError: not such a model.
+    """
+    check_integer("n_tokens", n_tokens, 1)
+    if not callable(getattr(model, "sample_with_features", None)) or not hasattr(model, "feature_dict"):
+        raise ConfigError(f"model is a {type(model).__name__}; give a sae_lens.synthetic.SyntheticModel")
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        parts = [model.sample_with_features(min(chunk, n_tokens - at)) for at in range(0, n_tokens, chunk)]
+    x, acts = (torch.cat([part[i].to_dense() for part in parts]) for i in range(2))
+    return KnownFeatures(x.float().cpu(), model.feature_dict.feature_vectors.detach().float().cpu(), (acts > 0).cpu())
+
+
+def saelens_model(
+    *, d_in: int = 64, n_features: int = 512, l0: float = 5.0, correlation: float = 0.0, seed: int = 0
+) -> Callable[[int, int], KnownFeatures]:
+    """A `sae_lens.synthetic.SyntheticModel` of this size -> a function of (n_tokens, seed) that draws from it.
+
+    Firing after Zipf as SAELens does it, scaled to `l0`; magnitudes 1 +- 0.15; correlation: of its low-rank matrix.
+
+    Raises:
+        SourceError: SAELens 6.54 or later is not installed.
+    """
+    try:
+        from sae_lens.synthetic import LowRankCorrelationConfig, SyntheticModel, SyntheticModelConfig
+    except ImportError as error:
+        raise SourceError(
+            "data of sae_lens.synthetic needs SAELens; install it with: pip install 'sae-lens>=6.54', or take "
+            "planted_features, which needs nothing"
+        ) from error
+    more = {"correlation": LowRankCorrelationConfig(correlation_scale=correlation, seed=seed)} if correlation else {}
+    config = SyntheticModelConfig(
+        num_features=n_features, hidden_dim=d_in, std_firing_magnitudes=0.15, bias=False, seed=seed, **more
+    )
+    model = SyntheticModel(config)
+    generator = model.activation_generator
+    probabilities = generator.firing_probabilities * (l0 / float(generator.firing_probabilities.sum()))
+    model = SyntheticModel(config, activation_generator=_with_probabilities(generator, probabilities.clamp(max=0.9)))
+    return lambda n_tokens, draw: saelens_features(model, n_tokens, seed=draw)
+
+
+def _with_probabilities(generator: Any, probabilities: Tensor) -> Any:
+    low_rank = generator.low_rank_correlation
+    return type(generator)(
+        num_features=generator.num_features,
+        firing_probabilities=probabilities,
+        std_firing_magnitudes=generator.std_firing_magnitudes,
+        mean_firing_magnitudes=generator.mean_firing_magnitudes,
+        # It keeps the root of what it was given.
+        correlation_matrix=None if low_rank is None else (low_rank[0], low_rank[1].square()),
+    )

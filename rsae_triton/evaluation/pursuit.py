@@ -1,0 +1,60 @@
+"""Orthogonal matching pursuit on an SAE's dictionary: what its decoder could do at the same l0 with any encoder."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rsae_triton.common.checks import check_integer
+from rsae_triton.common.errors import ConfigError, SourceError
+from rsae_triton.sae.base import SparseAutoencoder, check_sae
+
+
+class Pursuit:
+    """An SAE whose code is found by orthogonal matching pursuit (scikit-learn's): k features a token, the best next one
+    at a time, amplitudes by least squares. Codes may be negative. A bound for encoders, far too slow to be one.
+
+    Args:
+        sae: whose W_dec and b_dec are taken. k: features a token.
+
+    Raises:
+        ConfigError: an SAE that normalises every token, or more features than d_in. SourceError: no scikit-learn.
+    """
+
+    def __init__(self, sae: SparseAutoencoder, k: int) -> None:
+        check_sae("sae", sae)
+        check_integer("k", k, 1)
+        if sae.normalize_activations != "none":
+            raise ConfigError(f"the SAE normalises every token ({sae.normalize_activations}); pursuit is for others")
+        if k > min(sae.d_in, sae.d_sae):
+            raise ConfigError(f"k is {k}; pursuit takes at most d_in={sae.d_in} and d_sae={sae.d_sae}")
+        try:
+            from sklearn.linear_model import orthogonal_mp_gram
+        except ImportError as error:
+            raise SourceError(
+                "pursuit needs the package scikit-learn; install it with: pip install 'rsae-triton[probe]'"
+            ) from error
+        self.sae, self.k, self._solve = sae, k, orthogonal_mp_gram
+        rows = sae.W_dec.detach().double().cpu()
+        self._norms = rows.norm(dim=1).clamp_min(1e-12)
+        self._rows = rows / self._norms[:, None]
+        self._gram = np.ascontiguousarray((self._rows @ self._rows.t()).numpy())
+
+    @property
+    def W_dec(self) -> Tensor:  # noqa: N802
+        return self.sae.W_dec
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        rows = (x.double().cpu() - self.sae.b_dec.detach().double().cpu()).reshape(-1, self.sae.d_in)
+        with warnings.catch_warnings():  # it says so where a token needs fewer than k features
+            warnings.filterwarnings("ignore", "Orthogonal matching pursuit ended prematurely", RuntimeWarning)
+            z = self._solve(self._gram, (self._rows @ rows.t()).numpy(), n_nonzero_coefs=self.k, copy_Xy=False)
+        z = torch.as_tensor(z).reshape(self.sae.d_sae, -1).t() / self._norms
+        return z.to(x).reshape(*x.shape[:-1], self.sae.d_sae)
+
+    def decode(self, feature_acts: Tensor, x: Tensor | None = None) -> Tensor:
+        return self.sae.decode(feature_acts, x)
