@@ -56,7 +56,7 @@ def run_match(options: Match) -> dict[str, Any]:
     with bar("matching", passes(teacher, sae) * len(data.x)) as advance:
         found = match_features(teacher, sae, data.x, progress=advance)
     columns = ("partner", "cosine", "correlation", "best_correlated", "best_correlation", "frequency",
-               "partner_frequency")  # fmt: skip
+               "partner_frequency", "overlap")  # fmt: skip
     rows = {name: _numbers(getattr(found, name)) for name in columns}
     result: dict[str, Any] = {
         "summary": found.summary(),
@@ -108,7 +108,7 @@ def show(result: Mapping[str, Any], console: Console | None = None) -> None:
     names = ("p5", "p25", "p50", "p75", "p95")
     for label in ("", *names):
         table.add_column(label, justify="right")
-    for key in ("cosine", "correlation", "best_correlation"):
+    for key in ("cosine", "correlation", "best_correlation", "overlap"):
         table.add_row(key.replace("_", " "), *(f"{summary[key].get(name, float('nan')):.3f}" for name in names))
     console.print(table)
     if result["most_changed"]:

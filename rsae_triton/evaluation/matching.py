@@ -31,6 +31,8 @@ class Matching:
         best_correlated: int [d_sae], the teacher's feature with the largest correlation, -1 where there is none;
             best_correlation: [d_sae], that correlation.
         frequency, partner_frequency: [d_sae], fraction of tokens on which f, and its partner, is active.
+        overlap: [d_sae], of the tokens on which f or its partner is active, the share on which both are; NaN where
+            neither ever is.
         n_tokens: how many tokens that was measured on.
     """
 
@@ -42,6 +44,7 @@ class Matching:
     best_correlation: Tensor
     frequency: Tensor
     partner_frequency: Tensor
+    overlap: Tensor
     n_tokens: int
 
     @property
@@ -78,6 +81,7 @@ class Matching:
             "same_index": int((self.partner == indices).sum()),
             "mutual": int(self.mutual.sum()),
             "partner_is_best_correlated": int((self.best_correlated == self.partner).sum()),
+            "overlap": spread(self.overlap[self.overlap.isfinite()]),
             "cosine": spread(self.cosine),
             "correlation": spread(self.correlation[measured]),
             "best_correlation": spread(self.best_correlation[self.best_correlation.isfinite()]),
@@ -119,11 +123,17 @@ def match_features(
     best = torch.full((sae.d_sae,), -torch.inf, dtype=torch.float64)
     best_at = torch.full((sae.d_sae,), -1)
     at_partner = torch.full((sae.d_sae,), torch.nan, dtype=torch.float64)
+    both, either = torch.zeros(sae.d_sae, dtype=torch.float64), torch.zeros(sae.d_sae, dtype=torch.float64)
     for first, last in _blocks(teacher.d_sae, sae.d_sae, pairs):
         total = torch.zeros(last - first, sae.d_sae, dtype=torch.float64, device=sae.W_dec.device)
         for chunk in x.split(CHUNK):
-            mine = ours.centred(sae, chunk)
-            total += (theirs.centred(teacher, chunk)[:, first:last].t().to(mine.device) @ mine).double()
+            z, other = ours.codes(sae, chunk), theirs.codes(teacher, chunk)
+            mine, part = z - ours.shift, (other - theirs.shift)[:, first:last]
+            total += (part.t().to(mine.device) @ mine).double()
+            if first == 0:
+                on, there = (z != 0).cpu(), (other != 0).cpu()[:, partner]
+                both += (on & there).sum(0)
+                either += (on | there).sum(0)
             if progress is not None:
                 progress(len(chunk))
         correlation = total.cpu() - theirs.offset[first:last, None] * ours.offset * len(x)
@@ -142,6 +152,7 @@ def match_features(
         best_correlation=best.clamp(max=1).masked_fill(best_at < 0, torch.nan),
         frequency=ours.frequency,
         partner_frequency=theirs.frequency[partner],
+        overlap=both / either,
         n_tokens=len(x),
     )
 
@@ -178,11 +189,11 @@ class _Moments:
     squared deviations, and the frequency. Products of shifted codes lose no digits to a feature's mean."""
 
     def __init__(self, sae: SparseAutoencoder, x: Tensor) -> None:
-        self.shift = self._codes(sae, x[:CHUNK]).mean(0)
+        self.shift = self.codes(sae, x[:CHUNK]).mean(0)
         total = torch.zeros(sae.d_sae, dtype=torch.float64, device=self.shift.device)
         squares, active = torch.zeros_like(total), torch.zeros_like(total)
         for chunk in x.split(CHUNK):
-            z = self._codes(sae, chunk)
+            z = self.codes(sae, chunk)
             active += (z != 0).sum(0)
             z = (z - self.shift).double()
             total += z.sum(0)
@@ -195,8 +206,5 @@ class _Moments:
         self.frequency = (active / len(x)).cpu()
 
     @staticmethod
-    def _codes(sae: SparseAutoencoder, chunk: Tensor) -> Tensor:
+    def codes(sae: SparseAutoencoder, chunk: Tensor) -> Tensor:
         return sae.encode(chunk.to(device=sae.W_dec.device, dtype=sae.W_dec.dtype)).float()
-
-    def centred(self, sae: SparseAutoencoder, chunk: Tensor) -> Tensor:
-        return self._codes(sae, chunk) - self.shift

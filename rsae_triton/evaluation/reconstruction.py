@@ -37,7 +37,8 @@ class Reconstruction:
     mse: ||x - x_hat||^2. fvu: mse over the variance of x around its mean. cosine: of x and x_hat. l0: active
     features. l1: sum of |z| * ||W_dec row||. alive_fraction: features active on at least one of the n_tokens;
     dead_features: how many are not. dense_features: active on more than 10 % of the tokens; dense_features_half: on
-    more than half.
+    more than half. negative: share of the active codes that are below zero. size_p5, size_p50, size_p95: quantiles of
+    the active codes' |z| * ||W_dec row||, 0 where there are none.
     """
 
     mse: float
@@ -50,6 +51,10 @@ class Reconstruction:
     dead_features: int
     dense_features: int
     dense_features_half: int
+    negative: float = 0.0
+    size_p5: float = 0.0
+    size_p50: float = 0.0
+    size_p95: float = 0.0
 
 
 class Measured(NamedTuple):
@@ -115,9 +120,9 @@ def measure(sae: Codec, x: Tensor, progress: Callable[[int], None] | None = None
         progress: called with the number of tokens done.
     """
     x = check_activations(sae, x)
-    total = dict.fromkeys(("cosine", "l0", "l1"), 0.0)
+    total = dict.fromkeys(("cosine", "l0", "l1", "negative"), 0.0)
     active = torch.zeros(sae.W_dec.shape[0], dtype=torch.long, device=sae.W_dec.device)
-    errors = []
+    errors, sizes = [], []
     for chunk in x.split(CHUNK):
         rows = chunk.to(device=sae.W_dec.device, dtype=sae.W_dec.dtype)
         z = sae.encode(rows)
@@ -127,9 +132,13 @@ def measure(sae: Codec, x: Tensor, progress: Callable[[int], None] | None = None
         errors.append((rows - x_hat).double().square().sum(1).cpu())
         total["cosine"] += float(torch.cosine_similarity(rows, x_hat, dim=1).double().sum())
         total["l0"] += float(nonzero.sum())
-        total["l1"] += float(strength(z, sae.W_dec).double().sum())
+        size = strength(z, sae.W_dec)
+        total["l1"] += float(size.double().sum())
+        total["negative"] += float((z < 0).sum())
+        sizes.append(size[nonzero].float().cpu())
         if progress is not None:
             progress(len(rows))
+    active_codes = total.pop("negative") / max(total["l0"], 1), torch.cat(sizes).sort().values
     squared_error = torch.cat(errors)
     frequency = active.double().cpu() / len(x)
     mse = float(squared_error.mean())
@@ -146,8 +155,15 @@ def measure(sae: Codec, x: Tensor, progress: Callable[[int], None] | None = None
         dead_features=int((frequency == 0).sum()),
         dense_features=int((frequency > DENSE).sum()),
         dense_features_half=int((frequency > DENSE_HALF).sum()),
+        negative=active_codes[0],
+        **{f"size_p{q}": _quantile(active_codes[1], q / 100) for q in (5, 50, 95)},
     )
     return Measured(scores, squared_error, frequency)
+
+
+def _quantile(ranked: Tensor, q: float) -> float:
+    """Of sorted values: the one at this share of them; `torch.quantile` takes no more than 16 million."""
+    return float(ranked[round(q * (len(ranked) - 1))]) if len(ranked) else 0.0
 
 
 @torch.no_grad()

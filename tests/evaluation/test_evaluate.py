@@ -141,6 +141,24 @@ def test_dead_and_dense_features_are_counted_by_their_frequency():
     assert scores.cosine == pytest.approx((2 * 3 / 12**0.5 + 8 * 2 / 8**0.5 + 10 * 1 / 4**0.5) / 20)
 
 
+def test_negative_codes_and_the_sizes_of_codes_are_told():
+    class Signed(ReluSAE):
+        def encode(self, x):
+            return x * (x.abs() > 0.5)
+
+    sae = Signed(8, 8)
+    with torch.no_grad():
+        sae.W_dec.copy_(2 * torch.eye(8))
+    x = torch.randn(3000, 8, generator=torch.Generator().manual_seed(0))
+    score = measure(sae, x).scores
+    active = x[x.abs() > 0.5]
+    assert score.negative == pytest.approx(float((active < 0).float().mean()))
+    for q in (5, 50, 95):
+        assert getattr(score, f"size_p{q}") == pytest.approx(2 * float(active.abs().quantile(q / 100)), rel=1e-3)
+    silent = measure(sae, 0.1 * x.clamp(-1, 1)).scores
+    assert (silent.negative, silent.size_p50, silent.l0) == (0, 0, 0)
+
+
 def test_intervals_are_those_of_independent_clusters():
     values = torch.tensor([1.0, 2, 3, 10])
     found = mean_interval(values)

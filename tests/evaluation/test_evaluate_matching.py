@@ -69,6 +69,10 @@ def test_cosines_and_correlations_are_numpys(teacher, activations):
     assert found.best_correlated.tolist() == expected.argmax(1).tolist()
     assert np.allclose(found.frequency, (z != 0).mean(0))
     assert np.allclose(found.partner_frequency, (z_teacher != 0).mean(0)[cosine.argmax(1)])
+    there = (z_teacher != 0)[:, cosine.argmax(1)]
+    either = ((z != 0) | there).sum(0)
+    assert np.allclose(found.overlap[either > 0], (((z != 0) & there).sum(0) / np.maximum(either, 1))[either > 0])
+    assert found.overlap.isnan().tolist() == (either == 0).tolist()
 
 
 def test_passes_over_parts_of_the_teacher_give_the_same(teacher, activations):
