@@ -6,39 +6,25 @@ a truncated, foreign or dangerous one with a `FormatError` that names it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-import pickletools
+import secrets
+import shutil
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rsae_triton.common.checks import shown
-from rsae_triton.common.errors import ConfigError, FormatError, StorageError, first_line
+from rsae_triton.common.errors import ConfigError, FormatError, RsaeError, StorageError, first_line
 
 _MAX_TEXT = 16 << 20
-_MAX_PICKLE = 4 << 20  # the structure of a checkpoint without its tensors
-_MAX_DEPTH = 16
-_MAX_ENTRIES = 100_000
-_BUILDERS = {
-    "collections OrderedDict",
-    "torch._utils _rebuild_tensor_v2",
-    "torch._utils _rebuild_parameter",
-    "torch Size",
-    "torch device",
-    *(f"torch {name}" for name in vars(torch) if name.endswith("Storage")),
-    *(f"torch {name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
-}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -59,116 +45,52 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, mapped from it."""
+    return read_with_metadata(path)[0]
+
+
+def read_with_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, mapped from it, and the text in its header; both of one and the same file."""
     if not path.is_file():
         raise FormatError(f"{path} does not exist")
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            tensors, metadata = file.get_tensors(), file.metadata() or {}
     except Exception as error:  # SafetensorError, or OSError from the mapping
         raise FormatError(f"{path} is truncated or not a safetensors file ({error}); fetch it again") from error
-
-
-def read_npz(path: Path) -> dict[str, Tensor]:
-    """The arrays of a .npz file; pickled objects in it are refused, and so is one that swells when unpacked."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            packed = path.stat().st_size
-            swollen = sum(member.file_size for member in archive.infolist())
-            # Weights do not compress; zeros do, a thousandfold, which is what a bomb is made of.
-            if swollen > 8 * packed + (1 << 20):
-                raise FormatError(f"{path} unpacks from {packed:,} to {swollen:,} bytes; weights do not, it is refused")
-            for member in archive.infolist():
-                with archive.open(member) as stream:
-                    _check_npy(path, member, stream)
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in arrays.files}
-    except FormatError:
-        raise
-    except Exception as error:  # a damaged header makes zipfile, zlib, ast and tokenize raise, each its own
-        raise FormatError(
-            f"{path} is truncated or not a .npz file of plain arrays ({error}); fetch it again"
-        ) from error
-
-
-def _check_npy(path: Path, member: zipfile.ZipInfo, stream: Any) -> None:
-    """What the header of an array claims must be what the archive holds."""
-    version = np.lib.format.read_magic(stream)
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read_header(stream)
-    if dtype.hasobject:
-        raise FormatError(f"{member.filename} in {path} holds pickled objects; only arrays of numbers are read")
-    claimed = dtype.itemsize
-    for length in shape:
-        claimed *= int(length)
-    if claimed + stream.tell() != member.file_size:
-        raise FormatError(f"{member.filename} in {path} claims shape {shape} but has another size; the file is bad")
-
-
-def read_torch(path: Path) -> dict[str, Any]:
-    """A dictionary saved by torch.save, nested or not, of tensors and plain values; tensors are mapped from the file.
-
-    Nothing but tensors and plain containers is ever built: the pickle is inspected before it is read, and
-    `weights_only` guards the reading.
-    """
-    if not path.is_file():
-        raise FormatError(f"{path} does not exist")
-    try:
-        if not zipfile.is_zipfile(path):
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.dtype.itemsize < 2:
             raise FormatError(
-                f"{path} is truncated, or was saved by torch before 1.6; fetch it again, or load and save it with torch"
+                f"{shown(name)} in {path} is {tensor.dtype}, which means nothing without its scales; save the weights "
+                "as float32, bfloat16 or float16"
             )
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-                raise FormatError(f"{path} is compressed; torch does not save so, and it is refused")
-            pickles = [member for member in members if member.filename.endswith("data.pkl")]
-            if len(pickles) != 1 or pickles[0].file_size > _MAX_PICKLE:
-                raise FormatError(f"{path} is a zip archive, but not one of torch.save with tensors in it")
-            _check_pickle(path, archive.read(pickles[0]))
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FormatError:
-        raise
-    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError and more for damaged files
-        reason = first_line(error)
-        raise FormatError(f"{path} is damaged or holds more than tensors ({reason}); fetch it again") from error
-    if not isinstance(found, Mapping):
-        raise FormatError(f"{path} holds a {type(found).__name__}, not a dictionary of tensors")
-    for name, tensor in named_tensors(found):
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise FormatError(f"{name} in {path} claims shape {tuple(tensor.shape)}, more than the file holds")
-    return dict(found)
+    return tensors, metadata
 
 
-def _check_pickle(path: Path, data: bytes) -> None:
-    for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name in ("GLOBAL", "INST") and argument not in _BUILDERS:
-            raise FormatError(
-                f"{path} needs {str(argument).replace(' ', '.')} to be read; a pickle of more than tensors can run "
-                "any code and is refused. Load it where you trust it and save its state_dict"
-            )
-        if opcode.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4", "OBJ"):
-            raise FormatError(f"{path} was not written by torch.save ({opcode.name} in its pickle); it is refused")
-
-
-def named_tensors(
-    found: Mapping[Any, Any], prefix: str = "", depth: int = 0, left: list[int] | None = None
-) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a nested dictionary with its dotted name."""
-    left = [_MAX_ENTRIES] if left is None else left
-    if depth > _MAX_DEPTH:
-        raise FormatError(f"{prefix[:60]}...: dictionaries nested more than {_MAX_DEPTH} deep are no checkpoint")
-    for key, value in found.items():
-        left[0] -= 1
-        if left[0] < 0:  # a few bytes of pickle can put one dictionary into itself ten times, and that ten times
-            raise FormatError(f"{prefix[:60]}...: more than {_MAX_ENTRIES:,} entries are no checkpoint")
-        if isinstance(value, Tensor):
-            yield f"{prefix}{key}", value
-        elif isinstance(value, Mapping):
-            yield from named_tensors(value, f"{prefix}{key}.", depth + 1, left)
+def check_inside(folder: Path, name: str) -> None:
+    """Raises FormatError if `name` in `folder` is a link to somewhere else: who sends a folder does not choose what is
+    read on this machine. The hub's cache, which links its snapshots to the blobs beside them, is let through."""
+    path = folder / name
+    if not path.is_symlink():
+        return
+    target, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    blobs = next((one.parent / "blobs" for one in (home, *home.parents) if one.name == "snapshots"), None)
+    if not target.is_relative_to(home) and not (blobs is not None and target.is_relative_to(blobs)):
+        raise FormatError(f"{path} is a link to {target}, outside its folder; copy the file there to read it")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file atomically."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    """Writes a text file as `write_atomically` does. Raises ConfigError for text that UTF-8 cannot hold."""
+    data = as_utf8(path.name, text)
+    write_atomically(path, lambda temporary: temporary.write_bytes(data))
+
+
+def as_utf8(name: str, text: str) -> bytes:
+    """Raises ConfigError where there is half a character (a lone surrogate): JSON can hold it, a file cannot."""
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        near = text[max(0, error.start - 20) : error.end + 20]
+        raise ConfigError(f"{name} would hold half a character, in {shown(near)}; nothing was written") from error
 
 
 def file_sha256(path: Path) -> str:
@@ -185,10 +107,10 @@ def as_path(name: str, value: Any) -> Path:
     safetensors writes to and does not read from."""
     try:
         path = Path(value)
-        if b"\0" in str(path).encode() or value == "":
+        if b"\0" in str(path).encode() or value == "" or max(len(one.encode()) for one in path.parts) > 255:
             raise ValueError
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{name} is {shown(value)}; give a path, in UTF-8") from error
+        raise ConfigError(f"{name} is {shown(value)}; give a path, in UTF-8 and of names up to 255 bytes") from error
     return path
 
 
@@ -203,7 +125,11 @@ def alone_in(folder: Path) -> Iterator[None]:
     except ImportError:  # Windows
         yield
         return
-    handle = os.open(folder, os.O_RDONLY)
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # a folder that can be written and not listed
+        yield
+        return
     try:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(handle, fcntl.LOCK_EX)
@@ -243,28 +169,135 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def write_together(folder: Path, files: Mapping[str, Callable[[Path], Any]]) -> None:
-    """As `write_atomically` for files that belong together: none is replaced before all are written.
+    """As `write_atomically` for files that belong together: none is replaced before all are written and on the disk.
+
+    They are replaced in the order given; a process that is killed in between leaves the first of them new.
 
     Raises:
-        StorageError: as there; every old file is still there.
+        StorageError: as there; the message says which files are new, if any are.
     """
-    temporary: dict[str, Path] = {}
-    name = ""
+    done: list[str] = []
+    name = next(iter(files))
     try:
-        for name, write in files.items():
-            handle, made = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
-            os.close(handle)
-            temporary[name] = Path(made)
-            write(temporary[name])
-            temporary[name].chmod(0o644)
-        with alone_in(folder):
-            for name, path in temporary.items():
-                os.replace(path, folder / name)
+        with _scratch(folder) as scratch:
+            for name, write in files.items():
+                path = scratch / name
+                path.touch()
+                mode = path.stat().st_mode  # what the user's umask gives; safetensors makes its files 0600
+                write(path)
+                path.chmod(mode)
+                to_disk(path)
+            with alone_in(folder):
+                for name in files:
+                    os.replace(scratch / name, folder / name)
+                    done.append(name)
+            to_disk(folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise StorageError(
-            f"{folder / name} cannot be written ({reason}); what was there before is untouched"
-        ) from error
+        before = "what was there before is untouched"
+        if done:
+            before = f"{', '.join(done)} in {folder} {'is' if len(done) == 1 else 'are'} the new one already"
+        raise StorageError(f"{folder / name} cannot be written ({reason}); {before}") from error
+
+
+@contextmanager
+def whole_folder(final: Path) -> Iterator[Path]:
+    """A new folder to fill, which takes the name `final` when the block ends well, and is removed where it does not.
+
+    Raises:
+        ConfigError: `final` is there already, or another process was first. StorageError: the disk refuses.
+    """
+    taken = f"{final} is there already; choose another folder"
+    if os.path.lexists(final):
+        raise ConfigError(taken)
+    try:
+        make_folder(final.parent)
+        with _scratch(final.parent) as scratch:
+            partial = scratch / final.name
+            partial.mkdir()
+            yield partial
+            tree_to_disk(partial)
+            try:
+                os.rename(partial, final)
+            except OSError as error:
+                if os.path.lexists(final):
+                    raise ConfigError(taken) from error
+                raise
+            to_disk(final.parent)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, RsaeError):
+            raise
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise StorageError(f"{final} cannot be written ({reason}); choose another place, or make room") from error
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """A new folder in `folder`, held with a lock while it is in use and removed after.
+
+    Those that killed processes left, which nobody holds, are removed first.
+    """
+    for left in folder.glob(".rsae-*.tmp"):
+        with suppress(OSError):
+            _remove_unheld(left)
+    while True:
+        made = folder / f".rsae-{secrets.token_hex(4)}.tmp"
+        os.mkdir(made)
+        held = _hold(made, wait=True)
+        if made.is_dir():
+            break
+        _release(held)  # somebody who cleaned up came in between
+    try:
+        yield made
     finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            shutil.rmtree(made)
+        _release(held)
+
+
+def _remove_unheld(path: Path) -> None:
+    held = _hold(path, wait=False)
+    if held is not None:
+        try:
+            shutil.rmtree(path)
+        finally:
+            _release(held)
+
+
+def _hold(path: Path, *, wait: bool) -> int | None:
+    """Locks a file or folder for this process and thread; None where another holds it or the system has no locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    handle = None
+    try:
+        handle = os.open(path, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        _release(handle)
+        return None
+    return handle
+
+
+def _release(handle: int | None) -> None:
+    if handle is not None:
+        os.close(handle)
+
+
+def to_disk(path: Path) -> None:
+    """Forces a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # a file system that cannot
+            raise
+    finally:
+        os.close(handle)
+
+
+def tree_to_disk(folder: Path) -> None:
+    """Forces everything in a folder to the disk."""
+    for path in (*folder.rglob("*"), folder):
+        to_disk(path)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rsae_triton.common.checks import as_tensor, check_flag, check_number
-from rsae_triton.common.errors import ConfigError, ShapeError
+from rsae_triton.common.errors import ConfigError, NumericsError, ShapeError
 from rsae_triton.sae.base import SparseAutoencoder
 
 
@@ -86,6 +86,12 @@ class JumpReluSAE(SparseAutoencoder):
     @torch.no_grad()
     def constrain_(self) -> None:
         self.threshold.clamp_(min=0)
+
+    def check_values(self) -> None:
+        if bool((self.threshold < 0).any()):
+            raise NumericsError(
+                f"threshold must not be negative; got a smallest value of {float(self.threshold.detach().min()):g}"
+            )
 
     def _scale_nonlinearity_(self, scale: Tensor) -> None:
         self.threshold.mul_(scale)

@@ -128,13 +128,8 @@ class RationalGate(nn.Module):
         self.log_input_scale = nn.Parameter(scale_in.log())
         self.output_scale = nn.Parameter(tensor("output_scale", output_scale, (groups,), (1,), (d_sae,)))
         self.threshold = nn.Parameter(tensor("threshold", threshold, (d_sae,)))
-        activity = tensor("activity_threshold", activity_threshold, (1,), (d_sae,))
-        for name, values in (("activity_threshold", activity), *([("threshold", self.threshold)] * (form == "gated"))):
-            if bool((values < 0).any()):
-                raise NumericsError(
-                    f"{name} must not be negative; got a smallest value of {float(values.detach().min()):g}"
-                )
-        self.register_buffer("activity_threshold", activity)
+        self.register_buffer("activity_threshold", tensor("activity_threshold", activity_threshold, (1,), (d_sae,)))
+        self._check_thresholds()
 
     @classmethod
     def from_fit(
@@ -215,7 +210,8 @@ class RationalGate(nn.Module):
             raise ConfigError(f"group_of names a group outside 0 to {self.groups - 1}; there are groups={self.groups}")
 
     def check_values(self) -> None:
-        """Refuses numbers that no gate can have (NumericsError): scales that are not positive or overflow."""
+        """Refuses numbers that no gate can have (NumericsError): scales that are not positive or overflow, thresholds
+        below zero."""
         for name, values in (("numerator", self.numerator()), ("denominator", self.denominator())):
             check_finite(name, values, "its coefficients overflow")
         for name, scale in (
@@ -224,6 +220,17 @@ class RationalGate(nn.Module):
         ):  # fmt: skip
             if not bool(((scale > 0) & scale.isfinite()).all()):
                 raise NumericsError(f"{name} must be positive and finite; got {scale.flatten()[:3].tolist()}")
+
+        self._check_thresholds()
+
+    def _check_thresholds(self) -> None:
+        # A gated code opens only for h > theta >= 0; below an activity threshold under zero nothing would be zero.
+        gated = [("threshold", self.threshold)] if self.form == "gated" else []
+        for name, values in (("activity_threshold", self.activity_threshold), *gated):
+            if bool((values < 0).any()):
+                raise NumericsError(
+                    f"{name} must not be negative; got a smallest value of {float(values.detach().min()):g}"
+                )
 
     def _per_feature(self, values: Tensor) -> Tensor:
         """One row for each feature from one row for each group (or for all, or for each feature already)."""

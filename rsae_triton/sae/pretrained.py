@@ -1,10 +1,17 @@
-"""Saving and loading: cfg.json and sae_weights.safetensors in SAELens' layout, folders and the hub."""
+"""Saving and loading: cfg.json and sae_weights.safetensors in SAELens' layout, folders and the hub.
+
+The two files are bound: the weights' file carries the configuration it was saved with, and cfg.json is a copy of it for
+other libraries. Both bear one mark (`metadata.saved_as`), so that a reader between two renames, or after a kill there,
+finds the pair.
+"""
 
 from __future__ import annotations
 
 import abc
+import hashlib
 import json
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -14,8 +21,24 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rsae_triton.common.checks import check_data, check_finite, parse_device
-from rsae_triton.common.errors import ConfigError, FormatError, NumericsError, RsaeError, ShapeError
-from rsae_triton.common.files import as_path, make_folder, read_json, read_safetensors, write_together
+from rsae_triton.common.errors import (
+    ConfigError,
+    FormatError,
+    NumericsError,
+    RsaeError,
+    ShapeError,
+    StorageError,
+)
+from rsae_triton.common.files import (
+    alone_in,
+    as_path,
+    as_utf8,
+    check_inside,
+    make_folder,
+    read_json,
+    read_with_metadata,
+    write_together,
+)
 from rsae_triton.common.hub import local_path, upload
 from rsae_triton.sae.card import model_card, write_card
 
@@ -23,6 +46,9 @@ CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
 # The SAELens layout this follows; its readers look at this field first.
 SAE_LENS_VERSION = "6.54.0"
+_MARK = "saved_as"
+# In a configuration's metadata, and no provenance.
+NOT_KEPT = ("sae_lens_version", _MARK)
 
 
 class Pretrained(nn.Module, abc.ABC):
@@ -66,7 +92,7 @@ class Pretrained(nn.Module, abc.ABC):
             "normalize_activations": config.get("normalize_activations") or "none",
             "initialise": False,
             "dtype": parse_dtype(config.get("dtype", "float32")),
-            "metadata": {k: v for k, v in config.get("metadata", {}).items() if k != "sae_lens_version"},
+            "metadata": {k: v for k, v in config.get("metadata", {}).items() if k not in NOT_KEPT},
         }
 
     def save_pretrained(self, folder: str | Path, *, metrics: Mapping[str, Any] | None = None) -> Path:
@@ -90,22 +116,28 @@ class Pretrained(nn.Module, abc.ABC):
             check_finite(name, tensor, f"nothing was written to {folder}")
         config = self.config()
         try:
-            text = json.dumps(config, indent=2, sort_keys=True)
-        except (TypeError, ValueError) as error:
+            text = _marked(config)
+        except (TypeError, ValueError, RecursionError) as error:
+            if isinstance(error, RsaeError):
+                raise
             raise ConfigError(f"metadata holds what JSON cannot ({error}); nothing was written to {folder}") from error
         try:
             card = model_card(config, metrics)
+            as_utf8("README.md", card)
         except (AttributeError, TypeError, LookupError, ValueError) as error:
             raise ConfigError(
                 f"metrics is not what a run's metrics.json holds ({error}); nothing was written to {folder}"
             ) from error
         make_folder(folder)
         files: dict[str, Callable[[Path], Any]] = {
-            WEIGHTS_FILE: lambda path: save_file(weights, path),
+            WEIGHTS_FILE: lambda path: save_file(weights, path, metadata={"format": "pt", "config": text}),
             CONFIG_FILE: lambda path: path.write_text(text + "\n", encoding="utf-8"),
         }
         write_together(folder, files)
-        write_card(folder, card)
+        try:
+            write_card(folder, card)
+        except (StorageError, OSError) as error:
+            warnings.warn(f"the SAE is saved in {folder}; its card is not: {error}", stacklevel=2)
         return folder
 
     def push_to_hub(
@@ -190,9 +222,22 @@ class Pretrained(nn.Module, abc.ABC):
                 )
             if tensor.is_floating_point() != expected[name].is_floating_point():
                 raise FormatError(f"{name} in {Path(source) / WEIGHTS_FILE} is {tensor.dtype}; the file is bad")
-            check_finite(f"{name} in {Path(source) / WEIGHTS_FILE}", tensor, "the file is bad")
         sae.load_state_dict(weights)
+        # What was read, in the dtype that it was read into: a finite number can be too large for a narrower one.
+        for name, tensor in sae.state_dict().items():
+            check_finite(
+                f"{name} in {Path(source) / WEIGHTS_FILE}",
+                tensor,
+                f"the file is bad, or its numbers do not fit into {tensor.dtype}",
+            )
+        try:
+            sae.check_values()
+        except NumericsError as error:
+            raise NumericsError(f"{Path(source) / WEIGHTS_FILE}: {error}") from error
         return sae
+
+    def check_values(self) -> None:
+        """Raises NumericsError for finite weights that no SAE of this kind has, such as a threshold below zero."""
 
 
 def parse_dtype(name: str) -> torch.dtype:
@@ -204,16 +249,85 @@ def parse_dtype(name: str) -> torch.dtype:
 
 
 def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """cfg.json and the tensors of a saved SAE.
+    """cfg.json and the tensors of a saved SAE (`read_pair`).
 
     Raises:
         FormatError: missing or unreadable files, or a configuration without an architecture.
     """
-    folder = Path(folder)
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise FormatError(f"{folder / name} does not exist; an SAE folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
-    config = read_json(folder / CONFIG_FILE)
+    config, weights = read_pair(Path(folder))
     if not isinstance(config.get("architecture"), str):
-        raise FormatError(f"{folder / CONFIG_FILE} names no architecture; it is not the configuration of an SAE")
-    return config, read_safetensors(folder / WEIGHTS_FILE)
+        raise FormatError(f"{Path(folder) / CONFIG_FILE} names no architecture; it is not the configuration of an SAE")
+    return config, weights
+
+
+def read_pair(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and the tensors of a saved SAE, which belong together.
+
+    Where cfg.json is not the one that the weights were saved with (a save is on its way, or was killed), it is the
+    one in the weights' file, with a warning. What the user changes in cfg.json counts: its mark stays.
+
+    Raises:
+        FormatError: missing or unreadable files.
+    """
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        check_inside(folder, name)
+    for attempt in range(3):
+        weights, own = _own(folder)
+        if not (folder / CONFIG_FILE).is_file() and own is None:
+            raise FormatError(
+                f"{folder / CONFIG_FILE} does not exist; an SAE folder holds {CONFIG_FILE} and {WEIGHTS_FILE}"
+            )
+        config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else None
+        if config is not None and (own is None or _mark(config) == _mark(own)):
+            break
+        if attempt < 2:
+            with alone_in(folder):  # waits for whoever is between the two renames
+                pass
+            continue
+        warnings.warn(
+            f"{folder / CONFIG_FILE} is {'missing' if config is None else 'of another SAE'}, as after a save that was "
+            f"killed; the configuration in {WEIGHTS_FILE} is used. Save the SAE again for other libraries",
+            stacklevel=3,
+        )
+        config = own
+    assert config is not None
+    return config, weights
+
+
+def carries_config(path: Path) -> bool:
+    """Whether a weights' file is one of ours, which can be read without its cfg.json."""
+    try:
+        return "config" in read_with_metadata(path)[1]
+    except FormatError:
+        return False
+
+
+def _own(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """The tensors, and the configuration that they were saved with if they are ours."""
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise FormatError(
+            f"{folder / WEIGHTS_FILE} does not exist; an SAE folder holds {CONFIG_FILE} and {WEIGHTS_FILE}"
+        )
+    weights, metadata = read_with_metadata(folder / WEIGHTS_FILE)
+    if "config" not in metadata:
+        return weights, None
+    try:
+        own = json.loads(metadata["config"])
+        if not isinstance(own, dict) or not isinstance(_mark(own), str):
+            raise ValueError("no mark")
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{folder / WEIGHTS_FILE} carries a configuration that is none ({error})") from error
+    return weights, own
+
+
+def _mark(config: dict[str, Any]) -> Any:
+    metadata = config.get("metadata")
+    return metadata.get(_MARK) if isinstance(metadata, dict) else None
+
+
+def _marked(config: dict[str, Any]) -> str:
+    """cfg.json's text, with a mark that another configuration would not have."""
+    plain = json.dumps(config, sort_keys=True, ensure_ascii=False)
+    mark = hashlib.sha256(as_utf8(CONFIG_FILE, plain)).hexdigest()[:16]
+    marked = {**config, "metadata": {**config["metadata"], _MARK: mark}}
+    return json.dumps(marked, indent=2, sort_keys=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 from rsae_triton.common.checks import check_integer, check_number
-from rsae_triton.common.errors import ConfigError, FormatError, RsaeError, first_line
+from rsae_triton.common.errors import ConfigError, FormatError, ResourceError, RsaeError, first_line
 from rsae_triton.common.hub import local_path
 from rsae_triton.sae.architectures import JumpReluSAE, ReluSAE, TopKSAE, keep_largest
 from rsae_triton.sae.base import SparseAutoencoder
@@ -90,6 +90,8 @@ def load_teacher(
         teacher: SparseAutoencoder = reader.read(files)
     except RsaeError:
         raise
+    except MemoryError as error:
+        raise ResourceError(f"no memory for {source}; it is too large for this machine, or claims to be") from error
     except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         # A reader asks a file for what its format has; what a stranger has put there instead can be anything.
         reason = first_line(error)

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rsae_triton.common.archives import read_torch
 from rsae_triton.common.errors import FormatError
-from rsae_triton.common.files import read_json, read_torch
+from rsae_triton.common.files import read_json
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.teachers.parts import Files, Parts, require
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
+from rsae_triton.common.archives import read_npz
 from rsae_triton.common.errors import FormatError
-from rsae_triton.common.files import read_json, read_npz, read_safetensors
+from rsae_triton.common.files import read_json, read_safetensors
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.teachers.parts import Files, Parts, layer_of, require
 

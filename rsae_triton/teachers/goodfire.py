@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from rsae_triton.common.archives import read_torch
 from rsae_triton.common.errors import FormatError
-from rsae_triton.common.files import read_torch
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.teachers.parts import Files, Parts, layer_of, require
 

@@ -10,9 +10,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from rsae_triton.common.archives import read_torch
 from rsae_triton.common.checks import check_finite
 from rsae_triton.common.errors import ConfigError, FormatError
-from rsae_triton.common.files import read_torch
 from rsae_triton.sae.architectures import JumpReluSAE, ReluSAE, TopKSAE
 from rsae_triton.sae.base import SparseAutoencoder
 
@@ -179,8 +179,6 @@ class Parts:
         Raises:
             FormatError: sizes that do not fit. NumericsError: weights that are not finite.
         """
-        for name, tensor in self.tensors().items():
-            check_finite(f"{name} of {files.name}", tensor, "the file is bad")
         provenance = {"format": format_name, "source": files.name, "folded": self.folded}
         metadata = {name: value for name, value in self.metadata.items() if value is not None}
         options: dict[str, Any] = {
@@ -200,6 +198,10 @@ class Parts:
             # Every library applies a ReLU as well, so that a threshold below zero is one at zero.
             weights["threshold"] = weights["threshold"].clamp_min(0)
         teacher.load_state_dict(weights)
+        # In the teacher's dtype: a finite number of the file can be too large for it.
+        for name, tensor in teacher.state_dict().items():
+            advice = f"the file is bad, or its numbers do not fit into {tensor.dtype}"
+            check_finite(f"{name} of {files.name}", tensor, advice)
         return teacher
 
     def _empty(self, options: dict[str, Any]) -> SparseAutoencoder:

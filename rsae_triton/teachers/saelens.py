@@ -14,7 +14,7 @@ from rsae_triton.common.errors import FormatError
 from rsae_triton.common.files import read_json, read_safetensors
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.normalization import MODES
-from rsae_triton.sae.pretrained import CONFIG_FILE, WEIGHTS_FILE, parse_dtype
+from rsae_triton.sae.pretrained import CONFIG_FILE, NOT_KEPT, WEIGHTS_FILE, carries_config, parse_dtype, read_pair
 from rsae_triton.teachers.parts import Files, Parts, require
 
 NAME = "saelens"
@@ -28,14 +28,16 @@ _PROVENANCE = (
 
 
 def recognises(files: Files) -> bool:
-    return files.has(CONFIG_FILE, WEIGHTS_FILE)
+    if files.has(CONFIG_FILE, WEIGHTS_FILE):
+        return True
+    return files.path.is_dir() and files.has(WEIGHTS_FILE) and carries_config(files.folder / WEIGHTS_FILE)
 
 
 def read(files: Files) -> SparseAutoencoder:
     """A teacher from a SAELens folder; see docs/formats.md for what is folded and what is refused."""
-    config = settings(read_json(files.folder / CONFIG_FILE), files)
     path = files.folder / WEIGHTS_FILE
-    tensors = read_safetensors(path)
+    found, tensors = read_pair(files.folder)
+    config = settings(found, files)
     dtype = parse_dtype(config.get("dtype", "float32"))
     architecture = config["architecture"]
 
@@ -85,7 +87,7 @@ def settings(config: dict[str, Any], files: Files) -> dict[str, Any]:
         FormatError: another architecture, or a setting whose code would not be reproduced.
     """
     metadata = config.get("metadata")
-    metadata = {name: value for name, value in metadata.items() if name != "sae_lens_version"} if metadata else {}
+    metadata = {name: value for name, value in metadata.items() if name not in NOT_KEPT} if metadata else {}
     version = str(config.get("sae_lens_version") or (config.get("metadata") or {}).get("sae_lens_version") or "0")
     if not version.split(".")[0].isdigit() or int(version.split(".")[0]) < 6:
         config = {_RENAMED.get(name, name): value for name, value in config.items()}

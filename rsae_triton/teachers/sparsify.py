@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from rsae_triton.common.checks import shown
 from rsae_triton.common.errors import FormatError
 from rsae_triton.common.files import read_json, read_safetensors
 from rsae_triton.sae.base import SparseAutoencoder
@@ -50,8 +51,12 @@ def read(files: Files) -> SparseAutoencoder:
         k=k,
         metadata={**_provenance(files), "transcoder": transcode or None},
     )
-    d_in, latents = config.get("d_in"), config.get("num_latents") or None
-    expected = latents or (d_in or 0) * config.get("expansion_factor", 32)
+    sizes = {"d_in": config.get("d_in"), "num_latents": config.get("num_latents") or 0}
+    sizes["expansion_factor"] = config.get("expansion_factor", 32)
+    for name, size in sizes.items():  # text and lists can be multiplied too
+        if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size < 2**31:
+            raise FormatError(f"{config_path} gives {name}={shown(size)}; it must be a positive integer")
+    d_in, expected = sizes["d_in"], sizes["num_latents"] or sizes["d_in"] * sizes["expansion_factor"]
     if (parts.d_in, parts.d_sae) != (d_in, expected):
         raise FormatError(
             f"{config_path} makes it d_in={d_in}, {expected} latents, but {path.name} holds {parts.d_in} and "

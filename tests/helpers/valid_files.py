@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from rsae_triton import FusedRationalSAE, fit_gate
 from rsae_triton.activations import ActivationStore
 from rsae_triton.commands.gates import _read_samples
-from rsae_triton.common.files import file_sha256, named_tensors, read_json, read_npz, read_safetensors, read_torch
+from rsae_triton.common.archives import named_tensors, read_npz, read_torch
+from rsae_triton.common.files import file_sha256, read_json, read_safetensors
 from rsae_triton.remez.table import read_table, write_table
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.teachers import JumpReluSAE, load_teacher

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from rsae_triton.common.archives import read_npz, read_torch
 from rsae_triton.common.errors import ConfigError, FormatError, NumericsError, RsaeError
-from rsae_triton.common.files import read_json, read_npz, read_safetensors, read_torch
+from rsae_triton.common.files import read_json, read_safetensors
 from rsae_triton.teachers import FORMATS, JumpReluSAE, load_teacher
 
 D_IN, D_SAE = 3, 5

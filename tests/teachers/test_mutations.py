@@ -19,8 +19,9 @@ from valid_files import SOURCES, saelens, store
 
 from rsae_triton import FusedRationalSAE, load_teacher
 from rsae_triton.activations import ActivationStore
+from rsae_triton.common.archives import named_tensors, read_npz, read_torch
 from rsae_triton.common.errors import FormatError, NumericsError, RsaeError
-from rsae_triton.common.files import named_tensors, read_npz, read_safetensors, read_torch
+from rsae_triton.common.files import read_safetensors
 from rsae_triton.remez.table import read_table
 
 
