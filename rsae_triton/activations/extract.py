@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 
 from rsae_triton.activations.documents import Document, corpus_sha256, split
 from rsae_triton.activations.downloads import cache_dir
@@ -20,8 +20,8 @@ from rsae_triton.activations.host import HostModel
 from rsae_triton.activations.loading import parse_dtype
 from rsae_triton.activations.store import SCHEMA, ActivationStore
 from rsae_triton.activations.writing import Extraction, write_shards
-from rsae_triton.common.errors import ConfigError, FormatError
-from rsae_triton.common.files import make_folder
+from rsae_triton.common.errors import ConfigError, FormatError, RsaeError, StorageError, first_line
+from rsae_triton.common.files import make_folder, publish
 
 
 class Splits(NamedTuple):
@@ -125,11 +125,19 @@ def extract_hooks(
             for folder, key, identity in runs
             if not folder.exists()
         ]
-        if missing:
-            write_shards([one for one, _ in missing], progress)
-        for one, key in missing:
-            one.finish(key)
-            os.replace(one.partial, one.partial.with_name(one.partial.name[1:].removesuffix(".partial")))
+        try:
+            if missing:
+                write_shards([one for one, _ in missing], progress)
+            for one, key in missing:
+                one.finish(key)
+                publish(one.partial, one.partial.with_name(one.partial.name[1:].removesuffix(".partial")))
+        except (OSError, SafetensorError) as error:
+            if isinstance(error, RsaeError):
+                raise
+            raise StorageError(
+                f"activations cannot be written to {folders[0].parent} ({first_line(error)}); make room and run the "
+                "same again: it goes on at the next shard"
+            ) from error
     return [ActivationStore(folder) for folder in folders]
 
 

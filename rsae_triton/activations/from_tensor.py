@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from rsae_triton.activations.store import MANIFEST, SCHEMA, ActivationStore
 from rsae_triton.common.checks import check_data, check_finite, check_integer
-from rsae_triton.common.errors import ConfigError, NumericsError, ShapeError, StorageError, first_line
-from rsae_triton.common.files import as_path, file_sha256
+from rsae_triton.common.errors import ConfigError, NumericsError, RsaeError, ShapeError
+from rsae_triton.common.files import as_path, as_utf8, file_sha256, whole_folder
+
+_LOOK = 1 << 20  # numbers looked at at a time
 
 
 def store_tensor(
@@ -25,6 +24,7 @@ def store_tensor(
     """Writes x [n_tokens, d_in], in the model's own units and in its dtype, as an activation store.
 
     Rows keep their order on disk; reading shuffles them. `provenance` (model, hook_name, ...) goes into the manifest.
+    x may be mapped from a file larger than memory (`torch.from_numpy(np.memmap(...))`): a shard is looked at at a time.
 
     Raises:
         ShapeError, NumericsError: x is not [n_tokens, d_in], or not finite. ConfigError: the folder is there already,
@@ -35,38 +35,38 @@ def store_tensor(
     check_integer("rows_per_shard", rows_per_shard, 1)
     if x.dim() != 2 or not x.numel():
         raise ShapeError(f"x has shape {tuple(x.shape)}; activations are [n_tokens, d_in]")
-    check_finite("x", x, "remove those rows")
+    if x.dtype.itemsize < 2:
+        raise ConfigError(f"x is {x.dtype}; give float16, bfloat16, float32 or float64")
     try:
-        json.dumps(dict(provenance or {}))
+        as_utf8("provenance", json.dumps(dict(provenance or {}), ensure_ascii=False))
     except (TypeError, ValueError) as error:
+        if isinstance(error, RsaeError):
+            raise
         raise ConfigError(f"provenance holds what JSON cannot ({error}); nothing was written to {folder}") from error
-    if folder.exists():
-        raise ConfigError(f"{folder} is there already; choose another folder")
-    mean_norm = float(x.float().norm(dim=1).double().mean())
-    if mean_norm == 0:
-        raise NumericsError("all activations are zero")
-    partial = folder.with_name(f".{folder.name}.partial")
-    try:
-        _write(partial, x, rows_per_shard, mean_norm, provenance or {})
-        os.replace(partial, folder)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise StorageError(f"{folder} cannot be written ({reason}); choose another place, or make room") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with whole_folder(folder) as partial:
+        _write(partial, x.detach(), rows_per_shard, provenance or {})
     return ActivationStore(folder)
 
 
-def _write(partial: Path, x: torch.Tensor, rows_per_shard: int, mean_norm: float, provenance: dict[str, Any]) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+def _write(partial: Path, x: torch.Tensor, rows_per_shard: int, provenance: dict[str, Any]) -> None:
     shards, files = [], {}
-    parts = {f"shard-{number:05d}.safetensors": part for number, part in enumerate(x.split(rows_per_shard))}
-    for name, part in parts.items():
-        save_file({"activations": part.detach().cpu().contiguous()}, partial / name)
+    total = torch.zeros(x.shape[1], dtype=torch.float64)
+    norms = 0.0
+    for number, part in enumerate(x.split(rows_per_shard)):
+        for rows in part.split(max(1, _LOOK // x.shape[1])):
+            if not bool(rows.isfinite().all()):
+                check_finite("x", x, "remove those rows")
+            norms += float(rows.float().norm(dim=1).double().sum())
+            total += rows.double().sum(0).cpu()
+        name = f"shard-{number:05d}.safetensors"
+        save_file({"activations": part.cpu().contiguous()}, partial / name)
         shards.append({"file": name, "rows": len(part)})
-    save_file({"mean": x.double().mean(0).float()}, partial / "mean.safetensors")
-    for name in (*parts, "mean.safetensors"):
+    mean_norm = norms / len(x)
+    if mean_norm == 0:
+        raise NumericsError("all activations are zero")
+    save_file({"mean": (total / len(x)).float()}, partial / "mean.safetensors")
+    # Nobody else writes into a folder that is not there yet under its name.
+    for name in sorted(path.name for path in partial.iterdir()):
         files[name] = {"bytes": (partial / name).stat().st_size, "sha256": file_sha256(partial / name)}
     key = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
     manifest = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ from rsae_triton.activations.order import EpochOrder, mix_seed
 from rsae_triton.activations.prefetch import prefetched
 from rsae_triton.common.checks import check_integer, check_seed, parse_device, shown
 from rsae_triton.common.errors import ConfigError, FormatError
-from rsae_triton.common.files import as_path, file_sha256, read_json
+from rsae_triton.common.files import as_path, check_inside, file_sha256, read_json
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -53,8 +54,11 @@ class ActivationStore:
         self.folder, self.share = as_path("folder", folder), shards
         if shards is not None and not (isinstance(shards, tuple) and [type(one) for one in shards] == [int, int]):
             raise ConfigError(f"shards is {shown(shards)}; give two integers (rank, size)")
+        # What each file was when the store was opened; one made anew since has other rows, and another scale.
+        self._opened: dict[str, tuple[int, ...]] = {}
         if not (self.folder / MANIFEST).is_file():
             raise FormatError(f"{self.folder} holds no {MANIFEST}, so it is no activation store; check the path")
+        self._opened[MANIFEST] = self._looks(MANIFEST)
         try:
             self.manifest: dict[str, Any] = read_json(self.folder / MANIFEST)
         except (FormatError, OSError) as error:
@@ -72,6 +76,7 @@ class ActivationStore:
             if isinstance(error, FormatError | ConfigError):
                 raise
             raise self._broken(MANIFEST, f"lacks or garbles {error}") from error
+        self._check_unchanged(MANIFEST)
 
     def __repr__(self) -> str:
         return f"ActivationStore({str(self.folder)!r}, n_tokens={self.n_tokens}, d_in={self.d_in})"
@@ -202,6 +207,7 @@ class ActivationStore:
     def document_info(self) -> list[dict[str, Any]]:
         """Of every document: source, title, group, labels."""
         file = self._text_file("documents_file")
+        self._check_unchanged(file)
         try:
             # JSON escapes what else would end a line in the middle of a title.
             documents = [
@@ -252,6 +258,7 @@ class ActivationStore:
             found = load_file(self.folder / file)
         except Exception as error:  # SafetensorError, and OSError, ValueError or MemoryError from the mapping
             raise self._broken(file, "cannot be read") from error
+        self._check_unchanged(file)
         for name, shape in shapes.items():
             if name not in found or tuple(found[name].shape) != shape:
                 raise self._broken(file, f"holds no {name} of shape {shape}")
@@ -267,6 +274,8 @@ class ActivationStore:
         for name in (*self.manifest["files"], *(shard["file"] for shard in self.manifest["shards"]), *named):
             if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
                 raise self._broken(MANIFEST, f"names {str(name)[:60]!r}, which is no file of its folder")
+            if len(os.fsencode(name)) > 255:
+                raise self._broken(MANIFEST, f"names {name[:60]!r}..., longer than a file's name can be")
         if text != [None, None]:
             limit = self.manifest.get("norm_limit")
             if limit is not None and not (isinstance(limit, int | float) and float(limit) > 0):
@@ -274,8 +283,18 @@ class ActivationStore:
             bos = self.manifest["bos_token_id"]
             if not isinstance(bos, int) or abs(bos) >= 2**31 or not isinstance(self.manifest["hook_name"], str):
                 raise self._broken(MANIFEST, "says neither which token begins a text nor where it was read")
-        if any(not isinstance(shard["rows"], int) or shard["rows"] < 1 for shard in self.manifest["shards"]):
+        shards = self.manifest["shards"]
+        if any(not isinstance(shard["rows"], int) or shard["rows"] < 1 for shard in shards):
             raise self._broken(MANIFEST, "lists shards without rows")
+        if len({shard["file"] for shard in shards}) < len(shards):
+            raise self._broken(MANIFEST, "lists a shard more than once")
+        dtype = getattr(torch, str(self.manifest.get("dtype")), None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+            raise self._broken(MANIFEST, f"has dtype={shown(self.manifest.get('dtype'))}")
+        for shard in shards:  # before memory is taken for rows that are only claimed
+            held = self.manifest["files"][shard["file"]]["bytes"]
+            if not isinstance(held, int) or shard["rows"] * self.d_in * dtype.itemsize > held:
+                raise self._broken(MANIFEST, f"claims {shown(shard['rows'])} rows in {shard['file'][:60]}")
 
     def _shares(self, n_tokens: int) -> None:
         """Leaves in the manifest at hand what this process reads."""
@@ -301,10 +320,25 @@ class ActivationStore:
             path = self.folder / file
             if not path.is_file():
                 raise self._broken(file, "is missing")
+            check_inside(self.folder, file)
+            self._opened[file] = self._looks(file)
             if path.stat().st_size != entry["bytes"]:
                 raise self._broken(file, f"has {path.stat().st_size} bytes instead of {entry['bytes']}")
             if verify and file_sha256(path) != entry["sha256"]:
                 raise self._broken(file, "does not have the checksum in the manifest")
+
+    def _looks(self, file: str) -> tuple[int, ...]:
+        try:
+            found = (self.folder / file).stat()
+        except OSError as error:
+            raise self._broken(file, f"cannot be read ({error.strerror})") from error
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+    def _check_unchanged(self, file: str) -> None:
+        if self._opened.get(file) != self._looks(file):
+            raise FormatError(
+                f"{self.folder / file} is not the file that was there when the store was opened; open it again"
+            )
 
     def _broken(self, file: str, what: str) -> FormatError:
         return FormatError(f"{self.folder / file} {what}; delete the folder {self.folder} and extract again")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import shutil
 import warnings
 from collections import Counter
@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from rsae_triton.activations.documents import Document
 from rsae_triton.activations.host import HostModel
@@ -27,7 +27,7 @@ from rsae_triton.activations.order import mix_seed
 from rsae_triton.activations.packing import Contexts, pack
 from rsae_triton.activations.store import MANIFEST
 from rsae_triton.common.errors import FormatError, NumericsError
-from rsae_triton.common.files import file_sha256
+from rsae_triton.common.files import file_sha256, write_atomically, write_text
 from rsae_triton.common.progress import LoggedProgress
 
 _PROGRESS = "progress.json"
@@ -250,14 +250,13 @@ class Extraction:
     def _save(self, state: dict[str, Any], pending: _Pending) -> None:
         number = len(state["shards"])
         file = f"shard-{number:05d}.safetensors"
-        tensors = pending.tensors(mix_seed(self.identity["seed"], number))
-        temporary = self.partial / f".{file}.tmp"
-        save_file(tensors, temporary)
+        # The checksum is of what is written here, whatever comes to lie there.
+        data = save(pending.tensors(mix_seed(self.identity["seed"], number)))
+        write_atomically(self.partial / file, lambda temporary: temporary.write_bytes(data))
         state["shards"].append(
-            _Shard(file, pending.rows, temporary.stat().st_size, file_sha256(temporary), pending.norm_sum,
+            _Shard(file, pending.rows, len(data), hashlib.sha256(data).hexdigest(), pending.norm_sum,
                    pending.bos_dropped, pending.outliers_dropped, pending.contexts, pending.bos_kept)
         )  # fmt: skip
-        os.replace(temporary, self.partial / file)
         _write_json(self.partial / _PROGRESS, {**state, "shards": [asdict(shard) for shard in state["shards"]]})
 
     def _resume(self) -> dict[str, Any]:
@@ -319,9 +318,7 @@ def _bar(show: bool, label: str, total: int, done: int) -> Iterator[Callable[[in
 
 
 def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    os.replace(temporary, path)
+    write_text(path, json.dumps(value, indent=1))
 
 
 def _version(package: str) -> str | None:

@@ -216,14 +216,12 @@ def whole_folder(final: Path) -> Iterator[Path]:
             partial = scratch / final.name
             partial.mkdir()
             yield partial
-            tree_to_disk(partial)
             try:
-                os.rename(partial, final)
+                publish(partial, final)
             except OSError as error:
                 if os.path.lexists(final):
                     raise ConfigError(taken) from error
                 raise
-            to_disk(final.parent)
     except (OSError, SafetensorError) as error:
         if isinstance(error, RsaeError):
             raise
@@ -297,7 +295,16 @@ def to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def tree_to_disk(folder: Path) -> None:
-    """Forces everything in a folder to the disk."""
-    for path in (*folder.rglob("*"), folder):
+def publish(partial: Path, final: Path) -> None:
+    """Gives a folder that is full its name: forced to the disk, with the rights that the umask gives to its files."""
+    probe = partial.with_name(f"{partial.name}.mode")
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in partial.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+    for path in (*partial.rglob("*"), partial):
         to_disk(path)
+    os.rename(partial, final)
+    to_disk(final.parent)

@@ -63,7 +63,7 @@ def check_pickle(path: Path, data: bytes) -> None:
 
 def _run(path: Path, data: bytes, made: list[_Value]) -> _Value:
     stack: list[_Value] = []
-    memo: dict[int, _Value] = {}
+    memo: dict[Any, _Value] = {}
 
     def new(kind: str, parts: list[_Value]) -> None:
         made.append(_Value(kind, parts))
@@ -100,9 +100,9 @@ def _run(path: Path, data: bytes, made: list[_Value]) -> _Value:
             del stack[-count:]
             new("tuple", taken)
         elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
-            memo[int(argument)] = stack[-1]
+            memo[argument] = stack[-1]
         elif name in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(memo[int(argument)])
+            stack.append(memo[argument])
         elif name == "MARK":
             stack.append(_MARK)
         elif name in ("APPEND", "SETITEM"):

@@ -51,10 +51,11 @@ def read(files: Files) -> SparseAutoencoder:
         k=k,
         metadata={**_provenance(files), "transcoder": transcode or None},
     )
-    sizes = {"d_in": config.get("d_in"), "num_latents": config.get("num_latents") or 0}
+    sizes: dict[str, Any] = {"d_in": config.get("d_in"), "num_latents": config.get("num_latents") or 0}
     sizes["expansion_factor"] = config.get("expansion_factor", 32)
     for name, size in sizes.items():  # text and lists can be multiplied too
-        if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size < 2**31:
+        kinds = (int, float) if name == "expansion_factor" else (int,)  # a width over d_in need not be whole
+        if type(size) not in kinds or not 0 <= size < 2**31:
             raise FormatError(f"{config_path} gives {name}={shown(size)}; it must be a positive integer")
     d_in, expected = sizes["d_in"], sizes["num_latents"] or sizes["d_in"] * sizes["expansion_factor"]
     if (parts.d_in, parts.d_sae) != (d_in, expected):
