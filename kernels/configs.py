@@ -164,3 +164,37 @@ def rows_tile(n_words: int) -> RowsTile:
 def decode_tile(d_in: int) -> DecodeTile:
     """The tile of `sparse_decode`: 16 bytes of a bfloat16 row to a thread, 8 rows at a time to hide their latency."""
     return DecodeTile(rows=8, columns=min(512, triton.next_power_of_2(max(d_in, 1))), warps=4)
+
+
+# The sparse step. What is fastest has not been measured yet; each has no spills, and enough loads on their way.
+ENTRY_BLOCK = 512
+"""Entries that a program of the entries' gate takes at a time."""
+ENTRY_PROGRAMS = 4096
+MOST_COLUMNS = 16384
+"""Longest row that `adam_rows` holds in registers."""
+
+
+def mark_tile(n_tokens: int) -> PointwiseTile:
+    """The tile of `support_mark`: 32 features, so that a word of bits along them is one program's, and 128 tokens."""
+    vector = 1 if n_tokens % SPECIALISED else 8
+    return PointwiseTile(features=32, lanes=128 // vector, vector=vector, warps=4, stages=2)
+
+
+def entry_tile() -> RowsTile:
+    """The tile of the lists: 8 features (or tokens) by 32 words of 32 tokens (or features)."""
+    return RowsTile(words=32, places=0, tokens=8, warps=4)
+
+
+def dots_tile(d_in: int) -> DecodeTile:
+    """The tile of `entry_dots`: entries at a time, and columns of their rows."""
+    return DecodeTile(rows=16, columns=min(128, triton.next_power_of_2(max(d_in, 1))), warps=4)
+
+
+def entry_programs(capacity: int, block: int) -> int:
+    """Programs that share the blocks of entries: how many blocks there really are is known on the GPU alone."""
+    return min(triton.cdiv(capacity, block), ENTRY_PROGRAMS)
+
+
+def row_warps(d_in: int) -> int:
+    """Warps to a row of `adam_rows`: 8 or 16 numbers of it to a thread."""
+    return min(16, max(1, triton.next_power_of_2(max(d_in, 1)) // 256))

@@ -1,0 +1,159 @@
+"""From bits to lists: the support's entries by feature, and the active ones by token.
+
+Both lists have room for `capacity` entries. How many there are stays on the GPU, in the last element of their
+offsets: what is beyond the capacity is left out, and the caller compares when it looks at numbers anyway. Lists are in
+order of feature, then token (or token, then feature), the same in every run; no atomics, no sorting.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import entry_tile
+from .launch import launching_on
+from .sparse_rows import lowest_bit, popcount
+from .support_mark import Marks
+
+PROGRAMS = 4096
+"""Programs that the pass over the active bits wants: it cuts the features of its tokens into segments."""
+
+
+class Entries(NamedTuple):
+    """tokens, features [capacity] int32 and values [capacity] float32 (h with its bias), sorted by feature, then token;
+    offsets [n_features + 1] int64: where each feature's begin, and last how many there are, also if that is more than
+    the capacity."""
+
+    tokens: Tensor
+    features: Tensor
+    values: Tensor
+    offsets: Tensor
+
+
+class Rows(NamedTuple):
+    """features [capacity] int32 and values [capacity] of the active codes, sorted by token, then feature; offsets
+    [n_tokens + 1] int64, as `Entries` has them."""
+
+    features: Tensor
+    values: Tensor
+    offsets: Tensor
+
+
+@triton.jit
+def list_entries_kernel(
+    h, rows, support, offsets, tokens, features, values, n_features, n_tokens, n_words, capacity,
+    BLOCK_F: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """One program: the entries of BLOCK_F features."""
+    f = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)[:, None]
+    f_mask = f < n_features
+    bias = tl.load(rows + 2 * n_features + f, mask=f_mask, other=0.0)
+    start = tl.load(offsets + f, mask=f_mask, other=0)
+    for w0 in range(0, n_words, BLOCK_W):
+        w = w0 + tl.arange(0, BLOCK_W)[None, :]
+        word = tl.load(support + f * n_words + w, mask=f_mask & (w < n_words), other=0).to(tl.uint32, bitcast=True)
+        count = popcount(word)
+        place = start + tl.cumsum(count, axis=1) - count
+        while tl.max(word) > 0:
+            n = w * 32 + lowest_bit(word)
+            fits = (word > 0) & (place < capacity)
+            value = tl.load(h + f * n_tokens + n, mask=fits, other=0.0).to(tl.float32) + bias
+            tl.store(tokens + place, n, mask=fits)
+            tl.store(features + place, (f + tl.zeros_like(n)).to(tl.int32), mask=fits)
+            tl.store(values + place, value, mask=fits)
+            place += 1
+            word = word & (word - 1)
+        start += tl.sum(count, axis=1)[:, None]
+
+
+@triton.jit
+def count_rows_kernel(
+    active, counts, n_words, n_tokens, per_segment, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """One program: how many bits are set for BLOCK_N tokens in one segment of words. counts [n_tokens, segments]."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    first = tl.program_id(1) * per_segment
+    end = tl.minimum(first + per_segment, n_words)
+    total = tl.zeros((1, BLOCK_N), tl.int32)
+    for w0 in range(first, end, BLOCK_W):
+        w = (w0 + tl.arange(0, BLOCK_W)[:, None]).to(tl.int64)
+        word = tl.load(active + w * n_tokens + n, mask=(w < end) & (n < n_tokens), other=0)
+        total += tl.sum(popcount(word.to(tl.uint32, bitcast=True)), axis=0)[None, :]
+    tl.store(counts + n.to(tl.int64) * tl.num_programs(1) + tl.program_id(1), total, mask=n < n_tokens)
+
+
+@triton.jit
+def list_rows_kernel(
+    z, active, offsets, features, values, n_words, n_tokens, per_segment, capacity,
+    BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: the active codes of BLOCK_N tokens in one segment. offsets [n_tokens * segments + 1]."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    first = tl.program_id(1) * per_segment
+    end = tl.minimum(first + per_segment, n_words)
+    start = tl.load(offsets + n.to(tl.int64) * tl.num_programs(1) + tl.program_id(1), mask=n < n_tokens, other=0)
+    for w0 in range(first, end, BLOCK_W):
+        w = (w0 + tl.arange(0, BLOCK_W)[:, None]).to(tl.int64)
+        word = tl.load(active + w * n_tokens + n, mask=(w < end) & (n < n_tokens), other=0)
+        word = word.to(tl.uint32, bitcast=True)
+        count = popcount(word)
+        place = start + tl.cumsum(count, axis=0) - count
+        while tl.max(word) > 0:
+            f = w * 32 + lowest_bit(word)
+            fits = (word > 0) & (place < capacity)
+            tl.store(features + place, f.to(tl.int32), mask=fits)
+            tl.store(values + place, tl.load(z + f * n_tokens + n, mask=fits, other=0.0), mask=fits)
+            place += 1
+            word = word & (word - 1)
+        start += tl.sum(count, axis=0)[None, :]
+
+
+def list_entries(h_fm: Tensor, marks: Marks, capacity: int) -> Entries:
+    """h_fm [n_features, n_tokens] as `support_mark` was given it."""
+    n_features, n_tokens = h_fm.shape
+    tokens, features = h_fm.new_empty((2, capacity), dtype=torch.int32)
+    values = h_fm.new_empty(capacity, dtype=torch.float32)
+    offsets = _offsets(marks.in_support)
+    if h_fm.numel() > 0 and capacity > 0:
+        tile = entry_tile()
+        with launching_on(h_fm):
+            list_entries_kernel[(triton.cdiv(n_features, tile.tokens),)](
+                h_fm, marks.rows, marks.support, offsets, tokens, features, values,
+                n_features, n_tokens, marks.support.shape[1], capacity,
+                BLOCK_F=tile.tokens, BLOCK_W=tile.words, num_warps=tile.warps, num_stages=1,
+            )  # fmt: skip
+    return Entries(tokens, features, values, offsets)
+
+
+def list_rows(z_fm: Tensor, marks: Marks, capacity: int) -> Rows:
+    """z_fm [n_features, n_tokens]: has the codes at the places of the active ones; what is elsewhere is not read."""
+    n_words, n_tokens = marks.active.shape
+    features = z_fm.new_empty(capacity, dtype=torch.int32)
+    values = z_fm.new_empty(capacity)
+    tile = entry_tile()
+    blocks = triton.cdiv(n_tokens, tile.tokens)
+    segments = max(1, min(triton.cdiv(n_words, tile.words), PROGRAMS // max(blocks, 1)))
+    per_segment = triton.cdiv(triton.cdiv(n_words, segments), tile.words) * tile.words
+    segments = max(1, triton.cdiv(n_words, per_segment)) if per_segment else 1
+    counts = z_fm.new_zeros((n_tokens, segments), dtype=torch.int32)
+    if z_fm.numel() == 0:
+        return Rows(features, values, _offsets(counts.flatten()))
+    shape = {"BLOCK_W": tile.words, "BLOCK_N": tile.tokens, "num_warps": tile.warps, "num_stages": 1}
+    with launching_on(z_fm):
+        count_rows_kernel[(blocks, segments)](marks.active, counts, n_words, n_tokens, per_segment, **shape)
+        offsets = _offsets(counts.flatten())
+        list_rows_kernel[(blocks, segments)](
+            z_fm, marks.active, offsets, features, values, n_words, n_tokens, per_segment, capacity, **shape
+        )
+    return Rows(features, values, offsets[::segments].contiguous())
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    """[n] -> [n + 1] int64."""
+    offsets = counts.new_zeros(len(counts) + 1, dtype=torch.int64)
+    torch.cumsum(counts, 0, out=offsets[1:])
+    return offsets

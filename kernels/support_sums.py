@@ -1,0 +1,157 @@
+"""Gradients of the weights from the entries of a support: sums over each feature's entries, one program a feature.
+
+A feature with more than RUN entries (one that is active on every token, say) has a program for every RUN of them;
+what they add up is added by the feature's own program, in order. No atomics: two calls agree to the last bit.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import decode_tile
+from .launch import launching_on
+from .support_list import Entries
+
+RUN = 256
+
+
+class FeatureSums(NamedTuple):
+    """Sums over each feature's entries: decoder [n_features, d_in] of z g[token], encoder [n_features, d_in] of
+    dh x_c[token]; dh, dt and l1 (of |z|) [n_features] float32."""
+
+    decoder: Tensor
+    encoder: Tensor
+    dh: Tensor
+    dt: Tensor
+    l1: Tensor
+
+
+@triton.jit
+def add_run(
+    g, x, tokens, z, dh, dt, start, end, d, d_in, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Sums over the entries from start up to end: the columns d of both matrices' rows, and three numbers."""
+    dec, enc = tl.zeros((BLOCK_J, BLOCK_D), tl.float32), tl.zeros((BLOCK_J, BLOCK_D), tl.float32)
+    by_h, by_t, size = (
+        tl.zeros((BLOCK_J,), tl.float32),
+        tl.zeros((BLOCK_J,), tl.float32),
+        tl.zeros((BLOCK_J,), tl.float32),
+    )
+    inside = (d < d_in)[None, :]
+    for e0 in range(start, end, BLOCK_J):
+        e = e0 + tl.arange(0, BLOCK_J)
+        here = e < end
+        n = tl.load(tokens + e, mask=here, other=0).to(tl.int64)
+        code = tl.load(z + e, mask=here, other=0.0)
+        slope = tl.load(dh + e, mask=here, other=0.0)
+        at = n[:, None] * d_in + d[None, :]
+        # The code is zero for half of a support and more: nothing is read for it.
+        dec += code[:, None] * tl.load(g + at, mask=(code != 0.0)[:, None] & inside, other=0.0).to(tl.float32)
+        enc += slope[:, None] * tl.load(x + at, mask=(slope != 0.0)[:, None] & inside, other=0.0).to(tl.float32)
+        by_h += slope
+        by_t += tl.load(dt + e, mask=here, other=0.0)
+        size += tl.abs(code)
+    return tl.sum(dec, axis=0), tl.sum(enc, axis=0), tl.sum(by_h, axis=0), tl.sum(by_t, axis=0), tl.sum(size, axis=0)
+
+
+@triton.jit
+def long_runs_kernel(
+    g, x, tokens, z, dh, dt, offsets, features, longer, matrices, numbers, n_features, d_in, capacity, run,
+    BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_D columns of one run beyond its feature's first. features [n_runs]: whose run it is; longer
+    [n_features + 1]: where a feature's begin. matrices [n_runs, 2, d_in], numbers [n_runs, 3] float32."""
+    k = tl.program_id(0).to(tl.int64)
+    if k < tl.load(longer + n_features):
+        f = tl.load(features + k)
+        start = tl.load(offsets + f) + (k - tl.load(longer + f) + 1) * run
+        end = tl.minimum(tl.minimum(start + run, tl.load(offsets + f + 1)), capacity)
+        d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        dec, enc, by_h, by_t, size = add_run(g, x, tokens, z, dh, dt, start, end, d, d_in, BLOCK_J, BLOCK_D)
+        tl.store(matrices + k * 2 * d_in + d, dec, mask=d < d_in)
+        tl.store(matrices + (k * 2 + 1) * d_in + d, enc, mask=d < d_in)
+        if tl.program_id(1) == 0:
+            tl.store(numbers + k * 3, by_h)
+            tl.store(numbers + k * 3 + 1, by_t)
+            tl.store(numbers + k * 3 + 2, size)
+
+
+@triton.jit
+def feature_sums_kernel(
+    g, x, tokens, z, dh, dt, offsets, longer, matrices, numbers, decoder, encoder, sums, n_features, d_in, capacity,
+    run, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_D columns of one feature's row of both matrices. sums [3, n_features] float32."""
+    f = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    start = tl.load(offsets + f)
+    end = tl.minimum(tl.minimum(start + run, tl.load(offsets + f + 1)), capacity)
+    dec, enc, by_h, by_t, size = add_run(g, x, tokens, z, dh, dt, start, end, d, d_in, BLOCK_J, BLOCK_D)
+    for k in range(tl.load(longer + f), tl.load(longer + f + 1)):
+        dec += tl.load(matrices + k * 2 * d_in + d, mask=d < d_in, other=0.0)
+        enc += tl.load(matrices + (k * 2 + 1) * d_in + d, mask=d < d_in, other=0.0)
+        by_h += tl.load(numbers + k * 3)
+        by_t += tl.load(numbers + k * 3 + 1)
+        size += tl.load(numbers + k * 3 + 2)
+    tl.store(decoder + f * d_in + d, dec.to(decoder.dtype.element_ty), mask=d < d_in)
+    tl.store(encoder + f * d_in + d, enc.to(encoder.dtype.element_ty), mask=d < d_in)
+    if tl.program_id(1) == 0:
+        tl.store(sums + f, by_h)
+        tl.store(sums + n_features + f, by_t)
+        tl.store(sums + 2 * n_features + f, size)
+
+
+def feature_sums(
+    entries: Entries,
+    z: Tensor,
+    dh: Tensor,
+    dt: Tensor,
+    g: Tensor,
+    x_c: Tensor,
+    *,
+    decoder: Tensor | None = None,
+    encoder: Tensor | None = None,
+) -> FeatureSums:
+    """z, dh, dt [capacity] float32 of the entries; g, x_c [n_tokens, d_in] of one dtype.
+
+    decoder, encoder [n_features, d_in], contiguous: where the matrices' sums go; new float32 memory unless given.
+    """
+    n_features, d_in, capacity = len(entries.offsets) - 1, g.shape[1], len(z)
+    if x_c.shape != g.shape:
+        raise ValueError(f"g {tuple(g.shape)} and x_c {tuple(x_c.shape)} must have one shape, [n_tokens, d_in]")
+    g, x_c = g.contiguous(), x_c.contiguous()
+    found = []
+    for name, out in (("decoder", decoder), ("encoder", encoder)):
+        out = g.new_empty((n_features, d_in), dtype=torch.float32) if out is None else out
+        if out.shape != (n_features, d_in) or not out.is_contiguous():
+            raise ValueError(f"{name} is {tuple(out.shape)}; contiguous memory of [{n_features}, {d_in}] is wanted")
+        found.append(out)
+    sums = g.new_zeros((3, n_features), dtype=torch.float32)
+    if n_features == 0 or d_in == 0:
+        return FeatureSums(*found, *sums)
+    # Runs beyond each feature's first, of which there can be capacity / RUN at most (what is left out has none).
+    bounds = entries.offsets.clamp(max=capacity)
+    runs = (bounds.diff() - 1).div(RUN, rounding_mode="floor").clamp(min=0)
+    longer = bounds.new_zeros(n_features + 1)
+    torch.cumsum(runs, 0, out=longer[1:])
+    most = max(1, capacity // RUN)
+    features = torch.searchsorted(longer, torch.arange(most, device=g.device), right=True) - 1
+    matrices, numbers = (g.new_empty((most, *shape), dtype=torch.float32) for shape in ((2, d_in), (3,)))
+    tile = decode_tile(d_in)
+    columns = triton.cdiv(d_in, tile.columns)
+    shape = {"BLOCK_J": tile.rows, "BLOCK_D": tile.columns, "num_warps": tile.warps}
+    given = (g, x_c, entries.tokens, z, dh, dt, bounds)
+    with launching_on(g):
+        if capacity > RUN:
+            long_runs_kernel[(most, columns)](
+                *given, features, longer, matrices, numbers, n_features, d_in, capacity, RUN, **shape
+            )
+        feature_sums_kernel[(n_features, columns)](
+            *given, longer, matrices, numbers, *found, sums, n_features, d_in, capacity, RUN, **shape
+        )
+    return FeatureSums(*found, *sums)
