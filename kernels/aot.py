@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 import triton
 
-from . import aot_sparse
-from .aot_variants import ARCHS, NAMES, PRODUCTS, Variant
+from . import aot_sparse, aot_support
+from .aot_variants import ARCHS, NAMES, NO_GATE, PRODUCTS, Variant
 from .configs import (
     MatmulTile,
     backward_tile,
@@ -48,6 +48,7 @@ KERNELS = {
     "rational_forward": rational_forward_kernel,
     "rational_backward": rational_backward_kernel,
     **aot_sparse.KERNELS,
+    **aot_support.KERNELS,
 }
 
 
@@ -82,7 +83,10 @@ def programs(v: Variant) -> int:
         return 1 if _tile(v).warps == 8 else 2
     if v.kernel == "rational_backward" and large(v.p, v.q):
         return 2 if v.arch == 100 else 3
-    return {"rational_forward": 8}.get(v.kernel, 4)
+    # A program of adam_rows has as many warps as its row needs.
+    return {"rational_forward": 8, "adam_rows": 2, "row_norms": 2, "feature_sums": 3, "entry_gate_backward": 3}.get(
+        v.kernel, 4
+    )
 
 
 def _tile(v: Variant) -> MatmulTile:
@@ -96,10 +100,11 @@ def _tile(v: Variant) -> MatmulTile:
 def launch(v: Variant) -> tuple[Launch, str, float]:
     """As the wrappers launch it; the tile's name; how many elements of the gate a thread has (0: no gate)."""
     element, unaligned = f"*{NAMES[v.dtype]}", ("n_tokens",) if v.ragged else ()
-    if v.kernel in aot_sparse.KERNELS:
-        constants, options, name = aot_sparse.launch(v)
-        made = Launch(KERNELS[v.kernel], aot_sparse.types(v, NAMES[v.dtype]), constants, options, unaligned)
-        return made, name, _elements(constants, options) if v.kernel in PRODUCTS else 0
+    for part in (aot_sparse, aot_support):
+        if v.kernel in part.KERNELS:
+            constants, options, name = part.launch(v)
+            made = Launch(KERNELS[v.kernel], part.types(v, NAMES[v.dtype]), constants, options, unaligned)
+            return made, name, 0 if v.kernel in NO_GATE else _elements(constants, options)
     types = dict.fromkeys(("x", "w", "g", "h", "z", "dz", "dh"), element)
     types |= dict.fromkeys(("dcounts", "dl1", "partial", "coefficients", "rows"), "*fp32")
     constants = {
@@ -129,6 +134,8 @@ def launch(v: Variant) -> tuple[Launch, str, float]:
 
 
 def _elements(constants: dict[str, int], options: dict[str, int]) -> float:
+    if "BLOCK_E" in constants:
+        return constants["BLOCK_E"] / (32 * options["num_warps"])
     tokens = constants["BLOCK_N"] if "BLOCK_N" in constants else constants["LANES"] * constants["VECTOR"]
     return constants["BLOCK_F"] * tokens / (32 * options["num_warps"])
 
@@ -161,6 +168,7 @@ def variants(archs: Iterable[int] = ARCHS) -> Iterator[Variant]:
                 for kernel in ("encode_forward", "encode_backward", "rational_backward"):
                     yield Variant(kernel, arch, dtype, *degree, False, ragged=True)
         yield from sparse_variants(arch)
+        yield from aot_support.variants(arch)
 
 
 def sparse_variants(arch: int) -> Iterator[Variant]:
@@ -190,6 +198,10 @@ def representative(arch: int) -> list[Variant]:
         Variant("sparse_encode", arch, bf16, 9, 8, shared=False, ranked=True),
         Variant("gather_rows", arch, bf16, ranked=True),
         Variant("sparse_decode", arch, bf16),
+        Variant("support_mark", arch, bf16),
+        Variant("entry_gate_backward", arch, torch.float32, 9, 8, shared=False, gated=True),
+        Variant("feature_sums", arch, bf16),
+        Variant("adam_rows", arch, bf16),
     ]
 
 

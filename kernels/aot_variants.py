@@ -10,7 +10,10 @@ ARCHS = (80, 90, 100)
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 PRODUCTS = ("encode_forward", "encode_backward", "sparse_encode")
 """Kernels whose machine code must use the tensor cores."""
-NO_GATE = ("gather_rows", "keep_largest", "sparse_decode", "sparse_dots", "segment_sum")
+NO_GATE = (
+    "gather_rows", "keep_largest", "sparse_decode", "sparse_dots", "segment_sum", "support_mark", "list_entries",
+    "count_rows", "list_rows", "support_decode", "entry_dots", "long_runs", "feature_sums", "row_norms", "adam_rows",
+)  # fmt: skip
 
 
 class Variant(NamedTuple):

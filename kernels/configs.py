@@ -167,17 +167,19 @@ def decode_tile(d_in: int) -> DecodeTile:
 
 
 # The sparse step. What is fastest has not been measured yet; each has no spills, and enough loads on their way.
-ENTRY_BLOCK = 512
+ENTRY_BLOCK = 256
 """Entries that a program of the entries' gate takes at a time."""
 ENTRY_PROGRAMS = 4096
 MOST_COLUMNS = 16384
 """Longest row that `adam_rows` holds in registers."""
 
 
-def mark_tile(n_tokens: int) -> PointwiseTile:
-    """The tile of `support_mark`: 32 features, so that a word of bits along them is one program's, and 128 tokens."""
-    vector = 1 if n_tokens % SPECIALISED else 8
-    return PointwiseTile(features=32, lanes=128 // vector, vector=vector, warps=4, stages=2)
+def mark_tile(dtype: torch.dtype, n_tokens: int) -> PointwiseTile:
+    """The tile of `support_mark`: 32 features, so that a word of bits along them is one program's, and as many tokens as
+    its registers take: those of rows that are not aligned have a pointer each, and cannot be sent for ahead."""
+    if n_tokens % SPECIALISED:
+        return PointwiseTile(features=32, lanes=32, vector=1, warps=4)
+    return PointwiseTile(features=32, lanes=64 if dtype.itemsize == 4 else 128, vector=1, warps=4, stages=2)
 
 
 def entry_tile() -> RowsTile:

@@ -88,14 +88,14 @@ def support_mark(h_fm: Tensor, threshold: Tensor, input_scale: Tensor, b_enc: Te
     active = h_fm.new_empty((triton.cdiv(n_features, WORD), n_tokens), dtype=torch.int32)
     if h_fm.numel() == 0:
         return Marks(support, active, rows, *torch.zeros((2, n_features), dtype=torch.int64, device=h_fm.device))
-    tile = mark_tile(n_tokens)
+    tile = mark_tile(h_fm.dtype, n_tokens)
     blocks = triton.cdiv(n_features, tile.features)
-    split = split_tokens(n_tokens, blocks, tile.lanes * tile.vector)
+    split = split_tokens(n_tokens, blocks, tile.lanes)
     partial = h_fm.new_empty((split.count, 2, n_features), dtype=torch.int32)
     with launching_on(h_fm):
         support_mark_kernel[(blocks, split.count)](
             h_fm, rows, support, active, partial, n_features, n_tokens, support.shape[1], split.tokens,
-            BLOCK_F=tile.features, BLOCK_N=tile.lanes * tile.vector, STAGES=tile.stages,
+            BLOCK_F=tile.features, BLOCK_N=tile.lanes, STAGES=tile.stages,
             num_warps=tile.warps, num_stages=1,
         )  # fmt: skip
     return Marks(support, active, rows, *partial.sum(0))

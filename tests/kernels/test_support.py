@@ -4,19 +4,19 @@ from importlib import import_module
 
 import pytest
 import torch
-from gate_cases import DTYPES, doubtful, error, name_of, oracle, random_gate, to
+from gate_cases import DTYPES, doubtful, error, magnitudes, name_of, oracle, random_gate, to
 
 from rsae_triton.kernels.support_gate import entry_gate_backward, entry_gate_forward
 from rsae_triton.kernels.support_list import list_entries, list_rows
 from rsae_triton.kernels.support_mark import support_mark
 from rsae_triton.kernels.support_products import entry_dots, support_decode
 from rsae_triton.kernels.support_sums import feature_sums
-from rsae_triton.reference import GateSpec
+from rsae_triton.ops.reference import GateSpec
 
 SHAPE = (21, 5, 33)  # n_tokens, d_in, n_features: nothing divides a tile
 KEYS = ("counts", "x_hat", "dW_dec", "dW_enc", "db_enc", "dthreshold", "l1")
-# Of the largest value: float32 sums of some ten terms; 16-bit codes are rounded before they are decoded, as the dense
-# step's are.
+# Of the largest value, or of the largest sum of absolute terms: float32 sums of some ten terms; 16-bit codes are
+# rounded before they are decoded, as the dense step's are.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 
 
@@ -84,17 +84,21 @@ def check(gate, spec, device, dtype=torch.float32, shape=SHAPE, sums=True):
     given = inputs(gate, spec, dtype, shape)
     found, *more = sparse(gate, spec, given, device, sums=sums)
     truth = dense(gate, spec, given, sums=sums)
+    g_z = given[4].double() @ given[5].double().T
+    scale = magnitudes(given[2], g_z, *(given[7:] if sums else (None, None)), gate, spec)
     for name in KEYS:
-        assert error(found[name], truth[name]) <= TOLERANCE[dtype if name == "x_hat" else torch.float32], name
+        allowed = TOLERANCE[dtype if name == "x_hat" else torch.float32]
+        largest = scale[name].max() if name in scale else None
+        assert error(found[name], truth[name], largest) <= allowed, name
     return found, *more
 
 
-@pytest.mark.parametrize("sets", [1, 33])
 @pytest.mark.parametrize("amplitude", ["rational", "identity"])
 @pytest.mark.parametrize("backward", ["soft", "rational"])
-def test_every_flavour(backward, amplitude, sets, device):
+def test_every_flavour(backward, amplitude, device):
     spec = spec_of(backward=backward, amplitude=amplitude)
-    check(random_gate(3, 2, 33, sets), spec, device, sums=backward == "rational")
+    sums = backward == "rational"
+    check(random_gate(3, 2, 33, 1 if sums else 33), spec, device, sums=sums)
 
 
 @pytest.mark.parametrize("degree", [(0, 0), (9, 8), (12, 12)], ids=name_of)
@@ -119,7 +123,7 @@ def test_groups_of_coefficients(device):
     check(few._replace(**spread), spec_of(), device)
 
 
-@pytest.mark.parametrize(("threshold", "low", "high"), [(-100.0, 21, 21), (100.0, 0, 0), (0.0, 1, 20)])
+@pytest.mark.parametrize(("threshold", "low", "high"), [(-100.0, 21, 21), (100.0, 0, 0), (0.0, 0, 20)])
 def test_all_active_none_active_and_thresholds_of_zero(threshold, low, high, device):
     gate = random_gate(3, 2, 33, 1)._replace(threshold=torch.full((33,), threshold))
     found, marks, entries, rows, _ = check(gate, spec_of(), device)

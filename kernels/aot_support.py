@@ -1,0 +1,86 @@
+"""The sparse step's part of `aot`: how its kernels are launched, and in which variants."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+
+from .adam_rows import adam_rows_kernel, row_norms_kernel
+from .aot_variants import Variant
+from .configs import ENTRY_BLOCK, decode_tile, dots_tile, entry_tile, mark_tile, row_warps
+from .support_gate import entry_gate_backward_kernel, entry_gate_forward_kernel
+from .support_list import count_rows_kernel, list_entries_kernel, list_rows_kernel
+from .support_mark import support_mark_kernel
+from .support_products import entry_dots_kernel, support_decode_kernel
+from .support_sums import feature_sums_kernel, long_runs_kernel
+
+KERNELS = {
+    "support_mark": support_mark_kernel,
+    "list_entries": list_entries_kernel,
+    "count_rows": count_rows_kernel,
+    "list_rows": list_rows_kernel,
+    "entry_gate_forward": entry_gate_forward_kernel,
+    "entry_gate_backward": entry_gate_backward_kernel,
+    "support_decode": support_decode_kernel,
+    "entry_dots": entry_dots_kernel,
+    "long_runs": long_runs_kernel,
+    "feature_sums": feature_sums_kernel,
+    "row_norms": row_norms_kernel,
+    "adam_rows": adam_rows_kernel,
+}
+GATES = ("entry_gate_forward", "entry_gate_backward")
+D_IN = 2304
+"""Gemma-2-2B's, which the tiles depend on."""
+
+
+def launch(v: Variant) -> tuple[dict, dict, str]:
+    """As `aot.launch`: constants, options, the tile's name."""
+    if v.kernel == "support_mark":
+        mark = mark_tile(v.dtype, 15 if v.ragged else 16)
+        constants = {"BLOCK_F": mark.features, "BLOCK_N": mark.lanes, "STAGES": mark.stages}
+        return constants, {"num_warps": mark.warps, "num_stages": 1}, f"{mark.features}x{constants['BLOCK_N']}"
+    if v.kernel in ("list_entries", "count_rows", "list_rows"):
+        entry = entry_tile()
+        constants = {"BLOCK_W": entry.words, "BLOCK_F" if v.kernel == "list_entries" else "BLOCK_N": entry.tokens}
+        return constants, {"num_warps": entry.warps, "num_stages": 1}, f"{entry.words}x{entry.tokens} w{entry.warps}"
+    if v.kernel in GATES:
+        constants = {"P": v.p, "Q": v.q, "IDENTITY": False, "SHARED": v.shared, "BLOCK_E": ENTRY_BLOCK}
+        if v.kernel == "entry_gate_backward":
+            constants |= {"RATIONAL_BACKWARD": True, "HAS_DCOUNTS": True, "HAS_DL1": True}
+        return constants, {"num_warps": 4, "num_stages": 1}, f"{ENTRY_BLOCK} w4"
+    if v.kernel in ("row_norms", "adam_rows"):
+        constants = {"BLOCK_D": triton.next_power_of_2(D_IN), "RADIAL": True}
+        if v.kernel == "adam_rows":
+            constants |= {"NORMS": True, "COPY": True}
+        return constants, {"num_warps": row_warps(D_IN)}, f"{constants['BLOCK_D']} w{row_warps(D_IN)}"
+    tile = dots_tile(D_IN) if v.kernel == "entry_dots" else decode_tile(D_IN)
+    constants = {"BLOCK_E" if v.kernel == "entry_dots" else "BLOCK_J": tile.rows, "BLOCK_D": tile.columns}
+    return constants, {"num_warps": tile.warps}, f"{tile.rows}x{tile.columns} w{tile.warps}"
+
+
+def types(v: Variant, element: str) -> dict[str, str]:
+    """The arguments that are no 32-bit integers: weights, their gradients and moments are float32."""
+    found = dict.fromkeys(("h", "dense", "g", "x", "w", "bias", "copy"), f"*{element}")
+    found |= dict.fromkeys(("rows", "values", "z", "dz", "dh", "dt", "dcounts", "dl1", "coefficients"), "*fp32")
+    found |= dict.fromkeys(("matrices", "numbers", "decoder", "encoder", "sums", "out"), "*fp32")
+    found |= dict.fromkeys(("weight", "grad", "mean", "square", "norms", "squares"), "*fp32")
+    found |= dict.fromkeys(("support", "active", "partial", "tokens", "features", "counts"), "*i32")
+    found |= dict.fromkeys(("offsets", "longer"), "*i64")
+    if v.kernel in ("list_rows", "support_decode"):  # codes, in the dtype of the products
+        found |= dict.fromkeys(("z", "values"), f"*{element}")
+    if v.kernel == "long_runs":
+        found["features"] = "*i64"
+    return found
+
+
+def variants(arch: int) -> Iterator[Variant]:
+    for dtype in (torch.bfloat16, torch.float32):
+        for kernel in sorted(KERNELS.keys() - set(GATES) - {"count_rows", "row_norms"}):
+            yield Variant(kernel, arch, dtype)
+        yield Variant("support_mark", arch, dtype, ragged=True)
+    yield from (Variant(kernel, arch, torch.float32) for kernel in ("count_rows", "row_norms"))
+    for kernel in GATES:
+        for degree in ((3, 2), (9, 8), (12, 12)):
+            yield from (Variant(kernel, arch, torch.float32, *degree, shared, gated=True) for shared in (True, False))
