@@ -10,6 +10,15 @@ the orientation and the table of what the compiler makes of each kernel.
     sparse_encode       x_c, W_enc, b_enc -> rows of values and feature indices: no dense code; also the k largest
     sparse_decode       such rows -> reconstructions, and (`_dvalues`, `_dweight`) their gradients
 
+The sparse step, on the entries of the support alone (docs/kernels.md):
+
+    support_mark        h without its bias -> bits of the support and of what is active, counts; one pass over h
+    list_entries        bits -> entries (token, feature, h) by feature; list_rows: active codes by token
+    entry_gate_forward  entries -> codes; entry_gate_backward: their gradients
+    support_decode      rows of codes -> reconstructions; entry_dots: the gradient of every entry's code
+    feature_sums        entries -> gradients of both weight matrices, the bias and the thresholds
+    adam_rows           the optimiser's step on a weight matrix in one pass
+
 Every [d_sae, n_tokens] tensor is feature-major: the tokens of one feature are contiguous.
 """
 
@@ -21,6 +30,7 @@ if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 3):
         "Upgrade torch to 2.7 or later, or use another backend"
     )
 
+from .adam_rows import adam_numbers, adam_rows, row_norms
 from .encode_backward import encode_backward
 from .encode_forward import encode_forward
 from .interpreter import INTERPRETED
@@ -28,17 +38,37 @@ from .rational_backward import GateGrads, rational_backward
 from .rational_forward import rational_forward
 from .sparse_decode import sparse_decode, sparse_decode_dvalues, sparse_decode_dweight
 from .sparse_encode import SparseRows, sparse_encode
+from .support_gate import entry_gate_backward, entry_gate_forward
+from .support_list import Entries, Rows, list_entries, list_rows
+from .support_mark import Marks, support_mark
+from .support_products import entry_dots, support_decode
+from .support_sums import FeatureSums, feature_sums
 
 __all__ = [
     "INTERPRETED",
+    "Entries",
+    "FeatureSums",
     "GateGrads",
+    "Marks",
+    "Rows",
     "SparseRows",
+    "adam_numbers",
+    "adam_rows",
     "encode_backward",
     "encode_forward",
+    "entry_dots",
+    "entry_gate_backward",
+    "entry_gate_forward",
+    "feature_sums",
+    "list_entries",
+    "list_rows",
     "rational_backward",
     "rational_forward",
+    "row_norms",
     "sparse_decode",
     "sparse_decode_dvalues",
     "sparse_decode_dweight",
     "sparse_encode",
+    "support_decode",
+    "support_mark",
 ]

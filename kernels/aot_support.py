@@ -9,7 +9,7 @@ import triton
 
 from .adam_rows import adam_rows_kernel, row_norms_kernel
 from .aot_variants import Variant
-from .configs import ENTRY_BLOCK, decode_tile, dots_tile, entry_tile, mark_tile, row_warps
+from .configs import decode_tile, dots_tile, entry_block, entry_tile, mark_tile, row_warps
 from .support_gate import entry_gate_backward_kernel, entry_gate_forward_kernel
 from .support_list import count_rows_kernel, list_entries_kernel, list_rows_kernel
 from .support_mark import support_mark_kernel
@@ -30,6 +30,8 @@ KERNELS = {
     "row_norms": row_norms_kernel,
     "adam_rows": adam_rows_kernel,
 }
+HEAVY = ("support_mark", "feature_sums", "long_runs", "entry_gate_backward")
+"""Three programs to a multiprocessor will do: each has many loads on their way."""
 GATES = ("entry_gate_forward", "entry_gate_backward")
 D_IN = 2304
 """Gemma-2-2B's, which the tiles depend on."""
@@ -46,10 +48,11 @@ def launch(v: Variant) -> tuple[dict, dict, str]:
         constants = {"BLOCK_W": entry.words, "BLOCK_F" if v.kernel == "list_entries" else "BLOCK_N": entry.tokens}
         return constants, {"num_warps": entry.warps, "num_stages": 1}, f"{entry.words}x{entry.tokens} w{entry.warps}"
     if v.kernel in GATES:
-        constants = {"P": v.p, "Q": v.q, "IDENTITY": False, "SHARED": v.shared, "BLOCK_E": ENTRY_BLOCK}
+        block = entry_block(v.p, v.q, v.shared)
+        constants = {"P": v.p, "Q": v.q, "IDENTITY": False, "SHARED": v.shared, "BLOCK_E": block}
         if v.kernel == "entry_gate_backward":
             constants |= {"RATIONAL_BACKWARD": True, "HAS_DCOUNTS": True, "HAS_DL1": True}
-        return constants, {"num_warps": 4, "num_stages": 1}, f"{ENTRY_BLOCK} w4"
+        return constants, {"num_warps": 4, "num_stages": 1}, f"{block} w4"
     if v.kernel in ("row_norms", "adam_rows"):
         constants = {"BLOCK_D": triton.next_power_of_2(D_IN), "RADIAL": True}
         if v.kernel == "adam_rows":

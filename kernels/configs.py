@@ -167,16 +167,14 @@ def decode_tile(d_in: int) -> DecodeTile:
 
 
 # The sparse step. What is fastest has not been measured yet; each has no spills, and enough loads on their way.
-ENTRY_BLOCK = 256
-"""Entries that a program of the entries' gate takes at a time."""
 ENTRY_PROGRAMS = 4096
 MOST_COLUMNS = 16384
 """Longest row that `adam_rows` holds in registers."""
 
 
 def mark_tile(dtype: torch.dtype, n_tokens: int) -> PointwiseTile:
-    """The tile of `support_mark`: 32 features, so that a word of bits along them is one program's, and as many tokens as
-    its registers take: those of rows that are not aligned have a pointer each, and cannot be sent for ahead."""
+    """The tile of `support_mark`: 32 features, so that a word of bits along them is one program's, and as many tokens
+    as its registers take: those of rows that are not aligned have a pointer each, and cannot be sent for ahead."""
     if n_tokens % SPECIALISED:
         return PointwiseTile(features=32, lanes=32, vector=1, warps=4)
     return PointwiseTile(features=32, lanes=64 if dtype.itemsize == 4 else 128, vector=1, warps=4, stages=2)
@@ -185,6 +183,11 @@ def mark_tile(dtype: torch.dtype, n_tokens: int) -> PointwiseTile:
 def entry_tile() -> RowsTile:
     """The tile of the lists: 8 features (or tokens) by 32 words of 32 tokens (or features)."""
     return RowsTile(words=32, places=0, tokens=8, warps=4)
+
+
+def entry_block(p: int, q: int, shared: bool) -> int:
+    """Entries that a program of the entries' gate takes at a time: with many coefficients each, one to a thread."""
+    return 128 if large(p, q) and not shared else 256
 
 
 def dots_tile(d_in: int) -> DecodeTile:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import ENTRY_BLOCK, entry_programs
+from .configs import entry_block, entry_programs
 from .launch import PackedGate, launching_on, pack_gate
 from .rational import gate_backward, gate_forward, load_coefficients
 from .support_list import Entries
@@ -73,13 +74,14 @@ def entry_gate_forward(
     dtype, at the entries' places alone (h, which is not needed any more).
     """
     packed = _check(entries, gate, p, q)
-    z = entries.values.new_empty(entries.values.shape)
+    z = torch.empty_like(entries.values)
+    block = entry_block(p, q, packed.shared)
     if len(z) > 0:
         with launching_on(z):
-            entry_gate_forward_kernel[(entry_programs(len(z), ENTRY_BLOCK),)](
+            entry_gate_forward_kernel[(entry_programs(len(z), block),)](
                 entries.values, entries.tokens, entries.features, entries.offsets, z, dense,
                 packed.coefficients, packed.rows, *dense.shape, len(z),
-                P=p, Q=q, IDENTITY=identity, SHARED=packed.shared, BLOCK_E=ENTRY_BLOCK, num_warps=4, num_stages=1,
+                P=p, Q=q, IDENTITY=identity, SHARED=packed.shared, BLOCK_E=block, num_warps=4, num_stages=1,
             )  # fmt: skip
     return z
 
@@ -103,15 +105,16 @@ def entry_gate_backward(
     """
     packed = _check(entries, gate, p, q)
     dh, dt = dz.new_empty((2, *dz.shape))
+    block = entry_block(p, q, packed.shared)
     flags = {"IDENTITY": identity, "RATIONAL_BACKWARD": backward_rational}
     flags |= {"HAS_DCOUNTS": dcounts is not None, "HAS_DL1": dl1 is not None, "SHARED": packed.shared}
     per_feature = [packed.rows if one is None else one.float().contiguous() for one in (dcounts, dl1)]
     if len(dz) > 0:
         with launching_on(dz):
-            entry_gate_backward_kernel[(entry_programs(len(dz), ENTRY_BLOCK),)](
+            entry_gate_backward_kernel[(entry_programs(len(dz), block),)](
                 entries.values, entries.features, entries.offsets, dz, *per_feature, dh, dt,
                 packed.coefficients, packed.rows, len(entries.offsets) - 1, len(dz),
-                P=p, Q=q, **flags, BLOCK_E=ENTRY_BLOCK, num_warps=4, num_stages=1,
+                P=p, Q=q, **flags, BLOCK_E=block, num_warps=4, num_stages=1,
             )  # fmt: skip
     return dh, dt
 

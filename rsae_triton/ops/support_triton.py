@@ -1,0 +1,129 @@
+"""`support.run` on a GPU: a library product without its bias, then Triton kernels that work on the support's entries.
+
+How many entries there are stays on the GPU. The lists have a fixed capacity, so nothing waits, no shape depends on a
+value, and the step can be captured in a CUDA graph. Where there are more entries than the capacity the numbers are of
+no use: the caller compares the size that is returned when it looks at numbers anyway, and runs the dense step instead.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rsae_triton.ops.across import Across
+from rsae_triton.ops.backends import kernels
+from rsae_triton.ops.encode import centred, through_encoder
+from rsae_triton.ops.reference import GateSpec, GateTensors
+from rsae_triton.ops.support import has_support
+from rsae_triton.ops.tiles import wide
+
+DENSITY = 0.0125
+"""Share of [n_tokens, d_sae] that the lists have room for by default: above it, as predicted, the dense step is faster
+(docs/kernels.md)."""
+
+
+def can_run(spec: GateSpec, wanted: list[bool]) -> bool:
+    """Whether these kernels make all that is `wanted` (in the order of `autoencode`): not the gradients of x and of
+    C_in, which frozen coefficients and activations read from disk do not need."""
+    return has_support(spec, wanted) and not wanted[0] and not wanted[8]
+
+
+def capacity_for(n_tokens: int, d_sae: int, density: float = DENSITY) -> int:
+    """Room for entries: a function of shape alone, so that a run keeps its memory from step to step."""
+    return max(1024, math.ceil(density * n_tokens * d_sae / 1024) * 1024)
+
+
+def run(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    gate: GateTensors,
+    spec: GateSpec,
+    l1_weight: float,
+    l0_weight: float,
+    subtract: bool,
+    target: Tensor | None,
+    scale: Tensor | None,
+    dtype: torch.dtype,
+    wanted: list[bool],
+    across: Across | None = None,
+    capacity: int | None = None,
+) -> tuple[Tensor, ...]:
+    """As `support.run`: total, mse, l1, l0, counts, x_hat, the number of entries (a tensor on the GPU, more than the
+    capacity where nothing of this is to be used), and the gradients of total."""
+    device = kernels()
+    (n, _), d_sae, exact = x.shape, len(W_dec), wide(dtype)
+    room = capacity_for(n, d_sae) if capacity is None else capacity
+    mean = 1 / max(n, 1)
+    # Gradients of the mean; in float16 those would vanish, and those of the sum overflow.
+    unit = mean if dtype != torch.float16 else 2.0 ** -math.ceil(math.log2(max(n, 1)) / 2)
+    x_c, W_d = centred(x, b_dec if subtract else None, dtype), W_dec.to(dtype)
+    h = torch.mm(W_enc.t().to(dtype), x_c.t())
+    marks = device.support_mark(h, gate.threshold, gate.input_scale, b_enc)
+    entries = device.list_entries(h, marks, room)
+    flags: dict[str, Any] = {"p": spec.p, "q": spec.q, "identity": spec.amplitude == "identity"}
+    z = device.entry_gate_forward(entries, gate, h, **flags)  # h's memory holds the codes from here on
+    rows = device.list_rows(h, marks, room)
+    del h
+    bias = b_dec if across is None or across.first else torch.zeros_like(b_dec)
+    x_hat = device.support_decode(rows, W_d, bias)
+    if across is not None:
+        x_hat = across.sum(x_hat)
+    residual = x_hat - (x if target is None else target)
+    if scale is not None:
+        residual.mul_(scale)
+    counts = marks.counts.to(exact)
+    mse, l0 = residual.square().sum() * mean, counts.sum() * mean
+    norms = torch.linalg.vector_norm(W_dec, dim=1, dtype=exact)
+    g = residual.mul_(2 * unit if scale is None else scale * (2 * unit))
+    g_p = g.to(dtype)
+    dz = device.entry_dots(g_p, W_d, entries)
+    dcounts = norms.new_full((d_sae,), l0_weight * unit) if l0_weight else None
+    dl1 = norms * (l1_weight * unit) if l1_weight else None
+    rational = spec.backward == "rational"
+    dh, dt = device.entry_gate_backward(entries, dz, dcounts, dl1, gate, **flags, backward_rational=rational)
+    sums = device.feature_sums(entries, z, dh, dt, g_p, x_c)
+    l1 = torch.dot(sums.l1, norms) * mean
+    total = mse + l1_weight * l1 + l0_weight * l0
+    outcome = (total, mse, l1, l0, counts, x_hat.to(x.dtype), entries.offsets[-1])
+    return *outcome, *_gradients(
+        (x, W_enc, b_enc, W_dec, b_dec, *gate[:6]), wanted, sums, g, norms, l1_weight * unit, mean / unit, subtract,
+        across,
+    )  # fmt: skip
+
+
+def _gradients(
+    likes: tuple[Tensor, ...],
+    wanted: list[bool],
+    sums: Any,
+    g: Tensor,
+    norms: Tensor,
+    l1_weight: float,
+    rescale: float,
+    subtract: bool,
+    across: Across | None,
+) -> list[Tensor]:
+    """In the order of `likes`, each in its tensor's dtype, of no elements where it is not wanted."""
+    W_enc, W_dec, input_scale = likes[1], likes[3], likes[8]
+    found: dict[int, Tensor] = {1: sums.encoder.t(), 2: sums.dh, 3: sums.decoder, 10: -sums.dt / input_scale}
+    if wanted[3] and l1_weight:
+        sums.decoder.addcmul_(W_dec, (torch.where(norms > 0, sums.l1 / norms, 0) * l1_weight).unsqueeze(1))
+    if wanted[4]:
+        found[4] = g.sum(0) if across is None or across.first else torch.zeros_like(g[0])
+        if subtract:
+            found[4] = found[4] - through_encoder(W_enc, sums.dh)
+    made = []
+    for place, (like, want) in enumerate(zip(likes, wanted, strict=True)):
+        if not want:
+            made.append(like.new_empty(0))
+        elif place not in found:  # of the output scale, which the gated form does not have
+            made.append(torch.zeros_like(like))
+        else:
+            one = found[place]
+            made.append((one if rescale == 1 else one * rescale).to(like.dtype))
+    return made
