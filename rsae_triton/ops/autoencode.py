@@ -3,7 +3,8 @@
 The gradient of the loss is known as soon as a piece's reconstruction is (its upstream gradient is one number), so
 every piece is encoded, decoded and differentiated before the next begins, the way Liger's fused linear cross entropy
 works. Pieces of tokens cost the 10 n d_in d_sae FLOPs of the five matrix products. Pieces of features ("streamed")
-need the whole reconstruction first and encode a second time: 12, with memory that does not depend on d_sae.
+need the whole reconstruction first and encode a second time: 12, with memory that does not depend on d_sae. Where the
+gate is zero outside its support, the sparse way (`support.py`) makes one of the five products: 2.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from torch.utils.flop_counter import register_flop_formula
 
 from rsae_triton.common.checks import check_integer, check_number, check_tensor
 from rsae_triton.common.errors import ConfigError, ShapeError
+from rsae_triton.ops import pieces, support
 from rsae_triton.ops.across import Across
 from rsae_triton.ops.encode import GATE_SCHEMA, check_inputs, product_dtype, settings, unpack
-from rsae_triton.ops.pieces import run
 from rsae_triton.ops.reference import GateSpec, GateTensors
 from rsae_triton.ops.tiles import wide
 
-N_GRADIENTS = 11
-"""x, W_enc, b_enc, W_dec, b_dec and the gate's first six tensors."""
+N_RESULTS, N_GRADIENTS = 7, 11
+"""The fields of `Autoencoded`; x, W_enc, b_enc, W_dec, b_dec and the gate's first six tensors."""
+MEMORIES = ("dense", "sparse")
 
 
 class Autoencoded(NamedTuple):
@@ -34,7 +36,8 @@ class Autoencoded(NamedTuple):
         total: mse + l1_weight * l1 + l0_weight * l0, a scalar; the only one to differentiate (detach the others).
         mse: mean over tokens of ||x - x_hat||^2. l1: mean over tokens of sum_f |z_f| ||W_dec_f||.
         l0: mean number of active features. counts: [d_sae], on how many tokens each feature is active.
-        x_hat: [..., d_in] in x's dtype.
+        x_hat: [..., d_in] in x's dtype. entries: how many places of [n_tokens, d_sae] the support has; -1 where the
+            dense way ran.
     """
 
     total: Tensor
@@ -43,6 +46,7 @@ class Autoencoded(NamedTuple):
     l0: Tensor
     counts: Tensor
     x_hat: Tensor
+    entries: Tensor
 
 
 def rational_autoencode(
@@ -58,6 +62,9 @@ def rational_autoencode(
     l0_weight: float = 0.0,
     chunk_tokens: int | None = None,
     chunk_features: int | None = None,
+    memory: str = "dense",
+    exact: bool = False,
+    most_entries: int | None = None,
     apply_b_dec_to_input: bool = True,
     target: Tensor | None = None,
     residual_scale: Tensor | None = None,
@@ -77,6 +84,12 @@ def rational_autoencode(
         chunk_tokens: tokens at a time; all of them when None.
         chunk_features: features at a time; all of them when None. Less than d_sae encodes twice (12 instead of 10
             n d_in d_sae FLOPs).
+        memory: "dense", in pieces as the chunks say, or "sparse": one product, and all else on the support of a gate
+            that is gated, clamped and hard, with frozen coefficients. Losses and gradients are the same to rounding.
+        exact: of the sparse way: its product in full precision throughout. Otherwise a CPU with bfloat16 in hardware
+            may look for the support with that, and make h again where it is; the same again to rounding.
+        most_entries: of the sparse way: where the support is larger, the step is made densely; a quarter of
+            [n_tokens, d_sae] when None. Not with `across`, where all processes must go one way.
         apply_b_dec_to_input: whether b_dec is subtracted from x before encoding.
         target: [..., d_in], what x_hat is compared with; x when None. residual_scale: [...] or [..., 1], what
             multiplies each token's target - x_hat. Both are constants; an SAE that normalises its input needs them
@@ -97,11 +110,23 @@ def rational_autoencode(
     for name, chunk in (("chunk_tokens", chunk_tokens), ("chunk_features", chunk_features)):
         if chunk is not None:
             check_integer(name, chunk, 1, 2**63 - 1)
+    if memory not in MEMORIES:
+        raise ConfigError(f"memory is {memory!r}; choose one of {', '.join(MEMORIES)}")
     dtype = product_dtype(x)
     gate = GateTensors(*(one.to(wide(dtype)) for one in gate))
     rows = x.reshape(-1, x.shape[-1])
     differentiable = (rows, W_enc, b_enc, W_dec, b_dec, *gate[:6])
     wanted = [torch.is_grad_enabled() and one.requires_grad for one in differentiable]
+    if memory == "sparse" and not support.has_support(spec, wanted):
+        raise ConfigError(
+            "memory='sparse' takes a gate that is zero outside a support: form='gated', domain='clamp', hard, and no "
+            "gradients of a, b and centre (freeze alpha, beta and centre); use memory='dense'"
+        )
+    if most_entries is not None:
+        check_integer("most_entries", most_entries, 0, 2**63 - 1)
+    elif across is None:
+        most_entries = max(rows.shape[0] * W_enc.shape[1] // 4, 1024)
+    most = -1 if most_entries is None or across is not None else most_entries
     sizes = [0 if one is None else one for one in (chunk_tokens, chunk_features)]
     if target is not None:
         check_tensor("target", target, x.device)
@@ -115,14 +140,64 @@ def rational_autoencode(
                 f"residual_scale has shape {tuple(residual_scale.shape)}; one number for each token is wanted"
             )
         residual_scale = residual_scale.detach().reshape(-1, 1).to(wide(dtype))
-    options = (l1_weight, l0_weight, *sizes, apply_b_dec_to_input, target, residual_scale, backend, dtype, wanted)
+    options = (
+        l1_weight, l0_weight, *sizes, apply_b_dec_to_input, target, residual_scale, memory == "sparse", exact, most,
+        backend, dtype, wanted,
+    )  # fmt: skip
     if across is None:
         results = _autoencode(rows, W_enc, b_enc, W_dec, b_dec, *gate, *settings(spec), *options)
     else:
         # Not through the operator: what runs on several processes at once cannot be traced as one.
         results = _Across.apply(across, gate, spec, options, *differentiable)
-    total, mse, l1, l0, counts, x_hat, *_ = results
-    return Autoencoded(total, mse, l1, l0, counts, x_hat if x.dim() == 2 else x_hat.reshape(x.shape))
+    total, mse, l1, l0, counts, x_hat, entries, *_ = results
+    return Autoencoded(total, mse, l1, l0, counts, x_hat if x.dim() == 2 else x_hat.reshape(x.shape), entries)
+
+
+def run(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    gate: GateTensors,
+    spec: GateSpec,
+    l1_weight: float,
+    l0_weight: float,
+    chunk_tokens: int,
+    chunk_features: int,
+    subtract: bool,
+    target: Tensor | None,
+    scale: Tensor | None,
+    sparse: bool,
+    exact: bool,
+    most: int,
+    backend: str,
+    dtype: torch.dtype,
+    wanted: list[bool],
+    across: Across | None = None,
+) -> tuple[Tensor, ...]:
+    """What the operator does: -> the N_RESULTS fields of `Autoencoded` and the N_GRADIENTS gradients of total (of no
+    elements where not wanted). x [n_tokens, d_in]; chunks of 0 mean all at once; dtype is that of the products; most
+    below 0 means any number."""
+    weights = (x, W_enc, b_enc, W_dec, b_dec, gate, spec, l1_weight, l0_weight)
+    if sparse:
+        found = support.run(
+            *weights,
+            subtract,
+            target,
+            scale,
+            dtype,
+            wanted,
+            across=across,
+            exact=exact,
+            most=None if most < 0 else most,
+        )
+        if found is not None:
+            return found
+    results = pieces.run(
+        *weights, chunk_tokens, chunk_features, subtract, target, scale, backend, dtype, wanted, across
+    )
+    return *results[: N_RESULTS - 1], torch.tensor(-1), *results[N_RESULTS - 1 :]
 
 
 @custom_op(
@@ -130,7 +205,8 @@ def rational_autoencode(
     mutates_args=(),
     schema=f"(Tensor x, Tensor W_enc, Tensor b_enc, Tensor W_dec, Tensor b_dec, {GATE_SCHEMA}, "
     "float l1_weight, float l0_weight, int chunk_tokens, int chunk_features, bool subtract, Tensor? target, "
-    f"Tensor? scale, str backend, ScalarType dtype, bool[] wanted) -> ({', '.join(['Tensor'] * (6 + N_GRADIENTS))})",
+    "Tensor? scale, bool sparse, bool exact, int most, str backend, ScalarType dtype, bool[] wanted) -> "
+    f"({', '.join(['Tensor'] * (N_RESULTS + N_GRADIENTS))})",
 )
 def _autoencode(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, *rest: Any) -> Any:
     gate, spec, options = unpack(rest)
@@ -147,14 +223,15 @@ def _(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, *re
     gradients = [
         torch.empty_like(like) if needed else like.new_empty(0) for like, needed in zip(likes, wanted, strict=True)
     ]
-    return *scalars, x.new_empty(W_enc.shape[1], dtype=exact), x.new_empty(x.shape), *gradients
+    entries = torch.empty((), dtype=torch.int64)
+    return *scalars, x.new_empty(W_enc.shape[1], dtype=exact), x.new_empty(x.shape), entries, *gradients
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.gradients = list(output[6:])
+    ctx.gradients = list(output[N_RESULTS:])
     ctx.wanted = inputs[-1]
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[6:])
+    ctx.mark_non_differentiable(*output[N_RESULTS - 1 :])
 
 
 def _derivative(ctx: Any, total: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
@@ -213,7 +290,9 @@ class _Across(torch.autograd.Function):
 @register_flop_formula(torch.ops.rsae.autoencode)
 def _flops(x: torch.Size, W_enc: torch.Size, *rest: Any, **_: Any) -> int:
     """FlopCounterMode's: matrix products alone, as it counts everything."""
-    (d_in, d_sae), wanted, chunk_features = W_enc, rest[-1], rest[-7]
+    (d_in, d_sae), wanted, chunk_features = W_enc, rest[-1], rest[-10]
+    if rest[-6]:  # sparse
+        return 2 * x[0] * d_in * d_sae
     encodings = 2 if chunk_features and chunk_features < d_sae else 1
     backward = encodings + wanted[0] + wanted[1] + wanted[3] if any(wanted) else 0
     return 2 * x[0] * d_in * d_sae * (2 + backward)

@@ -19,7 +19,7 @@ from rsae_triton.ops.entries import Entries
 from rsae_triton.ops.finding import find_entries
 from rsae_triton.ops.reference import GateSpec, GateTensors
 from rsae_triton.ops.tiles import wide
-from rsae_triton.ops.workspace import StepMemory
+from rsae_triton.ops.workspace import current
 
 
 def has_support(spec: GateSpec, wanted: list[bool]) -> bool:
@@ -52,15 +52,16 @@ def run(
     scale: Tensor | None,
     dtype: torch.dtype,
     wanted: list[bool],
-    memory: StepMemory,
+    *,
     across: Across | None = None,
+    exact: bool = False,
     most: int | None = None,
 ) -> tuple[Tensor, ...] | None:
     """As `autoencode.run`: total, mse, l1, l0, counts, x_hat, the number of entries, and the gradients of total; None
     where there are more entries than `most`."""
-    exact = wide(dtype)
-    x_c = (x - b_dec if subtract else x).to(exact)
-    entries = find_entries(x_c, W_enc, b_enc, lowest(gate), most=most, dtype=dtype)
+    accurate, memory = wide(dtype), current()
+    x_c = (x - b_dec if subtract else x).to(accurate)
+    entries = find_entries(x_c, W_enc, b_enc, lowest(gate), most=most, dtype=dtype, screened=not exact)
     if entries is None:
         return None
     mean = 1 / max(len(x), 1)
@@ -68,7 +69,7 @@ def run(
     z, active, _ = explicit.gate_forward(h, own, spec)  # one feature an entry
     counts = loops.sums(active, entries.offsets)
     z = z.squeeze(1)
-    x_hat = loops.decode(z, entries.tokens, entries.features, len(x), W_dec).to(exact)
+    x_hat = loops.decode(z, entries.tokens, entries.features, len(x), W_dec).to(accurate)
     if across is None or across.first:
         x_hat += b_dec
     if across is not None:
@@ -77,7 +78,7 @@ def run(
     if scale is not None:
         residual.mul_(scale)
     mse, l0 = residual.square().sum() * mean, counts.sum() * mean
-    l1, norms = loops.sums(z.abs(), entries.offsets), torch.linalg.vector_norm(W_dec, dim=1, dtype=exact)
+    l1, norms = loops.sums(z.abs(), entries.offsets), torch.linalg.vector_norm(W_dec, dim=1, dtype=accurate)
     l1_mean = torch.dot(l1, norms) * mean
     total = mse + l1_weight * l1_mean + l0_weight * l0
     size = torch.tensor(len(z))
@@ -90,8 +91,7 @@ def run(
     dh, db, grads = explicit.gate_backward(h, dz, dcounts, dl1, own, spec, coefficients=False)
     dh, db_enc = dh.squeeze(1), loops.sums(db, entries.offsets)
 
-    def rows(values: Tensor, of: Tensor, like: Tensor) -> Tensor:
-        out = memory.gradient(like, wide(like.dtype))
+    def rows(values: Tensor, of: Tensor, out: Tensor) -> Tensor:
         return loops.rows([(values, of)], entries.tokens, entries.offsets, out, add=False)
 
     def dx() -> Tensor:
@@ -100,11 +100,12 @@ def run(
 
     def of_encoder() -> Tensor:
         # As W_enc lies in memory: anything else would be copied when it becomes the parameter's gradient.
-        made = rows(dh, x_c, W_enc.t()).t()
-        return made if W_enc.stride() == made.stride() else made.contiguous()
+        out = memory.gradient(W_enc, wide(W_enc.dtype))
+        made = rows(dh, x_c, out.t() if out.t().is_contiguous() else torch.empty_like(out.t())).t()
+        return made if made.stride() == out.stride() else out.copy_(made)
 
     def of_decoder() -> Tensor:
-        made = rows(z, g, W_dec)
+        made = rows(z, g, memory.gradient(W_dec, wide(W_dec.dtype)))
         if l1_weight:
             made.addcmul_(W_dec, (torch.where(norms > 0, l1 / norms, 0) * (l1_weight * mean)).unsqueeze(1))
         return made

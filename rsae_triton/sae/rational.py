@@ -114,6 +114,9 @@ class FusedRationalSAE(SparseAutoencoder):
         l0_weight: float = 0.0,
         chunk_tokens: int | None = None,
         chunk_features: int | None = None,
+        memory: str = "dense",
+        exact: bool = False,
+        most_entries: int | None = None,
         across: Across | None = None,
     ) -> Autoencoded:
         """The training loss of activations [..., d_in] and its gradients, piece by piece; see `rational_autoencode`.
@@ -145,6 +148,9 @@ class FusedRationalSAE(SparseAutoencoder):
             l0_weight=l0_weight,
             chunk_tokens=chunk_tokens,
             chunk_features=chunk_features,
+            memory=memory,
+            exact=exact,
+            most_entries=most_entries,
             apply_b_dec_to_input=self.apply_b_dec_to_input,
             target=target,
             residual_scale=scale,

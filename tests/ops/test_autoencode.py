@@ -67,7 +67,7 @@ def ours(leaves, activity, spec, subtract=True, backend="cpu", pieces=(None, Non
 
 def values_and_gradients(result, leaves):
     gradients = torch.autograd.grad(result[0], leaves, allow_unused=True, materialize_grads=True)
-    return [*(one.detach() for one in result), *gradients]
+    return [*(one.detach() for one in result[:6]), *gradients]
 
 
 def clear_of_steps(leaves, activity, spec, margin):
