@@ -304,12 +304,14 @@ def test_bad_input_is_named(change, error, message):
         rational_autoencode(**{**arguments, **change})
 
 
-def test_the_operator_passes_opcheck():
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_operator_passes_opcheck(sparse):
     leaves, activity = leaves_of(3, 2, 1)
+    spec = GateSpec(3, 2, "gated", backward="rational") if sparse else GateSpec(3, 2)
     arguments = (
         *leaves,
         activity,
-        *settings(GateSpec(3, 2)),
+        *settings(spec),
         0.1,
         0.0,
         16,
@@ -317,9 +319,12 @@ def test_the_operator_passes_opcheck():
         True,
         None,
         None,
+        sparse,
+        True,
+        -1,
         "cpu",
         torch.float64,
-        [True] * 11,
+        [not sparse or k not in (5, 6, 7) for k in range(11)],
     )
     # "test_aot_dispatch_dynamic" would differentiate every output; only `total` may be.
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
