@@ -187,6 +187,7 @@ class SparseAutoencoder(Pretrained):
         self.W_enc.mul_(scale)
         self.W_dec.div_(scale)
         self.b_dec.div_(scale)
+        self._scale_activations_(scale)
         return self
 
     @torch.no_grad()
@@ -208,6 +209,9 @@ class SparseAutoencoder(Pretrained):
         self.W_enc.mul_(norms)
         self.b_enc.mul_(norms)
         return self
+
+    def _scale_activations_(self, scale: float) -> None:
+        """What else changes where W_enc is multiplied by scale and the decoder divided by it: nothing in most SAEs."""
 
     def _scale_nonlinearity_(self, scale: Tensor) -> None:
         """Makes the nonlinearity f of every feature scale * f(h / scale), scale [d_sae]."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,19 @@ def smooth_step() -> tuple[list[float], list[float]]:
     return [0.5, 1.0, 0.5], [0.0, 1.0]
 
 
-class RationalGate(nn.Module):
+class Precise(nn.Module):
+    """A module that keeps its precision: .to(bfloat16) moves it, but thresholds in bf16 silently stop learning."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            narrowed = moved.is_floating_point() and moved.element_size() < 4
+            return tensor.to(moved.device) if narrowed else moved
+
+        return super()._apply(move, recurse)
+
+
+class RationalGate(Precise):
     """A rational gate for `d_sae` features; feature f uses coefficient set ``f * groups // d_sae``, or ``group_of[f]``.
 
     Trained are alpha = a / s_a and beta = b / s_b, where s_a and s_b are the *unit-influence scales* (how much
@@ -262,15 +274,6 @@ class RationalGate(nn.Module):
         """Projects onto the feasible set after an optimiser step: a gated code opens only for h > theta >= 0."""
         if self.form == "gated":
             self.threshold.clamp_(min=0)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RationalGate:
-        # .to(bfloat16) moves the gate but keeps its precision: thresholds in bf16 silently stop learning.
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            narrowed = moved.is_floating_point() and moved.element_size() < 4
-            return tensor.to(moved.device) if narrowed else moved
-
-        return super()._apply(move, recurse)
 
     @torch.no_grad()
     def scale_features_(self, scale: Tensor) -> None:

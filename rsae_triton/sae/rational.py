@@ -14,9 +14,12 @@ from rsae_triton.ops.across import Across
 from rsae_triton.ops.autoencode import Autoencoded, rational_autoencode
 from rsae_triton.ops.encode import rational_encode, resolve_backend
 from rsae_triton.ops.reference import Encoded
+from rsae_triton.ops.rounds import check_spec
 from rsae_triton.remez import fit_gate
 from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.sae import rounds as rounds_of
 from rsae_triton.sae.gate import RationalGate
+from rsae_triton.sae.rounds import EPSILON, Refinement, check_rounds
 from rsae_triton.sae.sparse import SparseCode, decode_sparse, encode_sparse
 
 if TYPE_CHECKING:
@@ -57,6 +60,7 @@ class FusedRationalSAE(SparseAutoencoder):
         amplitude: str = "rational",
         backward: str = "soft",
         gate: RationalGate | None = None,
+        rounds: int = 1,
         backend: str = "auto",
         apply_b_dec_to_input: bool = True,
         normalize_activations: str = "none",
@@ -85,8 +89,25 @@ class FusedRationalSAE(SparseAutoencoder):
         elif gate.d_sae != d_sae:
             raise ConfigError(f"the gate has d_sae={gate.d_sae}, the SAE d_sae={d_sae}; they must agree")
         self.gate = gate.to(device) if device is not None else gate
+        check_rounds(rounds, self.gate.spec())
+        self.refinement = self._refinement(rounds) if rounds > 1 else None
         self.backend = backend
         resolve_backend(backend if backend != "triton" else "auto", self.W_enc.device, dtype)
+
+    def _refinement(self, rounds: int) -> Refinement:
+        made = Refinement(self.d_sae, rounds, device=self.gate.threshold.device)
+        with torch.no_grad():
+            made.threshold.copy_(self.gate.threshold)
+            made.epsilon.fill_(EPSILON * self.d_in)
+            # Weights to be loaded are not there yet, and neither are their norms.
+            squares = self.W_dec.float().square().sum(1)
+            made.unit.copy_(torch.where((squares > 0) & squares.isfinite(), 1 / squares, 0))
+        return made
+
+    @property
+    def rounds(self) -> int:
+        """How often the encoder looks: 1, or as many as `with_rounds` has given it."""
+        return 1 if self.refinement is None else self.refinement.rounds
 
     def encode(self, x: Tensor, *, hard: bool = True) -> Tensor:
         """Activations [..., d_in] -> the sparse code [..., d_sae]; hard=False gives the dense rational code."""
@@ -101,9 +122,20 @@ class FusedRationalSAE(SparseAutoencoder):
         """As `encode`, with what a sparsity penalty needs: counts and the sums of |z|, [d_sae], differentiable."""
         self._check_last(x, "x", "d_in", self.d_in)
         x = self.normalization(x).apply(x)
+        if self.refinement is not None:
+            check_spec(self.gate.spec(hard))
+            return rounds_of.encode(self, x)
         b_dec = self.b_dec if self.apply_b_dec_to_input else None
         gate, spec = self.gate.tensors(), self.gate.spec(hard)
         return rational_encode(x, self.W_enc, self.b_enc, b_dec, gate, spec, self.backend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Activations [..., d_in] -> reconstructions [..., d_in]."""
+        if self.refinement is None or self.backend == "eager":
+            return super().forward(x)
+        self._check_last(x, "x", "d_in", self.d_in)
+        affine = self.normalization(x)
+        return affine.undo(rounds_of.reconstruct(self, affine.apply(x)))
 
     def autoencode(
         self,
@@ -130,6 +162,9 @@ class FusedRationalSAE(SparseAutoencoder):
         normalized = self.normalize_activations != "none"
         if normalized and x.requires_grad:
             raise ConfigError("autoencode gives no gradient through a token's normalisation; detach x, or use encode")
+        if self.refinement is not None:
+            check_spec(self.gate.spec(hard))
+            return rounds_of.autoencode(self, x, l1_weight=l1_weight, l0_weight=l0_weight, across=across)
         affine = self.normalization(x)
         target = scale = None
         if normalized:
@@ -169,11 +204,19 @@ class FusedRationalSAE(SparseAutoencoder):
 
     @torch.no_grad()
     def constrain_(self) -> None:
-        """Projects the gate's thresholds onto theta >= 0 after an optimiser step."""
+        """Projects the gates' thresholds onto theta >= 0 after an optimiser step."""
         self.gate.constrain_()
+        if self.refinement is not None:
+            self.refinement.constrain_()
 
     def _scale_nonlinearity_(self, scale: Tensor) -> None:
         self.gate.scale_features_(scale)
+        if self.refinement is not None:
+            self.refinement.scale_features_(scale.to(self.refinement.unit))
+
+    def _scale_activations_(self, scale: float) -> None:
+        if self.refinement is not None:
+            self.refinement.scale_activations_(scale)
 
     def to_jumprelu(self, activations: Tensor) -> tuple[JumpReluSAE, DenseExport]:
         """The nearest JumpReLU SAE, for tools that know nothing else, and how much it loses; see `export.py`."""
@@ -182,11 +225,13 @@ class FusedRationalSAE(SparseAutoencoder):
         return to_jumprelu(self, activations)
 
     def config(self) -> dict[str, Any]:
-        return {**super().config(), **self.gate.config()}
+        rounds = {"rounds": self.rounds} if self.rounds > 1 else {}  # files of one round stay what they were
+        return {**super().config(), **self.gate.config(), **rounds}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        return cls(gate=RationalGate.from_config(config), **cls.common_arguments(config))
+        rounds = config.get("rounds", 1)
+        return cls(gate=RationalGate.from_config(config), rounds=rounds, **cls.common_arguments(config))
 
     @classmethod
     def from_files(cls, config: dict[str, Any], weights: dict[str, Tensor], source: str | Path) -> Self:
@@ -195,6 +240,8 @@ class FusedRationalSAE(SparseAutoencoder):
         try:
             sae.gate.check_groups()
             sae.gate.check_values()
+            if sae.refinement is not None:
+                sae.refinement.check_values()
         except (ConfigError, ShapeError) as error:
             raise FormatError(f"gate.group_of in {source}: {error}") from error
         except NumericsError as error:
@@ -217,7 +264,7 @@ class FusedRationalSAE(SparseAutoencoder):
         return sae
 
     def extra_repr(self) -> str:
-        return f"d_in={self.d_in}, backend={self.backend}"
+        return f"d_in={self.d_in}, backend={self.backend}" + (f", rounds={self.rounds}" if self.rounds > 1 else "")
 
 
 def initial_gate(d_sae: int, degree: tuple[int, int] | None, form: str, options: dict[str, Any]) -> RationalGate:

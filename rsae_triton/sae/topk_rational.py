@@ -37,6 +37,8 @@ class TopKRationalSAE(FusedRationalSAE):
             raise ConfigError("thresholds that are supplied token by token need form='gated'")
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= d_sae:
             raise ConfigError(f"k is {k!r}; give an integer from 1 to d_sae={d_sae}")
+        if self.refinement is not None:
+            raise ConfigError("rounds take thresholds per feature; use upgrade(..., thresholds='feature')")
         self.k = k
 
     def encode_with_sums(self, x: Tensor, *, hard: bool = True) -> Encoded:

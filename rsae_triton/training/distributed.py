@@ -269,7 +269,7 @@ def feature_axes(sae: SparseAutoencoder) -> dict[str, int | None]:
     groups = None if gate is None or gate.group_of is None else gate.groups
 
     def axis(name: str, tensor: Tensor) -> int | None:
-        if name == "W_enc":
+        if name == "W_enc" or (name.startswith("refinement.") and tensor.dim() == 2):
             return 1
         shared = name == "b_dec" or tensor.dim() == 0 or len(tensor) in (1, groups)
         return None if shared else 0

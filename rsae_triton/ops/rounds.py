@@ -1,0 +1,252 @@
+"""Rounds: an encoder that looks again at what its code has not explained. The definition, and the way on entries alone.
+
+    r  = x - b_dec                                     h_1 = r W_enc + b_enc
+    z_k = gate(h_k; theta_k) at the candidates         (y_k, e_k) = search(z_k; p_k)
+    c_k = unit * (e_k W_dec^T)                         h_{k+1} = a_k h_k + b_k y_k + eta_k c_k
+    search(z; p): e = r - z W_dec,  g = p * unit * (e W_dec^T) where the gate is open,  m = g W_dec,
+                  alpha = <m, e> / (epsilon + ||m||^2),  y = z + alpha g,  e - alpha m
+
+The candidates are h_1 > theta_1 - C_in, in every round: everywhere else a code is zero. unit is 1 / ||W_dec row||^2 as it
+was when the rounds were added, so that c is in the units of z whatever the decoder's norms are. alpha is an exact line
+search, and a safe rational of the token. The code is y of the last round, zero where the search made it negative.
+Which entries are candidates, open or made zero counts as constant; everything else is differentiated, alpha too.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rsae_triton.common.errors import ConfigError
+from rsae_triton.ops.across import Across, part_of, sum_of
+from rsae_triton.ops.places import (
+    Places,
+    at_features,
+    at_tokens,
+    candidates,
+    candidates_of,
+    decode,
+    dots,
+    feature_sums,
+)
+from rsae_triton.ops.encode import centred
+from rsae_triton.ops.reference import Encoded, GateSpec, GateTensors, rational_gate
+from rsae_triton.ops.tiles import wide
+
+
+class RoundTensors(NamedTuple):
+    """What the rounds after the first take, per feature; float32 (float64 in the oracle).
+
+    a, b, eta, threshold: [rounds - 1, d_sae]. p: [rounds, d_sae]. unit: [d_sae]. epsilon: scalar.
+    """
+
+    a: Tensor
+    b: Tensor
+    eta: Tensor
+    threshold: Tensor
+    p: Tensor
+    unit: Tensor
+    epsilon: Tensor
+
+
+class RoundCode(NamedTuple):
+    """A code by its candidates.
+
+    Attributes:
+        there: where they are. values: [n_entries] the code, zeros where it is not active; at least float32.
+        counts, l1: [d_sae], as in `Encoded`. residual: [n_tokens, d_in], x - x_hat as the encoder sees it.
+        hidden: [n_entries], the last round's pre-activations.
+    """
+
+    there: Places
+    values: Tensor
+    counts: Tensor
+    l1: Tensor
+    residual: Tensor
+
+
+def check_spec(spec: GateSpec) -> None:
+    """Refuses a gate whose code is not zero outside its candidates (ConfigError)."""
+    if spec.form != "gated" or spec.domain != "clamp":
+        raise ConfigError(
+            f"rounds need a gate of form='gated' and domain='clamp'; this one is {spec.form}, {spec.domain}"
+        )
+    if not spec.hard:
+        raise ConfigError("an encoder with rounds has no dense rational code; use hard=True, or rounds=1")
+
+
+def reference(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    gate: GateTensors,
+    spec: GateSpec,
+    more: RoundTensors,
+    *,
+    subtract: bool = True,
+    dtype: torch.dtype | None = None,
+    hidden: Tensor | None = None,
+) -> Encoded:
+    """x [n_tokens, d_in] -> `Encoded`, dense and in plain PyTorch: the definition, and `backend="eager"`.
+
+    Args:
+        gate, spec, more: in at least float32. subtract: whether b_dec is subtracted from x before W_enc (the residual
+            is always that of x - b_dec). dtype: of the product with W_enc; x's when None. hidden: [n_tokens, d_sae], h_1
+            where it has been made already.
+    """
+    check_spec(spec)
+    dtype = x.dtype if dtype is None else dtype
+    exact = wide(dtype)
+    if hidden is None:
+        hidden = centred(x, b_dec if subtract else None, dtype) @ W_enc.to(dtype) + b_enc.to(dtype)
+    h = hidden.to(exact)
+    r, W = x.to(exact) - b_dec.to(exact), W_dec.to(exact)
+    there = ~(h <= gate.threshold - gate.input_scale)  # NaN is let through
+
+    def gated(h: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        z, active = rational_gate(h, gate._replace(threshold=theta), spec)
+        return torch.where(there, z, 0), torch.where(there, active, 0), ~(h <= theta) & there
+
+    def search(z: Tensor, opened: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        e = r - z @ W
+        g = torch.where(opened, p * more.unit * (e @ W.t()), 0)
+        m = g @ W
+        alpha = line(m, e, more.epsilon)
+        return z + alpha.unsqueeze(1) * g, e - alpha.unsqueeze(1) * m
+
+    z, active, opened = gated(h, gate.threshold)
+    y, e = search(z, opened, more.p[0])
+    for k in range(len(more.a)):
+        h = more.a[k] * h + more.b[k] * y + more.eta[k] * more.unit * (e @ W.t())
+        z, active, opened = gated(h, more.threshold[k])
+        y, e = search(z, opened, more.p[k + 1])
+    off = opened & (y <= 0)
+    y = torch.where(off, 0, y)
+    return Encoded(y.to(dtype), (active - off.to(active.dtype)).sum(0), y.abs().sum(0))
+
+
+def line(m: Tensor, e: Tensor, epsilon: Tensor) -> Tensor:
+    """alpha [n_tokens]: how far to go along m so that ||e - alpha m|| is least; m, e [n_tokens, d_in]."""
+    return (m * e).sum(1) / (epsilon + m.square().sum(1))
+
+
+class Walk:
+    """An encoder with rounds on the way, on its candidates alone: one dense product; once differentiable.
+
+        walk = Walk(...);  walk.open(theta_1);  walk.search(p)          then for every further round
+        walk.mix(a, b, eta, walk.correction());  walk.open(theta);  walk.search(p)
+
+    theta, p, a, b, eta are [n_entries] (`at`), or numbers.
+
+    Attributes:
+        there: the candidates. h: [n_entries], pre-activations of this round. z, active, opened: of its gate (`open`).
+        y, e: code [n_entries] and residual [n_tokens, d_in] after its search.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        gate: GateTensors,
+        spec: GateSpec,
+        unit: Tensor,
+        epsilon: Tensor,
+        *,
+        subtract: bool = True,
+        dtype: torch.dtype | None = None,
+        across: Across | None = None,
+        hidden: Tensor | None = None,
+    ) -> None:
+        check_spec(spec)
+        dtype = x.dtype if dtype is None else dtype
+        exact = wide(dtype)
+        low = (gate.threshold - gate.input_scale).detach()
+        if hidden is None:
+            self.there, self.h = candidates(x, W_enc, b_enc, b_dec if subtract else None, low, dtype)
+        else:
+            self.there, self.h = candidates_of(hidden.to(exact), low)
+        own_b_dec = b_dec if across is None or across.first else b_dec.detach()
+        self.r, self._W = x.to(exact) - own_b_dec.to(exact), W_dec.to(exact)
+        self._spec, self._epsilon, self._across = spec, epsilon, across
+        self._gate = GateTensors(*(one if len(one) == 1 < len(gate.threshold) else self.at(one) for one in gate))
+        self.unit = self.at(unit)
+        self.theta = self._gate.threshold
+
+    def at(self, rows: Tensor) -> Tensor:
+        """Numbers per feature, [d_sae, ...], at every entry."""
+        return at_features(rows, self.there)
+
+    def open(self, theta: Tensor) -> None:
+        """The gate of this round, with thresholds of its own."""
+        z, active = rational_gate(self.h.unsqueeze(0), self._gate._replace(threshold=theta), self._spec)
+        self.z, self.active, self.opened = z.squeeze(0), active.squeeze(0), ~(self.h.detach() <= theta.detach())
+
+    def search(self, p: Tensor) -> None:
+        """The amplitudes of what is open along their own gradient, as far as it pays."""
+        inner, place = self.there.where(self.opened), self.opened.nonzero().squeeze(1)
+        e = self.r - self._sum(decode(self.z, self._W, self.there, self.opened))
+        g = (p * self.unit)[place] * dots(self._part(e), self._W, inner)
+        m = self._sum(decode(g, self._W, inner))
+        alpha = line(m, e, self._epsilon)
+        self.y = self.z.index_add(0, place, at_tokens(self._part(alpha), inner) * g)
+        self.e = e - alpha.unsqueeze(1) * m
+
+    def correction(self) -> Tensor:
+        """c [n_entries], what the residual says of every candidate."""
+        return self.unit * dots(self._part(self.e), self._W, self.there)
+
+    def mix(self, a: Tensor, b: Tensor, eta: Tensor, c: Tensor) -> None:
+        """The next round's pre-activations."""
+        self.h = a * self.h + b * self.y + eta * c
+
+    def code(self) -> RoundCode:
+        """The code after the last round: what the search made negative is not active, and comes off again."""
+        off, y, e = self.opened & (self.y.detach() <= 0), self.y, self.e
+        if self._across is not None or bool(off.any()):
+            e = e + self._sum(decode(y[off], self._W, self.there.where(off)))
+            y = torch.where(off, 0, y)
+        counts = feature_sums(self.active - off.to(self.active.dtype), self.there)
+        return RoundCode(self.there, y, counts, feature_sums(y.abs(), self.there), e)
+
+    def _sum(self, part: Tensor) -> Tensor:
+        return sum_of(part, self._across)
+
+    def _part(self, whole: Tensor) -> Tensor:
+        return part_of(whole, self._across)
+
+
+def on_entries(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    gate: GateTensors,
+    spec: GateSpec,
+    more: RoundTensors,
+    **options: Any,
+) -> RoundCode:
+    """As `reference`, by entries.
+
+    Args:
+        options: subtract, dtype: as `reference`. hidden: [n_tokens, d_sae], h_1 where it has been made already.
+            across: the other processes that hold features of this SAE. What crosses are [n_tokens, d_in] sums, two a
+            round and two more on the way back; gradients of b_dec are this process's share.
+    """
+    walk = Walk(x, W_enc, b_enc, W_dec, b_dec, gate, spec, more.unit, more.epsilon, **options)
+    walk.open(walk.theta)
+    walk.search(walk.at(more.p[0]))
+    for k in range(len(more.a)):
+        rows = torch.stack([more.a[k], more.b[k], more.eta[k], more.threshold[k], more.p[k + 1]], 1)
+        a, b, eta, theta, p = walk.at(rows).unbind(1)
+        walk.mix(a, b, eta, walk.correction())
+        walk.open(theta)
+        walk.search(p)
+    return walk.code()

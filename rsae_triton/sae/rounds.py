@@ -1,0 +1,199 @@
+"""The rounds that a Rational SAE's encoder makes after its first: their numbers, and encoding with them.
+
+What a round is, is in `ops/rounds.py` and docs/rounds.md. All numbers are per feature; nothing is [d_in, d_sae].
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rsae_triton.common.checks import check_integer, check_room
+from rsae_triton.common.errors import ConfigError, NumericsError
+from rsae_triton.ops import rounds as ops
+from rsae_triton.ops.across import Across
+from rsae_triton.ops.autoencode import Autoencoded
+from rsae_triton.ops.encode import check_inputs, product_dtype, resolve_backend
+from rsae_triton.ops.reference import Encoded, GateSpec, GateTensors
+from rsae_triton.ops.rounds import RoundCode, RoundTensors
+from rsae_triton.ops.tiles import wide
+from rsae_triton.sae.gate import Precise
+
+if TYPE_CHECKING:
+    from rsae_triton.sae.rational import FusedRationalSAE
+
+MOST_ROUNDS = 64
+STARTS = (0.3, 0.7, 0.7)
+"""a, b, eta where nothing is known; what a search on activations starts from."""
+EPSILON = 1.7e-6
+"""Of the line search, in units of the activations' mean square norm."""
+TOKENS = 4096
+"""Tokens that are encoded at a time where no gradient is asked for."""
+
+
+class Refinement(Precise):
+    """The numbers of the rounds after the first; float32 whatever dtype the module is moved to.
+
+    Attributes:
+        a, b, eta: [rounds - 1, d_sae], what the next pre-activation keeps of the last one, takes of the code, and of
+            what the residual says. threshold: [rounds - 1, d_sae], of the gates after the first. p: [rounds, d_sae],
+            each feature's weight in a round's search. All of them are trained.
+        unit: [d_sae], 1 / ||W_dec row||^2 when the rounds were added. epsilon: of the search, in squared units of x.
+    """
+
+    unit: Tensor
+    epsilon: Tensor
+
+    def __init__(self, d_sae: int, rounds: int, *, device: torch.device | None = None) -> None:
+        super().__init__()
+        check_integer("rounds", rounds, 2, MOST_ROUNDS)
+        check_room(f"{rounds} rounds of d_sae={d_sae}", (5, rounds, d_sae), torch.float32)
+
+        def full(rows: int, value: float) -> nn.Parameter:
+            return nn.Parameter(torch.full((rows, d_sae), value, device=device))
+
+        self.a, self.b, self.eta = (full(rounds - 1, value) for value in STARTS)
+        self.threshold, self.p = full(rounds - 1, 0.0), full(rounds, 1.0)
+        self.register_buffer("unit", torch.ones(d_sae, device=device))
+        self.register_buffer("epsilon", torch.ones((), device=device))
+
+    @property
+    def rounds(self) -> int:
+        return len(self.p)
+
+    def tensors(self) -> RoundTensors:
+        return RoundTensors(self.a, self.b, self.eta, self.threshold, self.p, self.unit, self.epsilon)
+
+    @torch.no_grad()
+    def constrain_(self) -> None:
+        """Projects the thresholds onto theta >= 0 after an optimiser step."""
+        self.threshold.clamp_(min=0)
+
+    @torch.no_grad()
+    def scale_features_(self, scale: Tensor) -> None:
+        """Of an SAE whose codes are multiplied by scale [d_sae] and its decoder rows divided by it."""
+        self.threshold.mul_(scale)
+        self.unit.mul_(scale.square())
+
+    @torch.no_grad()
+    def scale_activations_(self, scale: float) -> None:
+        """Of an SAE whose decoder is divided by scale: x is in other units, codes are not."""
+        self.unit.mul_(scale**2)
+        self.epsilon.div_(scale**2)
+
+    @torch.no_grad()
+    def with_rounds(self, rounds: int) -> Refinement:
+        """The first of these rounds, or all of them and the last one again and again."""
+        made = Refinement(self.p.shape[1], rounds, device=self.p.device)
+        own = [*range(self.rounds), *[self.rounds - 1] * rounds][:rounds]
+        for name in ("a", "b", "eta", "threshold"):
+            getattr(made, name).copy_(getattr(self, name)[[max(k - 1, 0) for k in own[1:]]])
+        made.p.copy_(self.p[own])
+        made.unit.copy_(self.unit)
+        made.epsilon.copy_(self.epsilon)
+        return made
+
+    def check_values(self) -> None:
+        """Refuses numbers that no rounds can have (NumericsError)."""
+        if not bool((self.unit >= 0).all()) or not bool(self.epsilon > 0):
+            raise NumericsError("unit must not be negative, and epsilon must be positive")
+
+    def extra_repr(self) -> str:
+        return f"rounds={self.rounds}"
+
+
+def encode(sae: FusedRationalSAE, x: Tensor, *, hidden: Tensor | None = None) -> Encoded:
+    """x [..., d_in] in the SAE's normalised units -> the dense code, with sums; as `FusedRationalSAE.encode_with_sums`.
+
+    hidden: [..., d_sae], the first pre-activations where somebody has looked at them, or changed them.
+    """
+    rows = x.reshape(-1, sae.d_in)
+    hidden = None if hidden is None else hidden.reshape(-1, sae.d_sae)
+    if sae.backend == "eager":
+        encoded = ops.reference(*_arguments(sae, rows), hidden=hidden, **_options(sae, rows))
+    else:
+        encoded = _dense(sae, rows, hidden)
+    return encoded if x.dim() == 2 else encoded._replace(z=encoded.z.reshape(*x.shape[:-1], sae.d_sae))
+
+
+def entries(sae: FusedRationalSAE, x: Tensor, **options: Any) -> RoundCode:
+    """The code of x [n_tokens, d_in], in the SAE's normalised units, by its candidates."""
+    if "torch._dynamo" in sys.modules:  # a graph break: how many entries there are, nobody knows beforehand
+        return torch.compiler.disable(_entries)(sae, x, options)
+    return _entries(sae, x, options)
+
+
+def _entries(sae: FusedRationalSAE, x: Tensor, options: dict[str, Any]) -> RoundCode:
+    arguments, own = _arguments(sae, x), _options(sae, x)
+    resolve_backend(sae.backend, x.device, own["dtype"])
+    with torch.autocast(x.device.type, enabled=False):
+        return ops.on_entries(*arguments, **own, **options)
+
+
+def _dense(sae: FusedRationalSAE, x: Tensor, hidden: Tensor | None) -> Encoded:
+    dtype, parts = product_dtype(x), []
+    size = max(len(x), 1) if torch.is_grad_enabled() else TOKENS
+    for first in range(0, max(len(x), 1), size):
+        part = slice(first, first + size)
+        code = entries(sae, x[part], hidden=None if hidden is None else hidden[part])
+        place = code.there.tokens * sae.d_sae + code.there.features
+        z = code.values.new_zeros(len(x[part]) * sae.d_sae).index_put((place,), code.values)
+        parts.append(Encoded(z.to(dtype).view(-1, sae.d_sae) if len(z) else z.to(dtype).view(0, sae.d_sae), *code[2:4]))
+    if len(parts) == 1:
+        return parts[0]
+    z, counts, l1 = zip(*parts, strict=True)
+    return Encoded(torch.cat(z), torch.stack(counts).sum(0), torch.stack(l1).sum(0))
+
+
+def reconstruct(sae: FusedRationalSAE, x: Tensor) -> Tensor:
+    """x [..., d_in] in normalised units -> x_hat, in the same: what the last search has left unexplained, off x."""
+    rows = x.reshape(-1, sae.d_in)
+    size = max(len(rows), 1) if torch.is_grad_enabled() else TOKENS
+    parts = [part.to(wide(part.dtype)) - entries(sae, part).residual for part in rows.split(size)]
+    return torch.cat(parts).to(product_dtype(x)).reshape(x.shape)
+
+
+def autoencode(
+    sae: FusedRationalSAE, x: Tensor, *, l1_weight: float, l0_weight: float, across: Across | None
+) -> Autoencoded:
+    """The training loss of x [..., d_in], as `FusedRationalSAE.autoencode`; only `total` is to be differentiated."""
+    affine = sae.normalization(x)
+    rows = affine.apply(x).reshape(-1, sae.d_in)
+    code = entries(sae, rows, across=across)
+    e = code.residual
+    if sae.normalize_activations != "none":
+        # Undone by another number than it was applied with: the target is not what was encoded.
+        e = x.reshape(-1, sae.d_in).to(e.dtype) - affine.undo((rows - e).reshape(x.shape)).reshape(-1, sae.d_in)
+    mean = 1 / max(len(rows), 1)
+    mse, l0 = e.square().sum() * mean, code.counts.sum() * mean
+    norms = torch.linalg.vector_norm(sae.W_dec, dim=1, dtype=e.dtype)
+    l1 = torch.dot(code.l1, norms) * mean
+    total = mse + l1_weight * l1 + l0_weight * l0
+    x_hat = (x.reshape(-1, sae.d_in) - e).detach().to(x.dtype).reshape(x.shape)
+    return Autoencoded(total, mse.detach(), l1.detach(), l0.detach(), code.counts.detach(), x_hat)
+
+
+def _arguments(sae: FusedRationalSAE, x: Tensor) -> tuple[Any, ...]:
+    refinement = sae.refinement
+    if refinement is None:
+        raise ConfigError("this SAE has one round; add some with sae.with_rounds(2, activations)")
+    gate, spec = sae.gate.tensors(), sae.gate.spec()
+    check_inputs(x, sae.W_enc, sae.b_enc, sae.b_dec, sae.W_dec, gate, spec)
+    exact = wide(product_dtype(x))
+    gate = GateTensors(*(one.to(exact) for one in gate))
+    more = RoundTensors(*(one.to(exact) for one in refinement.tensors()))
+    return x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, gate, spec, more
+
+
+def _options(sae: FusedRationalSAE, x: Tensor) -> dict[str, Any]:
+    return {"subtract": sae.apply_b_dec_to_input, "dtype": product_dtype(x)}
+
+
+def check_rounds(rounds: Any, spec: GateSpec) -> None:
+    """Raises ConfigError unless an SAE with this gate can have so many rounds."""
+    check_integer("rounds", rounds, 1, MOST_ROUNDS)
+    if rounds > 1:
+        ops.check_spec(spec)
