@@ -1,13 +1,15 @@
 """What rounds compute on the entries of a code that may matter, and never on all of [n_tokens, d_sae].
 
-A code's *candidates* lie where h > theta - C_in: outside, the gate and its slope are exactly zero. They are found by the
-one dense product there is; decoding them, dot products at them and the gradients of both are sums over entries, and
-each is the other's derivative. Entries are ordered by feature and then by token. No atomics: the same bits every run.
+A code's *candidates* lie where h > theta - C_in: outside, the gate and its slope are exactly zero. They are found by
+the one dense product there is; decoding them, dot products at them and the gradients of both are sums over entries,
+and each is the other's derivative. Entries are ordered by feature and then by token. No atomics: the same bits in
+every run.
 """
 
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -83,9 +85,7 @@ def candidates_of(h: Tensor, low: Tensor) -> tuple[Places, Tensor]:
     return places(tokens, features, *h.shape), h[tokens, features]
 
 
-def _found(
-    x_c: Tensor, W_enc: Tensor, b_enc: Tensor, low: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+def _found(x_c: Tensor, W_enc: Tensor, b_enc: Tensor, low: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     n, d_sae = len(x_c), W_enc.shape[1]
     step = max(BLOCK // max(n, 1), 1) if x_c.device.type == "cpu" else d_sae
     found = []
@@ -252,4 +252,8 @@ def _dots(e: Tensor, W_dec: Tensor, there: Places) -> Tensor:
 @functools.cache
 def _sampled(device: str) -> bool:
     """Whether there is a product that computes the entries of a pattern alone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that sparse tensors are in beta, once in a process
+        index = torch.zeros(1, dtype=torch.int64, device=device)
+        torch.sparse_csr_tensor(torch.arange(2, device=device), index, index.float(), size=(1, 1))
     return device == "cuda" or (device == "cpu" and torch.backends.mkl.is_available())

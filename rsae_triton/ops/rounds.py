@@ -6,9 +6,9 @@
     search(z; p): e = r - z W_dec,  g = p * unit * (e W_dec^T) where the gate is open,  m = g W_dec,
                   alpha = <m, e> / (epsilon + ||m||^2),  y = z + alpha g,  e - alpha m
 
-The candidates are h_1 > theta_1 - C_in, in every round: everywhere else a code is zero. unit is 1 / ||W_dec row||^2 as it
-was when the rounds were added, so that c is in the units of z whatever the decoder's norms are. alpha is an exact line
-search, and a safe rational of the token. The code is y of the last round, zero where the search made it negative.
+The candidates are h_1 > theta_1 - C_in, in every round: everywhere else a code is zero. unit is 1 / ||W_dec row||^2 as
+it was when the rounds were added, so that c is in the units of z whatever the decoder's norms are. alpha is an exact
+line search, and a safe rational of the token. The code is y of the last round, zero where the search made it negative.
 Which entries are candidates, open or made zero counts as constant; everything else is differentiated, alpha too.
 """
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rsae_triton.common.errors import ConfigError
 from rsae_triton.ops.across import Across, part_of, sum_of
+from rsae_triton.ops.encode import centred
 from rsae_triton.ops.places import (
     Places,
     at_features,
@@ -31,7 +32,6 @@ from rsae_triton.ops.places import (
     dots,
     feature_sums,
 )
-from rsae_triton.ops.encode import centred
 from rsae_triton.ops.reference import Encoded, GateSpec, GateTensors, rational_gate
 from rsae_triton.ops.tiles import wide
 
@@ -95,8 +95,8 @@ def reference(
 
     Args:
         gate, spec, more: in at least float32. subtract: whether b_dec is subtracted from x before W_enc (the residual
-            is always that of x - b_dec). dtype: of the product with W_enc; x's when None. hidden: [n_tokens, d_sae], h_1
-            where it has been made already.
+            is always that of x - b_dec). dtype: of the product with W_enc; x's when None.
+        hidden: [n_tokens, d_sae], h_1 where it has been made already.
     """
     check_spec(spec)
     dtype = x.dtype if dtype is None else dtype
@@ -202,7 +202,7 @@ class Walk:
         """c [n_entries], what the residual says of every candidate."""
         return self.unit * dots(self._part(self.e), self._W, self.there)
 
-    def mix(self, a: Tensor, b: Tensor, eta: Tensor, c: Tensor) -> None:
+    def mix(self, a: Tensor | float, b: Tensor | float, eta: Tensor | float, c: Tensor) -> None:
         """The next round's pre-activations."""
         self.h = a * self.h + b * self.y + eta * c
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from rsae_triton.common.errors import ConfigError, NumericsError, ResourceError,
 from rsae_triton.ops.encode import product_like
 from rsae_triton.sae.normalization import MODES, Affine, normalize
 from rsae_triton.sae.pretrained import Pretrained
+
+if TYPE_CHECKING:
+    from rsae_triton.sae.rational import FusedRationalSAE
 
 
 class SparseAutoencoder(Pretrained):
@@ -156,6 +159,20 @@ class SparseAutoencoder(Pretrained):
             raise ConfigError(
                 f"{name} is {tensor.dtype} but the SAE is {weights.dtype}; convert one of them with .to(...)"
             )
+
+    def with_rounds(
+        self,
+        rounds: int,
+        activations: Any,
+        *,
+        target_l0: float | None = None,
+        n_tokens: int = 8192,
+        seed: int = 0,
+    ) -> FusedRationalSAE:
+        """This SAE with an encoder that looks `rounds` times; nothing is trained. See `adding.with_rounds`."""
+        from rsae_triton.sae.adding import with_rounds
+
+        return with_rounds(self, rounds, activations, target_l0=target_l0, n_tokens=n_tokens, seed=seed)
 
     # -- weights
 

@@ -16,8 +16,8 @@ from rsae_triton.ops.encode import rational_encode, resolve_backend
 from rsae_triton.ops.reference import Encoded
 from rsae_triton.ops.rounds import check_spec
 from rsae_triton.remez import fit_gate
-from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae import rounds as rounds_of
+from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.gate import RationalGate
 from rsae_triton.sae.rounds import EPSILON, Refinement, check_rounds
 from rsae_triton.sae.sparse import SparseCode, decode_sparse, encode_sparse

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rsae_triton.sae.rational import FusedRationalSAE
 
 MOST_ROUNDS = 64
-STARTS = (0.3, 0.7, 0.7)
+STARTS: tuple[float, float, float] = (0.3, 0.7, 0.7)
 """a, b, eta where nothing is known; what a search on activations starts from."""
 EPSILON = 1.7e-6
 """Of the line search, in units of the activations' mean square norm."""
@@ -127,10 +127,10 @@ def entries(sae: FusedRationalSAE, x: Tensor, **options: Any) -> RoundCode:
 
 
 def _entries(sae: FusedRationalSAE, x: Tensor, options: dict[str, Any]) -> RoundCode:
-    arguments, own = _arguments(sae, x), _options(sae, x)
-    resolve_backend(sae.backend, x.device, own["dtype"])
+    options = {**_options(sae, x), **options}
+    resolve_backend(sae.backend, x.device, options["dtype"])
     with torch.autocast(x.device.type, enabled=False):
-        return ops.on_entries(*arguments, **own, **options)
+        return ops.on_entries(*_arguments(sae, x), **options)
 
 
 def _dense(sae: FusedRationalSAE, x: Tensor, hidden: Tensor | None) -> Encoded:
@@ -144,8 +144,8 @@ def _dense(sae: FusedRationalSAE, x: Tensor, hidden: Tensor | None) -> Encoded:
         parts.append(Encoded(z.to(dtype).view(-1, sae.d_sae) if len(z) else z.to(dtype).view(0, sae.d_sae), *code[2:4]))
     if len(parts) == 1:
         return parts[0]
-    z, counts, l1 = zip(*parts, strict=True)
-    return Encoded(torch.cat(z), torch.stack(counts).sum(0), torch.stack(l1).sum(0))
+    counts, l1 = (torch.stack([one[k] for one in parts]).sum(0) for k in (1, 2))
+    return Encoded(torch.cat([one.z for one in parts]), counts, l1)
 
 
 def reconstruct(sae: FusedRationalSAE, x: Tensor) -> Tensor:
@@ -176,7 +176,9 @@ def autoencode(
     return Autoencoded(total, mse.detach(), l1.detach(), l0.detach(), code.counts.detach(), x_hat)
 
 
-def _arguments(sae: FusedRationalSAE, x: Tensor) -> tuple[Any, ...]:
+def _arguments(
+    sae: FusedRationalSAE, x: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, GateTensors, GateSpec, RoundTensors]:
     refinement = sae.refinement
     if refinement is None:
         raise ConfigError("this SAE has one round; add some with sae.with_rounds(2, activations)")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from rsae_triton.ops.sparse_ops import (
     used,
 )
 from rsae_triton.ops.tiles import wide
+from rsae_triton.sae import rounds
 from rsae_triton.sae.architectures import JumpReluSAE, ReluSAE, TopKSAE
 from rsae_triton.sae.base import check_sae
 from rsae_triton.sae.gate import RationalGate
@@ -115,6 +116,8 @@ def _encode_sparse(sae: SparseAutoencoder, x: Tensor, capacity: int | None, k: i
         k = min(sae.k, k or sae.k)
     k = None if k is None else min(k, sae.d_sae)
     rows = x.reshape(-1, sae.d_in)
+    if getattr(sae, "refinement", None) is not None:
+        return _shaped(_rows(_without_nan(_entries_of_rounds(sae, rows, k)), len(rows), capacity), x.shape[:-1])
     known, dtype = _gate_of(sae), ops.product_dtype(x)
     backend = backends.resolve_backend(_backend_of(sae), x.device, dtype).partition(":")[0]
     b_dec = sae.b_dec if sae.apply_b_dec_to_input else None
@@ -157,6 +160,28 @@ def decode_sparse(sae: SparseAutoencoder, code: SparseCode, x: Tensor | None = N
         sae.W_dec, sae.b_dec, _backend_of(sae),
     )  # fmt: skip
     return sae.denormalize(x_hat.reshape(*code.values.shape[:-1], sae.d_in), x)
+
+
+def _entries_of_rounds(sae: Any, rows: Tensor, k: int | None) -> Iterator[Entries]:
+    """What is not zero in the code of an encoder of several rounds, for a few thousand tokens at a time."""
+    for first, part in chunks(rows, rounds.TOKENS):
+        code = rounds.entries(sae, sae.normalization(part).apply(part))
+        order = code.there.by_token
+        order = order[code.values[order] != 0]
+        tokens, features, values = code.there.tokens[order], code.there.features[order], code.values[order]
+        if k is not None:
+            kept = _largest(tokens, values, len(part), k)
+            tokens, features, values = tokens[kept], features[kept], values[kept]
+        yield Entries(tokens + first, features, values.to(ops.product_dtype(rows)))
+
+
+def _largest(tokens: Tensor, values: Tensor, n_tokens: int, k: int) -> Tensor:
+    """Which entries, ordered by token and feature, are among their token's k largest; of equal ones the first."""
+    order = values.argsort(descending=True, stable=True)
+    order = order[tokens[order].argsort(stable=True)]
+    counts = torch.bincount(tokens, minlength=n_tokens)
+    rank = torch.arange(len(tokens), device=tokens.device) - (counts.cumsum(0) - counts)[tokens]
+    return order[rank < k].sort().values
 
 
 def _backend_of(sae: SparseAutoencoder) -> str:

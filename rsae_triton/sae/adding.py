@@ -1,0 +1,311 @@
+"""Rounds for any SAE, and nothing trained: the weights stay, bit for bit; l0 stays what it was.
+
+What is chosen, on a sample of activations: the three numbers a, b and eta that all features start from, by the error
+they leave; and the thresholds of the gates, the teacher's own shifted by one constant each, by l0.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import warnings
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rsae_triton.common.checks import check_integer, check_number, check_seed
+from rsae_triton.common.errors import ConfigError
+from rsae_triton.ops.encode import product_dtype
+from rsae_triton.ops.places import candidates
+from rsae_triton.ops.reference import GateTensors
+from rsae_triton.ops.rounds import Walk
+from rsae_triton.ops.tiles import wide
+from rsae_triton.remez import fit_gate
+from rsae_triton.sae.architectures import JumpReluSAE, ReluSAE, TopKSAE
+from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.sae.batch_topk import BatchTopKSAE
+from rsae_triton.sae.gate import RationalGate
+from rsae_triton.sae.like_teacher import ramp_width, sample, teacher_thresholds
+from rsae_triton.sae.rational import FusedRationalSAE
+from rsae_triton.sae.rounds import EPSILON, STARTS, check_rounds
+from rsae_triton.sae.topk_rational import TopKRationalSAE
+
+SEARCHED = 2048
+"""Tokens that a, b and eta are searched on: three numbers need no more."""
+STEPS = (0.2, 0.1)
+"""By how much each is changed, as long as that helps."""
+LIMITS = (-0.5, 1.5)
+TRIES = 8
+"""To make up for codes that the last search makes negative."""
+Starts = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class AddedRounds:
+    """What adding rounds did; kept in the SAE's metadata under "rounds".
+
+    rounds: how many there are. a, b, eta: what all features start from; None where they were there already.
+    target_l0: what the thresholds were set for. l0, mse: on the sample of n_tokens. l0_before, mse_before: of the SAE
+    that was given, on the same.
+    """
+
+    rounds: int
+    a: float | None
+    b: float | None
+    eta: float | None
+    target_l0: float
+    l0: float
+    mse: float
+    l0_before: float
+    mse_before: float
+    n_tokens: int
+
+    @property
+    def summary(self) -> str:
+        change = 100 * (self.mse / self.mse_before - 1) if self.mse_before > 0 else math.nan
+        return (
+            f"{self.rounds} rounds, nothing trained: mse {self.mse_before:.4g} -> {self.mse:.4g} ({change:+.1f} %) at "
+            f"l0 {self.l0:.2f} (before: {self.l0_before:.2f})"
+        )
+
+
+@torch.no_grad()
+def with_rounds(
+    sae: SparseAutoencoder,
+    rounds: int,
+    activations: Tensor | Any,
+    *,
+    target_l0: float | None = None,
+    n_tokens: int = 8192,
+    seed: int = 0,
+) -> FusedRationalSAE:
+    """The same SAE with an encoder of so many rounds; nothing is trained, every weight is the same bit for bit.
+
+    Rounds that are there already are kept, the last one is repeated. `sae` itself is left alone.
+
+    Args:
+        sae: a teacher of any family, or a gated Rational SAE.
+        rounds: in all; 1 takes them away.
+        activations: [n, d_in] in the SAE's units, or an `ActivationStore`; best text that the SAE has not been
+            trained on, on which l0 is what it will be elsewhere.
+        target_l0: mean number of active features; that of `sae` on these activations when None.
+        n_tokens: how many activations to look at. seed: of the sample.
+
+    Raises:
+        ConfigError: rounds that this SAE cannot have. ShapeError, NumericsError: activations that do not fit.
+    """
+    check_seed(seed)
+    check_integer("n_tokens", n_tokens, 1)
+    if target_l0 is not None:
+        check_number("target_l0", target_l0, above=0, most=sae.d_sae)
+    x = sample(activations, sae, n_tokens, seed)
+    z = sae.encode(x)
+    before = (_l0(z), float((x - sae.decode(z, x)).double().square().sum(1).mean()))
+    made = gated(sae, x, z)
+    check_rounds(rounds, made.gate.spec())
+    facts = add_rounds(made, rounds, x, before[0] if target_l0 is None else target_l0, before)
+    made.metadata["rounds"] = {**asdict(facts), "summary": facts.summary}
+    return made
+
+
+def add_rounds(
+    sae: FusedRationalSAE, rounds: int, x: Tensor, target_l0: float, before: tuple[float, float]
+) -> AddedRounds:
+    """Gives `sae` so many rounds, in place; `before` are l0 and mse of what it is compared with, on the same x."""
+    had = sae.refinement
+    starts: Starts | None = None
+    if rounds == 1:
+        sae.refinement = None
+    elif had is not None:
+        sae.refinement = had.with_rounds(rounds)
+    else:
+        sae.refinement = sae._refinement(rounds)
+        units = sae.normalization(x).apply(x).float() - sae.b_dec.float()
+        sae.refinement.epsilon.fill_(
+            EPSILON * max(float(units.square().sum(1).mean()), torch.finfo(torch.float32).tiny)
+        )
+        starts = search_starts(sae, x[:SEARCHED], target_l0)
+        for name, value in zip(("a", "b", "eta"), starts, strict=True):
+            getattr(sae.refinement, name).fill_(value)
+    kept = 1 if had is None else had.rounds
+    # Every round that is new stops at the target; of the old ones the last one does, if no other comes after it.
+    _hold_rounds(sae, min(kept + 1, rounds), x, target_l0)
+    z = sae.encode(x)
+    mse = float((x - sae.decode(z, x)).double().square().sum(1).mean())
+    a, b, eta = starts or (None, None, None)
+    return AddedRounds(sae.rounds, a, b, eta, target_l0, _l0(z), mse, *before, len(x))
+
+
+@torch.no_grad()
+def hold_l0(sae: FusedRationalSAE, activations: Tensor | Any, target_l0: float, *, n_tokens: int = 8192) -> float:
+    """Shifts the thresholds of the last gate by one constant, in place, until l0 is `target_l0`; returns l0.
+
+    Thresholds stay at 0 or above, so that an l0 that needs negative codes is not reached (with a warning).
+
+    Args:
+        sae: a gated Rational SAE, of one round or more. activations: as in `with_rounds`.
+    """
+    if not isinstance(sae, FusedRationalSAE) or isinstance(sae, TopKRationalSAE) or sae.gate.form != "gated":
+        raise ConfigError("l0 is held by thresholds per feature; give a gated FusedRationalSAE")
+    check_number("target_l0", target_l0, above=0, most=sae.d_sae)
+    x = sample(activations, sae, n_tokens, 0)
+    _hold_rounds(sae, sae.rounds, x, target_l0)
+    l0 = _l0(sae.encode(x))
+    if abs(l0 / target_l0 - 1) > 0.02:
+        warnings.warn(f"l0 is {l0:.2f}, not {target_l0:.2f}: thresholds of 0 are reached", stacklevel=2)
+    return l0
+
+
+def gated(sae: SparseAutoencoder, x: Tensor, z: Tensor) -> FusedRationalSAE:
+    """A Rational SAE with thresholds per feature that has the weights and, but for TopK, the code of `sae`.
+
+    x [n, d_in]: activations. z [n, d_sae]: the codes `sae` gives them.
+
+    Raises:
+        ConfigError: a direct form, whose code no threshold makes, or a kind of SAE without a gate.
+    """
+    if isinstance(sae, FusedRationalSAE) and not isinstance(sae, TopKRationalSAE):
+        return copy.deepcopy(sae)
+    if not isinstance(sae, ReluSAE | JumpReluSAE | TopKSAE | BatchTopKSAE | TopKRationalSAE):
+        raise ConfigError(f"a {type(sae).__name__} has no gate to repeat; give a ReLU, JumpReLU or TopK SAE")
+    h = sae.hidden_pre(x)
+    theta = teacher_thresholds(sae, h, z)
+    if isinstance(sae, TopKRationalSAE):
+        gate = copy.deepcopy(sae.gate)
+        gate.backward = "rational"
+        gate.threshold.copy_(theta)
+    else:
+        width = ramp_width(sae, x[:SEARCHED], (h - theta)[:SEARCHED], None)
+        options: dict[str, Any] = {"form": "gated", "backward": "rational", "input_scale": width}
+        gate = RationalGate.from_fit(fit_gate("ramp", (3, 2)), sae.d_sae, thresholds=theta, **options).to(h.device)
+    made = FusedRationalSAE(
+        sae.d_in,
+        sae.d_sae,
+        gate=gate,
+        backend=getattr(sae, "backend", "auto"),
+        apply_b_dec_to_input=sae.apply_b_dec_to_input,
+        normalize_activations=sae.normalize_activations,
+        dtype=sae.W_enc.dtype,
+        device=sae.W_enc.device,
+        metadata=copy.deepcopy(sae.metadata),
+        initialise=False,
+    )
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        getattr(made, name).copy_(getattr(sae, name))
+    return made
+
+
+def search_starts(sae: FusedRationalSAE, x: Tensor, target_l0: float) -> Starts:
+    """a, b and eta, shared by all features, that leave the least error after two rounds of l0 `target_l0`."""
+    walk = _first_round(sae, x)
+    h, y, e, c = walk.h, walk.y, walk.e, walk.correction()
+
+    def error(starts: Starts) -> float:
+        walk.h, walk.y, walk.e = h, y, e
+        walk.mix(*starts, c)
+        walk.open(_shifted(walk, walk.theta, target_l0 * len(x))[0])
+        walk.search(walk.unit.new_ones(()))
+        return float(walk.code().residual.double().square().sum())
+
+    best = STARTS
+    least = error(best)
+    for step in STEPS:
+        for place, sign in itertools.product((2, 1, 0), (1, -1)):
+            values = [*best]
+            values[place] = round(best[place] + sign * step, 3)
+            tried = (values[0], values[1], values[2])
+            if LIMITS[0] <= tried[place] <= LIMITS[1] and (found := error(tried)) < least:
+                best, least = tried, found
+    return best
+
+
+def _hold_rounds(sae: FusedRationalSAE, first: int, x: Tensor, target_l0: float) -> None:
+    """Shifts the thresholds of the gates from round `first` to the last, each so that its code has this l0."""
+    refinement = sae.refinement
+    if refinement is None:
+        _hold_one_round(sae, x, target_l0)
+        return
+    walk = _first_round(sae, x)
+    weight, wanted = _weight(refinement.unit), target_l0 * len(x)
+    for j in range(sae.rounds - 1):
+        rows = [refinement.a[j], refinement.b[j], refinement.eta[j], refinement.p[j + 1], refinement.threshold[j]]
+        a, b, eta, p, theta = walk.at(torch.stack(rows, 1).to(walk.h.dtype)).unbind(1)
+        walk.mix(a, b, eta, walk.correction())
+        if j + 2 < first:
+            walk.open(theta)
+            walk.search(p)
+            continue
+        last, h = j == sae.rounds - 2, walk.h
+        more = 0.0
+        for _ in range(TRIES if last else 1):
+            walk.h = h
+            shifted, shift = _shifted(walk, theta, wanted + more)
+            walk.open(shifted)
+            walk.search(p)
+            # What the search makes negative is not active at the end: as many more may open.
+            short = wanted - int((walk.opened & (walk.y > 0)).sum())
+            if abs(short) <= 0.001 * wanted:
+                break
+            more += short
+        refinement.threshold[j].add_(shift * weight).clamp_(min=0)
+
+
+def _first_round(sae: FusedRationalSAE, x: Tensor) -> Walk:
+    refinement, gate = sae.refinement, sae.gate.tensors()
+    assert refinement is not None
+    x = sae.normalization(x).apply(x)
+    exact = wide(product_dtype(x))
+    own = GateTensors(*(one.to(exact) for one in gate))
+    weights = (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
+    numbers = (refinement.unit.to(exact), refinement.epsilon.to(exact))
+    walk = Walk(x, *weights, own, sae.gate.spec(), *numbers, subtract=sae.apply_b_dec_to_input)
+    walk.open(walk.theta)
+    walk.search(walk.at(refinement.p[0].to(exact)))
+    return walk
+
+
+def _weight(unit: Tensor) -> Tensor:
+    """In which unit of its own each feature's threshold is shifted: one over the norm of its decoder row."""
+    return torch.where(unit > 0, unit, unit.max()).sqrt()
+
+
+def _shifted(walk: Walk, theta: Tensor, wanted: float) -> tuple[Tensor, float]:
+    """theta [n_entries] shifted so that `wanted` of this round's candidates open, and by how much."""
+    shift = _shift(walk.h, theta, _weight(walk.unit), wanted)
+    return (theta + shift * _weight(walk.unit)).clamp_min(0), shift
+
+
+def _shift(h: Tensor, theta: Tensor, weight: Tensor, wanted: float) -> float:
+    """By how much `theta` must rise so that h > max(theta + shift * weight, 0) at `wanted` places."""
+    above = ((h - theta) / weight)[h > 0].sort(descending=True).values
+    if not len(above):
+        return 0.0
+    k = min(max(round(wanted), 0), len(above))
+    last = above[max(k - 1, 0)]
+    following = above[k] if k < len(above) else last - last.abs() - 1
+    return float(last + 1 if k == 0 else (last + following) / 2)
+
+
+def _hold_one_round(sae: FusedRationalSAE, x: Tensor, target_l0: float) -> None:
+    """Of an encoder of one round, all of whose pre-activations could open."""
+    gate, x = sae.gate, sae.normalization(x).apply(x)
+    b_dec = sae.b_dec if sae.apply_b_dec_to_input else None
+    squares = sae.W_dec.float().square().sum(1)
+    weight = _weight(torch.where(squares > 0, 1 / squares, 0))
+    reach, wanted = gate.input_scale.detach(), target_l0 * len(x)
+    while True:
+        low = (gate.threshold - reach).clamp_min(0)
+        there, h = candidates(x, sae.W_enc, sae.b_enc, b_dec, low, product_dtype(x))
+        if len(h) > 1.5 * wanted or not bool((low > 0).any()):
+            break
+        reach = 2 * reach
+    own = weight[there.features]
+    shift = _shift(h, gate.threshold[there.features].to(h.dtype), own.to(h.dtype), wanted)
+    gate.threshold.add_(shift * weight).clamp_(min=0)
+
+
+def _l0(z: Tensor) -> float:
+    return float((z != 0).sum(-1).float().mean())

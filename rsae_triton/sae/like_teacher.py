@@ -1,0 +1,69 @@
+"""What an SAE of any family says about the gate that stands for it: thresholds per feature, and how wide a ramp."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rsae_triton.common.checks import check_data, check_finite
+from rsae_triton.common.errors import ShapeError
+from rsae_triton.sae.architectures import JumpReluSAE, ReluSAE
+from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.sae.batch_topk import BatchTopKSAE
+
+# C_in of the gated form, in units of the activations' mean norm, and how much of it active pre-activations must rise
+# above their thresholds in the median; chosen in docs/experiments.md.
+GATE_WIDTH = 0.02
+LEAST_RISE = 0.7
+
+
+def sample(activations: Tensor | Any, teacher: SparseAutoencoder, n_tokens: int, seed: int) -> Tensor:
+    """n_tokens rows to calibrate on, in the teacher's dtype and on its device."""
+    if not isinstance(activations, Tensor) and not hasattr(activations, "tensor"):
+        raise ShapeError(f"activations is a {type(activations).__name__}; give a torch.Tensor or an ActivationStore")
+    x = activations if isinstance(activations, Tensor) else activations.tensor()
+    check_data("activations", x)
+    if x.dim() != 2 or x.shape[1] != teacher.d_in:
+        raise ShapeError(f"activations have shape {tuple(x.shape)}; the teacher takes [n, d_in={teacher.d_in}]")
+    if len(x) == 0:
+        raise ShapeError("there are no activations to calibrate on; give at least a few hundred tokens")
+    chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:n_tokens]
+    x = x[chosen.to(x.device)].to(device=teacher.W_enc.device, dtype=teacher.W_enc.dtype)
+    check_finite("the sample of the activations", x, "drop those rows first")
+    return x
+
+
+def teacher_thresholds(teacher: SparseAutoencoder, h: Tensor, z: Tensor) -> Tensor:
+    """theta_f >= 0 [d_sae]: above it the teacher's feature is active (TopK: as often as it is active)."""
+    if isinstance(teacher, JumpReluSAE):
+        return teacher.threshold.detach().float().clone()
+    if isinstance(teacher, BatchTopKSAE):
+        return teacher.topk_threshold.detach().float().expand(teacher.d_sae).clone()
+    if isinstance(teacher, ReluSAE):
+        return torch.zeros(teacher.d_sae, device=h.device)
+    # The m-th largest pre-activation of a feature that fires on m tokens would itself not fire at h > theta, so
+    # the threshold lies halfway to the next; a feature that never fires keeps its largest.
+    fires = (z != 0).sum(0)
+    ranked = torch.cat([h.sort(0, descending=True).values, h.amin(0, keepdim=True)]).float()
+    last = ranked.gather(0, (fires - 1).clamp_min(0).unsqueeze(0)).squeeze(0)
+    following = ranked.gather(0, fires.unsqueeze(0)).squeeze(0)
+    return torch.where(fires > 0, (last + following) / 2, last).clamp_min(0)
+
+
+def ramp_width(teacher: SparseAutoencoder, x: Tensor, above: Tensor, width: float | None) -> float:
+    """C_in of a ramp of `width` (see `upgrade`); above [n, d_sae]: pre-activations over their thresholds.
+
+    A ramp bets on features below their thresholds as if they were worth what active ones are: it must not reach much
+    deeper than those rise. Where they rise more it is not widened: it gains little, and where many features are near
+    their thresholds l0 could not be held.
+    """
+    usual = GATE_WIDTH * float(teacher.normalization(x).apply(x).float().norm(dim=1).mean())
+    if width is not None:
+        return width * usual
+    rises = above[above > 0].float()
+    if not len(rises):
+        return usual
+    rise = float(rises.median())
+    return rise if rise < LEAST_RISE * usual else usual
