@@ -54,16 +54,30 @@ def encode_at(x_c: Tensor, W_enc: Tensor, b_enc: Tensor, entries: Entries) -> Te
         return _Encode.apply(x_c, W_enc, b_enc, _terms(W_enc), *entries)
 
 
-def decode_at(values: Tensor, entries: Entries, W_dec: Tensor) -> Tensor:
-    """sum over each token's entries of values * W_dec[feature], [n_tokens, d_in]; differentiable in both."""
+def decode_at(values: Tensor, entries: Entries, W_dec: Tensor, kept: Tensor | None = None) -> Tensor:
+    """sum over each token's entries of values * W_dec[feature], [n_tokens, d_in]; differentiable in both.
+
+    kept: [n_entries] bool, where values are not zero. The sum leaves the others out; they have a gradient all the same.
+    """
+    inner = entries if kept is None else entries.select(kept)
     with torch.autocast(values.device.type, enabled=False):
-        return _Decode.apply(values, W_dec, _terms(W_dec), *entries)
+        return _Decode.apply(values, W_dec, kept, _terms(W_dec), entries, inner)
 
 
 def dots_at(e: Tensor, entries: Entries, W_dec: Tensor) -> Tensor:
     """e[token] . W_dec[feature] of every entry, [n_entries]; e is [n_tokens, d_in]; differentiable in both."""
     with torch.autocast(e.device.type, enabled=False):
         return _Dots.apply(e, W_dec, _terms(W_dec), *entries)
+
+
+def at_features(rows: Tensor, entries: Entries) -> Tensor:
+    """rows [d_sae, ...] at every entry, [n_entries, ...]; differentiable."""
+    return _AtFeatures.apply(rows, entries.features, entries.offsets)
+
+
+def at_tokens(rows: Tensor, entries: Entries) -> Tensor:
+    """rows [n_tokens] at every entry, [n_entries]; differentiable."""
+    return _AtTokens.apply(rows, entries.tokens)
 
 
 def sum_at(values: Tensor, entries: Entries) -> Tensor:
@@ -172,23 +186,31 @@ class _Encode(torch.autograd.Function):
 
 class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, W: Tensor, terms: _Terms | None, *entries: Any) -> Tensor:
-        tokens, features, _, offsets, n_tokens = entries
-        ctx.save_for_backward(values, W, tokens, features, offsets)
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        W: Tensor,
+        kept: Tensor | None,
+        terms: _Terms | None,
+        entries: Entries,
+        inner: Entries,
+    ) -> Tensor:
+        own = (values if kept is None else values[kept]).contiguous()
+        ctx.save_for_backward(own, W, inner.tokens, inner.offsets, entries.tokens, entries.features, entries.offsets)
         ctx.terms = terms
-        return loops.decode(values.contiguous(), tokens, features, n_tokens, W)
+        return loops.decode(own, inner.tokens, inner.features, inner.n_tokens, W)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        values, W, tokens, features, offsets = ctx.saved_tensors
+        own, W, inner_tokens, inner_offsets, tokens, features, offsets = ctx.saved_tensors
         g = grads[0].contiguous()
         dvalues = dW = None
         if ctx.needs_input_grad[0]:
-            dvalues = loops.dots(g, tokens, features, offsets, W).to(values.dtype)
+            dvalues = loops.dots(g, tokens, features, offsets, W).to(own.dtype)
         if ctx.needs_input_grad[1]:
-            dW = _matrix_gradient(values, g, tokens, offsets, W, ctx.terms)
-        return dvalues, dW, *(None,) * 6
+            dW = _matrix_gradient(own, g, inner_tokens, inner_offsets, W, ctx.terms)
+        return dvalues, dW, None, None, None, None
 
 
 class _Dots(torch.autograd.Function):
@@ -223,3 +245,30 @@ class _Sum(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (features,) = ctx.saved_tensors
         return grads[0][features], None, None
+
+
+class _AtFeatures(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, features: Tensor, offsets: Tensor) -> Tensor:
+        ctx.save_for_backward(offsets)
+        return rows[features]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return loops.sums(grads[0].contiguous(), ctx.saved_tensors[0]), None, None
+
+
+class _AtTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, tokens: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.n_tokens = len(rows)
+        return rows[tokens]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        # Sums of runs, not index_add: atomics would add in another order every time.
+        tokens, order = ctx.saved_tensors[0].sort(stable=True)
+        return loops.sums(grads[0][order], loops.offsets_of(tokens, ctx.n_tokens)), None

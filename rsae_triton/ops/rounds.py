@@ -20,18 +20,20 @@ import torch
 from torch import Tensor
 
 from rsae_triton.common.errors import ConfigError
+from rsae_triton.ops import entry_loops as loops
 from rsae_triton.ops.across import Across, part_of, sum_of
 from rsae_triton.ops.encode import centred
-from rsae_triton.ops.places import (
-    Places,
+from rsae_triton.ops.entries import (
+    Entries,
     at_features,
     at_tokens,
-    candidates,
-    candidates_of,
-    decode,
-    dots,
-    feature_sums,
+    collected,
+    decode_at,
+    dots_at,
+    encode_at,
+    sum_at,
 )
+from rsae_triton.ops.finding import find_entries
 from rsae_triton.ops.reference import Encoded, GateSpec, GateTensors, rational_gate
 from rsae_triton.ops.tiles import wide
 
@@ -60,7 +62,7 @@ class RoundCode(NamedTuple):
         hidden: [n_entries], the last round's pre-activations.
     """
 
-    there: Places
+    there: Entries
     values: Tensor
     counts: Tensor
     l1: Tensor
@@ -134,6 +136,23 @@ def line(m: Tensor, e: Tensor, epsilon: Tensor) -> Tensor:
     return (m * e).sum(1) / (epsilon + m.square().sum(1))
 
 
+def candidates(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, low: Tensor, dtype: torch.dtype
+) -> tuple[Entries, Tensor]:
+    """Where the pre-activations of x [n_tokens, d_in] are above low [d_sae] (or NaN), and those, differentiable."""
+    x_c = x if b_dec is None else x - b_dec
+    entries = find_entries(x_c.detach(), W_enc.detach(), b_enc.detach(), low, dtype=dtype)
+    assert entries is not None
+    return entries, encode_at(x_c, W_enc, b_enc, entries)
+
+
+def candidates_of(h: Tensor, low: Tensor) -> tuple[Entries, Tensor]:
+    """As `candidates`, of pre-activations [n_tokens, d_sae] that there are."""
+    features, tokens = (~(h.detach() <= low)).t().nonzero(as_tuple=True)
+    values = h[tokens, features]
+    return Entries(tokens, features, values.detach(), loops.offsets_of(features, h.shape[1]), len(h)), values
+
+
 class Walk:
     """An encoder with rounds on the way, on its candidates alone: one dense product; once differentiable.
 
@@ -169,11 +188,12 @@ class Walk:
         exact = wide(dtype)
         low = (gate.threshold - gate.input_scale).detach()
         if hidden is None:
-            self.there, self.h = candidates(x, W_enc, b_enc, b_dec if subtract else None, low, dtype)
+            found, self.h = candidates(x, W_enc, b_enc, b_dec if subtract else None, low, dtype)
         else:
-            self.there, self.h = candidates_of(hidden.to(exact), low)
+            found, self.h = candidates_of(hidden.to(exact), low)
+        self.there: Entries = found
         own_b_dec = b_dec if across is None or across.first else b_dec.detach()
-        self.r, self._W = x.to(exact) - own_b_dec.to(exact), W_dec.to(exact)
+        self.r, self._W = x.to(exact) - own_b_dec.to(exact), collected(W_dec.to(exact))
         self._spec, self._epsilon, self._across = spec, epsilon, across
         self._gate = GateTensors(*(one if len(one) == 1 < len(gate.threshold) else self.at(one) for one in gate))
         self.unit = self.at(unit)
@@ -190,17 +210,17 @@ class Walk:
 
     def search(self, p: Tensor) -> None:
         """The amplitudes of what is open along their own gradient, as far as it pays."""
-        inner, place = self.there.where(self.opened), self.opened.nonzero().squeeze(1)
-        e = self.r - self._sum(decode(self.z, self._W, self.there, self.opened))
-        g = (p * self.unit)[place] * dots(self._part(e), self._W, inner)
-        m = self._sum(decode(g, self._W, inner))
+        inner, place = self.there.select(self.opened), self.opened.nonzero().squeeze(1)
+        e = self.r - self._sum(decode_at(self.z, self.there, self._W, self.opened))
+        g = (p * self.unit)[place] * dots_at(self._part(e), inner, self._W)
+        m = self._sum(decode_at(g, inner, self._W))
         alpha = line(m, e, self._epsilon)
         self.y = self.z.index_add(0, place, at_tokens(self._part(alpha), inner) * g)
         self.e = e - alpha.unsqueeze(1) * m
 
     def correction(self) -> Tensor:
         """c [n_entries], what the residual says of every candidate."""
-        return self.unit * dots(self._part(self.e), self._W, self.there)
+        return self.unit * dots_at(self._part(self.e), self.there, self._W)
 
     def mix(self, a: Tensor | float, b: Tensor | float, eta: Tensor | float, c: Tensor) -> None:
         """The next round's pre-activations."""
@@ -210,10 +230,10 @@ class Walk:
         """The code after the last round: what the search made negative is not active, and comes off again."""
         off, y, e = self.opened & (self.y.detach() <= 0), self.y, self.e
         if self._across is not None or bool(off.any()):
-            e = e + self._sum(decode(y[off], self._W, self.there.where(off)))
+            e = e + self._sum(decode_at(y[off], self.there.select(off), self._W))
             y = torch.where(off, 0, y)
-        counts = feature_sums(self.active - off.to(self.active.dtype), self.there)
-        return RoundCode(self.there, y, counts, feature_sums(y.abs(), self.there), e)
+        counts = sum_at(self.active - off.to(self.active.dtype), self.there)
+        return RoundCode(self.there, y, counts, sum_at(y.abs(), self.there), e)
 
     def _sum(self, part: Tensor) -> Tensor:
         return sum_of(part, self._across)

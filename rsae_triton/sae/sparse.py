@@ -166,9 +166,9 @@ def _entries_of_rounds(sae: Any, rows: Tensor, k: int | None) -> Iterator[Entrie
     """What is not zero in the code of an encoder of several rounds, for a few thousand tokens at a time."""
     for first, part in chunks(rows, rounds.TOKENS):
         code = rounds.entries(sae, sae.normalization(part).apply(part))
-        order = code.there.by_token
-        order = order[code.values[order] != 0]
-        tokens, features, values = code.there.tokens[order], code.there.features[order], code.values[order]
+        active = (code.values != 0).nonzero().squeeze(1)
+        tokens, order = code.there.tokens[active].sort(stable=True)
+        features, values = code.there.features[active[order]], code.values[active[order]]
         if k is not None:
             kept = _largest(tokens, values, len(part), k)
             tokens, features, values = tokens[kept], features[kept], values[kept]

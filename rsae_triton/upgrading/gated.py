@@ -6,20 +6,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from rsae_triton.common.errors import NumericsError
 from rsae_triton.remez import fit_gate
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.gate import RationalGate
+from rsae_triton.sae.like_teacher import ramp_width
 from rsae_triton.upgrading.calibrate import HISTOGRAM_TOKENS, LADDER
 from rsae_triton.upgrading.sampling import Sample
 from rsae_triton.upgrading.thresholds import Grouping
-
-# C_in of the gated form, in units of the activations' mean norm, and how much of it active pre-activations must rise
-# above their thresholds in the median; chosen in docs/experiments.md.
-GATE_WIDTH = 0.02
-LEAST_RISE = 0.7
 
 
 def gated(
@@ -63,20 +58,3 @@ def gated(
         f"a gate of degree {gate.degree} reproduces the teacher's code to {error:.3g}, not to {tolerance:g}; "
         "raise tolerance or the degree"
     )
-
-
-def ramp_width(teacher: SparseAutoencoder, x: Tensor, above: Tensor, width: float | None) -> float:
-    """C_in of a ramp of `width` (see `upgrade`); above [n, d_sae]: pre-activations over their thresholds.
-
-    A ramp bets on features below their thresholds as if they were worth what active ones are: it must not reach much
-    deeper than those rise. Where they rise more it is not widened: it gains little, and where many features are near
-    their thresholds l0 could not be held.
-    """
-    usual = GATE_WIDTH * float(teacher.normalization(x).apply(x).float().norm(dim=1).mean())
-    if width is not None:
-        return width * usual
-    rises = above[above > 0].float()
-    if not len(rises):
-        return usual
-    rise = float(rises.median())
-    return rise if rise < LEAST_RISE * usual else usual

@@ -17,13 +17,14 @@ from rsae_triton.remez.problem import parse_degree as remez_degree
 from rsae_triton.sae.architectures import JumpReluSAE, ReluSAE, TopKSAE
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.batch_topk import BatchTopKSAE
+from rsae_triton.sae.like_teacher import sample, teacher_thresholds
 from rsae_triton.sae.rational import FusedRationalSAE
 from rsae_triton.sae.topk_rational import TopKRationalSAE
 from rsae_triton.training.recipes import training_l0
 from rsae_triton.upgrading.direct import direct
 from rsae_triton.upgrading.gated import gated
-from rsae_triton.upgrading.sampling import Sample, sample
-from rsae_triton.upgrading.thresholds import Grouping, strength_groups, teacher_thresholds
+from rsae_triton.upgrading.sampling import Sample
+from rsae_triton.upgrading.thresholds import Grouping, strength_groups
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import torch
 from rsae_triton import RationalGate, fit_gate
 from rsae_triton.common.errors import ConfigError
 from rsae_triton.ops import rounds
-from rsae_triton.ops.places import candidates_of
 from rsae_triton.ops.reference import GateSpec, GateTensors
 from rsae_triton.ops.rounds import RoundTensors
 
@@ -187,7 +186,7 @@ def test_pre_activations_that_somebody_changed():
     h[:, 7] = 2.0
     wanted = rounds.reference(*inputs, gate, SPEC, more, hidden=h).z
     assert torch.allclose(dense(rounds.on_entries(*inputs, gate, SPEC, more, hidden=h), 37, 50), wanted)
-    there, values = candidates_of(h, gate.threshold)
+    there, values = rounds.candidates_of(h, gate.threshold)
     assert torch.equal(h[there.tokens, there.features], values)
 
 

@@ -11,9 +11,9 @@ from rsae_triton.common.errors import ConfigError, FormatError, NumericsError, S
 from rsae_triton.evaluation import reconstruction
 from rsae_triton.evaluation.held_out import load_sae
 from rsae_triton.ops.reference import rational_gate
+from rsae_triton.sae.like_teacher import teacher_thresholds
 from rsae_triton.teachers import JumpReluSAE, ReluSAE, TopKSAE
 from rsae_triton.training.recipes import RECIPES, Recipe
-from rsae_triton.upgrading.thresholds import teacher_thresholds
 
 FAMILIES = {
     "relu": (ReluSAE, {}, Recipe("relu", "l1", weight=0.08)),
