@@ -185,9 +185,9 @@ def autoencode(sae: Refined, x: Tensor, *, l1_weight: float, l0_weight: float, a
     mse, l0 = e.square().sum() * mean, code.counts.sum() * mean
     norms = torch.linalg.vector_norm(sae.W_dec, dim=1, dtype=e.dtype)
     l1 = torch.dot(code.l1, norms) * mean
-    total = mse + l1_weight * l1 + l0_weight * l0
+    total, size = mse + l1_weight * l1 + l0_weight * l0, torch.tensor(len(code.values))
     x_hat = (x.reshape(-1, sae.d_in) - e).detach().to(x.dtype).reshape(x.shape)
-    return Autoencoded(total, mse.detach(), l1.detach(), l0.detach(), code.counts.detach(), x_hat)
+    return Autoencoded(total, mse.detach(), l1.detach(), l0.detach(), code.counts.detach(), x_hat, size)
 
 
 def _arguments(
