@@ -35,7 +35,9 @@ def _epilogue(
     """
     mask = f_mask & (n_local < n_left)
     if SAVE_H:
-        tl.store(h_tile + n_local, value.to(h_tile.dtype.element_ty), mask=mask)
+        stored = value.to(h_tile.dtype.element_ty)
+        tl.store(h_tile + n_local, stored, mask=mask)
+        value = stored.to(tl.float32)  # what the backward pass will see: one decision, not two
     code, active = gate_forward(value, theta, activity, c, P, Q, GATED, CLAMP, IDENTITY, HARD)
     tl.store(z_tile + n_local, code.to(z_tile.dtype.element_ty), mask=mask)
     return tl.sum(tl.where(mask, active, 0.0), axis=1), tl.sum(tl.where(mask, tl.abs(code), 0.0), axis=1)
@@ -102,7 +104,8 @@ def encode_forward(
     -> z_fm [n_features, n_tokens] in that dtype, h_fm (in dtype save_h, or None), counts, l1.
 
     gate: the seven tensors of `launch.pack_gate`. counts, l1 [n_features] float32: how many codes are active and
-    the sum of |z|. The gate and both sums see the float32 accumulator, before any rounding to z's or h's dtype.
+    the sum of |z|, before z is rounded to its dtype. The gate sees the float32 accumulator, or h as it is saved: a code
+    is active for the backward pass exactly where it is for the forward pass.
     """
     (n_tokens, d_in), n_features = x_c.shape, W_enc.shape[1]
     if W_enc.shape[0] != d_in or b_enc.shape != (n_features,) or gate[5].shape != (n_features,):

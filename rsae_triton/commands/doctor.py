@@ -140,12 +140,14 @@ def _devices() -> Iterator[Finding]:
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
             old = (properties.major, properties.minor) < backends.OLDEST
+            why = "an AMD GPU, the kernels are for NVIDIA's" if torch.version.hip else "too old for the kernels"
+            eager = old or torch.version.hip is not None
             yield Finding(
                 f"cuda:{index}",
                 f"{properties.name}, sm_{properties.major}{properties.minor}, "
                 f"{properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
-                f"{'; too old for the kernels, eager PyTorch runs' if old else ''}",
-                "note" if old else "ok",
+                f"{f'; {why}, eager PyTorch runs' if eager else ''}",
+                "note" if eager else "ok",
             )
     free = free_memory(torch.device("cpu"))
     yield Finding("free memory", "unknown" if free is None else f"{free / 2**30:.1f} GiB on the CPU")

@@ -77,10 +77,34 @@ def _kernels_start() -> bool:
     return True
 
 
+def _supported(device: torch.device) -> bool:
+    """Whether the kernels run on a CUDA device; says once why not on an AMD one."""
+    reason = unsupported(device)
+    if reason is not None and torch.version.hip is not None:
+        _say_once(f"the triton backend {reason}")
+    return reason is None
+
+
+@functools.cache
+def _say_once(what: str) -> None:
+    warnings.warn(what, stacklevel=5)
+
+
 @functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
     """The compute capability of a CUDA device."""
     return torch.cuda.get_device_capability(device)
+
+
+def unsupported(device: torch.device) -> str | None:
+    """Why the kernels do not run on a CUDA device, or None. An AMD GPU calls itself one too, with a capability (MI300:
+    9.4) that would get the tiles of Hopper, which do not fit it."""
+    if torch.version.hip is not None:
+        return (
+            f"has tiles for NVIDIA GPUs alone, {device} is an AMD GPU (ROCm {torch.version.hip}); use backend='auto', "
+            "which takes eager PyTorch there"
+        )
+    return too_old(device) if capability(device) < OLDEST else None
 
 
 def too_old(device: torch.device) -> str:
@@ -106,7 +130,7 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
     if backend not in BACKENDS:
         raise ConfigError(f"backend is {backend!r}; choose one of {', '.join(BACKENDS)}")
     if backend == "auto":
-        if device.type == "cuda" and dtype in _TRITON_DTYPES and capability(device) >= OLDEST and _kernels_start():
+        if device.type == "cuda" and dtype in _TRITON_DTYPES and _supported(device) and _kernels_start():
             return "triton"
         return "cpu" if device.type == "cpu" else "eager"
     if backend.startswith("triton"):
@@ -115,8 +139,8 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
                 f"backend={backend!r} needs tensors on a CUDA device, these are on {device}; use backend='auto', "
                 "or set TRITON_INTERPRET=1 before Python starts to run the kernels slowly on the CPU"
             )
-        if device.type == "cuda" and capability(device) < OLDEST:
-            raise ConfigError(f"backend={backend!r} {too_old(device)}")
+        if device.type == "cuda" and (reason := unsupported(device)) is not None:
+            raise ConfigError(f"backend={backend!r} {reason}")
         if dtype not in _TRITON_DTYPES:
             raise ConfigError(f"backend={backend!r} computes in float32, bfloat16 or float16, not {dtype}")
         if device.type == "cuda":

@@ -90,6 +90,8 @@ def test_gpus_are_listed_and_one_too_old_for_the_kernels_is_noted(monkeypatch):
     assert "sm_75, 15 GiB" in old.found
     assert "eager PyTorch runs" in old.found
     assert "sm_90, 80 GiB" in new.found
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    assert "AMD GPU" in list(module._devices())[1].found
 
 
 @pytest.mark.parametrize("backend", ["eager", "cpu"])

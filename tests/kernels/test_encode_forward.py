@@ -50,15 +50,18 @@ def check(spec, gate, dtype, device, shape=SHAPE, save_h=None, arrange=lambda x:
 
     x, W, b = inputs(dtype, shape)
     h = x.double() @ W.double() + b.double()
-    truth = oracle(h, None, None, None, gate, spec, torch.float64)
-    # torch in the same dtype with the one rounding of z that the op makes: float32 accumulation, float32 gate
-    torchs = oracle(x.float() @ W.float() + b, None, None, None, gate, spec, torch.float32)
     z, h_fm, counts, l1 = encode_forward(
         arrange(x.to(device)), arrange(W.to(device)), b.to(device), to(gate, device), save_h=save_h, **flags(spec)
     )
+    # The gate sees h as it is saved: in fewer bits that is another number, not a less exact gate.
+    seen = h if save_h in (None, torch.float32) else h_fm.T.cpu().double()
+    truth = oracle(seen, None, None, None, gate, spec, torch.float64)
+    # torch in the same dtype with the one rounding of z that the op makes: float32 accumulation, float32 gate
+    exact = x.float() @ W.float() + b if seen is h else seen.float()
+    torchs = oracle(exact, None, None, None, gate, spec, torch.float32)
     assert z.shape == (shape[2], shape[0])
     assert z.dtype == dtype
-    sure = ~doubtful(h, gate, spec, 2e-5)
+    sure = ~doubtful(seen, gate, spec, 2e-5)
     assert sure.double().mean() > 0.99
     assert_as_good_as_torch("z", z.T.cpu() * sure, truth["z"] * sure, torchs["z"].to(dtype) * sure, TOLERANCE)
     assert ((counts.cpu() - truth["counts"]).abs() <= (~sure).sum(0)).all()
@@ -91,6 +94,27 @@ def test_every_degree_and_epilogue(degree, sub, device, small_tiles):
 def test_every_dtype(dtype, save_h, device, small_tiles):
     small_tiles()
     check(GateSpec(5, 4), random_gate(5, 4, 37, 1), dtype, device, save_h=save_h)
+
+
+@pytest.mark.parametrize("form", ["direct", "gated"])
+def test_what_is_active_is_decided_on_h_as_it_is_saved(form, device, small_tiles):
+    """The backward pass reads h rounded to bfloat16: entries at a threshold must not be active for one pass alone."""
+    from rsae_triton.kernels import encode_forward, rational_forward
+
+    small_tiles()
+    x, W, b = (t.to(device) for t in inputs(torch.bfloat16))
+    gate, flavour = to(random_gate(3, 2, 37, 1), device), flags(GateSpec(3, 2, form=form))
+    exact, rounded = (
+        encode_forward(x, W, b, gate, **flavour, save_h=dtype)[1] for dtype in (torch.float32, torch.bfloat16)
+    )
+    down = (rounded.float() < exact).int().argmax(1, keepdim=True)  # in every feature a token whose h is rounded down
+    gate = gate._replace(threshold=rounded.float().gather(1, down).squeeze(1))
+    z, h, counts, _ = encode_forward(x, W, b, gate, **flavour, save_h=torch.bfloat16)
+    apart = rational_forward(h, gate, **flavour)
+    assert torch.equal(counts, apart[1])
+    assert torch.equal(z, apart[0])
+    if form == "gated":
+        assert (counts != (exact > gate.threshold[:, None]).sum(1)).any()
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 5, 33), (33, 1, 1), (32, 16, 16), (200, 40, 150)], ids=str)

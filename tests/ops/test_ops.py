@@ -224,6 +224,18 @@ def test_auto_falls_back_to_eager_where_triton_cannot_start(monkeypatch):
     backends._kernels_start.cache_clear()
 
 
+def test_an_amd_gpu_runs_eager_pytorch_and_says_so(monkeypatch):
+    """MI300 says 9.4, which is no Hopper."""
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    monkeypatch.setattr(backends, "capability", lambda device: (9, 4))
+    monkeypatch.setattr(backends, "_kernels_start", lambda: True)
+    backends._say_once.cache_clear()
+    with pytest.warns(UserWarning, match=r"AMD GPU \(ROCm 6\.2\)"):
+        assert backends.resolve_backend("auto", torch.device("cuda"), torch.float32) == "eager"
+    with pytest.raises(ConfigError, match=r"AMD GPU.*use backend='auto'"):
+        backends.resolve_backend("triton:split", torch.device("cuda"), torch.float32)
+
+
 @pytest.mark.parametrize(("capability", "taken"), [((7, 5), "eager"), ((8, 0), "triton"), ((12, 0), "triton")])
 def test_a_gpu_without_bfloat16_in_hardware_runs_eager_pytorch(capability, taken, monkeypatch):
     monkeypatch.setattr(backends, "_kernels_start", lambda: True)
