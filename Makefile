@@ -18,7 +18,7 @@ help:
 	@echo "make bench-demo  the demo end to end, timed, into the same result"
 	@echo "make bench-gpu  the same on a CUDA device, under eight minutes; make peers adds SAELens and sparsify"
 	@echo "make experiments  gate fits against other methods; which gate and recipe beats the control"
-	@echo "make aot    compile every kernel configuration for sm_80, sm_90, sm_100; the table goes into docs/kernels.md"
+	@echo "make aot    compile every kernel configuration for sm_80, sm_90, sm_100; the table goes into docs/machine-code.md"
 	@echo "make fuzz   coverage-guided fuzzing of every file reader, ten minutes (FUZZ_SECONDS)"
 	@echo "make soak   20,000 training steps with stressed coefficients; make audit asks pip-audit about the dependencies"
 	@echo "make docs   the documentation as a site, warnings are errors -> site/"
@@ -107,7 +107,7 @@ experiments: $(INSTALLED)
 	$(BIN)/python benchmarks/bench_gates.py
 	for teacher in relu jumprelu topk; do $(BIN)/python benchmarks/gate_forms.py --teacher $$teacher || exit; done
 
-AOT := $(BIN)/python -m rsae_triton.kernels.aot --recorded tests/kernels/machine_code.json --page docs/kernels.md
+AOT := $(BIN)/python -m rsae_triton.kernels.aot --recorded tests/kernels/machine_code.json --page docs/machine-code.md
 
 aot: $(INSTALLED)
 	$(AOT)

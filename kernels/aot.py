@@ -281,7 +281,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time (default: one a core)")
     parser.add_argument("--recorded", type=Path, help="JSON with the fp32 instructions per element to compare with")
     parser.add_argument("--record", action="store_true", help="write them instead of comparing")
-    parser.add_argument("--page", type=Path, help="the page that the tables are written into (docs/kernels.md)")
+    parser.add_argument("--page", type=Path, help="the page that the tables are written into (docs/machine-code.md)")
     options = parser.parse_args()
     archs = tuple(options.arch or ARCHS)
     every = [v for arch in archs for v in representative(arch)] if options.few else variants(archs)
