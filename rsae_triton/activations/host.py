@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import hashlib
 import re
 import warnings
@@ -15,9 +14,11 @@ import torch
 from torch.nn import functional
 
 from rsae_triton.activations import layers as stream
+from rsae_triton.activations import places
 from rsae_triton.activations.centring import center_writing_weights_
 from rsae_triton.activations.loading import default_dtype, load_model, parse_dtype
 from rsae_triton.common.errors import ConfigError, ShapeError, SourceError, first_line
+from rsae_triton.common.names import EMBEDDED, EMBEDDED_ID, hub_model
 
 Library = Literal["auto", "transformer_lens", "transformers"]
 Replace = Callable[[torch.Tensor], torch.Tensor]
@@ -25,6 +26,7 @@ Replace = Callable[[torch.Tensor], torch.Tensor]
 # Layer 16 of SmolLM2's 30: behind the middle, where features are least about the token alone.
 _DEFAULT_DEPTH = 0.53
 _RESIDUAL = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
+_SERVED = ("hook_resid_pre", "hook_resid_post", "mlp.hook_in", "mlp.hook_out", "hook_mlp_out")
 
 
 class SpliceLoss(NamedTuple):
@@ -37,9 +39,9 @@ class SpliceLoss(NamedTuple):
 class HostModel:
     """A causal language model whose activations are read and replaced at named places.
 
-    Places have TransformerLens' names. blocks.L.hook_resid_pre and hook_resid_post are served by the Hugging
-    Face module with either library (the same numbers bit for bit, 8 % faster); any other name needs
-    TransformerLens, whose bridge shares every weight with the module.
+    Places have TransformerLens' names, and are known by other libraries' names too (`places`). Residual streams and
+    what goes into and comes out of MLPs are served by the Hugging Face module with either library (the same numbers bit
+    for bit, 8 % faster); any other name needs TransformerLens, whose bridge shares every weight with the module.
     """
 
     def __init__(
@@ -58,6 +60,11 @@ class HostModel:
         middle = f"blocks.{min(round(_DEFAULT_DEPTH * self.n_layers), self.n_layers - 1)}.hook_resid_pre"
         self.default_hook: str = middle  # what resolve_hook suggests, while the one asked for is looked up
         self.default_hook = self.resolve_hook(default_hook)
+
+    @property
+    def hub_id(self) -> str:
+        """The model's id on the hub as far as it is known; what files that others read call it by."""
+        return EMBEDDED_ID if self.name == EMBEDDED else hub_model(self.name)
 
     @property
     def library(self) -> str:
@@ -92,28 +99,34 @@ class HostModel:
 
     def hook_names(self) -> list[str]:
         """Every name `resolve_hook` accepts."""
-        residual = [f"blocks.{layer}.hook_resid_{side}" for layer in range(self.n_layers) for side in ("pre", "post")]
-        return residual if self.bridge is None else list(dict.fromkeys([*residual, *self.bridge.hook_dict]))
+        served = [f"blocks.{layer}.{place}" for layer in range(self.n_layers) for place in _SERVED]
+        served = [name for name in served if stream.tap(self.model, name) is not None]
+        return served if self.bridge is None else list(dict.fromkeys([*served, *self.bridge.hook_dict]))
 
     def resolve_hook(self, hook_name: str | None = None) -> str:
-        """`hook_name` itself, or the default for None. ConfigError, with near matches, when there is no such place."""
+        """TransformerLens' name of a place, from any that it is known by (`places.canonical`); the default for None.
+
+        Raises:
+            ConfigError: there is no such place; with names that are near.
+        """
         if hook_name is None:
             return self.default_hook
+        hook_name = places.canonical(hook_name)
+        if hook_name == f"blocks.{self.n_layers}.hook_resid_pre":  # what the last layer gives out, by another name
+            hook_name = f"blocks.{self.n_layers - 1}.hook_resid_post"
         names = self.hook_names()
         if hook_name in names:
             return hook_name
-        near = difflib.get_close_matches(hook_name, names, n=3)
+        hint = places.suggestion(hook_name, names, self.default_hook)
         if layer := re.match(r"blocks\.(\d+)\.", hook_name):
             if int(layer[1]) >= self.n_layers:
-                near = [f"blocks.{self.n_layers - 1}.hook_resid_post"]
                 raise ConfigError(
                     f"no hook {hook_name!r}: {self.name!r} has {self.n_layers} layers, 0 to {self.n_layers - 1}; "
-                    f"the last place is {near[0]}"
+                    f"the last place is blocks.{self.n_layers - 1}.hook_resid_post"
                 )
             if self.bridge is None:
-                near = [f"blocks.{layer[1]}.hook_resid_{side}" for side in ("pre", "post")]
-        hint = f"did you mean {' or '.join(near)}?" if near else f"try {self.default_hook}"
-        absent = " (without transformer_lens only hook_resid_pre and hook_resid_post exist)" if not self.bridge else ""
+                hint = f"did you mean {' or '.join(f'blocks.{layer[1]}.{place}' for place in _SERVED[:2])}?"
+        absent = " (without transformer_lens only residual streams and MLPs are served)" if not self.bridge else ""
         raise ConfigError(f"no hook {hook_name!r} in {self.name!r}{absent}; {hint}")
 
     def hook_width(self, hook_name: str | None = None) -> int:
@@ -134,6 +147,8 @@ class HostModel:
         depth = self._depth(name)
         if depth is not None:
             return stream.read(self.model, tokens, depth)
+        if (tap := stream.tap(self.model, name)) is not None:
+            return stream.read_many(self.model, tokens, {name: tap})[name]
         found: list[torch.Tensor] = []
 
         def take(value: torch.Tensor) -> None:
@@ -150,10 +165,13 @@ class HostModel:
             return [self.residual(tokens, hook_names[0])]
         names = [self.resolve_hook(name) for name in hook_names]
         tokens = self._check_tokens(tokens)
-        depths = [self._depth(name) for name in names]
+        taps = {name: stream.tap(self.model, name) for name in names}
         with torch.no_grad():
-            if all(depth is not None for depth in depths):
-                return stream.read_many(self.model, tokens, [depth for depth in depths if depth is not None])
+            if all(tap is not None for tap in taps.values()):
+                read = stream.read_many(
+                    self.model, tokens, {name: tap for name, tap in taps.items() if tap is not None}
+                )
+                return [read[name] for name in names]
             found: dict[str, torch.Tensor] = {}
 
             def keep(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -188,12 +206,16 @@ class HostModel:
         replacements: Mapping[str, Replace | None],
         *,
         kl: bool = False,
+        read_at: str | None = None,
     ) -> dict[str, SpliceLoss]:
         """`next_token_loss` under several replacements at once; the layers before the hook run only once.
 
-        Returns one SpliceLoss per replacement, in order. `kl` also gives KL(clean || replaced) per token.
+        Returns one SpliceLoss per replacement, in order. `kl` also gives KL(clean || replaced) per token. `read_at`:
+        another place that runs before this one; `replace` is then called with (activations here, activations there).
         """
         name = self.resolve_hook(hook_name)
+        if read_at is not None:
+            return self._splice_pair(self._check_tokens(tokens), self.resolve_hook(read_at), name, replacements, kl)
         tokens = self._check_tokens(tokens)
         if tokens.shape[1] < 2:
             raise ShapeError(f"tokens of shape {tuple(tokens.shape)} predict nothing; give at least 2 per row")
@@ -208,6 +230,43 @@ class HostModel:
             losses[key] = _token_losses(logits, tokens, clean)
         return losses
 
+    def _splice_pair(
+        self, tokens: torch.Tensor, read_at: str, name: str, replacements: Mapping[str, Any], kl: bool
+    ) -> dict[str, SpliceLoss]:
+        """`splice` of what is read at one place and written at another, in one forward pass each."""
+        clean = self.model(input_ids=tokens, use_cache=False).logits if kl else None
+        losses = {}
+        for key, replace in replacements.items():
+            if replace is None:
+                logits = self.model(input_ids=tokens, use_cache=False).logits if clean is None else clean
+            else:
+                logits = self._through_pair(tokens, read_at, name, replace)
+            losses[key] = _token_losses(logits, tokens, clean)
+        return losses
+
+    def _through_pair(self, tokens: torch.Tensor, read_at: str, name: str, replace: Callable[..., Any]) -> torch.Tensor:
+        read: list[torch.Tensor] = []
+
+        def take(value: torch.Tensor) -> torch.Tensor:
+            read.append(value.clone())
+            return value
+
+        def put(value: torch.Tensor) -> torch.Tensor:
+            if not read:
+                raise ConfigError(f"{name} is computed before {read_at} in {self.name!r}; swap the two")
+            new = replace(value.clone(), read[-1])
+            if new.shape != value.shape:
+                raise ShapeError(
+                    f"replace returned {tuple(new.shape)} for activations of {tuple(value.shape)}; keep it"
+                )
+            return new.to(value.device, value.dtype)
+
+        reading, writing = stream.tap(self.model, read_at), stream.tap(self.model, name)
+        if reading is None or writing is None:
+            return self._run_bridge(tokens, {read_at: take, name: put})
+        with reading(take), writing(put):
+            return self.model(input_ids=tokens, use_cache=False).logits
+
     def _logits(
         self, tokens: torch.Tensor, name: str, replace: Replace | None, resid: torch.Tensor | None
     ) -> torch.Tensor:
@@ -221,7 +280,10 @@ class HostModel:
 
         depth = self._depth(name)
         if depth is None:
-            return self._run_bridge(tokens, {name: checked})
+            if (tap := stream.tap(self.model, name)) is None:
+                return self._run_bridge(tokens, {name: checked})
+            with tap(checked):
+                return self.model(input_ids=tokens, use_cache=False).logits
         if resid is None:
             return stream.replaced(self.model, tokens, depth, checked)
         return stream.resumed(self.model, tokens, depth, checked(resid))
@@ -346,7 +408,7 @@ def _boot_bridge(model: Any, tokenizer: Any, name: str, library: Library) -> Any
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     try:
         return TransformerBridge.boot_transformers(
-            name,
+            hub_model(name),
             hf_model=copy.deepcopy(model, shared),
             tokenizer=tokenizer,
             device=str(next(model.parameters()).device),

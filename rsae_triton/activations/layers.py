@@ -6,13 +6,22 @@ of layer L is depth L + 1.
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 
 from rsae_triton.common.errors import SourceError
+
+Tap = Callable[[Callable[[torch.Tensor], Any]], AbstractContextManager[None]]
+"""Puts the activations at one place through a function while the context is open."""
+_MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
+_AFTER_MLP = (
+    "post_feedforward_layernorm"  # Gemma 2 and 3, OLMo 2: what the MLP gives the residual stream goes through it
+)
 
 
 class _Reached(Exception):  # noqa: N818  (a signal that ends the forward pass, not an error)
@@ -46,28 +55,28 @@ def read(model: Any, tokens: torch.Tensor, depth: int) -> torch.Tensor:
     raise RuntimeError("the forward pass ended without running the hooked layer")
 
 
-def read_many(model: Any, tokens: torch.Tensor, depths: list[int]) -> list[torch.Tensor]:
-    """The residuals [B, T, d] at several depths, in one pass that ends at the last of them."""
-    found: dict[int, torch.Tensor] = {}
+def read_many(model: Any, tokens: torch.Tensor, taps: dict[str, Tap]) -> dict[str, torch.Tensor]:
+    """The activations [B, T, d] at several places, in one pass that ends at the last of them."""
+    found: dict[str, torch.Tensor] = {}
 
-    def keep(depth: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    def keep(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
         def take(hidden: torch.Tensor) -> torch.Tensor:
             # A copy: some layers write into their input.
-            found[depth] = hidden.clone()
-            if depth == max(depths):
+            found[name] = hidden.clone()
+            if len(found) == len(taps):
                 raise _Reached
             return hidden
 
         return take
 
     with ExitStack() as stack:
-        for depth in set(depths):
-            stack.enter_context(tapped(model, depth, keep(depth)))
+        for name, tap in taps.items():
+            stack.enter_context(tap(keep(name)))
         try:
             model(input_ids=tokens, use_cache=False)
         except _Reached:
-            return [found[depth] for depth in depths]
-    raise RuntimeError("the forward pass ended without running the hooked layer")
+            return found
+    raise RuntimeError(f"the forward pass ended without running {', '.join(sorted(taps.keys() - found.keys()))}")
 
 
 def replaced(
@@ -100,6 +109,52 @@ def resumed(model: Any, tokens: torch.Tensor, depth: int, hidden: torch.Tensor) 
             del layer.forward
 
 
+def tap(model: Any, name: str) -> Tap | None:
+    """How to reach a place by TransformerLens' name in a Hugging Face model; None for one that only a bridge serves.
+
+    Served are hook_resid_pre and hook_resid_post, mlp.hook_in, mlp.hook_out and hook_mlp_out (what the MLP adds).
+    """
+    found = re.fullmatch(
+        r"blocks\.(\d+)\.(hook_resid_pre|hook_resid_post|mlp\.hook_in|mlp\.hook_out|hook_mlp_out)", name
+    )
+    layers = decoder_layers(model)
+    if not found or int(found[1]) >= len(layers):
+        return None
+    layer, place = layers[int(found[1])], found[2]
+    if place.startswith("hook_resid"):
+        return functools.partial(tapped, model, int(found[1]) + (place == "hook_resid_post"))
+    module = next((one for one in (getattr(layer, part, None) for part in _MLP) if one is not None), None)
+    if place == "hook_mlp_out":
+        module = getattr(layer, _AFTER_MLP, module)
+    return None if module is None else functools.partial(tapped_module, module, place == "mlp.hook_in")
+
+
+@contextmanager
+def tapped_module(module: torch.nn.Module, inside: bool, function: Callable[[torch.Tensor], Any]) -> Iterator[None]:
+    """Put a module's first input, or what it returns, through `function` while the context is open."""
+    handle = (
+        module.register_forward_pre_hook(functools.partial(_before, function), with_kwargs=True)
+        if inside
+        else module.register_forward_hook(functools.partial(_after, function))
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _before(
+    function: Callable[[torch.Tensor], Any], _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, Any]:
+    if args:
+        return (function(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": function(kwargs["hidden_states"])}
+
+
+def _after(function: Callable[[torch.Tensor], Any], _module: Any, _inputs: Any, output: Any) -> Any:
+    return (function(output[0]), *output[1:]) if isinstance(output, tuple) else function(output)
+
+
 def _returns_tuple(model: Any, tokens: torch.Tensor) -> bool:
     """Whether blocks return (hidden, ...) or hidden: it differs by architecture and version of transformers."""
     known = getattr(model, "_rsae_layer_returns_tuple", None)
@@ -120,21 +175,6 @@ def _returns_tuple(model: Any, tokens: torch.Tensor) -> bool:
 def tapped(model: Any, depth: int, function: Callable[[torch.Tensor], Any]) -> Iterator[None]:
     """Put the residual at `depth` through `function` while the context is open."""
     layers = decoder_layers(model)
-    if depth < len(layers):
-
-        def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-            if args:
-                return (function(args[0]), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": function(kwargs["hidden_states"])}
-
-        handle = layers[depth].register_forward_pre_hook(before, with_kwargs=True)
-    else:
-
-        def after(_module: Any, _inputs: Any, output: Any) -> Any:
-            return (function(output[0]), *output[1:]) if isinstance(output, tuple) else function(output)
-
-        handle = layers[depth - 1].register_forward_hook(after)
-    try:
+    inside = depth < len(layers)
+    with tapped_module(layers[depth if inside else depth - 1], inside, function):
         yield
-    finally:
-        handle.remove()

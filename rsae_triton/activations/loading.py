@@ -11,6 +11,7 @@ import torch
 from rsae_triton.activations.dequantise import embedded_model, gguf_model
 from rsae_triton.common.errors import ConfigError, FormatError, SourceError, first_line
 from rsae_triton.common.hub import hub_reachable
+from rsae_triton.common.names import EMBEDDED, EMBEDDED_ID, EMBEDDED_NOTE, hub_model
 
 _DTYPES = {
     "fp32": torch.float32, "float32": torch.float32,
@@ -41,7 +42,7 @@ def default_dtype(device: torch.device) -> torch.dtype:
 def find_model(name: str) -> tuple[str, bool]:
     """`(where, is_hub)`: a local folder (dequantised first where `name` is GGUF), or a hub id."""
     path = Path(os.path.expanduser(name))  # Path.expanduser raises where there is no such user
-    if name == "smollm2":
+    if name == EMBEDDED:
         return str(embedded_model()), False
     if path.suffix.lower() == ".gguf":
         return str(gguf_model(path)), False
@@ -51,7 +52,7 @@ def find_model(name: str) -> tuple[str, bool]:
         return str(path), False
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise SourceError(f"no model folder or .gguf file at {name!r}; check the path")
-    return name, True
+    return hub_model(name), True
 
 
 def load_model(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -79,9 +80,11 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any
     except Exception as error:  # OSError, ValueError, and whatever a broken file makes the parsers raise
         reason = first_line(error)
         if offline:
+            known = f" (on the hub: {where})" if where != name else ""
+            instead = f"'{EMBEDDED}'" + (f" ({EMBEDDED_NOTE})" if where == EMBEDDED_ID else "")
             raise SourceError(
-                f"no model named {name!r}: neither a path nor in the local hub cache, and the Hugging Face hub is "
-                "unreachable; check the name and the connection, or use 'smollm2'"
+                f"no model named {name!r}{known}: neither a path nor in the local hub cache, and the Hugging Face hub "
+                f"is unreachable; check the name and the connection, or use {instead}"
             ) from error
         if is_hub:
             raise SourceError(f"cannot load the model {name!r} from the hub ({reason}); check its name") from error

@@ -13,6 +13,7 @@ from rsae_triton.activations import ActivationStore
 from rsae_triton.common.checks import check_integer, parse_device
 from rsae_triton.common.errors import ConfigError, FormatError
 from rsae_triton.common.files import check_folder
+from rsae_triton.common.names import hub_model, model_metadata
 from rsae_triton.evaluation.held_out import load_sae
 from rsae_triton.ops.runtime import matmul_precision
 from rsae_triton.sae.base import SparseAutoencoder
@@ -150,9 +151,12 @@ def run_train(config: Train) -> Path:
 def _note(sae: SparseAutoencoder, store: ActivationStore) -> None:
     """What evaluation asks an SAE for: units, model and place."""
     sae.metadata[UNITS] = sae.metadata["activation_scale"] = store.scale
-    for name, key in (("model_name", "model"), ("hook_name", "hook_name")):
-        if store.manifest.get(key) is not None:
-            sae.metadata.setdefault(name, store.manifest[key])
+    said = model_metadata(str(store.manifest["model"])) if store.manifest.get("model") is not None else {}
+    if store.manifest.get("hook_name") is not None:
+        said["hook_name"] = store.manifest["hook_name"]
+    if said.get("model_name") != hub_model(str(sae.metadata.get("model_name", said.get("model_name")))):
+        said = {name: one for name, one in said.items() if not name.startswith("host")}  # the SAE names another model
+    sae.metadata.update({name: one for name, one in said.items() if name not in sae.metadata})
 
 
 def export(run: Path, out: Path) -> Path:

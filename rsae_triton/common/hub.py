@@ -9,14 +9,17 @@ import os
 import re
 import socket
 from pathlib import Path, PurePosixPath
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
 
-from rsae_triton.common.errors import FormatError, SourceError, first_line
+from rsae_triton.common.errors import ConfigError, FormatError, SourceError, first_line
 
 _TIMEOUT_S = 5
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w .=@+-]+)*")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w .,:=@+-]+)*")
+# Path("hf://a/b") has one slash less; commands hand addresses on as paths.
+_URL = re.compile(r"https?:/{1,2}([\w.:-]+)/(.+)")
 _DATA = (".json", ".safetensors", ".npz", ".pt", ".pth")
+_NEAR = (".json", "config.yaml")
 _PICKLED = (".pt", ".pth")
 
 
@@ -48,13 +51,12 @@ def local_path(source: str | Path, revision: str | None = None) -> Path:
     """A local file or folder as it is; a hub id fetched into the hub's cache.
 
     Args:
-        source: a path, or "owner/repository" with or without a folder or file in it ("owner/repository/layer_20/...").
-            What exists locally is never looked up on the hub.
+        source: a path, or what `address` reads. What exists locally is never looked up on the hub.
         revision: branch, tag or commit of a hub id.
 
     Raises:
         FormatError: neither a path nor a hub id, or a repository that holds several SAEs and no choice among them.
-        SourceError: the hub, the repository or the revision cannot be had.
+        SourceError: the hub, the repository or the revision cannot be had. ConfigError: two revisions.
     """
     if not isinstance(source, str | Path) or not str(source):
         raise FormatError(f"source is {source!r}; give a folder, a file, or a hub id such as owner/repository/folder")
@@ -64,10 +66,61 @@ def local_path(source: str | Path, revision: str | None = None) -> Path:
             return path
     except OSError as error:  # a name that no file can have
         raise FormatError(f"{name[:60]}... cannot be a path ({error.strerror}); check it") from error
-    if name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name) or ".." in name:
+    there = address(name, revision)
+    if there is None:
         raise FormatError(f"{name} does not exist; give a folder, a file, or a hub id such as owner/repository/folder")
-    owner, repository, *inside = name.split("/")
-    return _fetch(f"{owner}/{repository}", "/".join(inside), revision)
+    return _fetch(there.repo, there.inside, there.revision)
+
+
+class Address(NamedTuple):
+    """A place on the hub: repository "owner/name", the folder or file in it ("" for all), and a revision."""
+
+    repo: str
+    inside: str
+    revision: str | None
+
+    @property
+    def name(self) -> str:
+        """As people write it, without the revision."""
+        return f"{self.repo}/{self.inside}" if self.inside else self.repo
+
+
+def address(name: str, revision: str | None = None) -> Address | None:
+    """The place on the hub that a text names; None for a text that names none.
+
+    Known are "owner/repository/folder", "owner/repository@revision/folder", "hf://" before either, and addresses of
+    the hub's pages (https://huggingface.co/owner/repository/tree/main/folder); a slash at the end is no matter.
+
+    Raises:
+        FormatError: an address of another host, or of something that is no model. ConfigError: two revisions.
+    """
+    given, name = name, name.strip().split("#")[0]
+    said = None
+    if found := re.fullmatch(r"hf:/{1,2}(.+)", name):
+        name, _, query = found[1].partition("?")
+        said = next((part[9:] for part in query.split("&") if part.startswith("revision=")), None)
+        name = name.removeprefix("models/")
+    elif found := _URL.fullmatch(name.split("?")[0]):
+        hosts = {"huggingface.co", "www.huggingface.co", "hf.co"}
+        if found[1] not in hosts | {urlsplit(os.environ.get("HF_ENDPOINT", "")).netloc}:
+            raise FormatError(f"{given} is an address at {found[1]}; only those of the Hugging Face hub are read")
+        name = unquote(found[2])
+        if paged := re.fullmatch(r"([^/]+/[^/]+)/(?:tree|blob|resolve)/([^/]+)(/.*)?", name.rstrip("/")):
+            name, said = paged[1] + (paged[3] or ""), paged[2]
+    name = name.rstrip("/")
+    if name.startswith((".", "/", "~")) or ".." in name or name.startswith(("datasets/", "spaces/")):
+        if found:
+            raise FormatError(f"{given} is no address of a model on the hub; give owner/repository/folder")
+        return None
+    owner, _, rest = name.partition("/")
+    repository, _, inside = rest.partition("/")
+    repository, _, at = repository.partition("@")
+    if not _HUB_ID.fullmatch("/".join(part for part in (owner, repository, inside) if part)) or not repository:
+        return None
+    revisions = {one for one in (said, at or None, revision) if one}
+    if len(revisions) > 1:
+        raise ConfigError(f"{given} names the revision {said or at}, and revision={revision!r} was given; give one")
+    return Address(f"{owner}/{repository}", inside, next(iter(revisions), None))
 
 
 def _client(what: str) -> Any:
@@ -111,19 +164,19 @@ def _wanted(repo: str, names: list[str], inside: str) -> list[str]:
     """Of a repository's files: the one that `inside` names, or those in that folder, and the configurations near."""
     folder = PurePosixPath(inside)
     if inside in names:
-        near = [name for name in names if PurePosixPath(name).parent == folder.parent and name.endswith(".json")]
+        near = [name for name in names if PurePosixPath(name).parent == folder.parent and name.endswith(_NEAR)]
         return [*near, inside] if inside not in near else near
     here = [
         name
         for name in names
-        if PurePosixPath(name).suffix in _DATA and PurePosixPath(name).parent in (folder, folder / "checkpoints")
+        if name.endswith((*_DATA, "config.yaml")) and PurePosixPath(name).parent in (folder, folder / "checkpoints")
     ]
-    weights = [name for name in here if not name.endswith(".json")]
+    weights = [name for name in here if not name.endswith(_NEAR)]
     pickled = [name for name in here if name.endswith(_PICKLED)]
     if weights and len(pickled) <= 1:
         beside = str(folder.parent / "config.json") if inside else "config.json"
         return here + [name for name in names if name == beside and name not in here]
-    inner = sorted(name for name in names if folder in PurePosixPath(name).parents and not name.endswith(".json"))
+    inner = sorted(name for name in names if folder in PurePosixPath(name).parents and not name.endswith(_NEAR))
     choices = pickled or sorted({str(PurePosixPath(n).parent) for n in inner if PurePosixPath(n).suffix in _DATA})
     if not choices:
         raise FormatError(f"{repo} holds no weights{f' in {inside!r}' if inside else ''}; check the name")

@@ -19,9 +19,12 @@ from rsae_triton.activations import (
     load_host,
     split_three_ways,
 )
+from rsae_triton.activations.places import canonical
 from rsae_triton.common.checks import check_seed
-from rsae_triton.common.errors import ConfigError, FormatError, ShapeError
+from rsae_triton.common.errors import ConfigError, FormatError, ShapeError, SourceError
 from rsae_triton.common.files import read_json
+from rsae_triton.common.hub import local_path
+from rsae_triton.common.names import EMBEDDED, hub_model
 from rsae_triton.evaluation.downstream import Splice
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.pretrained import CONFIG_FILE
@@ -72,12 +75,18 @@ def load_sae(source: str | Path) -> SparseAutoencoder:
     Raises:
         FormatError: no SAE, or a corrupt one. SourceError: a hub id that cannot be fetched.
     """
-    config = Path(source, CONFIG_FILE)
+    folder = Path(source)
+    if not folder.exists():
+        try:
+            folder = local_path(source)  # also of the hub, where one's own are pushed to
+        except (FormatError, SourceError):
+            return load_teacher(str(source))  # which knows more names, and says what is wrong
+    config = folder / CONFIG_FILE
     architecture = read_json(config).get("architecture") if config.is_file() else None
     for kind in RATIONAL:
         if architecture == kind.architecture:
-            return kind.from_pretrained(source)
-    return load_teacher(source)
+            return kind.from_pretrained(folder)
+    return load_teacher(str(source))
 
 
 def load_saes(paths: Sequence[Path]) -> dict[str, SparseAutoencoder]:
@@ -107,7 +116,8 @@ def agreed(saes: Mapping[str, SparseAutoencoder], key: str, given: str | None) -
     if given is not None:
         return given
     said = {name: str(sae.metadata[key]) for name, sae in saes.items() if sae.metadata.get(key)}
-    if len(set(said.values())) > 1:
+    one_name = {"model_name": hub_model, "hook_name": canonical}.get(key, str)
+    if len(set(map(one_name, said.values()))) > 1:
         option = {"model_name": "--model", "hook_name": "--hook"}.get(key, key)
         what = ", ".join(f"{name}: {value}" for name, value in said.items())
         raise ConfigError(f"the SAEs are for different places ({what}); evaluate them apart, or say which by {option}")
@@ -120,7 +130,9 @@ def open_host(options: HostOptions, saes: Mapping[str, SparseAutoencoder]) -> Ho
     Raises:
         ConfigError, SourceError: as `load_host`, and SAEs that are for different places. ShapeError: another width.
     """
-    model = agreed(saes, "model_name", options.model) or "smollm2"
+    model = agreed(saes, "model_name", options.model) or EMBEDDED
+    if options.model is None:
+        model = agreed(saes, "host", None) or model
     hook = agreed(saes, "hook_name", options.hook)
     host = load_host(model, device=options.device, dtype=options.dtype, hook_name=hook)
     width = host.hook_width()

@@ -22,6 +22,7 @@ from rsae_triton.activations import HostModel, Splits, check_corpus, corpus_sha2
 from rsae_triton.common.checks import check_seed
 from rsae_triton.common.errors import ConfigError, ShapeError
 from rsae_triton.common.files import check_folder, write_text
+from rsae_triton.common.names import EMBEDDED, EMBEDDED_NOTE, model_metadata
 from rsae_triton.common.progress import LoggedProgress
 from rsae_triton.evaluation import compare
 from rsae_triton.evaluation.compare import splice_of
@@ -209,7 +210,7 @@ def check(demo: Demo) -> None:
 def place(demo: Demo, teacher: SparseAutoencoder | None) -> tuple[str, str | None]:
     """Model and hook: what the command line names, else what a saved teacher says, else the default (hook None)."""
     said = {} if teacher is None else teacher.metadata
-    return demo.model or said.get("model_name") or "smollm2", demo.hook or said.get("hook_name")
+    return demo.model or said.get("host") or said.get("model_name") or EMBEDDED, demo.hook or said.get("hook_name")
 
 
 def check_width(teacher: SparseAutoencoder | None, host: HostModel, source: str) -> None:
@@ -256,6 +257,7 @@ def facts(demo: Demo, host: HostModel, splits: Splits, corpus: str, stages: Stag
     return {
         "command": "rsae " + shlex.join(sys.argv[1:]),
         "model": host.name,
+        **({"model_is": EMBEDDED_NOTE} if host.name == EMBEDDED else {}),
         "library": host.library,
         "hook": manifest["hook_name"],
         "teacher": demo.teacher,
@@ -282,7 +284,7 @@ def save(out: Path, saes: dict[str, SparseAutoencoder], scale: float, metrics: d
         own = copy.deepcopy(saes[name]).fold_activation_scale_(scale)
         meta = metrics["meta"]
         own.metadata.update(
-            model_name=meta["model"], hook_name=meta["hook"], activation_scale=scale, split_seed=meta["seed"]
+            model_metadata(meta["model"]), hook_name=meta["hook"], activation_scale=scale, split_seed=meta["seed"]
         )
         own.save_pretrained(out / name, metrics=metrics)
     text = json.dumps(metrics, indent=2)

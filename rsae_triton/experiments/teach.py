@@ -17,6 +17,7 @@ from rsae_triton.activations import Splits, cache_dir, check_corpus, extract_spl
 from rsae_triton.common.checks import check_number, check_seed
 from rsae_triton.common.errors import ConfigError, FormatError, SourceError
 from rsae_triton.common.files import check_folder, write_text
+from rsae_triton.common.names import model_metadata
 from rsae_triton.evaluation import reconstruction
 from rsae_triton.ops.runtime import matmul_precision
 from rsae_triton.sae.base import SparseAutoencoder
@@ -163,7 +164,7 @@ def teach(config: Teach) -> Path:
     score = reconstruction(teacher, splits.validation.tensor().to(host.device))
     Console().print(f"mse {score.mse:.2f}  fvu {score.fvu:.3f}  l0 {score.l0:.1f}  alive {score.alive_fraction:.3f}")
     teacher.fold_activation_scale_(splits.train.scale)
-    teacher.metadata.update(model_name=host.name, hook_name=splits.train.manifest["hook_name"])
+    teacher.metadata.update(model_metadata(host.name), hook_name=splits.train.manifest["hook_name"])
     return teacher.save_pretrained(config.out)
 
 

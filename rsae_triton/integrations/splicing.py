@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rsae_triton.activations.layers import decoder_layers, tapped
+from rsae_triton.activations.layers import decoder_layers, tap, tapped
+from rsae_triton.activations.places import canonical, other_names, suggestion
 from rsae_triton.common.checks import check_number
 from rsae_triton.common.errors import ConfigError, ShapeError
 from rsae_triton.sae.base import SparseAutoencoder, check_sae
@@ -42,9 +43,9 @@ def splice(
     Args:
         model: a TransformerLens model, or a Hugging Face model.
         sae: in the units of the model's activations.
-        hook_name: TransformerLens' name of the place; what the SAE's metadata says when None. In a Hugging Face model
-            blocks.L.hook_resid_pre and hook_resid_post are known, or the path of a module whose output is replaced,
-            such as "model.layers.5.mlp". Attention heads [batch, token, head, d_head] are flattened for the SAE.
+        hook_name: the place, by any of its names (`rsae_triton.activations.places`); what the SAE's metadata says when
+            None. In a Hugging Face model those of residual streams and MLPs are known, or the path of a module whose
+            output is replaced. Attention heads [batch, token, head, d_head] are flattened for the SAE.
         use_error_term: add what the SAE did not reconstruct, without its gradient: the model's output is
             unchanged, and gradients go through the code.
         norm_limit: activations with a larger norm are left as they are (attention sinks such as BOS are a
@@ -114,7 +115,12 @@ def hook_points(model: Any) -> dict[str, Any]:
 def _lens(model: Any, place: str, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
     points = hook_points(model)
     if place not in points:
-        raise ConfigError(f"the model has no hook {place!r}; see model.hook_dict for its {len(points)} places")
+        place = next((one for one in other_names(place) if one in points), place)
+    if place not in points:
+        raise ConfigError(
+            f"the model has no hook {place!r}; {suggestion(place, list(points), 'a name of model.hook_dict')} "
+            f"(model.hook_dict has {len(points)})"
+        )
     point = points[place]
     before = list(point.fwd_hooks)
     # Permanent for TransformerLens, so that a run_with_hooks in the body does not take it off; taken off here.
@@ -131,7 +137,11 @@ def _lens(model: Any, place: str, replace: Callable[[Tensor], Tensor]) -> Iterat
 
 @contextmanager
 def _huggingface(model: Any, place: str, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    place = canonical(place)
     residual = _RESIDUAL.fullmatch(place)
+    if residual and residual[2] == "pre" and int(residual[1]) == len(decoder_layers(model)):
+        place = f"blocks.{int(residual[1]) - 1}.hook_resid_post"
+        residual = _RESIDUAL.fullmatch(place)
     if residual:
         layers = len(decoder_layers(model))
         if int(residual[1]) >= layers:
@@ -139,12 +149,17 @@ def _huggingface(model: Any, place: str, replace: Callable[[Tensor], Tensor]) ->
         with tapped(model, int(residual[1]) + (residual[2] == "post"), replace):
             yield
         return
+    if (reach := tap(model, place)) is not None:
+        with reach(replace):
+            yield
+        return
     try:
         module = model.get_submodule(place)
     except AttributeError as error:
+        names = [name for name, _ in model.named_modules()]
         raise ConfigError(
-            f"the model has neither a module {place!r} nor is that blocks.L.hook_resid_pre or hook_resid_post; the "
-            "names of its modules are in model.named_modules()"
+            f"the model has neither a module {place!r} nor is that a place of a residual stream or an MLP, such as "
+            f"blocks.0.hook_resid_post; {suggestion(place, names, 'a name of model.named_modules()')}"
         ) from error
 
     def after(_module: Any, _inputs: Any, output: Any) -> Any:

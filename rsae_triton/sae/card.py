@@ -65,6 +65,8 @@ def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any] | None = No
     facts += [("normalisation of activations", config["normalize_activations"])]
     if (metadata.get("stage1") or {}).get("summary"):
         facts += [("stage 1", metadata["stage1"]["summary"])]
+    if metadata.get("host_note"):
+        facts += [("the model's weights", metadata["host_note"])]
     if metadata.get("loaded_from"):
         facts += [("made from", json.dumps(metadata["loaded_from"]))]
     loader = f"from rsae_triton import {loads or 'load_teacher'}"

@@ -63,6 +63,7 @@ class RationalGate(Precise):
 
     numerator_scale: Tensor
     denominator_scale: Tensor
+    output_scale: Tensor
     activity_threshold: Tensor
     group_of: Tensor | None
 
@@ -138,7 +139,11 @@ class RationalGate(Precise):
             raise NumericsError(f"input_scale must be positive; got a smallest value of {float(scale_in.min()):g}")
         # C_in is trained through its logarithm: it stays positive, and a step is a relative change.
         self.log_input_scale = nn.Parameter(scale_in.log())
-        self.output_scale = nn.Parameter(tensor("output_scale", output_scale, (groups,), (1,), (d_sae,)))
+        scale_out = tensor("output_scale", output_scale, (groups,), (1,), (d_sae,))
+        if form == "gated":  # takes no part: as a parameter it would have no gradient, which DDP refuses
+            self.register_buffer("output_scale", scale_out)
+        else:
+            self.output_scale = nn.Parameter(scale_out)
         self.threshold = nn.Parameter(tensor("threshold", threshold, (d_sae,)))
         self.register_buffer("activity_threshold", tensor("activity_threshold", activity_threshold, (1,), (d_sae,)))
         self._check_thresholds()
@@ -289,7 +294,7 @@ class RationalGate(Precise):
                 f"scale has shape {tuple(scale.shape)}; give a positive, finite number for each of {self.d_sae}"
             )
 
-        def replaced(old: nn.Parameter, values: Tensor) -> nn.Parameter:
+        def replaced(old: Tensor, values: Tensor) -> nn.Parameter:
             return nn.Parameter(values, requires_grad=old.requires_grad)
 
         self.threshold.mul_(scale)

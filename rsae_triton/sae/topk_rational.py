@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from rsae_triton.common.checks import check_flag
 from rsae_triton.common.errors import ConfigError
 from rsae_triton.ops.reference import Encoded, rational_gate
 from rsae_triton.sae.gate import RationalGate
@@ -17,12 +18,14 @@ class TopKRationalSAE(FusedRationalSAE):
     """z = h * r((h - tau) / C_in) where h > tau, tau halfway between a token's k-th and (k+1)-th pre-activation.
 
     With tau supplied, a TopK gate is a JumpReLU (design of arXiv:2606.14990, section 3.1), so that one rational fits
-    all tokens. tau is never below 0 and carries no gradient; tokens whose k-th and (k+1)-th pre-activations are equal
-    keep fewer than k. It sorts, in plain PyTorch; `FusedRationalSAE` with thresholds per feature (`upgrade`'s default,
-    calibrated to fire as often as the teacher) needs no sort and runs in the fused kernels.
+    all tokens. tau is never below 0 (unless relu=False) and carries no gradient; tokens whose k-th and (k+1)-th
+    pre-activations are equal keep fewer than k. It sorts, in plain PyTorch; `FusedRationalSAE` with thresholds per
+    feature (`upgrade`'s default, calibrated to fire as often as the teacher) needs no sort and runs in the fused
+    kernels.
 
     Args:
         d_in, d_sae, gate, ...: as for `FusedRationalSAE`; the gate must be gated. k: active features per token.
+        relu: False keeps a token's k largest also where they are negative, as a `TopKSAE` with relu=False does.
 
     Raises:
         ConfigError: a direct gate, or a k that is not from 1 to d_sae.
@@ -31,7 +34,7 @@ class TopKRationalSAE(FusedRationalSAE):
     architecture: ClassVar[str] = "rational_topk"
     compares_features: ClassVar[bool] = True
 
-    def __init__(self, d_in: int, d_sae: int, *, k: int, gate: RationalGate, **options: Any) -> None:
+    def __init__(self, d_in: int, d_sae: int, *, k: int, gate: RationalGate, relu: bool = True, **options: Any) -> None:
         super().__init__(d_in, d_sae, gate=gate, **options)
         if gate.form != "gated":
             raise ConfigError("thresholds that are supplied token by token need form='gated'")
@@ -39,7 +42,13 @@ class TopKRationalSAE(FusedRationalSAE):
             raise ConfigError(f"k is {k!r}; give an integer from 1 to d_sae={d_sae}")
         if self.refinement is not None:
             raise ConfigError("rounds take thresholds per feature; use upgrade(..., thresholds='feature')")
-        self.k = k
+        check_flag("relu", relu)
+        self.k, self.relu = k, relu
+        # Replaced by tau, token by token: as a parameter it would have no gradient, which DDP refuses.
+        if isinstance(self.gate.threshold, nn.Parameter):
+            unused = self.gate.threshold.detach()
+            del self.gate.threshold
+            self.gate.register_buffer("threshold", unused)
 
     def encode_with_sums(self, x: Tensor, *, hard: bool = True) -> Encoded:
         """As `FusedRationalSAE.encode_with_sums`, with this batch's thresholds."""
@@ -51,11 +60,12 @@ class TopKRationalSAE(FusedRationalSAE):
         return Encoded(z.to(h.dtype).reshape(*x.shape[:-1], self.d_sae), active.sum(0), z.abs().sum(0))
 
     def token_thresholds(self, h: Tensor) -> Tensor:
-        """tau [n_tokens, 1] >= 0 of pre-activations h [n_tokens, d_sae]."""
+        """tau [n_tokens, 1] (>= 0 with relu) of pre-activations h [n_tokens, d_sae]."""
         if self.k == self.d_sae:
-            return h.new_zeros(len(h), 1)
+            return h.new_zeros(len(h), 1) if self.relu else h.new_full((len(h), 1), torch.finfo(h.dtype).min / 2)
         largest = h.topk(self.k + 1, dim=1).values
-        return largest[:, -2:].mean(1, keepdim=True).clamp_min(0)
+        between = largest[:, -2:].mean(1, keepdim=True)
+        return between.clamp_min(0) if self.relu else between
 
     def autoencode(self, x: Tensor, **options: Any) -> Any:
         """Not for thresholds that a token's whole row decides (ConfigError); train with memory="saved"."""
@@ -75,11 +85,12 @@ class TopKRationalSAE(FusedRationalSAE):
         self.gate.scale_features_(scale)
 
     def config(self) -> dict[str, Any]:
-        return {**super().config(), "k": self.k}
+        return {**super().config(), "k": self.k, **({} if self.relu else {"relu": False})}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> TopKRationalSAE:
-        return cls(gate=RationalGate.from_config(config), k=config["k"], **cls.common_arguments(config))
+        relu = config.get("relu", True)
+        return cls(gate=RationalGate.from_config(config), k=config["k"], relu=relu, **cls.common_arguments(config))
 
 
 RATIONAL: tuple[type[FusedRationalSAE], ...] = (FusedRationalSAE, TopKRationalSAE)

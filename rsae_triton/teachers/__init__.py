@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from rsae_triton.common.checks import check_integer, check_number
 from rsae_triton.common.errors import ConfigError, FormatError, ResourceError, RsaeError, first_line
 from rsae_triton.common.hub import local_path
+from rsae_triton.common.names import hub_model
 from rsae_triton.sae.architectures import JumpReluSAE, ReluSAE, TopKSAE, keep_largest
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.batch_topk import BatchTopKSAE
@@ -17,8 +21,10 @@ from rsae_triton.teachers import (
     gemma_scope,
     goodfire,
     llama_scope,
+    objects,
     openai,
     qwen_scope,
+    registry,
     saelens,
     sparsify,
 )
@@ -51,9 +57,11 @@ FORMATS: dict[str, ModuleType] = {
 
 
 def load_teacher(
-    source: str | Path,
+    source: Any = None,
     format: str = "auto",
     *,
+    release: str | None = None,
+    sae_id: str | None = None,
     revision: str | None = None,
     k: int | None = None,
     activation_scale: float | None = None,
@@ -61,9 +69,12 @@ def load_teacher(
     """Loads a ReLU, JumpReLU or TopK SAE that any of the field's libraries has saved.
 
     Args:
-        source: a folder or file, or a hub id: "owner/repository", with the SAE's folder or file in it where the
-            repository holds several ("google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71").
+        source: a folder or file; a hub id: "owner/repository", with the SAE's folder or file in it where the
+            repository holds several ("google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71"), also as an
+            address (https://huggingface.co/..., hf://owner/repository@revision/folder); "release/sae_id" of SAELens'
+            registry, where SAELens is installed; or an SAE that SAELens holds in memory.
         format: "auto", or a name of `FORMATS`.
+        release, sae_id: of SAELens' registry, in place of source.
         revision: branch, tag or commit of a hub id.
         k: active features per token, where the files do not say (Qwen Scope outside its repository).
         activation_scale: what the activations were multiplied by in training, where the files do not say.
@@ -75,7 +86,8 @@ def load_teacher(
 
     Raises:
         FormatError: no known format, corrupt or foreign files, or a setting whose code would not be reproduced
-            exactly. SourceError: a hub id that cannot be fetched. ConfigError: an unknown format name.
+            exactly. SourceError: a hub id that cannot be fetched. ConfigError: an unknown format name, a release
+            that SAELens' registry does not have, or an argument that nothing was done with.
         NumericsError: weights that are not finite.
     """
     if format not in ("auto", *FORMATS):
@@ -84,10 +96,19 @@ def load_teacher(
         check_integer("k", k, 1)
     if activation_scale is not None:
         check_number("activation_scale", activation_scale, above=0)
+    entry = _entry(source, release, sae_id)
+    if entry is None and objects.is_saelens(source):
+        teacher = objects.read(source, activation_scale)
+        _check_used(teacher, "the object", k, None if format == "auto" else format, revision, activation_scale)
+        return teacher
+    if entry is not None:
+        source = entry.source
     files = Files(local_path(source, revision), str(source), k, activation_scale)
+    if entry is not None:
+        files = replace(files, registry_scale=entry.scale, overrides=entry.overrides)
     reader = _recognise(files) if format == "auto" else FORMATS[format]
     try:
-        teacher: SparseAutoencoder = reader.read(files)
+        teacher = reader.read(files)
     except RsaeError:
         raise
     except MemoryError as error:
@@ -96,12 +117,52 @@ def load_teacher(
         # A reader asks a file for what its format has; what a stranger has put there instead can be anything.
         reason = first_line(error)
         raise FormatError(f"{source} does not hold what {reader.NAME} files hold ({reason}); fetch it again") from error
+    if entry is not None:
+        teacher.metadata["loaded_from"].update(release=entry.release, sae_id=entry.sae_id)
+        teacher.metadata.setdefault("model_name", hub_model(entry.model))
+    _check_used(teacher, str(source), k, None, None, activation_scale)
     if teacher.metadata.get("transcoder"):
         warnings.warn(
             f"{source} is a transcoder: what it decodes are activations at another place than those it encodes",
             stacklevel=2,
         )
     return teacher
+
+
+def _entry(source: Any, release: str | None, sae_id: str | None) -> registry.Entry | None:
+    """The registry's entry that is asked for; None where something else is named."""
+    if (release is None) != (sae_id is None) or (source is None) == (release is None):
+        raise ConfigError("name an SAE by source, or by release= and sae_id= together")
+    if release is not None and sae_id is not None:
+        return registry.entry(release, sae_id)
+    if not isinstance(source, str | Path) or not str(source) or os.path.exists(source):
+        return None
+    return registry.find(str(source))
+
+
+def _check_used(
+    teacher: SparseAutoencoder,
+    name: str,
+    k: int | None,
+    format: str | None,
+    revision: str | None,
+    activation_scale: float | None,
+) -> None:
+    """Refuses what was given and had no part in the teacher: it says that somebody expects another one."""
+    if format is not None or revision is not None:
+        raise ConfigError(f"format and revision are for files; {name} is in memory")
+    if k is not None and not isinstance(teacher, TopKSAE):
+        raise ConfigError(
+            f"k={k} is for TopK SAEs; {name} is of the architecture {teacher.architecture!r}: leave it out"
+        )
+    if k is not None and isinstance(teacher, TopKSAE) and teacher.k != k:
+        raise ConfigError(f"{name} says k={teacher.k}, and k={k} was given; leave it out")
+    folded = " ".join(teacher.metadata.get("loaded_from", {}).get("folded", []))
+    if activation_scale is not None and activation_scale != 1 and "activations *" not in folded:
+        raise ConfigError(
+            f"activation_scale={activation_scale:g} was given, but nothing in {name} says that its activations were "
+            "scaled in training; leave it out, or use fold_activation_scale_ on what is loaded"
+        )
 
 
 def _recognise(files: Files) -> ModuleType:

@@ -9,6 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from rsae_triton.common.archives import read_torch
 from rsae_triton.common.errors import FormatError
 from rsae_triton.common.files import read_json
@@ -31,10 +34,24 @@ def read(files: Files) -> SparseAutoencoder:
     kind = trainer.get("dict_class") if isinstance(trainer, dict) else None
     if kind not in _CLASSES:
         raise FormatError(f"{config_path} names dict_class={kind!r}; known are {', '.join(_CLASSES)}")
-    parts = _CLASSES[kind](read_torch(path), path)
     assert isinstance(trainer, dict)
+    tensors = read_torch(path)
+    if kind == "AutoEncoderTopK" and "k" not in tensors:
+        # Before December 2024 the class held k as a number; the library takes it from config.json, as we do.
+        tensors["k"] = _k(trainer, files, config_path)
+    parts = _CLASSES[kind](tensors, path)
     parts.metadata = _provenance(trainer, kind)
     return parts.build(files, NAME)
+
+
+def _k(trainer: dict[str, Any], files: Files, config_path: Path) -> Tensor:
+    said = trainer.get("k")
+    if said is not None and files.k is not None and said != files.k:
+        raise FormatError(f"{config_path} says k={said!r}, and k={files.k} was given; leave it out")
+    k = files.k if said is None else said
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise FormatError(f"{config_path} gives k={k!r}, and ae.pt holds none; pass k=, the active features per token")
+    return torch.tensor(k)
 
 
 def _provenance(trainer: dict[str, Any], kind: str) -> dict[str, Any]:

@@ -64,8 +64,8 @@ def _build(
 
 def _provenance(files: Files) -> dict[str, Any]:
     """From names such as google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71."""
-    repo = re.search(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att|transcoders)", files.name)
-    layer = layer_of(files.name, r"layer_(\d+)")
+    repo = re.search(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att|transcoders)", files.named)
+    layer = layer_of(files.named, r"layer_(\d+)")
     if repo is None:
         return {"layer": layer}
     size, tuned, site = repo.groups()

@@ -5,12 +5,13 @@ Rule of its model cards: z = relu(encoder_linear(x)), x_hat = decoder_linear(z);
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from rsae_triton.common.archives import read_torch
 from rsae_triton.common.errors import FormatError
 from rsae_triton.sae.base import SparseAutoencoder
-from rsae_triton.teachers.parts import Files, Parts, layer_of, require
+from rsae_triton.teachers.parts import Files, Parts, require
 
 NAME = "goodfire"
 LOOKS_FOR = "a .pt or .pth file with encoder_linear.weight and decoder_linear.weight"
@@ -39,8 +40,13 @@ def read(files: Files) -> SparseAutoencoder:
 
 
 def _provenance(files: Files) -> dict[str, Any]:
-    layer = layer_of(files.name, r"-SAE-l(\d+)")
+    """From what the caller named, else from the file's own name; never from the folder that a cache put it in."""
+    file = files.torch_file()
+    found = re.search(r"([\w.-]+)-SAE-l(\d+)", files.named) or re.search(
+        r"([\w.-]+)-SAE-l(\d+)", file.name if file else ""
+    )
+    layer = int(found[2]) if found else None
     return {
-        "model_name": f"meta-llama/{files.path.name.split('-SAE-')[0]}" if layer is not None else None,
+        "model_name": f"meta-llama/{found[1]}" if found else None,
         "hook_name": None if layer is None else f"blocks.{layer}.hook_resid_post",
     }

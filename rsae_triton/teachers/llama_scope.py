@@ -63,7 +63,7 @@ def read(files: Files) -> SparseAutoencoder:
         # Checkpoints of the first release name this field; the library has since dropped it, and with it the bias.
         apply_b_dec_to_input=bool(config.get("apply_decoder_bias_to_pre_encoder", False)),
         metadata={
-            "model_name": "meta-llama/Llama-3.1-8B" if "Llama3_1-8B" in files.name else None,
+            "model_name": "meta-llama/Llama-3.1-8B" if "Llama3_1-8B" in files.named else None,
             "hook_name": None if transcoder else inside,
             "transcoder": transcoder or None,
         },
@@ -123,11 +123,12 @@ def _normalization(
         )
     norms = norms or dict(config.get("dataset_average_activation_norm") or {})
     inside, outside = (hook if hook in norms else end for hook, end in zip(hooks, ("in", "out"), strict=True))
-    scale = files.activation_scale
+    own = None
     if inside in norms:
         if abs(norms.get(outside, norms[inside]) - norms[inside]) > 1e-3 * abs(norms[inside]):
             raise FormatError(f"{files.name} scales its input and output by different norms: it is a transcoder")
-        scale = parts.d_in**0.5 / norms[inside] if norms[inside] > 0 else float("nan")
+        own = parts.d_in**0.5 / norms[inside] if norms[inside] > 0 else float("nan")
+    scale = files.scale(own)
     if scale is None:
         raise FormatError(
             f"{files.name} was trained on activations scaled dataset-wise, and no average norm is in its files; "

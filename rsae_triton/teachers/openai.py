@@ -18,6 +18,7 @@ from rsae_triton.teachers.parts import Files, Parts, require
 NAME = "openai"
 LOOKS_FOR = "a .pt file with pre_bias, encoder.weight, latent_bias, decoder.weight"
 _STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
+_ACTIVATION = ("activation", "activation_state_dict", "activation.k", "activation.postact_fn")
 _HOOKS = {
     "resid_post_mlp": "hook_resid_post",
     "resid_post_attn": "hook_resid_mid",
@@ -38,9 +39,15 @@ def read(files: Files) -> SparseAutoencoder:
         raise FormatError(f"{files.name} is not one .pt file; OpenAI's autoencoders are one file each, name it")
     tensors = read_torch(path)
     names = ("pre_bias", "encoder.weight", "latent_bias", "decoder.weight")
-    w = require(tensors, path, *names, optional=(*_STATISTICS, "activation", "activation_state_dict"))
+    w = require(tensors, path, *names, optional=(*_STATISTICS, *_ACTIVATION))
     activation = tensors.get("activation", "ReLU")
-    state: Any = tensors.get("activation_state_dict") or {}
+    # The released files keep the activation's state apart; the class's own state_dict spreads it ("activation.k").
+    state: Any = {
+        name: tensors[f"activation.{name}"] for name in ("k", "postact_fn") if f"activation.{name}" in tensors
+    }
+    for name, value in dict(tensors.get("activation_state_dict") or {}).items():
+        if state.setdefault(name, value) != value:
+            raise FormatError(f"{path} says twice what {name} is, and not the same: {state[name]!r} and {value!r}")
     parts = Parts(w["encoder.weight"].t(), w["decoder.weight"].t(), w["latent_bias"], w["pre_bias"])
     if activation == "TopK":
         after = state.get("postact_fn", "ReLU")
@@ -57,8 +64,8 @@ def read(files: Files) -> SparseAutoencoder:
 
 def _provenance(files: Files) -> dict[str, Any]:
     """From paths such as gpt2-small/resid_post_mlp_v5_32k/autoencoders/8.pt."""
-    place = re.search(rf"({'|'.join(_HOOKS)})\w*/autoencoders/(\d+)\.pt", files.name.replace("\\", "/"))
+    place = re.search(rf"({'|'.join(_HOOKS)})\w*/autoencoders/(\d+)\.pt", files.named.replace("\\", "/"))
     return {
-        "model_name": "gpt2" if "gpt2-small" in files.name else None,
+        "model_name": "gpt2" if "gpt2-small" in files.named else None,
         "hook_name": f"blocks.{place[2]}.{_HOOKS[place[1]]}" if place else None,
     }

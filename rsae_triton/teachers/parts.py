@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from rsae_triton.common.archives import read_torch
 from rsae_triton.common.checks import check_finite
 from rsae_triton.common.errors import ConfigError, FormatError
+from rsae_triton.common.hub import address
 from rsae_triton.sae.architectures import JumpReluSAE, ReluSAE, TopKSAE
 from rsae_triton.sae.base import SparseAutoencoder
 
@@ -23,12 +25,29 @@ class Files:
 
     path: a local folder or file. name: what the caller asked for; hub ids and folders carry model and layer.
     k: active features per token. activation_scale: what activations were multiplied by in training.
+    registry_scale, overrides: the same factor, and settings in place of the file's, as SAELens' registry has them.
     """
 
     path: Path
     name: str
     k: int | None = None
     activation_scale: float | None = None
+    registry_scale: float | None = None
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def named(self) -> str:
+        """What model and place are read from: a hub id, or the whole local path; never the folder of a cache."""
+        if not Path(self.name).exists():
+            there = address(self.name)
+            return self.name if there is None else there.name
+        whole = os.path.abspath(self.path)
+        cached = re.search(r"models--([^/]+?)--([^/]+)/snapshots/[^/]+/?(.*)", whole)
+        return "/".join(part for part in cached.groups() if part) if cached else whole
+
+    def scale(self, own: float | None) -> float | None:
+        """The factor on the activations: what the caller gave, else the file's `own`, else the registry's."""
+        return next((one for one in (self.activation_scale, own, self.registry_scale) if one is not None), None)
 
     @property
     def folder(self) -> Path:

@@ -30,7 +30,7 @@ def read(files: Files) -> SparseAutoencoder:
     if path is None:
         raise FormatError(f"{files.name} is not one layerN.sae.pt; name the layer's file")
     w = require(read_torch(path), path, *_NAMES)
-    k = files.k if files.k is not None else layer_of(files.name, r"-L0_(\d+)")
+    k = files.k if files.k is not None else layer_of(files.named, r"-L0_(\d+)")
     if k is None:
         raise FormatError(
             f"{path} does not say how many features are active; pass k= (the L0 of the repository's name)"
@@ -49,8 +49,8 @@ def read(files: Files) -> SparseAutoencoder:
 
 
 def _provenance(files: Files) -> dict[str, Any]:
-    model = re.search(r"SAE-Res-(.+)-W\d+K-L0_\d+", files.name)
-    layer = layer_of(files.name, r"layer(\d+)\.sae\.pt")
+    model = re.search(r"SAE-Res-(.+)-W\d+K-L0_\d+", files.named)
+    layer = layer_of(files.named, r"layer(\d+)\.sae\.pt")
     return {
         "model_name": f"Qwen/{model[1]}" if model else None,
         "hook_name": None if layer is None else f"blocks.{layer}.hook_resid_post",

@@ -35,9 +35,13 @@ def recognises(files: Files) -> bool:
 
 def read(files: Files) -> SparseAutoencoder:
     """A teacher from a SAELens folder; see docs/formats.md for what is folded and what is refused."""
-    path = files.folder / WEIGHTS_FILE
-    found, tensors = read_pair(files.folder)
-    config = settings(found, files)
+    config, tensors = read_pair(files.folder)
+    return build({**config, **files.overrides}, tensors, files)
+
+
+def build(config: dict[str, Any], tensors: dict[str, Any], files: Files) -> SparseAutoencoder:
+    """A teacher from a configuration and tensors, of a folder or of an SAE in memory."""
+    config, path = settings(config, files), files.folder / WEIGHTS_FILE
     dtype = parse_dtype(config.get("dtype", "float32"))
     architecture = config["architecture"]
 
@@ -127,11 +131,10 @@ def _finetuning(parts: Parts, config: dict[str, Any], tensors: dict[str, Tensor]
 def _normalization(parts: Parts, config: dict[str, Any], files: Files) -> None:
     mode = config.get("normalize_activations")
     mode = {None: "none", False: "none", True: "expected_average_only_in"}.get(mode, mode)
-    scale = files.activation_scale
     if mode in MODES:
         parts.normalize_activations = mode
     elif mode == "constant_scalar_rescale":
-        factor = config.get("activation_normalization_factor", scale)
+        factor = files.scale(config.get("activation_normalization_factor"))
         if factor is None:
             raise FormatError(
                 f"{files.name} multiplies activations by a constant that its {CONFIG_FILE} does not give "
@@ -140,8 +143,7 @@ def _normalization(parts: Parts, config: dict[str, Any], files: Files) -> None:
         parts.fold_input_scale(float(factor), mode)
     elif mode == "expected_average_only_in":
         scaler = files.folder / "activation_scaler.json"
-        if scale is None and scaler.is_file():
-            scale = read_json(scaler).get("scaling_factor")
+        scale = files.scale(read_json(scaler).get("scaling_factor") if scaler.is_file() else None)
         if scale is None:
             raise FormatError(
                 f"{files.name} was trained on activations scaled to a mean norm of sqrt(d_in) and the factor is not in "

@@ -7,6 +7,7 @@ this format wrongly: it transposes W_dec and takes b_dec to be subtracted only w
 from __future__ import annotations
 
 import re
+from pathlib import PurePosixPath
 from typing import Any
 
 from rsae_triton.common.checks import shown
@@ -70,7 +71,8 @@ def _provenance(files: Files) -> dict[str, Any]:
     """Model and place: the folder's name is the hookpoint, the run's config.json lies beside the folders."""
     run = files.folder.parent / "config.json"
     model = read_json(run).get("model") if run.is_file() else None
-    hookpoint = files.folder.name
+    named = PurePosixPath(files.named)
+    hookpoint = (named if files.path.is_dir() else named.parent).name
     place = re.fullmatch(r"(?:layers|h)\.(\d+)(\.mlp|\.attention|\.attn)?", hookpoint)
     name = None
     if place:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rsae_triton.activations.places import same_place
 from rsae_triton.common.checks import check_data, check_finite, check_integer, check_number, check_seed, shown
 from rsae_triton.common.errors import ConfigError, NumericsError
 from rsae_triton.ops.encode import resolve_backend
@@ -122,10 +123,10 @@ def upgrade(
         raise ConfigError(f"width is {width}; the direct form has no ramp: leave it at 'auto', or use form='gated'")
     pair = parse_degree(degree)
     read, named = getattr(activations, "manifest", {}).get("hook_name"), teacher.metadata.get("hook_name")
-    if read and named and read != named:
+    if read and named and not same_place(read, named):
         warnings.warn(
-            f"the activations were read at {read}, the teacher says that it reads {named}; unless these are two names "
-            "of one place, extract them there",
+            f"the activations were read at {read}, the teacher says that it reads {named}; extract them there, unless "
+            "you know better",
             stacklevel=2,
         )
     resolve_backend(backend, teacher.W_enc.device, teacher.W_enc.dtype)
@@ -145,13 +146,20 @@ def upgrade(
     if not 1 <= groups <= teacher.d_sae:
         raise ConfigError(f"coefficients is {groups} groups; there are {teacher.d_sae} features to put into them")
     kind = direct if form == "direct" else functools.partial(gated, width=factor)
+    negative = int((z < 0).sum())
+    if negative and thresholds == "feature":
+        warnings.warn(
+            f"{negative / max(1, int((z != 0).sum())):.0%} of the teacher's codes are negative, and a feature that "
+            "opens above a threshold of its own drops those; thresholds='token' keeps them",
+            stacklevel=2,
+        )
     seen = Sample(x, h, z, teacher_thresholds(teacher, h, z))
     grouping = Grouping(groups, None if groups in (1, teacher.d_sae) else strength_groups(h, z, groups))
     gate, facts = kind(teacher, seen, pair, grouping, tolerance)
     options: dict[str, Any] = {}
     if thresholds == "token" and isinstance(teacher, TopKSAE):
         # Whatever is below tau is replaced, not added: a slope there would pull at features that cannot all open.
-        gate.backward, options = "soft", {"k": teacher.k}
+        gate.backward, options = "soft", {"k": teacher.k, "relu": teacher.relu}
     rsae = (TopKRationalSAE if options else FusedRationalSAE)(
         teacher.d_in,
         teacher.d_sae,
