@@ -117,8 +117,7 @@ def tap(model: Any, name: str) -> Tap | None:
     found = re.fullmatch(
         r"blocks\.(\d+)\.(hook_resid_pre|hook_resid_post|mlp\.hook_in|mlp\.hook_out|hook_mlp_out)", name
     )
-    layers = decoder_layers(model)
-    if not found or int(found[1]) >= len(layers):
+    if not found or int(found[1]) >= len(layers := decoder_layers(model)):
         return None
     layer, place = layers[int(found[1])], found[2]
     if place.startswith("hook_resid"):

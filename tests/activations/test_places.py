@@ -15,7 +15,8 @@ from rsae_triton.teachers import ReluSAE
 SMALL = ReluSAE(32, 8)
 TOKENS = torch.arange(1, 13).reshape(2, 6)
 SAME = ("blocks.1.hook_resid_post", "blocks.1.hook_out", "blocks.2.hook_in", "blocks.2.hook_resid_pre",
-        "model.layers.1", "model.layers.1.output", "model.layers.2.input", "layers.1", "layer 1", "Layer_1", "blocks.1")  # fmt: skip
+        "model.layers.1", "model.layers.1.output", "model.layers.2.input", "layers.1",
+        "layer 1", "Layer_1", "blocks.1")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
