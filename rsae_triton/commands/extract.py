@@ -45,7 +45,7 @@ class Extract:
     max_documents: int = 100_000
     """Rows of a hub dataset to read at most."""
     seed: int = 0
-    """Of the split and the order of the text."""
+    """Seed of the split and of the order of the text."""
     root: Path | None = None
     """Folder for the stores; in the cache when not given."""
     device: str | None = None

@@ -63,13 +63,13 @@ class Plan:
     device: Literal["A100", "H100", "H200"] = "H100"
     """What the ceilings are of."""
     degree: str = "3,2"
-    """Of the rational, as p,q."""
+    """Degree of the rational, as p,q."""
     per_feature: bool = False
     """Every feature has its own coefficients; otherwise all share them."""
     form: Literal["gated", "direct"] = "gated"
-    """Of the gate."""
+    """Form of the gate."""
     precision: Literal["bf16", "float32"] = "bf16"
-    """Of the matrix products; weights and optimiser are float32 either way."""
+    """Precision of the matrix products; weights and optimiser are float32 either way."""
     rows: int = 12
     """Rows of the table: the fastest that fit."""
 

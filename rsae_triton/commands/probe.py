@@ -51,7 +51,7 @@ class Probe(HostOptions):
     context: int = 64
     """Tokens of a window, BOS included."""
     seed: int = 0
-    """Of the windows, the splits and the resampling."""
+    """Seed of the windows, the splits and the resampling."""
     out: Path | None = None
     """Write everything here as JSON."""
 

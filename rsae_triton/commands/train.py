@@ -24,7 +24,7 @@ from rsae_triton.upgrading.stage_one import parse_coefficients, parse_degree
 from rsae_triton.upgrading.stage_one import upgrade as stage_1
 
 UNITS = "trained_at_scale"
-"""In the metadata of an SAE under training: what the store multiplies activations by."""
+"""Key in the metadata of an SAE under training: the factor that the store multiplies activations by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +44,13 @@ class Upgrade:
     degree: str = "auto"
     """Degree of the rational, as p,q."""
     form: Literal["auto", "gated", "direct"] = "auto"
-    """Of the gate: gated (auto), a smooth step with zeros by thresholds; direct, the paper's."""
+    """Form of the gate. gated (auto): a smooth step, with zeros below thresholds. direct: the paper's."""
     coefficients: str = "shared"
     """shared, per_feature, or a number of groups by strength."""
     thresholds: Literal["feature", "token"] = "feature"
-    """Of a TopK teacher: feature (fixed ones, no sort) or token (exact, by a sort)."""
+    """Thresholds of a TopK teacher. feature: fixed ones, no sort. token: exact, by a sort."""
     width: str = "auto"
-    """Of the gated form's ramp, in units of 2 % of the activations' mean norm, or auto."""
+    """Width of the gated form's ramp, in units of 2 % of the activations' mean norm, or auto."""
 
 
 @dataclass(frozen=True, kw_only=True)

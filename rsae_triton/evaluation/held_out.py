@@ -43,7 +43,7 @@ class HostOptions:
     device: str | None = None
     """cpu or cuda; CUDA where there is one when not given."""
     dtype: str | None = None
-    """Of the host model, such as float32; bfloat16 where the hardware multiplies it when not given."""
+    """Dtype of the host model, such as float32. Default: bfloat16 where the hardware multiplies it, else float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class TextOptions(HostOptions):
     tokens: int = 10_000
     """Held-out tokens."""
     seed: int | None = None
-    """Of the split; what the SAE says it was trained with when not given, else 0."""
+    """Seed of the split of the text. Default: the one the SAE says it was trained with, else 0."""
     whole_text: bool = False
     """Use all of the text, not only its test part: for an SAE that was trained on something else."""
 

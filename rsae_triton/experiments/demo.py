@@ -81,9 +81,9 @@ class Demo:
     sequences: int = 48
     """Held-out sequences of 128 tokens to splice into for delta_ce."""
     seed: int = 0
-    """Of the split, the teacher's start and the order of batches."""
+    """Seed of the split of the text, the teacher's initial weights and the order of batches."""
     device: str | None = None
-    """cpu or cuda; CUDA where there is one when not given."""
+    """cpu or cuda. Default: CUDA where there is one."""
     quick: bool = False
     """A smaller run for tests: few tokens, features and steps; its numbers mean little."""
     figure: Path | None = None

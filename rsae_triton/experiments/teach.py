@@ -124,7 +124,7 @@ class Teach:
     k: int = 32
     """Active features per token (topk, batchtopk)."""
     weight: float | None = None
-    """Of the sparsity term, in units of the activations' norm (relu, jumprelu); the recipe's when not given."""
+    """Weight of the sparsity term, in units of the activations' norm (relu, jumprelu). Default: the recipe's."""
     penalty: Literal["l0", "tanh"] = "l0"
     """What a jumprelu teacher is penalised by."""
     tokens: int = 200_000
@@ -134,9 +134,9 @@ class Teach:
     batch_size: int = 512
     """Tokens per step."""
     seed: int = 0
-    """Of the teacher's start and the order of batches."""
+    """Seed of the teacher's initial weights and the order of batches."""
     device: str | None = None
-    """cpu or cuda; CUDA where there is one when not given."""
+    """cpu or cuda. Default: CUDA where there is one."""
 
     def plan(self) -> TeacherPlan:
         return TeacherPlan(

@@ -53,7 +53,7 @@ class TrainSettings:
     optimizer: Literal["adam", "adamw"] = "adam"
     """adamw decays the weights of the encoder and the decoder by `weight_decay`."""
     weight_decay: float = 0.01
-    """Of adamw."""
+    """Weight decay of adamw; adam has none."""
     lr: float = LR
     """Learning rate, warmed up linearly and brought to zero linearly at the end."""
     warmup: int | None = None
@@ -74,7 +74,7 @@ class TrainSettings:
     memory: Literal["auto", "saved", "chunked", "streamed"] = "auto"
     """How a step is cut: not at all, over tokens, over features, or the first of these that fits into memory."""
     seed: int = 0
-    """Of the order of the batches; nothing else is random."""
+    """Seed of the order of the batches; nothing else is random."""
     deterministic: bool = False
     """Only algorithms that give the same bits every time; slower on a GPU."""
     dead_after: int = 10_000
