@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from rsae_triton.common.checks import check_integer, check_number, check_tensor
 from rsae_triton.common.errors import ConfigError, ShapeError
-from rsae_triton.ops import pieces, support
+from rsae_triton.ops import backends, pieces, support, support_triton
 from rsae_triton.ops.across import Across
 from rsae_triton.ops.encode import GATE_SCHEMA, check_inputs, product_dtype, settings, unpack
 from rsae_triton.ops.reference import GateSpec, GateTensors
@@ -37,7 +37,7 @@ class Autoencoded(NamedTuple):
         mse: mean over tokens of ||x - x_hat||^2. l1: mean over tokens of sum_f |z_f| ||W_dec_f||.
         l0: mean number of active features. counts: [d_sae], on how many tokens each feature is active.
         x_hat: [..., d_in] in x's dtype. entries: how many places of [n_tokens, d_sae] the support has; -1 where the
-            dense way ran.
+            dense way ran. A tensor of the GPU where the sparse way ran there.
     """
 
     total: Tensor
@@ -89,7 +89,9 @@ def rational_autoencode(
         exact: of the sparse way: its product in full precision throughout. Otherwise a CPU with bfloat16 in hardware
             may look for the support with that, and make h again where it is; the same again to rounding.
         most_entries: of the sparse way: where the support is larger, the step is made densely; a quarter of
-            [n_tokens, d_sae] when None. Not with `across`, where all processes must go one way.
+            [n_tokens, d_sae] when None. Not with `across`, where all processes must go one way. On a GPU (backend
+            "triton") nobody waits to see: the entries have room for so many (`support_triton.capacity_for` when None),
+            and where there are more, `entries` says so and x_hat, the loss and its gradients are NaN.
         apply_b_dec_to_input: whether b_dec is subtracted from x before encoding.
         target: [..., d_in], what x_hat is compared with; x when None. residual_scale: [...] or [..., 1], what
             multiplies each token's target - x_hat. Both are constants; an SAE that normalises its input needs them
@@ -124,9 +126,12 @@ def rational_autoencode(
         )
     if most_entries is not None:
         check_integer("most_entries", most_entries, 0, 2**63 - 1)
-    elif across is None:
+    on_gpu = memory == "sparse" and backends.resolve_backend(backend, x.device, dtype).startswith("triton")
+    if most_entries is None and on_gpu:
+        most_entries = support_triton.capacity_for(len(rows), W_enc.shape[1])
+    elif most_entries is None and across is None:
         most_entries = max(rows.shape[0] * W_enc.shape[1] // 4, 1024)
-    most = -1 if most_entries is None or across is not None else most_entries
+    most = -1 if most_entries is None or (across is not None and not on_gpu) else most_entries
     sizes = [0 if one is None else one for one in (chunk_tokens, chunk_features)]
     if target is not None:
         check_tensor("target", target, x.device)
@@ -180,6 +185,10 @@ def run(
     elements where not wanted). x [n_tokens, d_in]; chunks of 0 mean all at once; dtype is that of the products; most
     below 0 means any number."""
     weights = (x, W_enc, b_enc, W_dec, b_dec, gate, spec, l1_weight, l0_weight)
+    triton = sparse and backends.resolve_backend(backend, x.device, dtype).startswith("triton")
+    if triton and support_triton.can_run(spec, wanted):
+        room = None if most < 0 else most
+        return support_triton.run(*weights, subtract, target, scale, dtype, wanted, across=across, capacity=room)
     if sparse:
         found = support.run(
             *weights,

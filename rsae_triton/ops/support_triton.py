@@ -1,8 +1,9 @@
 """`support.run` on a GPU: a library product without its bias, then Triton kernels that work on the support's entries.
 
 How many entries there are stays on the GPU. The lists have a fixed capacity, so nothing waits, no shape depends on a
-value, and the step can be captured in a CUDA graph. Where there are more entries than the capacity the numbers are of
-no use: the caller compares the size that is returned when it looks at numbers anyway, and runs the dense step instead.
+value, and the step can be captured in a CUDA graph. Where there are more entries than the capacity the loss and its
+gradients are NaN: the caller compares the size that is returned when it looks at numbers anyway, and makes the step
+densely instead.
 """
 
 from __future__ import annotations
@@ -70,7 +71,10 @@ def run(
     z = device.entry_gate_forward(entries, gate, h, **flags)  # h's memory holds the codes from here on
     rows = device.list_rows(h, marks, room)
     del h
-    bias = b_dec if across is None or across.first else torch.zeros_like(b_dec)
+    size = entries.offsets[-1]
+    # NaN where entries were left out, which would be wrong without a word: x_hat, and so the loss and its gradients.
+    bias = torch.where(size > room, torch.nan, b_dec if across is None or across.first else 0.0)
+    bias = bias.expand(b_dec.shape).to(b_dec.dtype)
     x_hat = device.support_decode(rows, W_d, bias)
     if across is not None:
         x_hat = across.sum(x_hat)
@@ -90,7 +94,7 @@ def run(
     sums = device.feature_sums(entries, z, dh, dt, g_p, x_c)
     l1 = torch.dot(sums.l1, norms) * mean
     total = mse + l1_weight * l1 + l0_weight * l0
-    outcome = (total, mse, l1, l0, counts, x_hat.to(x.dtype), entries.offsets[-1])
+    outcome = (total, mse, l1, l0, counts, x_hat.to(x.dtype), size)
     return *outcome, *_gradients(
         (x, W_enc, b_enc, W_dec, b_dec, *gate[:6]), wanted, sums, g, norms, l1_weight * unit, mean / unit, subtract,
         across,

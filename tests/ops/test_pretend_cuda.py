@@ -63,6 +63,28 @@ def test_a_step_computes_what_the_cpu_does_and_never_waits(chunks, backend, acti
                 torch.testing.assert_close(one.grad.cpu(), other.grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
+def test_a_sparse_step_computes_what_the_cpu_does_and_never_waits(activations):
+    def step(sae, x, memory):
+        for name in ("alpha", "beta", "centre", "log_input_scale"):
+            getattr(sae.gate, name).requires_grad_(False)
+        found = sae.autoencode(x, l1_weight=0.1, l0_weight=0.1, memory=memory, most_entries=32 * 24)
+        found.total.backward()
+        return found
+
+    x, here = activations[:32], rational()
+    expected = step(here, x, "dense")
+    with pretend() as cuda:
+        there = rational().to(GPU)
+        found = step(there, x.to(GPU), "sparse")
+        assert cuda.waits == []
+        assert {"support_mark_kernel", "feature_sums_kernel"} <= set(cuda.launches)
+        assert 0 < int(found.entries) < 32 * 24
+        torch.testing.assert_close(found.total.cpu(), expected.total)
+        for (name, one), other in zip(there.named_parameters(), here.parameters(), strict=True):
+            if other.grad is not None:
+                torch.testing.assert_close(one.grad.cpu(), other.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
 @pytest.mark.parametrize("options", [{}, {"form": "direct"}, {"coefficients": 4}, {"thresholds": "token"}], ids=str)
 @pytest.mark.parametrize("name", TEACHERS)
 def test_an_upgrade_stays_on_the_gpu(name, options, activations, cuda):
