@@ -9,7 +9,6 @@ source, model, text, out = sys.argv[1:]
 rsae = rt.FusedRationalSAE.from_pretrained(source)
 host = rt.load_host(model, hook_name=rsae.metadata["hook_name"])
 store = extract(host, load_corpus(text), n_tokens=10_000)
-x = store.tensor().float() / store.scale  # in the model's units, as the saved SAE
-jumprelu, loss = rsae.to_jumprelu(x)
+jumprelu, loss = rsae.to_jumprelu(store)
 jumprelu.save_pretrained(out)  # any tool that reads SAELens' JumpReLU reads this
 print(loss.summary)

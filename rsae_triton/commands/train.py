@@ -13,18 +13,13 @@ from rsae_triton.activations import ActivationStore
 from rsae_triton.common.checks import check_integer, parse_device
 from rsae_triton.common.errors import ConfigError, FormatError
 from rsae_triton.common.files import check_folder
-from rsae_triton.common.names import hub_model, model_metadata
 from rsae_triton.evaluation.held_out import load_sae
 from rsae_triton.ops.runtime import matmul_precision
-from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.training.checkpoints import Checkpoints
 from rsae_triton.training.loop import train
 from rsae_triton.training.settings import TrainSettings
 from rsae_triton.upgrading.stage_one import parse_coefficients, parse_degree
 from rsae_triton.upgrading.stage_one import upgrade as stage_1
-
-UNITS = "trained_at_scale"
-"""Key in the metadata of an SAE under training: the factor that the store multiplies activations by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +99,8 @@ def run_upgrade(config: Upgrade) -> Path:
     parse_coefficients(config.coefficients)
     check_folder(config.out)
     store = ActivationStore(config.activations)
-    teacher = load_sae(config.teacher).fold_activation_scale_(1 / store.scale)
     rsae = stage_1(
-        teacher,
+        load_sae(config.teacher),
         store,
         degree=config.degree,
         form=config.form,
@@ -116,7 +110,7 @@ def run_upgrade(config: Upgrade) -> Path:
     )
     stage1 = rsae.metadata["stage1"]
     print(f"{stage1['summary']}; rsae train holds l0 at {stage1['train_l0']:.2f}")
-    return rsae.fold_activation_scale_(store.scale).save_pretrained(config.out)
+    return rsae.save_pretrained(config.out)
 
 
 @matmul_precision("high")
@@ -136,8 +130,7 @@ def run_train(config: Train) -> Path:
     with mesh_of(config.features_over, device) as mesh:
         share = mesh.data if mesh is not None and config.split_shards else None
         store = ActivationStore(config.activations, shards=share)
-        sae = load_sae(config.sae).fold_activation_scale_(1 / store.scale)
-        _note(sae, store)
+        sae = load_sae(config.sae)
         own = sae if mesh is None else mesh.shard(sae)
         own.to(device if mesh is None else mesh.device)
         log = train(own, store, settings, mesh=mesh)
@@ -146,17 +139,6 @@ def run_train(config: Train) -> Path:
     if log.mse:
         print(f"mse {log.mse[-1]:.2f}  l0 {log.l0[-1]:.1f}  dead {log.dead[-1]}  {log.seconds:.0f} s")
     return export(config.out, config.out / "sae")
-
-
-def _note(sae: SparseAutoencoder, store: ActivationStore) -> None:
-    """What evaluation asks an SAE for: units, model and place."""
-    sae.metadata[UNITS] = sae.metadata["activation_scale"] = store.scale
-    said = model_metadata(str(store.manifest["model"])) if store.manifest.get("model") is not None else {}
-    if store.manifest.get("hook_name") is not None:
-        said["hook_name"] = store.manifest["hook_name"]
-    if said.get("model_name") != hub_model(str(sae.metadata.get("model_name", said.get("model_name")))):
-        said = {name: one for name, one in said.items() if not name.startswith("host")}  # the SAE names another model
-    sae.metadata.update({name: one for name, one in said.items() if name not in sae.metadata})
 
 
 def export(run: Path, out: Path) -> Path:
@@ -170,6 +152,4 @@ def export(run: Path, out: Path) -> Path:
     folders = [run] if run.name.startswith("step-") else [path for path, _ in Checkpoints(run).newest_first()]
     if not folders:
         raise FormatError(f"{run} holds no checkpoint; name the --out of a run, or one of its checkpoints")
-    sae = read_sae(folders[0])
-    scale = sae.metadata.pop(UNITS, 1.0)
-    return sae.fold_activation_scale_(scale).save_pretrained(out)
+    return read_sae(folders[0]).save_pretrained(out)

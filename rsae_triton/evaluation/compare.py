@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import combinations
 from typing import Any
@@ -16,11 +17,12 @@ from rsae_triton.evaluation.downstream import Splice, Spliced, downstream, splic
 from rsae_triton.evaluation.paired import mean_interval
 from rsae_triton.evaluation.reconstruction import Codec, Measured, Thresholded, at_l0, measure
 from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.sae.units import check_place, check_same_units, reading, warn_of_units
 
 
 def compare(
     saes: Mapping[str, SparseAutoencoder],
-    x: Tensor,
+    x: Tensor | ActivationStore,
     *,
     l0: float | None = None,
     measured: Mapping[str, Measured] | None = None,
@@ -35,7 +37,9 @@ def compare(
     """Scores each SAE, and under "matched_l0" each at the l0 of the first one (or at `l0`).
 
     Args:
-        saes: by name; the first sets the matched l0 (the teacher). x: held-out activations [n_tokens, d_in].
+        saes: by name; the first sets the matched l0 (the teacher).
+        x: held-out activations: an `ActivationStore` (whose contexts are then taken too), or [n_tokens, d_in] in
+            the units that all of `saes` read.
         measured: what `measure` gave for each of the SAEs on x; measured here when None.
         contexts: int [n_tokens], the context each row of x was read in (`ActivationStore.contexts`), for paired
             intervals of mse; without it there are none, for the tokens of one context are not independent.
@@ -53,11 +57,28 @@ def compare(
         raise ConfigError(f"measured is a {type(measured).__name__}; give a dictionary of what measure returned")
     if measured is not None and set(measured) != set(saes):
         raise ConfigError(f"measured is of {', '.join(measured) or 'nothing'}, not of {', '.join(saes)}")
+    if isinstance(x, ActivationStore):
+        given: dict[str, Any] = {"l0": l0, "measured": measured, "host": host, "tokens": tokens, "counted": counted}
+        with ExitStack() as stack:
+            for name, sae in saes.items():
+                check_place(sae, x, name)
+                stack.enter_context(reading(sae, x))
+            if contexts is None and x.manifest["documents_file"] is not None:
+                contexts = x.contexts
+            given["contexts"] = contexts
+            if host is not None:
+                given |= {"splice": splice or splice_of(x), "mean": x.mean if mean is None else mean}
+            return compare(saes, x.tensor().to(next(iter(saes.values())).W_dec.device), progress=progress, **given)
     if not isinstance(contexts, Tensor | None):
         raise ShapeError(f"contexts is a {type(contexts).__name__}; give a torch.Tensor")
     if contexts is not None and len(contexts) != len(x):
         raise ShapeError(f"contexts has {len(contexts)} entries for {len(x)} activations; give one each")
-    measured = {name: measure(sae, x) for name, sae in saes.items()} if measured is None else measured
+    if measured is None:
+        check_same_units(saes)
+        measured = {name: measure(sae, x) for name, sae in saes.items()}
+    for name, found in measured.items():
+        if found.scores.fvu > 1:
+            warn_of_units(saes[name], x, name)
     target = next(iter(measured.values())).scores.l0 if l0 is None else l0
     matched: dict[str, Thresholded] = {name: at_l0(sae, x, target) for name, sae in saes.items()}
     # A code that was not thresholded is the shipped one: measuring and splicing it twice would tell nothing.
@@ -108,7 +129,8 @@ def evaluate(
     """Scores one SAE on a store of held-out text and its host model.
 
     Args:
-        sae: any SAE of the package, in the store's units. host: a `HostModel`, or None for reconstruction only.
+        sae: any SAE of the package; scores are in the store's units.
+        host: a `HostModel`, or None for reconstruction only.
         activations: a store of text no training has seen. n_sequences: how many of its contexts to splice into.
 
     Returns:
@@ -127,10 +149,8 @@ def evaluate(
             "host": host,
             "tokens": sequences.tokens[:n_sequences],
             "counted": sequences.counted[:n_sequences],
-            "splice": splice_of(activations),
-            "mean": activations.mean,
         }
-    return compare({"sae": sae}, activations.tensor(), **options)["sae"]
+    return compare({"sae": sae}, activations, **options)["sae"]
 
 
 def splice_of(activations: ActivationStore) -> Splice:

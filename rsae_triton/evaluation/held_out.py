@@ -176,7 +176,7 @@ def open_held_out(options: TextOptions, saes: Mapping[str, SparseAutoencoder], h
     first = next(iter(saes.values())).metadata
     scale = float(first.get("activation_scale") or store.scale)
     for sae in saes.values():
-        sae.to(host.device).fold_activation_scale_(1 / scale)
+        sae.to(host.device).to_units_(scale)
     ratio = scale / store.scale
     splice = Splice(store.manifest["hook_name"], scale, store.manifest["norm_limit"])
     return HeldOut((store.tensor() * ratio).to(host.device), store, splice, store.mean * ratio)

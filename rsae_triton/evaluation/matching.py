@@ -13,6 +13,7 @@ from rsae_triton.common.checks import check_integer
 from rsae_triton.common.errors import ConfigError, ShapeError
 from rsae_triton.evaluation.reconstruction import CHUNK, check_activations
 from rsae_triton.sae.base import SparseAutoencoder, check_sae
+from rsae_triton.sae.units import check_place, check_same_units, reading
 
 KEPT = 0.9
 # Co-moments of this many pairs of features are held at once (float64); more pairs take more passes over the text.
@@ -92,7 +93,7 @@ class Matching:
 def match_features(
     teacher: SparseAutoencoder,
     sae: SparseAutoencoder,
-    x: Tensor,
+    x: Tensor | Any,
     *,
     pairs: int = _PAIRS,
     progress: Callable[[int], None] | None = None,
@@ -103,7 +104,8 @@ def match_features(
     memory is 8 * pairs bytes whatever the number of tokens; SAEs with more pairs take several passes.
 
     Args:
-        teacher, sae: of one d_in, in the units of x. x: held-out activations [n_tokens, d_in].
+        teacher, sae: of one d_in. x: held-out activations, an `ActivationStore` or [n_tokens, d_in] in the units that
+            both read.
         pairs: see above. progress: called with the number of tokens done (`passes` tells how often all are).
 
     Raises:
@@ -115,6 +117,12 @@ def match_features(
     check_integer("pairs", pairs, 0)
     if teacher.d_in != sae.d_in:
         raise ShapeError(f"the SAEs have d_in={teacher.d_in} and {sae.d_in}; only SAEs of one place can be matched")
+    if not isinstance(x, Tensor) and hasattr(x, "tensor"):
+        check_place(teacher, x, "the teacher")
+        check_place(sae, x)
+        with reading(teacher, x), reading(sae, x):
+            return match_features(teacher, sae, x.tensor(), pairs=pairs, progress=progress)
+    check_same_units({"the teacher": teacher, "the SAE": sae})
     x = check_activations(sae, x)
     if len(x) < 2:
         raise ConfigError(f"{len(x)} token gives no correlation; give at least 2, better 10000")

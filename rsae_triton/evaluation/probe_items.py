@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -20,6 +21,7 @@ from rsae_triton.common.errors import ConfigError, NumericsError
 from rsae_triton.common.files import write_atomically
 from rsae_triton.evaluation.probe_tasks import Task
 from rsae_triton.evaluation.reconstruction import Codec
+from rsae_triton.sae.units import reading
 
 # A window is looked for in this many characters per token: enough for all but text that is mostly spaces.
 _CHARS_PER_TOKEN = 8
@@ -174,12 +176,15 @@ class Rows:
 
 @torch.no_grad()
 def representations(saes: Mapping[str, Codec], rows: Rows) -> dict[str, np.ndarray[Any, Any]]:
-    """The items' mean codes under each SAE (in the host's units), and under "raw" their mean residuals."""
+    """The items' mean codes under each SAE, and under "raw" their mean residuals."""
 
     def codes(sae: Codec) -> Callable[[Tensor], Tensor]:
         return lambda x: sae.encode(x.to(device=sae.W_dec.device, dtype=sae.W_dec.dtype))
 
-    return {**{name: rows.means(codes(sae)) for name, sae in saes.items()}, "raw": rows.means(lambda x: x)}
+    with ExitStack() as stack:
+        for sae in saes.values():
+            stack.enter_context(reading(sae, 1.0))
+        return {**{name: rows.means(codes(sae)) for name, sae in saes.items()}, "raw": rows.means(lambda x: x)}
 
 
 def read_rows(items: Items, host: HostModel, *, batch: int = 16, progress: Callable[[int], None] | None = None) -> Rows:

@@ -226,7 +226,7 @@ def make_teacher(
 ) -> tuple[SparseAutoencoder, TrainLog | None]:
     """The loaded teacher in the store's units, or one trained here, or the same trained in an earlier run."""
     if loaded is not None:
-        return loaded.to(x.device).fold_activation_scale_(1 / splits.train.scale), None
+        return loaded.to(x.device).to_units_(splits.train.scale), None
     plan = TeacherPlan(demo.teacher, demo.d_sae, steps=demo.teacher_steps, batch_size=demo.batch_size, seed=demo.seed)
     return train_or_load(plan, splits, x)
 
@@ -281,7 +281,7 @@ def save(out: Path, saes: dict[str, SparseAutoencoder], scale: float, metrics: d
     """Writes rsae/, teacher/ and control/ in the model's own units, and metrics.json."""
     out.mkdir(parents=True, exist_ok=True)
     for name in ("rsae", "teacher", "control"):
-        own = copy.deepcopy(saes[name]).fold_activation_scale_(scale)
+        own = copy.deepcopy(saes[name])
         meta = metrics["meta"]
         own.metadata.update(
             model_metadata(meta["model"]), hook_name=meta["hook"], activation_scale=scale, split_seed=meta["seed"]

@@ -256,7 +256,7 @@ def run_cell(cell: Cell, host: HostModel, splits: Splits) -> dict[str, Any]:
     plan = cell.plan()
     if plan is None:
         teacher = saved_teacher("--teachers", cell.teacher).to(host.device)
-        teacher.fold_activation_scale_(1 / splits.train.scale)
+        teacher.to_units_(splits.train.scale)
     else:
         teacher, _ = make_teacher(plan, splits, x, label=f"{cell.label} teacher")
     init = upgrade(teacher, x)

@@ -79,7 +79,9 @@ def make_teacher(plan: TeacherPlan, splits: Splits, x: Tensor, label: str = "") 
     folder = cache_dir() / "teachers" / f"{plan.family}-{key}"
     log_path = folder / "log.json"
     if log_path.is_file():  # written last: what it lies in is complete
-        return FAMILIES[plan.family].from_pretrained(folder, x.device), TrainLog(**json.loads(log_path.read_text()))
+        teacher = FAMILIES[plan.family].from_pretrained(folder, x.device)
+        teacher.units = splits.train.scale
+        return teacher, TrainLog(**json.loads(log_path.read_text()))
     teacher = plan.untrained(x.shape[1]).to(x.device)
     with torch.no_grad():
         teacher.b_dec.copy_(splits.train.mean)
@@ -95,8 +97,9 @@ def make_teacher(plan: TeacherPlan, splits: Splits, x: Tensor, label: str = "") 
         label=label or f"  {plan.family} teacher",
     )
     teacher.metadata["objective"] = {name: value for name, value in asdict(plan).items() if name != "d_sae"}
-    teacher.save_pretrained(folder)
+    teacher.save_pretrained(folder)  # before its units are known: in the cache weights stay as they were trained
     write_text(log_path, json.dumps(log.as_dict()))
+    teacher.units = splits.train.scale
     return teacher, log
 
 
@@ -163,7 +166,6 @@ def teach(config: Teach) -> Path:
     teacher, _ = make_teacher(plan, splits, splits.train.tensor().to(host.device))
     score = reconstruction(teacher, splits.validation.tensor().to(host.device))
     Console().print(f"mse {score.mse:.2f}  fvu {score.fvu:.3f}  l0 {score.l0:.1f}  alive {score.alive_fraction:.3f}")
-    teacher.fold_activation_scale_(splits.train.scale)
     teacher.metadata.update(model_metadata(host.name), hook_name=splits.train.manifest["hook_name"])
     return teacher.save_pretrained(config.out)
 

@@ -74,7 +74,8 @@ class SAEBenchSAE(nn.Module):
             raise ConfigError(
                 f"SAEBench decodes codes without their tokens, which an SAE with {sae.normalize_activations} cannot"
             )
-        self.sae = copy.deepcopy(sae).fold_decoder_norm_()
+        own = copy.deepcopy(sae)
+        self.sae = (own if own.units is None else own.to_units_(1.0)).fold_decoder_norm_()
         self.device, self.dtype = sae.W_enc.device, sae.W_enc.dtype
         self.cfg = SAEBenchConfig(
             model_name,

@@ -9,6 +9,7 @@ Everything of SAELens that takes an SAE then takes a rational one: `HookedSAETra
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -218,13 +219,15 @@ class RationalTrainingSAE(_Rational, TrainingSAE):
 
 
 def to_saelens(sae: FusedRationalSAE) -> RationalSAE:
-    """The same SAE as a SAELens `SAE`, with copied weights: folding one does not touch the other.
+    """The same SAE as a SAELens `SAE` of the model's own activations, with weights of its own.
 
     Raises:
         ConfigError: a subclass that computes something else, such as `TopKRationalSAE`.
     """
     if sae.architecture != ARCHITECTURE:
         raise ConfigError(f"SAELens knows the architecture {ARCHITECTURE!r}, not {sae.architecture!r}")
+    if sae.units not in (None, 1.0):
+        sae = copy.deepcopy(sae).to_units_(1.0)
     made = RationalSAE(RationalSAEConfig.from_dict({**sae.config(), "device": "meta"}))
     made.load_state_dict({name: one.detach().clone() for name, one in sae.state_dict().items()}, assign=True)
     return made.to(device=str(sae.W_enc.device), dtype=sae.W_enc.dtype)

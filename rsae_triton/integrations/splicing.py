@@ -42,7 +42,7 @@ def splice(
 
     Args:
         model: a TransformerLens model, or a Hugging Face model.
-        sae: in the units of the model's activations.
+        sae: any SAE of the package; one that reads other units than the model's own (`sae.units`) is given these.
         hook_name: the place, by any of its names (`rsae_triton.activations.places`); what the SAE's metadata says when
             None. In a Hugging Face model those of residual streams and MLPs are known, or the path of a module whose
             output is replaced. Attention heads [batch, token, head, d_head] are flattened for the SAE.
@@ -89,7 +89,8 @@ def replacement(
         if x.shape[-1] != sae.d_in:
             raise ShapeError(f"activations there have shape {tuple(heads)}, but the SAE has d_in={sae.d_in}")
         own = x.to(device=sae.W_dec.device, dtype=sae.W_dec.dtype)
-        new = sae(own)
+        units = sae.units
+        new = sae(own) if units in (None, 1.0) else sae(own * units) / units
         if use_error_term:
             with torch.no_grad():
                 error = own - new

@@ -31,6 +31,7 @@ from rsae_triton.sae.like_teacher import ramp_width, sample, teacher_thresholds
 from rsae_triton.sae.rational import FusedRationalSAE
 from rsae_triton.sae.rounds import EPSILON, STARTS, check_rounds
 from rsae_triton.sae.topk_rational import TopKRationalSAE
+from rsae_triton.sae.units import check_place, in_store_units, reading
 
 SEARCHED = 2048
 """Tokens that a, b and eta are searched on: three numbers need no more."""
@@ -71,6 +72,7 @@ class AddedRounds:
         )
 
 
+@in_store_units
 @torch.no_grad()
 def with_rounds(
     sae: SparseAutoencoder,
@@ -88,7 +90,7 @@ def with_rounds(
     Args:
         sae: a teacher of any family, or a gated Rational SAE.
         rounds: in all; 1 takes them away.
-        activations: [n, d_in] in the SAE's units, or an `ActivationStore`; best text that the SAE has not been
+        activations: an `ActivationStore`, or [n, d_in] in the SAE's units; best text that the SAE has not been
             trained on, on which l0 is what it will be elsewhere.
         target_l0: mean number of active features; that of `sae` on these activations when None.
         n_tokens: how many activations to look at. seed: of the sample.
@@ -150,9 +152,11 @@ def hold_l0(sae: FusedRationalSAE, activations: Tensor | Any, target_l0: float, 
     if not isinstance(sae, FusedRationalSAE) or isinstance(sae, TopKRationalSAE) or sae.gate.form != "gated":
         raise ConfigError("l0 is held by thresholds per feature; give a gated FusedRationalSAE")
     check_number("target_l0", target_l0, above=0, most=sae.d_sae)
-    x = sample(activations, sae, n_tokens, 0)
-    _hold_rounds(sae, sae.rounds, x, target_l0)
-    l0 = _l0(sae.encode(x))
+    check_place(sae, activations)
+    with reading(sae, activations):
+        x = sample(activations, sae, n_tokens, 0)
+        _hold_rounds(sae, sae.rounds, x, target_l0)
+        l0 = _l0(sae.encode(x))
     if abs(l0 / target_l0 - 1) > 0.02:
         warnings.warn(f"l0 is {l0:.2f}, not {target_l0:.2f}: thresholds of 0 are reached", stacklevel=2)
     return l0

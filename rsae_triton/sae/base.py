@@ -24,6 +24,7 @@ from rsae_triton.common.errors import ConfigError, NumericsError, ResourceError,
 from rsae_triton.ops.encode import product_like
 from rsae_triton.sae.normalization import MODES, Affine, normalize
 from rsae_triton.sae.pretrained import Pretrained
+from rsae_triton.sae.units import UNITS
 
 
 class SparseAutoencoder(Pretrained):
@@ -34,6 +35,7 @@ class SparseAutoencoder(Pretrained):
         compares_features: whether a feature's code depends on the token's other features (TopK), so that neither the
             features nor a loss over them can be cut into pieces.
         metadata: provenance (hook_name, model_name, activation_scale, ...), saved and loaded along.
+        units: what the model's activations are multiplied by before this SAE reads them (1.0: its own), or None.
 
     Args:
         d_in, d_sae: width of the activations and number of features, both at least 1.
@@ -186,12 +188,49 @@ class SparseAutoencoder(Pretrained):
     def constrain_(self) -> None:
         """Projects onto the feasible set after an optimiser step; nothing to do for most SAEs."""
 
+    @property
+    def units(self) -> float | None:
+        """What the model's activations are multiplied by before this SAE reads them; None where nobody has said.
+
+        1.0 for SAEs that were loaded, the store's scale for one that was trained on a store from its beginning.
+        Functions that take a store and an SAE bring the two together themselves.
+        """
+        value = self.metadata.get(UNITS)
+        return None if value is None else float(value)
+
+    @units.setter
+    def units(self, value: float | None) -> None:
+        if value is None:
+            self.metadata.pop(UNITS, None)
+            return
+        check_number("units", value, above=0)
+        self.metadata[UNITS] = float(value)
+
+    @torch.no_grad()
+    def to_units_(self, units: float) -> Self:
+        """The same SAE reading the model's activations times `units` (1.0: its own); codes are unchanged.
+
+        Raises:
+            ConfigError: nobody has said which units it reads now (set `sae.units`).
+        """
+        check_number("units", units, above=0)
+        before = self.units
+        if before is None:
+            raise ConfigError(
+                "nobody has said which units this SAE reads; set sae.units (1.0: the model's own activations, "
+                "store.scale: a store's rows)"
+            )
+        if units != before:
+            self.fold_activation_scale_(before / units)
+            self.units = units  # and not what rounding makes of it
+        return self
+
     @torch.no_grad()
     def fold_activation_scale_(self, scale: float) -> Self:
         """Turns an SAE of x * scale into the same SAE of x: codes are unchanged, reconstructions are in x's units.
 
-        Activations are scaled to a mean norm of sqrt(d_in) for training; what is saved should read the model's
-        own activations. An SAE that normalises every token sees the same either way, and is left as it is.
+        `to_units_` calls it; there is seldom a reason to do so by hand. An SAE that normalises every token sees the
+        same either way, and its weights are left as they are.
         """
         try:
             check_number("activation scale", scale, above=0)
@@ -200,6 +239,8 @@ class SparseAutoencoder(Pretrained):
             raise NumericsError(str(error)) from error
         if not bool(((both > 0) & both.isfinite()).all()):
             raise NumericsError(f"activation scale is {scale:g}; weights of {self.W_enc.dtype} cannot take it")
+        if self.units is not None:
+            self.units = self.units / scale
         if self.normalize_activations != "none":
             return self
         self.W_enc.mul_(scale)

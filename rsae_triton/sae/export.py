@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from rsae_triton.common.errors import ConfigError, ShapeError
 from rsae_triton.sae.architectures import JumpReluSAE
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.gate import RationalGate
+from rsae_triton.sae.units import check_place, reading, scale_of
 
 _FEATURES = 512  # fitted at once: a sorted column of the sample is held for each
 
@@ -39,8 +41,7 @@ class DenseExport:
         )
 
 
-@torch.no_grad()
-def to_jumprelu(sae: SparseAutoencoder, activations: Tensor) -> tuple[JumpReluSAE, DenseExport]:
+def to_jumprelu(sae: SparseAutoencoder, activations: Any) -> tuple[JumpReluSAE, DenseExport]:
     """The JumpReLU SAE whose codes are nearest to `sae`'s in least squares, feature by feature.
 
     A JumpReLU computes g * h + c where that exceeds a threshold. For each feature g and c are the regression of its
@@ -48,7 +49,8 @@ def to_jumprelu(sae: SparseAutoencoder, activations: Tensor) -> tuple[JumpReluSA
     cuts of the sample; g and c go into W_enc and b_enc. The decoder is the same.
 
     Args:
-        activations: [n_tokens, d_in] in the SAE's units, a few thousand or more. Half are fitted to, half measured on.
+        activations: an `ActivationStore`, or [n_tokens, d_in] in the SAE's units, a few thousand or more. Half are
+            fitted to, half measured on.
 
     Returns:
         The JumpReLU SAE in float32, and what it loses.
@@ -61,6 +63,16 @@ def to_jumprelu(sae: SparseAutoencoder, activations: Tensor) -> tuple[JumpReluSA
         raise ConfigError(f"sae is a {type(sae).__name__}; give a FusedRationalSAE")
     if sae.architecture == "rational_topk":
         raise ConfigError("a JumpReLU SAE has thresholds per feature; use upgrade(..., thresholds='feature')")
+    check_place(sae, activations)
+    with reading(sae, activations), torch.no_grad():
+        rows = activations.tensor() if scale_of(activations) is not None else activations
+        jumprelu, loss = _fit_all(sae, gate, rows)
+    if sae.units is not None:
+        jumprelu.to_units_(sae.units)
+    return jumprelu, loss
+
+
+def _fit_all(sae: SparseAutoencoder, gate: RationalGate, activations: Tensor) -> tuple[JumpReluSAE, DenseExport]:
     check_data("activations", activations)
     if activations.dim() != 2 or activations.shape[1] != sae.d_in or len(activations) < 2:
         raise ShapeError(f"activations have shape {tuple(activations.shape)}; give [n_tokens >= 2, d_in={sae.d_in}]")

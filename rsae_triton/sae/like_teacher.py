@@ -60,6 +60,8 @@ def ramp_width(teacher: SparseAutoencoder, x: Tensor, above: Tensor, width: floa
     their thresholds l0 could not be held.
     """
     usual = GATE_WIDTH * float(teacher.normalization(x).apply(x).float().norm(dim=1).mean())
+    # h is in units of codes: what a code of 1 adds to a reconstruction is the norm of its decoder row.
+    usual /= max(float(teacher.W_dec.detach().float().norm(dim=1).median()), 1e-12)
     if width is not None:
         return width * usual
     rises = above[above > 0].float()

@@ -8,6 +8,7 @@ finds the pair.
 from __future__ import annotations
 
 import abc
+import copy
 import hashlib
 import json
 import tempfile
@@ -41,6 +42,7 @@ from rsae_triton.common.files import (
 )
 from rsae_triton.common.hub import local_path, upload
 from rsae_triton.sae.card import model_card, write_card
+from rsae_triton.sae.units import UNITS
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
@@ -49,6 +51,8 @@ SAE_LENS_VERSION = "6.54.0"
 _MARK = "saved_as"
 # In a configuration's metadata, and no provenance.
 NOT_KEPT = ("sae_lens_version", _MARK)
+# What checkpoints of version 0.1 call the units.
+_UNITS_BEFORE = "trained_at_scale"
 
 
 class Pretrained(nn.Module, abc.ABC):
@@ -62,6 +66,18 @@ class Pretrained(nn.Module, abc.ABC):
     metadata: dict[str, Any]
     W_enc: nn.Parameter
 
+    @property
+    @abc.abstractmethod
+    def units(self) -> float | None:
+        """See `SparseAutoencoder`."""
+
+    @units.setter
+    def units(self, value: float | None) -> None: ...
+
+    @abc.abstractmethod
+    def to_units_(self, units: float) -> Self:
+        """See `SparseAutoencoder`."""
+
     def config(self) -> dict[str, Any]:
         """What cfg.json holds: enough to build an empty SAE of this kind."""
         return {
@@ -74,7 +90,10 @@ class Pretrained(nn.Module, abc.ABC):
             "normalize_activations": self.normalize_activations,
             # Activations of attention heads [..., head, d_head] are flattened by whoever holds them.
             "reshape_activations": "hook_z" if str(self.metadata.get("hook_name")).endswith("hook_z") else "none",
-            "metadata": {"sae_lens_version": SAE_LENS_VERSION, **self.metadata},
+            "metadata": {
+                "sae_lens_version": SAE_LENS_VERSION,
+                **{name: value for name, value in self.metadata.items() if name != UNITS or value != 1.0},
+            },
         }
 
     @classmethod
@@ -98,6 +117,8 @@ class Pretrained(nn.Module, abc.ABC):
     def save_pretrained(self, folder: str | Path, *, metrics: Mapping[str, Any] | None = None) -> Path:
         """Writes cfg.json and sae_weights.safetensors (SAELens' layout) together or not at all, and a model card.
 
+        What is written reads the model's own activations, whatever `units` this SAE reads.
+
         Args:
             metrics: the scores that go into the card, as metrics.json of a run holds them. A README.md that is not
                 such a card is left alone.
@@ -111,6 +132,8 @@ class Pretrained(nn.Module, abc.ABC):
         """
         folder = as_path("folder", folder)
         check_data("W_enc", self.W_enc)
+        if self.units not in (None, 1.0):
+            return copy.deepcopy(self).to_units_(1.0).save_pretrained(folder, metrics=metrics)
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         for name, tensor in weights.items():
             check_finite(name, tensor, f"nothing was written to {folder}")
@@ -234,6 +257,11 @@ class Pretrained(nn.Module, abc.ABC):
             sae.check_values()
         except NumericsError as error:
             raise NumericsError(f"{Path(source) / WEIGHTS_FILE}: {error}") from error
+        before = sae.metadata.pop(_UNITS_BEFORE, 1.0)
+        try:
+            sae.units = sae.metadata.get(UNITS, before)
+        except ConfigError as error:
+            raise FormatError(f"{Path(source) / CONFIG_FILE}: {error}") from error
         return sae
 
     def check_values(self) -> None:

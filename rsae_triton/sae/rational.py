@@ -218,7 +218,7 @@ class FusedRationalSAE(SparseAutoencoder):
         if self.refinement is not None:
             self.refinement.scale_activations_(scale)
 
-    def to_jumprelu(self, activations: Tensor) -> tuple[JumpReluSAE, DenseExport]:
+    def to_jumprelu(self, activations: Any) -> tuple[JumpReluSAE, DenseExport]:
         """The nearest JumpReLU SAE, for tools that know nothing else, and how much it loses; see `export.py`."""
         from rsae_triton.sae.export import to_jumprelu
 

@@ -121,6 +121,7 @@ def load_teacher(
         teacher.metadata["loaded_from"].update(release=entry.release, sae_id=entry.sae_id)
         teacher.metadata.setdefault("model_name", hub_model(entry.model))
     _check_used(teacher, str(source), k, None, None, activation_scale)
+    teacher.units = 1.0
     if teacher.metadata.get("transcoder"):
         warnings.warn(
             f"{source} is a transcoder: what it decodes are activations at another place than those it encodes",

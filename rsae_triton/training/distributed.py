@@ -29,6 +29,7 @@ from rsae_triton.ops.across import Across
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.rational import FusedRationalSAE
 from rsae_triton.sae.sharded import read_parts, shapes_of, write_parts
+from rsae_triton.sae.units import UNITS
 from rsae_triton.teachers import BatchTopKSAE
 from rsae_triton.training.checkpoints import Checkpoints
 from rsae_triton.training.memory import MemoryPlan
@@ -145,7 +146,8 @@ class Mesh(Alone):
             )
 
     def whole_config(self, sae: SparseAutoencoder) -> dict[str, Any]:
-        return _sharding(sae).config
+        config = _sharding(sae).config
+        return config if sae.units is None else {**config, "metadata": {**config["metadata"], UNITS: sae.units}}
 
     def agree(self, plan: MemoryPlan) -> MemoryPlan:
         """Rank 0's: processes that cut a step differently would wait for each other for ever."""

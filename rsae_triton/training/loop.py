@@ -16,6 +16,7 @@ from rsae_triton.common.checks import check_data, check_names
 from rsae_triton.common.errors import ConfigError, ShapeError, Stopped
 from rsae_triton.ops.runtime import deterministic, only_writer, stop_signal
 from rsae_triton.sae.base import SparseAutoencoder, check_sae
+from rsae_triton.sae.units import check_place, reading, take_note, warn_of_units
 from rsae_triton.training.checkpoints import Checkpoints
 from rsae_triton.training.memory import plan_memory
 from rsae_triton.training.metrics import Metrics, TrainLog, progress_bar, take_up
@@ -57,7 +58,7 @@ def train(
 
     Args:
         sae: a teacher, a control or a Rational SAE; with a mesh, this process's part of it (`Mesh.shard`).
-        activations: [n_tokens, d_in], or an `ActivationStore`; the same on every process.
+        activations: an `ActivationStore`, or [n_tokens, d_in] in the units that `sae` reads; the same on every process.
         settings: how it goes; `changes` are fields of `TrainSettings` (steps=400, target_l0=20, out="run", ...)
             in place of or on top of it.
         label: shown beside the progress bar. progress: whether it and the memory plan are shown.
@@ -68,9 +69,9 @@ def train(
 
     Raises:
         ShapeError: activations of another width. ConfigError: settings that cannot be used, a name that is no setting
-            (with the one that was meant), or a checkpoint of another run. NumericsError: activations, gradients or a
-            loss that are not finite; the message names step, tensor and the last checkpoint, and `sae` holds the
-            parameters from before that step.
+            (with the one that was meant), a checkpoint of another run, or a store of another model or place.
+            NumericsError: activations, gradients or a loss that are not finite; the message names step, tensor and
+            the last checkpoint, and `sae` holds the parameters from before that step.
         StorageError: a checkpoint cannot be written. Stopped: a SIGTERM came, and the run is saved.
     """
     if not isinstance(settings, TrainSettings | None):
@@ -101,6 +102,9 @@ def train(
         raise ShapeError(
             f"the activations have d_in={width}, the SAE has d_in={sae.d_in}; they must come from one hook"
         )
+    check_place(sae, activations)
+    if isinstance(activations, Tensor) and sae.units is not None:
+        warn_of_units(sae, activations)
     if recipe.target_l0 is not None and recipe.target_l0 > sae.d_sae * together.features[1]:
         raise ConfigError(f"target_l0 is {recipe.target_l0:g}; there are {sae.d_sae * together.features[1]} features")
     # Before the run's folder is made; a store of one process's shards counts for itself.
@@ -122,6 +126,8 @@ def train(
         stack.enter_context(torch.enable_grad())
         stack.enter_context(deterministic(settings.deterministic))
         stack.enter_context(_frozen(sae, recipe, settings.trainable))
+        take_note(sae, activations)
+        stack.enter_context(reading(sae, activations, trains=True))
         stack.enter_context(_training(sae))
         if settings.out is not None and together.rank == 0:
             stack.enter_context(only_writer(settings.out))

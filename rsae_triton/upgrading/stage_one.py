@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rsae_triton.activations.places import same_place
 from rsae_triton.common.checks import check_data, check_finite, check_integer, check_number, check_seed, shown
 from rsae_triton.common.errors import ConfigError, NumericsError
 from rsae_triton.ops.encode import resolve_backend
@@ -21,6 +20,7 @@ from rsae_triton.sae.batch_topk import BatchTopKSAE
 from rsae_triton.sae.like_teacher import sample, teacher_thresholds
 from rsae_triton.sae.rational import FusedRationalSAE
 from rsae_triton.sae.topk_rational import TopKRationalSAE
+from rsae_triton.sae.units import in_store_units, warn_of_units
 from rsae_triton.training.recipes import training_l0
 from rsae_triton.upgrading.direct import direct
 from rsae_triton.upgrading.gated import gated
@@ -59,6 +59,7 @@ class StageOne:
         )
 
 
+@in_store_units
 def upgrade(
     teacher: SparseAutoencoder,
     activations: Tensor | Any,
@@ -77,8 +78,8 @@ def upgrade(
 
     Args:
         teacher: a ReLU, JumpReLU, TopK or BatchTopK SAE.
-        activations: [n, d_in] in the teacher's units, or an `ActivationStore` (with a warning where it is of another
-            hook than the teacher's metadata name).
+        activations: an `ActivationStore`, or [n, d_in] in the teacher's units (a teacher that reconstructs it worse
+            than its mean does gets a warning that says why).
         form: "gated" (z = h * r, zeros by thresholds; "auto") or "direct" (the paper's z = r).
         degree: (p, q), "p,q", or "auto": the smallest of the ladder whose code is within `tolerance`.
         coefficients: "shared", "per_feature", or a number of groups: features whose active pre-activations are
@@ -94,13 +95,13 @@ def upgrade(
         n_tokens: how many activations to calibrate on. backend: of the result. seed: of the sample.
 
     Returns:
-        The Rational SAE. metadata["stage1"] says how well it reproduces its teacher (`StageOne`), and at what l0
-        `train` holds it: the teacher's, and 4 % for a margin (a code can be thresholded down to an l0, never up to
-        it; not so for TopK).
+        The Rational SAE, reading the units that the teacher reads. metadata["stage1"] says how well it reproduces its
+        teacher (`StageOne`), and at what l0 `train` holds it: the teacher's, and 4 % for a margin (a code can be
+        thresholded down to an l0, never up to it; not so for TopK).
 
     Raises:
-        ShapeError, NumericsError: activations that do not fit or are not finite. ConfigError: a bad setting, or a
-            teacher of a kind that has no gate to fit.
+        ShapeError, NumericsError: activations that do not fit or are not finite. ConfigError: a bad setting, a
+            teacher of a kind that has no gate to fit, or a store of another model or place than the teacher reads.
     """
     if not isinstance(teacher, ReluSAE | JumpReluSAE | TopKSAE | BatchTopKSAE):
         raise ConfigError(
@@ -122,13 +123,6 @@ def upgrade(
     if factor is not None and form == "direct":
         raise ConfigError(f"width is {width}; the direct form has no ramp: leave it at 'auto', or use form='gated'")
     pair = parse_degree(degree)
-    read, named = getattr(activations, "manifest", {}).get("hook_name"), teacher.metadata.get("hook_name")
-    if read and named and not same_place(read, named):
-        warnings.warn(
-            f"the activations were read at {read}, the teacher says that it reads {named}; extract them there, unless "
-            "you know better",
-            stacklevel=2,
-        )
     resolve_backend(backend, teacher.W_enc.device, teacher.W_enc.dtype)
     for name, tensor in teacher.state_dict().items():
         check_finite(f"the teacher's {name}", tensor, "fetch or train it again")
@@ -141,6 +135,7 @@ def upgrade(
         )
     if not bool(x.any()) or not bool(h.any()):
         raise NumericsError("the activations, or the teacher's pre-activations of them, are all zero; give other ones")
+    warn_of_units(teacher, x, "the teacher", stacklevel=5)
     given = parse_coefficients(coefficients)
     groups = given if isinstance(given, int) else {"shared": 1, "per_feature": teacher.d_sae}[given]
     if not 1 <= groups <= teacher.d_sae:

@@ -35,7 +35,7 @@ def upgraded(tmp_path_factory):
     rsae = upgrade(teacher, splits.train)
     train(rsae, splits.train, steps=20, progress=False)
     folder = tmp_path_factory.mktemp("upgraded") / "rsae"
-    return rsae.fold_activation_scale_(splits.train.scale).save_pretrained(folder)
+    return rsae.save_pretrained(folder)
 
 
 @torch.no_grad()

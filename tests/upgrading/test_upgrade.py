@@ -74,7 +74,7 @@ def test_direct_code_is_calibrated_to_the_real_density(teachers, activations, na
     assert stage["relative_error"] <= (0.01 if name == "relu" else 0.02)
 
 
-def test_activations_of_another_place_are_warned_of(teachers, activations):
+def test_activations_of_another_place_are_refused(teachers, activations):
     class Store:
         manifest = {"hook_name": "blocks.16.hook_resid_pre"}  # noqa: RUF012
 
@@ -88,7 +88,7 @@ def test_activations_of_another_place_are_warned_of(teachers, activations):
         teacher.metadata["hook_name"] = "blocks.16.hook_resid_pre"
         upgrade(teacher, Store())
     teacher.metadata["hook_name"] = "blocks.8.hook_resid_pre"
-    with pytest.warns(UserWarning, match=r"read at blocks\.16.*reads blocks\.8"):
+    with pytest.raises(ConfigError, match=r"read at blocks\.16.*reads blocks\.8"):
         upgrade(teacher, Store())
 
 

@@ -1,0 +1,211 @@
+"""Which multiple of the model's activations an SAE reads, and bringing it together with the activations at hand.
+
+A model's residual stream has norms of 1 or of 1,000. Stores scale it to a mean norm of sqrt(d_in), in which rates and
+penalties mean the same everywhere; saved SAEs read the model's own activations. An SAE carries its `units`: the number
+that activations are multiplied by before it reads them (1.0 for the model's own, None for one that only ever saw plain
+tensors). Whatever takes an SAE and a store looks at both and converts, so that no caller has to.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from rsae_triton.activations.places import canonical, same_place
+from rsae_triton.common.errors import ConfigError
+from rsae_triton.common.names import hub_model, model_metadata
+
+if TYPE_CHECKING:
+    from rsae_triton.sae.base import SparseAutoencoder
+
+UNITS = "units"
+"""Name in the metadata; saved SAEs read the model's own activations and leave it out."""
+
+_FACTORS = tuple(10 ** (k / 4) for k in range(-12, 13))
+_ROWS = 64
+
+
+def scale_of(activations: Any) -> float | None:
+    """What a store multiplies the model's activations by; None for a tensor, which does not say."""
+    scale = None if isinstance(activations, Tensor) else getattr(activations, "scale", None)
+    return float(scale) if isinstance(scale, int | float) else None
+
+
+@contextmanager
+def reading(sae: Any, activations: Any, *, trains: bool = False) -> Iterator[None]:
+    """While the context is open, `sae` reads rows of `activations` (a store, or its scale); then its own units again.
+
+    Parameters come back bit for bit; with `trains`, those that are frozen do, and the others with what they have
+    learned. An SAE whose units are not known is taken to read these.
+    """
+    scale = activations if isinstance(activations, float) else scale_of(activations)
+    before = getattr(sae, "units", None)
+    if scale is None or before is None or scale == before:
+        yield
+        return
+    kept = {one: one.data for one in sae.parameters() if not (trains and one.requires_grad)}
+    kept |= {} if trains else {one: one.data for one in sae.buffers()}
+    for tensor, data in kept.items():
+        tensor.data = data.clone()
+    sae.to_units_(scale)
+    for tensor, data in list(kept.items()):
+        if torch.equal(tensor.data, data):  # not in units of x: what happens to it inside shall last
+            tensor.data = kept.pop(tensor)
+    try:
+        yield
+    finally:
+        sae.to_units_(before)
+        for tensor, data in kept.items():
+            tensor.data = data
+
+
+def take_note(sae: Any, activations: Any) -> None:
+    """Writes into the metadata what a store knows and the SAE did not: units, model, place, the scale of its scores."""
+    scale, manifest = scale_of(activations), getattr(activations, "manifest", None)
+    if scale is None or not isinstance(manifest, Mapping):
+        return
+    if sae.units is None:
+        sae.units = scale
+    sae.metadata["activation_scale"] = scale
+    said = model_metadata(manifest["model"]) if isinstance(manifest.get("model"), str) else {}
+    if isinstance(manifest.get("hook_name"), str):
+        said["hook_name"] = manifest["hook_name"]
+    if said.get("model_name") != hub_model(str(sae.metadata.get("model_name", said.get("model_name")))):
+        said = {name: one for name, one in said.items() if not name.startswith("host")}  # the SAE names another model
+    sae.metadata.update({name: one for name, one in said.items() if name not in sae.metadata})
+
+
+Making = TypeVar("Making", bound=Callable[..., Any])
+
+
+def in_store_units(make: Making) -> Making:
+    """Decorates a function of an SAE (the first argument) and `activations` that returns another SAE.
+
+    Inside, the first one reads the store's rows; afterwards both read what it did, and what was copied of its weights
+    is equal bit for bit.
+    """
+    signature = inspect.signature(make)
+
+    @functools.wraps(make)
+    def wrapped(*args: Any, **options: Any) -> Any:
+        try:
+            given = signature.bind(*args, **options).arguments
+        except TypeError:
+            return make(*args, **options)  # says what is missing in its own name
+        teacher, activations = next(iter(given.values())), given["activations"]
+        if not isinstance(getattr(teacher, "metadata", None), dict):
+            return make(*args, **options)
+        check_place(teacher, activations, stacklevel=4)
+        with reading(teacher, activations), torch.no_grad():
+            rsae = make(*args, **options)
+            mine, theirs = dict(rsae.named_parameters()), dict(teacher.named_parameters())
+            copied = [one for one in mine.keys() & theirs.keys() if torch.equal(mine[one], theirs[one])]
+        if teacher.units is not None:
+            rsae.to_units_(teacher.units)
+        with torch.no_grad():
+            for one in copied:
+                mine[one].copy_(theirs[one])
+        take_note(rsae, activations)
+        return rsae
+
+    return wrapped  # type: ignore[return-value]
+
+
+def check_same_units(saes: Mapping[str, SparseAutoencoder]) -> None:
+    """ConfigError where SAEs that are to read one plain tensor are known to read different units."""
+    known = {name: units for name, sae in saes.items() if (units := getattr(sae, "units", None)) is not None}
+    if len(set(known.values())) > 1:
+        what = ", ".join(f"{name}: {value:g} times the model's activations" for name, value in known.items())
+        raise ConfigError(f"the SAEs read different units ({what}); give an ActivationStore, or use sae.to_units_(...)")
+
+
+# --- places
+
+
+def check_place(sae: SparseAutoencoder, activations: Any, name: str = "the SAE", stacklevel: int = 3) -> None:
+    """ConfigError where a store was read from another model, or at another place in it, than the SAE's metadata say.
+
+    A name that cannot be compared (a path, a module of another library) gives a warning instead.
+    """
+    manifest = getattr(activations, "manifest", None)
+    if not isinstance(manifest, Mapping):
+        return
+    for key, entry, same in (("hook_name", "hook_name", same_hook), ("model_name", "model", same_model)):
+        ours, theirs = sae.metadata.get(key), manifest.get(entry)
+        if not isinstance(ours, str) or not isinstance(theirs, str):
+            continue
+        answer = same(ours, theirs)
+        if answer is None:
+            warnings.warn(
+                f"the activations were read at {theirs}, {name} says that it reads {ours}; unless these are two names "
+                "of one place, extract them there",
+                stacklevel=stacklevel,
+            )
+        elif not answer:
+            raise ConfigError(
+                f"the activations were read at {theirs}, {name} says that it reads {ours}; extract them there, or, if "
+                f"these are two names of one thing, say so: sae.metadata[{key!r}] = {theirs!r}"
+            )
+
+
+_KNOWN = re.compile(r"blocks\.\d+\..+")
+_MLP = re.compile(r"(blocks\.\d+)\.(?:hook_mlp_out|mlp\.hook_out)")
+
+
+def same_hook(a: str, b: str) -> bool | None:
+    """Whether two names mean one place in a model; None where that cannot be told."""
+    one, other = canonical(a), canonical(b)
+    if same_place(one, other):
+        return True
+    if not _KNOWN.fullmatch(one) or not _KNOWN.fullmatch(other):
+        return None
+    mlps = _MLP.fullmatch(one), _MLP.fullmatch(other)  # one place, unless a model normalises what an MLP gives out
+    return None if mlps[0] and mlps[1] and mlps[0][1] == mlps[1][1] else False
+
+
+def same_model(a: str, b: str) -> bool | None:
+    """Whether two names mean one model, or one and a fine-tuned one; None where one is a path, which says nothing."""
+    ids = [hub_model(one) for one in (a, b)]
+    names = [re.sub(r"[^a-z0-9]", "", one.lower().rstrip("/").split("/")[-1].removesuffix(".gguf")) for one in ids]
+    if names[0] in names[1] or names[1] in names[0]:
+        return True
+    paths = any(one.startswith((".", "/", "~")) or one.count("/") > 1 or one.endswith(".gguf") for one in ids)
+    return None if paths else False
+
+
+# --- plain tensors
+
+
+@torch.no_grad()
+def warn_of_units(sae: Any, x: Tensor, name: str = "the SAE", stacklevel: int = 3) -> None:
+    """A warning, with the likely cause, where `sae` reconstructs x [n, d_in] worse than the mean of x would."""
+    rows = x[:: max(1, len(x) // _ROWS)][:_ROWS].to(device=sae.W_dec.device, dtype=sae.W_dec.dtype)
+    now = _fvu(sae, rows)
+    if not now > 1:
+        return
+    found = {factor: _fvu(sae, rows * factor) for factor in _FACTORS}
+    best = min(found, key=lambda factor: found[factor] if found[factor] == found[factor] else float("inf"))
+    text = f"{name} reconstructs these activations worse than their mean does (fvu {now:.2f})"
+    if found[best] < 0.7:
+        text += (
+            f". Multiplied by about {best:.2g} its fvu is {found[best]:.2f}: they are in other units than it reads. A "
+            "store's rows are scaled, a saved SAE reads the model's own activations: give the store itself instead of "
+            "store.tensor(), or use sae.to_units_(store.scale)"
+        )
+    else:
+        text += "; they may come from another model, layer or hook, or the SAE is not trained"
+    warnings.warn(text, stacklevel=stacklevel)
+
+
+def _fvu(sae: Any, x: Tensor) -> float:
+    error = (x - sae.decode(sae.encode(x), x)).double().square().sum()
+    variance = (x.double() - x.double().mean(0)).square().sum()
+    return float(error / variance) if float(variance) > 0 else float("nan")
