@@ -184,6 +184,7 @@ def test_the_ramps_width_changes_how_it_trains_and_not_the_code(teachers, activa
             upgrade(teachers["relu"], activations, width=width, form=form)
 
 
+@pytest.mark.filterwarnings("ignore:.*worse than their mean")
 def test_a_ramp_reaches_no_deeper_than_active_codes_rise_where_those_are_small(teachers, activations):
     teacher = teachers["relu"]
     usual = float(upgrade(teacher, activations, width=1.0).gate.input_scale.detach())
@@ -193,10 +194,13 @@ def test_a_ramp_reaches_no_deeper_than_active_codes_rise_where_those_are_small(t
         for wanted in (0.3, 0.69, 0.71, 1.0, 4.0):
             factor = wanted * usual / float(z[z != 0].median())
             scaled = copy.deepcopy(teacher)
-            for name, by in (("W_enc", factor), ("b_enc", factor), ("W_dec", 1 / factor)):
-                getattr(scaled, name).mul_(by)
+            for name in ("W_enc", "b_enc"):
+                getattr(scaled, name).mul_(factor)
             width = float(upgrade(scaled, activations).gate.input_scale.detach()) / usual
             assert width == pytest.approx(1.0 if wanted > 0.7 else wanted, rel=5e-3)
+        # The same SAE with codes in other units has the same ramp in these.
+        scaled.W_dec.div_(3)
+        assert float(upgrade(scaled, activations).gate.input_scale.detach()) == pytest.approx(3 * usual, rel=5e-3)
 
 
 def test_a_ramp_of_another_degree_fits_too(teachers, activations):
