@@ -14,7 +14,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,9 +22,6 @@ from torch import Tensor
 from rsae_triton.activations.places import canonical, same_place
 from rsae_triton.common.errors import ConfigError
 from rsae_triton.common.names import hub_model, model_metadata
-
-if TYPE_CHECKING:
-    from rsae_triton.sae.base import SparseAutoencoder
 
 UNITS = "units"
 """Name in the metadata; saved SAEs read the model's own activations and leave it out."""
@@ -119,7 +116,7 @@ def in_store_units(make: Making) -> Making:
     return wrapped  # type: ignore[return-value]
 
 
-def check_same_units(saes: Mapping[str, SparseAutoencoder]) -> None:
+def check_same_units(saes: Mapping[str, Any]) -> None:
     """ConfigError where SAEs that are to read one plain tensor are known to read different units."""
     known = {name: units for name, sae in saes.items() if (units := getattr(sae, "units", None)) is not None}
     if len(set(known.values())) > 1:
@@ -130,7 +127,7 @@ def check_same_units(saes: Mapping[str, SparseAutoencoder]) -> None:
 # --- places
 
 
-def check_place(sae: SparseAutoencoder, activations: Any, name: str = "the SAE", stacklevel: int = 3) -> None:
+def check_place(sae: Any, activations: Any, name: str = "the SAE", stacklevel: int = 3) -> None:
     """ConfigError where a store was read from another model, or at another place in it, than the SAE's metadata say.
 
     A name that cannot be compared (a path, a module of another library) gives a warning instead.

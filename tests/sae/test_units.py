@@ -119,8 +119,8 @@ def test_an_error_in_training_leaves_the_units_they_were(world):
     torch.testing.assert_close(own.W_enc, teacher.W_enc)
 
 
-def test_rounds_are_the_same_in_any_units(world, tmp_path):
-    store, teacher, raw = world
+def test_rounds_are_the_same_in_any_units(world):
+    store, teacher, _ = world
     scaled = copy.deepcopy(teacher).to_units_(store.scale)
     refined = [one.with_rounds(2, store) for one in (teacher, scaled)]
     assert [one.units for one in refined] == [1.0, store.scale]
