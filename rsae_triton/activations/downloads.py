@@ -11,12 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
 
 from rsae_triton.common.errors import SourceError
 from rsae_triton.common.files import file_sha256
-from rsae_triton.common.progress import LoggedProgress
 
 _TIMEOUT_S = 60
 _CHUNK = 1 << 14  # what of it has arrived when a connection breaks is lost
@@ -147,6 +144,11 @@ def _download(pinned: Download, part: Path) -> bool:
         answer.raise_for_status()
         resumed = answer.headers.get("Content-Range", "").startswith(f"bytes {have}-") and have > 0
         here = have if resumed else 0
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
+
+        from rsae_triton.common.progress import LoggedProgress
+
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
         progress = LoggedProgress(*columns, console=Console(stderr=True))
         with open(part, "ab" if resumed else "wb") as file, progress as bar:

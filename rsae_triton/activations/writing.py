@@ -16,9 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
 from safetensors.torch import load_file, save, save_file
 
 from rsae_triton.activations.documents import Document
@@ -28,7 +25,6 @@ from rsae_triton.activations.packing import Contexts, pack
 from rsae_triton.activations.store import MANIFEST
 from rsae_triton.common.errors import FormatError, NumericsError
 from rsae_triton.common.files import file_sha256, write_atomically, write_text
-from rsae_triton.common.progress import LoggedProgress
 
 _PROGRESS = "progress.json"
 _SHARD_BYTES = 64 << 20  # half a minute of extraction on two cores: what a killed run loses at most
@@ -303,14 +299,14 @@ def write_shards(extractions: Sequence[Extraction], progress: bool) -> None:
         one.end()
 
 
-class _TokensPerSecond(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed or 0:.0f} tokens/s")
-
-
 @contextmanager
 def _bar(show: bool, label: str, total: int, done: int) -> Iterator[Callable[[int], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _TokensPerSecond(),
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+    from rsae_triton.common.progress import LoggedProgress, TokensPerSecond
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TokensPerSecond(),
                TimeRemainingColumn())  # fmt: skip
     with LoggedProgress(*columns, console=Console(stderr=True), disable=not show) as progress:
         task = progress.add_task(label, total=total, completed=done)

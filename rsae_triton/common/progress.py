@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from rich.progress import Progress, TaskID
+from rich.progress import Progress, ProgressColumn, Task, TaskID
+from rich.text import Text
 
 EVERY = 30.0
 """Seconds between lines."""
@@ -33,3 +34,10 @@ class LoggedProgress(Progress):
         elif now - self._printed >= EVERY:
             self._printed = now
             self.console.print(self.get_renderable())
+
+
+class TokensPerSecond(ProgressColumn):
+    """The speed of a task whose steps are tokens."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed or 0:.0f} tokens/s")

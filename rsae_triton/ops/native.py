@@ -20,7 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 from torch import Tensor
 
@@ -61,7 +60,7 @@ def _built(program: str) -> Path:
     version = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=60).stdout
     key = hashlib.sha256(b"\0".join([source, version.encode(), _processor().encode(), repr(_FLAGS).encode()]))
     cache = os.environ.get("RSAE_CACHE")
-    folder = (Path(cache) if cache else Path(platformdirs.user_cache_dir("rsae-triton"))) / "native"
+    folder = (Path(cache) if cache else _cache()) / "native"
     path = folder / f"entries-{key.hexdigest()[:24]}.so"
     if path.exists():
         return path
@@ -80,6 +79,14 @@ def _built(program: str) -> Path:
         raise subprocess.CalledProcessError(done.returncode, command, done.stdout, done.stderr)
     part.replace(path)  # whole or not at all, whoever else builds it
     return path
+
+
+def _cache() -> Path:
+    try:
+        from platformdirs import user_cache_dir
+    except ImportError:  # a bare machine (tools/gpu_check.py)
+        return Path("~/.cache/rsae-triton").expanduser()
+    return Path(user_cache_dir("rsae-triton"))
 
 
 def _processor() -> str:

@@ -135,6 +135,9 @@ _SINKS: dict[str, Callable[[Path, dict[str, Any]], Sink]] = {"tensorboard": _ten
 @contextmanager
 def progress_bar(label: str, steps: int, done: int, batch_size: int, show: bool) -> Iterator[Callable[[Any], None]]:
     """A bar with tokens/s, ETA, mse, l0 and the share of features that are alive; called with the row of a step."""
+    if not show:
+        yield lambda _: None
+        return
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
     from rsae_triton.common.progress import LoggedProgress
