@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,11 +12,14 @@ import torch
 import tyro
 
 from rsae_triton.activations import ActivationStore
+from rsae_triton.common.checkpoint import read_info
 from rsae_triton.common.checks import check_integer, parse_device
-from rsae_triton.common.errors import ConfigError, FormatError
+from rsae_triton.common.errors import ConfigError, FormatError, NumericsError
 from rsae_triton.common.files import check_folder
 from rsae_triton.evaluation.held_out import load_sae
 from rsae_triton.ops.runtime import matmul_precision
+from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.sae.pretrained import parse_dtype
 from rsae_triton.training.checkpoints import Checkpoints
 from rsae_triton.training.loop import train
 from rsae_triton.training.settings import TrainSettings
@@ -149,7 +154,21 @@ def export(run: Path, out: Path) -> Path:
     """
     from rsae_triton.sae.sharded import read_sae
 
-    folders = [run] if run.name.startswith("step-") else [path for path, _ in Checkpoints(run).newest_first()]
-    if not folders:
+    found = (run, read_sae(run)) if run.name.startswith("step-") else next(_readable(run), None)
+    if found is None:
         raise FormatError(f"{run} holds no checkpoint; name the --out of a run, or one of its checkpoints")
-    return read_sae(folders[0]).save_pretrained(out)
+    path, sae = found
+    if sae.units is not None:
+        sae.to_units_(1.0)
+    return sae.to(parse_dtype(str(read_info(path)["config"].get("dtype")))).save_pretrained(out)
+
+
+def _readable(run: Path) -> Iterator[tuple[Path, SparseAutoencoder]]:
+    """A run's checkpoints and the SAEs in them, the newest first; one that is damaged is passed over with a warning."""
+    from rsae_triton.sae.sharded import read_sae
+
+    for path, _ in Checkpoints(run).newest_first():
+        try:
+            yield path, read_sae(path)
+        except (FormatError, NumericsError) as error:
+            warnings.warn(f"{error}; going back to the checkpoint before", stacklevel=2)

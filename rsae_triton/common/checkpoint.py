@@ -7,11 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
+from rsae_triton.common.checks import shown
 from rsae_triton.common.errors import FormatError
 from rsae_triton.common.files import read_json, read_safetensors
 
 SCHEMA = 1
 INFO, STATE = "training.json", "state"
+_KINDS: dict[str, Any] = {
+    "step": int, "files": dict, "config": dict, "settings": dict, "activations": str, "seconds": int | float,
+}  # fmt: skip
 
 
 def read_info(path: Path) -> dict[str, Any]:
@@ -23,7 +27,16 @@ def read_info(path: Path) -> dict[str, Any]:
     info = read_json(path / INFO)
     if info.get("schema") != SCHEMA:
         raise FormatError(f"{path / INFO} is not of schema {SCHEMA}; it was written by another version")
+    for key, kind in _KINDS.items():
+        if not isinstance(info.get(key), kind) or isinstance(info[key], bool):
+            raise FormatError(f"{path / INFO} has {key}={shown(info.get(key))}; it is damaged")
+    if "controller" not in info or not (info["controller"] is None or isinstance(info["controller"], dict)):
+        raise FormatError(f"{path / INFO} has lost the state of the sparsity weight")
+    if not isinstance(info["config"].get("architecture"), str) or info["step"] < 0 or not info["files"]:
+        raise FormatError(f"{path / INFO} describes no checkpoint; it is damaged")
     for name, size in info["files"].items():
+        if Path(name).name != name or isinstance(size, bool) or not isinstance(size, int):
+            raise FormatError(f"{path / INFO} names {shown(name)} of {shown(size)} bytes; it is damaged")
         file = path / STATE / name
         if not file.is_file() or file.stat().st_size != size:
             raise FormatError(f"{file} is missing or has not the {size:,} bytes it was written with")

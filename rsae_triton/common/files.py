@@ -297,7 +297,7 @@ def to_disk(path: Path) -> None:
 
 def publish(partial: Path, final: Path) -> None:
     """Gives a folder that is full its name: forced to the disk, with the rights that the umask gives to its files."""
-    probe = partial.with_name(f"{partial.name}.mode")
+    probe = partial / ".mode"
     probe.touch()
     mode = probe.stat().st_mode
     probe.unlink()

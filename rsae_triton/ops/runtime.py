@@ -45,19 +45,35 @@ def deterministic(wanted: bool) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    memory = torch.utils.deterministic
+    # The switches are the process's: of several threads the first to come finds them and the last to leave restores.
+    with _LOCK:
+        if not _INSIDE:
+            _FOUND[:] = [
+                torch.are_deterministic_algorithms_enabled(),
+                torch.backends.cudnn.benchmark,
+                memory.fill_uninitialized_memory,  # type: ignore[attr-defined]
+            ]
+            torch.use_deterministic_algorithms(True)
+            torch.backends.cudnn.benchmark = False
+            memory.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        _INSIDE.append(True)
     try:
         if torch.cuda.is_initialized():
             _check_cublas()
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.backends.cudnn.benchmark = before[1]
-        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+        with _LOCK:
+            _INSIDE.pop()
+            if not _INSIDE:
+                torch.use_deterministic_algorithms(_FOUND[0])
+                torch.backends.cudnn.benchmark = _FOUND[1]
+                memory.fill_uninitialized_memory = _FOUND[2]  # type: ignore[attr-defined]
+
+
+_LOCK = threading.Lock()
+_INSIDE: list[bool] = []
+_FOUND: list[bool] = []
 
 
 def _check_cublas() -> None:
@@ -97,8 +113,10 @@ def only_writer(out: Path) -> Iterator[None]:
     lock = FileLock(out / ".lock")
     try:
         lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ConfigError(f"another process is training into {out}; choose another folder, or stop it") from error
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, Timeout):
+            raise ConfigError(f"another process is training into {out}; choose another folder, or stop it") from error
+        raise StorageError(f"{out / '.lock'} cannot be locked ({first_line(error)}); choose another folder") from error
     try:
         yield
     finally:

@@ -133,7 +133,9 @@ class Pretrained(nn.Module, abc.ABC):
         folder = as_path("folder", folder)
         check_data("W_enc", self.W_enc)
         if self.units not in (None, 1.0):
-            return copy.deepcopy(self).to_units_(1.0).save_pretrained(folder, metrics=metrics)
+            dtype = self.W_enc.dtype  # the factor goes into float32 weights, which are then rounded once
+            wide = copy.deepcopy(self).to(torch.promote_types(dtype, torch.float32))
+            return wide.to_units_(1.0).to(dtype).save_pretrained(folder, metrics=metrics)
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         for name, tensor in weights.items():
             check_finite(name, tensor, f"nothing was written to {folder}")

@@ -70,7 +70,7 @@ def read_whole(path: Path) -> dict[str, Tensor]:
 
 
 def read_sae(path: Path) -> SparseAutoencoder:
-    """The SAE in a checkpoint, in the units it is trained in.
+    """The SAE in a checkpoint, in the units and the dtype it is trained in.
 
     Raises:
         FormatError: files are missing or damaged, or it is of an unknown architecture.
@@ -81,7 +81,8 @@ def read_sae(path: Path) -> SparseAutoencoder:
         raise FormatError(f"{path} is of an SAE of architecture {info['config'].get('architecture')!r}, unknown here")
     tensors = read_whole(path) if is_sharded(path) else read_state(path)
     weights = {name.removeprefix("sae."): one for name, one in tensors.items() if name.startswith("sae.")}
-    return kind.from_files(info["config"], weights, path)
+    held = {"dtype": str(weights["W_dec"].dtype)} if "W_dec" in weights else {}
+    return kind.from_files({**info["config"], **held}, weights, path)
 
 
 def _checkpoint() -> Any:

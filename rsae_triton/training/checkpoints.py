@@ -24,6 +24,7 @@ from torch import Tensor
 
 from rsae_triton.common.checkpoint import INFO, SCHEMA, STATE, read_info
 from rsae_triton.common.errors import FormatError, StorageError
+from rsae_triton.common.files import publish
 
 FOLDER = "checkpoints"
 
@@ -67,17 +68,36 @@ class Checkpoints:
         try:
             files = {path.name: path.stat().st_size for path in sorted((temporary / STATE).iterdir())}
             (temporary / INFO).write_text(json.dumps({"schema": SCHEMA, "step": step, "files": files, **info}))
-            for path in (*temporary.rglob("*"), temporary):
-                _to_disk(path)
-            if final.exists():
-                shutil.rmtree(final)
-            os.replace(temporary, final)
-            _to_disk(self.folder)
+            if final.exists():  # of a future that the run went back from
+                os.rename(final, self.folder / f".step-{step:08d}-old")
+            publish(temporary, final)
         except OSError as error:
             raise self.refused(step, error) from error
-        for old in self.steps()[: -self.keep]:
-            shutil.rmtree(self.path(old), ignore_errors=True)
+        self._forget(step)
         return final
+
+    def _forget(self, newest: int) -> None:
+        """Removes all but the last `keep` that can be read, beside what is damaged and not older than those."""
+        steps = self.steps()
+        kept, good = newest, 0
+        for step in reversed(steps):
+            good += self._is_whole(step)
+            if good == self.keep:
+                kept = step
+                break
+        else:
+            return
+        for old in (self.path(step) for step in steps if step < kept):
+            shutil.rmtree(old, ignore_errors=True)
+        for old in self.folder.glob(".step-*-old"):
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _is_whole(self, step: int) -> bool:
+        try:
+            read_info(self.path(step))
+        except (FormatError, OSError):
+            return False
+        return True
 
     def save(self, step: int, tensors: dict[str, Tensor], info: dict[str, Any]) -> Path:
         """Writes a checkpoint of this process alone.
@@ -107,11 +127,3 @@ class Checkpoints:
     def temporary(self, step: int) -> Path:
         """Where the checkpoint of `step` lies while it is written."""
         return self.folder / f".step-{step:08d}"
-
-
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

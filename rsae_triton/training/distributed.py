@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from rsae_triton.common.errors import ConfigError, StorageError
+from rsae_triton.common.errors import ConfigError, FormatError, RsaeError, StorageError
 from rsae_triton.ops.across import Across
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.rational import FusedRationalSAE
@@ -148,6 +148,25 @@ class Mesh(Alone):
     def whole_config(self, sae: SparseAutoencoder) -> dict[str, Any]:
         config = _sharding(sae).config
         return config if sae.units is None else {**config, "metadata": {**config["metadata"], UNITS: sae.units}}
+
+    def same(self, steps: list[int]) -> list[int]:
+        found = [steps]
+        dist.broadcast_object_list(found, src=0, device=self.device)
+        return found[0]
+
+    def worst(self, problem: RsaeError | None) -> RsaeError | None:
+        mine = None if problem is None else (isinstance(problem, ConfigError), f"{problem} (process {self.rank})")
+        met: list[tuple[bool, str] | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(met, mine)
+        found = sorted((one for one in met if one is not None), key=lambda one: not one[0])
+        if not found:
+            return None
+        return ConfigError(found[0][1]) if found[0][0] else FormatError(found[0][1])
+
+    def any(self, flag: bool) -> bool:
+        raised = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(raised)
+        return bool(raised)
 
     def agree(self, plan: MemoryPlan) -> MemoryPlan:
         """Rank 0's: processes that cut a step differently would wait for each other for ever."""

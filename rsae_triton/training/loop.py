@@ -23,6 +23,7 @@ from rsae_triton.training.metrics import Metrics, TrainLog, progress_bar, take_u
 from rsae_triton.training.options import TrainOptions
 from rsae_triton.training.processes import Alone
 from rsae_triton.training.recipes import Recipe, holding, recipe_for
+from rsae_triton.training.resuming import identity_of, restore
 from rsae_triton.training.run import Run
 from rsae_triton.training.settings import KEPT_BY, LR, TrainSettings
 
@@ -111,18 +112,17 @@ def train(
     rows = len(activations) if isinstance(activations, Tensor) else getattr(activations, "n_tokens", None)
     if rows is not None and getattr(activations, "share", None) is None and rows < settings.batch_size:
         raise ShapeError(f"{rows} tokens are fewer than one batch of {settings.batch_size}; lower batch_size")
-    if settings.precision == "bf16" and sae.W_dec.dtype != torch.float32:
-        raise ConfigError(f"the weights are {sae.W_dec.dtype}; bf16 training keeps float32 ones: use sae.float()")
     if settings.decoder_norm == "free" and together.rank == 0:
         warnings.warn("decoder norms are free: they grow and evade an l1 penalty; compare at equal l0", stacklevel=2)
 
     tokens = settings.batch_size // together.data[1] // settings.accumulate
-    plan = together.agree(plan_memory(sae, max(1, tokens), settings.memory, aux_k=recipe.aux_k))
     show = progress and together.rank == 0
-    if show:
-        print(plan)
     log = TrainLog(recipe.name, settings.steps, settings.batch_size, settings.seed)
     with ExitStack() as stack:
+        dtype = stack.enter_context(_wide(sae))
+        plan = together.agree(plan_memory(sae, max(1, tokens), settings.memory, aux_k=recipe.aux_k))
+        if show:
+            print(plan)
         stack.enter_context(torch.enable_grad())
         stack.enter_context(deterministic(settings.deterministic))
         stack.enter_context(_frozen(sae, recipe, settings.trainable))
@@ -132,7 +132,7 @@ def train(
         if settings.out is not None and together.rank == 0:
             stack.enter_context(only_writer(settings.out))
         together.barrier()
-        run = Run(sae, settings, recipe, plan, together, _identity(activations))
+        run = Run(sae, settings, recipe, plan, together, identity_of(activations), dtype)
         checkpoints = None if settings.out is None else Checkpoints(settings.out, settings.keep)
         if checkpoints is not None:
             _take_up(run, checkpoints, log)
@@ -191,13 +191,13 @@ def _take_up(run: Run, checkpoints: Checkpoints, log: TrainLog) -> None:
     """Goes on from the latest checkpoint that can be read, if that is asked for and there is one."""
     settings, out = run.settings, run.settings.out
     assert out is not None
-    there = checkpoints.steps()
+    there = run.together.same(checkpoints.steps())
     if there and not settings.resume:
         raise ConfigError(
             f"{out} holds a run that reached step {there[-1]}; resume it (--resume), or take another folder"
         )
     if there:
-        log.seconds = run.restore(checkpoints)
+        log.seconds = restore(run, checkpoints, there)
     if run.together.rank == 0:
         take_up(out, run.step, log)
     run.together.barrier()
@@ -230,13 +230,18 @@ def _batches(
     return activations.batches(size, seed=seed, **more)
 
 
-def _identity(activations: Tensor | Activations) -> str:
-    """What tells these activations from others: the store's key, or sizes and a sum over some rows."""
-    if isinstance(activations, Tensor):
-        some = activations[:: max(1, len(activations) // 64)].double()
-        return f"{tuple(activations.shape)} {float(some.nan_to_num().abs().sum()):.10g}"
-    manifest = getattr(activations, "manifest", {})
-    return str(manifest.get("key", type(activations).__name__))
+@contextmanager
+def _wide(sae: SparseAutoencoder) -> Iterator[torch.dtype]:
+    """Weights of at least float32: a step of 1e-4 is lost in bfloat16's eight bits. Afterwards the dtype they had."""
+    before = sae.W_dec.dtype
+    if before.itemsize >= 4:
+        yield before
+        return
+    sae.float()
+    try:
+        yield before
+    finally:
+        sae.to(before)
 
 
 @contextmanager

@@ -36,8 +36,9 @@ class TrainLog:
         return dict(vars(self))
 
     def add(self, row: dict[str, Any]) -> None:
-        for name in ("step", "mse", "l0", "weight", "dead"):
-            getattr(self, name).append(row[name])
+        names = ("step", "mse", "l0", "weight", "dead")
+        for name, value in zip(names, [row[name] for name in names], strict=True):  # all of a row, or nothing
+            getattr(self, name).append(value)
 
 
 class Metrics:
@@ -79,15 +80,15 @@ def take_up(out: Path, step: int, log: TrainLog) -> None:
     """Cuts metrics.jsonl off at `step`, where a continued run begins, and takes what is before into the log."""
     path = out / METRICS
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
             row = json.loads(line)
-        except ValueError:
-            break  # a line that a kill cut short
-        if row["step"] >= step:
-            break
+            if row["step"] >= step:
+                break
+            log.add(row)
+        except (ValueError, TypeError, LookupError, RecursionError):
+            continue  # a line that a kill cut short, or that is no row
         rows.append(row)
-        log.add(row)
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rsae_triton.common.checkpoint import is_sharded, read_state
+from rsae_triton.common.errors import RsaeError
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.training.checkpoints import Checkpoints
 from rsae_triton.training.memory import MemoryPlan
@@ -80,6 +81,18 @@ class Alone:
         """The configuration of the SAE whose part `sae` is."""
         return sae.config()
 
+    def same(self, steps: list[int]) -> list[int]:
+        """The steps that the first process found checkpoints of: each would choose its own newest one."""
+        return steps
+
+    def worst(self, problem: RsaeError | None) -> RsaeError | None:
+        """What any process met, so that all raise or go on alike; a ConfigError before others."""
+        return problem
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process raised the flag."""
+        return flag
+
     def agree(self, plan: MemoryPlan) -> MemoryPlan:
         """One plan for all."""
         return plan
@@ -102,12 +115,7 @@ class Alone:
     def load(self, path: Path, sae: SparseAutoencoder, like: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a checkpoint, written by one process or by many; like: those of the run, for their dtypes."""
         if not is_sharded(path):
-            tensors = read_state(path)
-            if "rng.cpu" in tensors:
-                torch.set_rng_state(tensors["rng.cpu"].clone())
-            if "rng.cuda" in tensors and torch.cuda.is_available():
-                torch.cuda.set_rng_state(tensors["rng.cuda"].clone())
-            return tensors
+            return read_state(path)
         from rsae_triton.sae.sharded import read_whole
 
         return read_whole(path)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rsae_triton.common.errors import ConfigError, FormatError, NumericsError
+from rsae_triton.common.errors import NumericsError
 from rsae_triton.ops.workspace import StepMemory
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.training.checkpoints import Checkpoints
@@ -18,7 +17,6 @@ from rsae_triton.training.optimizer import (
     make_optimizer,
     optimizer_tensors,
     remove_radial_gradient,
-    restore_optimizer,
     set_learning_rate,
 )
 from rsae_triton.training.processes import Alone
@@ -32,7 +30,8 @@ class Run:
     Attributes:
         step: steps done. sae, optimizer, controller: what they say. idle: [d_sae], tokens since each feature was
             last active. norms: [d_sae, 1], what the decoder's rows are held at, or None.
-        together: the processes of the run. identity: of the activations. memory: what steps on the CPU use again.
+        together: the processes of the run. identity: of the activations. dtype: the SAE's outside of
+            training. memory: what steps on the CPU use again.
     """
 
     def __init__(
@@ -43,9 +42,10 @@ class Run:
         plan: MemoryPlan,
         together: Alone,
         identity: str,
+        dtype: torch.dtype,
     ) -> None:
         self.sae, self.settings, self.recipe, self.plan, self.together = sae, settings, recipe, plan, together
-        self.identity, self.step = identity, 0
+        self.identity, self.dtype, self.step = identity, dtype, 0
         self.memory = StepMemory()
         self.optimizer = make_optimizer(sae, recipe, settings)
         self.controller: SparsityController | None = None
@@ -69,7 +69,7 @@ class Run:
             NumericsError: something is not finite; nothing was changed.
         """
         sae, settings = self.sae, self.settings
-        x = batch.to(device=sae.W_dec.device, dtype=sae.W_dec.dtype)
+        x = batch.detach().to(device=sae.W_dec.device, dtype=sae.W_dec.dtype)
         if self.controller is None:
             norm = self.together.mean(x.float().norm(dim=1).mean())
             self.controller = SparsityController(self.recipe, float(norm))
@@ -84,10 +84,13 @@ class Run:
         torch.nn.utils.clip_grads_with_norm_(_trained(sae), settings.clip, summed.norm)
         factor = settings.learning_rate(self.step)
         set_learning_rate(self.optimizer, factor)
+        before = self._kept() if self._looked_at(summed.flags, checkpoints) else None
         self.optimizer.step()
         if self.norms is not None:
             sae.scale_decoder_rows_(self.norms)
         sae.constrain_()
+        if before is not None:
+            self._check_step(before, checkpoints)
         self.idle = torch.where(summed.counts > 0, 0.0, self.idle + settings.batch_size)
         if ramp == 1.0:
             self.controller.update(summed.l0)
@@ -103,6 +106,32 @@ class Run:
         self.step += 1
         stop, due = summed.flags
         return row, stop, due
+
+    def _looked_at(self, flags: list[bool], checkpoints: Checkpoints | None) -> bool:
+        """Whether the parameters after this step are looked at: where they are saved or returned. Any other step shows
+        in the next one's loss, and finite gradients move finite parameters by no more than some ten times the rate."""
+        every = self.settings.checkpoint_every
+        done = self.step + 1
+        saved = checkpoints is not None and (any(flags) or (every is not None and done % every == 0))
+        fast = max(group["lr"] for group in self.optimizer.param_groups) > 1
+        return saved or fast or done == self.settings.steps
+
+    def _kept(self) -> list[tuple[Tensor, Tensor]]:
+        """The parameters and copies of them, which are in the CPU's memory where those are on a GPU."""
+        return [(one, one.detach().to("cpu", copy=True)) for one in _trained(self.sae)]
+
+    def _check_step(self, before: list[tuple[Tensor, Tensor]], checkpoints: Checkpoints | None) -> None:
+        """Puts the parameters back and raises NumericsError where the optimiser's step made something infinite."""
+        named = {**dict(self.sae.named_parameters()), **optimizer_tensors(self.sae, self.optimizer)}
+        bad = next((name for name, one in named.items() if not bool(one.isfinite().all())), None)
+        if not self.together.any(bad is not None):
+            return
+        with torch.no_grad():
+            for parameter, kept in before:
+                parameter.copy_(kept)
+        raise NumericsError(
+            self._stopped(f"the optimiser's step made {bad or 'another process'} infinite", checkpoints)
+        )
 
     def _differentiate(self, x: Tensor, weight: float, dead: Tensor | None) -> Losses:
         """Gradients of the loss on x, in as many pieces as settings say, and its terms."""
@@ -138,6 +167,9 @@ class Run:
             what = f"{name} holds {count} NaN or infinite of {bad.numel()} values"
             what += f", the first at {(~bad.isfinite()).nonzero()[0].tolist()}" if bad.dim() else ""
             what += " (NaN or infinite activations)" if bad is x else ""
+        return self._stopped(what, checkpoints)
+
+    def _stopped(self, what: str, checkpoints: Checkpoints | None) -> str:
         last = checkpoints.steps() if checkpoints is not None else []
         good = f"the last good checkpoint is {checkpoints.path(last[-1])}" if checkpoints and last else "no checkpoint"
         return (
@@ -146,6 +178,10 @@ class Run:
         )
 
     # -- all of it
+
+    def config(self) -> dict[str, Any]:
+        """The configuration of the whole SAE, in the dtype that it is given back in."""
+        return {**self.together.whole_config(self.sae), "dtype": str(self.dtype).removeprefix("torch.")}
 
     def tensors(self) -> dict[str, Tensor]:
         found = {f"sae.{name}": one for name, one in self.sae.state_dict().items()}
@@ -158,56 +194,13 @@ class Run:
     def save(self, checkpoints: Checkpoints, seconds: float) -> Path:
         """Writes a checkpoint; see `Checkpoints.save` for what it raises."""
         info = {
-            "config": self.together.whole_config(self.sae),
+            "config": self.config(),
             "settings": self.settings.fixed(self.recipe),
             "activations": self.identity,
             "controller": None if self.controller is None else self.controller.state(),
             "seconds": seconds,
         }
         return self.together.save(checkpoints, self.step, self.sae, self.tensors(), info)
-
-    def restore(self, checkpoints: Checkpoints) -> float:
-        """Goes back to the latest checkpoint that can be read; returns the seconds of training it took.
-
-        Raises:
-            ConfigError: it is of a run with other settings, another SAE or other activations.
-            FormatError: none can be read.
-        """
-        for path, info in checkpoints.newest_first():
-            self._check(path, info)
-            try:
-                tensors = self.together.load(path, self.sae, self.tensors())
-            except FormatError as error:
-                warnings.warn(f"{error}; going back to the checkpoint before", stacklevel=2)
-                continue
-            self.step = info["step"]
-            if info["controller"] is not None:
-                self.controller = SparsityController(self.recipe)
-                self.controller.restore(info["controller"])
-            self.sae.load_state_dict({name[4:]: one for name, one in tensors.items() if name.startswith("sae.")})
-            restore_optimizer(self.sae, self.optimizer, tensors)
-            self.idle.copy_(tensors["idle"])
-            if self.norms is not None:
-                self.norms.copy_(tensors["norms"])
-            return float(info["seconds"])
-        raise FormatError(f"no checkpoint in {checkpoints.folder} can be read; delete the folder to start again")
-
-    def _check(self, path: Path, info: dict[str, Any]) -> None:
-        own = self.settings.fixed(self.recipe)
-        theirs = info["settings"]
-        for name, value in own.items():
-            # A setting that the checkpoint is older than was what it is by default.
-            if theirs.get(name, getattr(TrainSettings, name, None)) != value:
-                raise ConfigError(
-                    f"{path} was trained with {name}={theirs.get(name)!r}, not {value!r}; go on with the same, or "
-                    "start in another folder"
-                )
-        mine = self.together.whole_config(self.sae)
-        for name in mine.keys() - {"metadata", "device"}:
-            if info["config"].get(name) != mine[name]:
-                raise ConfigError(f"{path} is of an SAE with {name}={info['config'].get(name)!r}, not {mine[name]!r}")
-        if info["activations"] != self.identity:
-            raise ConfigError(f"{path} was trained on other activations; resume with those, or start in another folder")
 
 
 _SCALARS = ("total", "mse", "l0")

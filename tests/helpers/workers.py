@@ -65,7 +65,10 @@ def resumable(out: str, heard, steps: int, kind: str = "gated") -> None:
 
 
 def together(rank: int, world: int, features: int, folder: str, kind: str, options: dict) -> None:
-    """One of `world` processes that train on a mesh; what each ends with lies in folder/rank.pt."""
+    """One of `world` processes that train on a mesh; what each ends with lies in folder/rank.pt.
+
+    unreadable: {rank: step}, the checkpoint that one process cannot read, as on a file system of its own.
+    """
     import torch.distributed as dist
     from synthetic import sparse_activations
 
@@ -75,6 +78,9 @@ def together(rank: int, world: int, features: int, folder: str, kind: str, optio
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     here = Path(folder)
+    step = options.pop("unreadable", {}).get(rank)
+    if step is not None:
+        hide_checkpoint(step)
     dist.init_process_group("gloo", init_method=f"file://{here / 'meeting'}", rank=rank, world_size=world)
     try:
         mesh = Mesh(features)
@@ -84,6 +90,20 @@ def together(rank: int, world: int, features: int, folder: str, kind: str, optio
         torch.save(found, here / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
+
+
+def hide_checkpoint(step: int) -> None:
+    from rsae_triton.common.errors import FormatError
+    from rsae_triton.training import resuming
+
+    read = resuming.read_info
+
+    def refuse(path):
+        if path.name.endswith(str(step)):
+            raise FormatError(f"{path} is missing")
+        return read(path)
+
+    resuming.read_info = refuse
 
 
 def run_together(world: int, features: int, folder: Path, kind: str, timeout: float = 120, **options) -> list[dict]:
