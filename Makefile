@@ -34,8 +34,13 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 demo: $(INSTALLED)
 	$(BIN)/rsae demo --out out/demo
 
+# A worker on every core, with one thread each (tests/conftest.py). Tests of one group (a fixture that a module shares, or
+# `xdist_group`) run on one worker.
+WORKERS ?= auto
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadgroup
+
 test: $(INSTALLED) lint docs
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(PYTEST) --cov --cov-report=term
 
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow and not network"

@@ -1,9 +1,14 @@
-"""Shared by all tests: Triton's interpreter where there is no GPU, few threads, small real-looking SAEs."""
+"""Shared by all tests: Triton's interpreter where there is no GPU, one thread each, small real-looking SAEs."""
 
 import functools
 import os
 import sys
 from pathlib import Path
+
+# Before torch and numpy are imported: on tensors this small several threads cost more than they give, and `make test`
+# has a worker on every core.
+os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
+os.environ["OPENBLAS_NUM_THREADS"] = os.environ.get("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -30,6 +35,14 @@ def untraced(function):
             sys.settrace(tracing)
 
     return run
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that share a module's fixture run on one worker (`--dist loadgroup`), so that it is made once."""
+    for item in items:
+        shared = [made[-1] for made in item._fixtureinfo.name2fixturedefs.values() if made[-1].scope == "module"]
+        if shared and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(str(Path(item.fspath).relative_to(Path(__file__).parent))))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -27,14 +27,11 @@ def place(tmp_path, activations, monkeypatch):
     from rsae_triton.training.recipes import Recipe
 
     monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     store = store_tensor(5 * activations, tmp_path / "STORE", provenance={"model": "tiny", "hook_name": "blocks.0.mlp"})
     teacher = small_sae("relu")
     train(teacher, store, steps=150, recipe=Recipe("own", "l1", weight=0.02), lr=3e-3, batch_size=128, progress=False)
     teacher.fold_activation_scale_(store.scale).save_pretrained("teacher")
-    yield store
-    torch.set_num_threads(threads)
+    return store
 
 
 def test_stage_2_holds_what_stage_1_noted_and_improves_on_it(place, activations, capsys):

@@ -26,15 +26,6 @@ from rsae_triton.training.checkpoints import Checkpoints
 OPTIONS = {"batch_size": 64, "progress": False, "log_every": 2, "recipe": "hard", "target_l0": 6.0}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """A busy machine's second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def rows(out):
     """metrics.jsonl without what is no result."""
     found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
