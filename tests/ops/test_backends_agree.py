@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rsae_triton import FusedRationalSAE, RationalGate
+from rsae_triton.ops.encode import rational_encode
 from rsae_triton.ops.reference import AMPLITUDES, BACKWARDS, DOMAINS, FORMS
 
 # Of each output's norm, on top of twice what plain PyTorch in the same dtype is off by.
@@ -53,10 +54,23 @@ def make(gate, d_in, dtype, backend, subtract, seed):
     return sae
 
 
-def outputs(sae, x, seed):
+def encode(sae, x, rounded):
+    """The code, its counts and sums. rounded: of float64, from h in the narrow dtype, with or without the bias."""
+    if rounded is None:
+        return sae.encode_with_sums(x)
+    dtype, bias_too = rounded
+    product = (x - sae.b_dec if sae.apply_b_dec_to_input else x) @ sae.W_enc
+    h = product + sae.b_enc
+    kept = h.to(dtype).double() if bias_too else product.to(dtype) + sae.b_enc
+    h = h + (kept - h).detach()
+    one, zero = torch.eye(sae.d_sae, dtype=h.dtype), torch.zeros_like(sae.b_enc)
+    return rational_encode(h, one, zero, None, sae.gate.tensors(), sae.gate.spec(True), "eager")
+
+
+def outputs(sae, x, seed, rounded=None):
     """z, counts, x_hat, and the gradient of a random function of them by x and every parameter."""
     x = x.to(sae.W_enc.dtype).requires_grad_()
-    z, counts, l1 = sae.encode_with_sums(x)
+    z, counts, l1 = encode(sae, x, rounded)
     x_hat = sae.decode(z)
     g = torch.Generator().manual_seed(seed)
     total = sum(
@@ -84,9 +98,14 @@ def test_backends_agree(dtype, case):
         for backend in ("float64", "eager", "cpu", "triton")
     }
     truth = found.pop("float64")
+    # Backends keep h for the backward pass in the narrow dtype. Beside a kink (the clip's end, B = 0, a threshold) its
+    # slope is then the other side's: as right, and not near the exact one.
+    sae = make(gate, d_in, dtype, "float64", subtract, seed)
+    others = [outputs(sae, x, seed, (dtype, bias_too)) for bias_too in (True, False)] if dtype != torch.float32 else []
     for name, exact in truth.items():
         allowed = 2 * off(found["eager"][name], exact) + BOUND[dtype]
         for backend in ("cpu", "triton"):
             value = found[backend][name]
             assert value.shape == exact.shape
-            assert off(value, exact) <= allowed, (backend, name)
+            nearest = min(off(value, one) for one in (exact, *(other[name] for other in others)))
+            assert nearest <= allowed, (backend, name)
