@@ -18,9 +18,9 @@ pytestmark = pytest.mark.skipif(not INTERPRETED, reason="looks into Triton's int
 F, N, D = 2**20 + 5, 2**14 + 7, 3  # features, tokens, d_in: codes of 1.7e10 elements, and sums of more than 2^31
 WIDE = 2**13  # between the rows of a matrix
 GATE = {"P": 1, "Q": 1, "GATED": False, "CLAMP": True, "IDENTITY": False, "HARD": True, "SHARED": True}
-BACKWARD = {**GATE, "RATIONAL_BACKWARD": False, "HAS_DCOUNTS": False, "HAS_DL1": False}
+BACKWARD = {**GATE, "RATIONAL_BACKWARD": False, "HAS_DCOUNTS": False, "HAS_DL1": False, "COEFFICIENTS": True}
 TILE = {"BLOCK_F": 16, "BLOCK_N": 16, "BLOCK_D": 16, "SUB": 1, "GROUP": 4, "PRECISION": "ieee"}
-POINTWISE = {"BLOCK_F": 4, "LANES": 32, "VECTOR": 1}
+POINTWISE = {"BLOCK_F": 4, "LANES": 32, "VECTOR": 1, "STAGES": 1}
 N_PARTIAL = (N + 15) // 16
 
 
