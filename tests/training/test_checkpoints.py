@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from workers import CONTEXT, resumable, small_sae
 
 from rsae_triton import FusedRationalSAE, train
@@ -24,6 +25,12 @@ from rsae_triton.sae.sharded import read_sae
 from rsae_triton.training.checkpoints import Checkpoints
 
 OPTIONS = {"batch_size": 64, "progress": False, "log_every": 2, "recipe": "hard", "target_l0": 6.0}
+
+
+def saved(folder):
+    """Every weight's bits, and the header; the order of the header's keys is anyone's."""
+    with safe_open(Path(folder, "sae_weights.safetensors"), "pt") as file:
+        return {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()}, file.metadata()  # noqa: SIM118
 
 
 def rows(out):
@@ -237,8 +244,9 @@ def test_sigterm_saves_and_exits_with_0(tmp_path, activations, monkeypatch, caps
     assert main(["train", "sae", "--out", "run", "--resume", *options]) == 0
     assert main(["train", "sae", "--out", "whole", *options]) == 0
     assert main(["export", "run", "--out", "exported"]) == 0
-    weights = [Path(one, "sae_weights.safetensors").read_bytes() for one in ("run/sae", "whole/sae", "exported")]
+    weights, metadata = zip(*(saved(one) for one in ("run/sae", "whole/sae", "exported")), strict=True)
     assert weights[0] == weights[1] == weights[2]
+    assert metadata[0] == metadata[1] == metadata[2]
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
     # In the units of the model again, and better than it was.
     before, after = (FusedRationalSAE.from_pretrained(one) for one in ("sae", "run/sae"))
