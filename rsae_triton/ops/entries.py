@@ -10,6 +10,8 @@ and their gradients have the same bits in every run.
     x_hat = decode_at(z, entries, W_dec)                     # [n_tokens, d_in]
     c = dots_at(e, entries, W_dec)                           # e[token] . W_dec[feature]
     per_feature = sum_at(z, entries)                         # [d_sae]
+    theta_at = each_at(theta, entries)                       # theta[feature]
+    norms = lengths(W_dec)                                   # [d_sae]
 
 Where a matrix is used several times, take `W = collected(W_dec)` first: its gradient is then made in one pass.
 """
@@ -23,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rsae_triton.ops import entry_loops as loops
+from rsae_triton.ops.workspace import current
 
 
 class Entries(NamedTuple):
@@ -85,6 +88,16 @@ def sum_at(values: Tensor, entries: Entries) -> Tensor:
     return _Sum.apply(values, entries.features, entries.offsets)
 
 
+def each_at(per_feature: Tensor, entries: Entries) -> Tensor:
+    """per_feature[feature] of every entry, for per_feature [d_sae]; differentiable."""
+    return _Each.apply(per_feature, entries.features, entries.offsets)
+
+
+def lengths(W: Tensor) -> Tensor:
+    """The length of each row of W, [d_sae]; differentiable, 0 at rows of zeros."""
+    return _Lengths.apply(W, _terms(W))
+
+
 def collected(W: Tensor) -> Tensor:
     """W itself, for the functions above: what they contribute to its gradient is made in one pass at the end."""
     if not (torch.is_grad_enabled() and W.requires_grad):
@@ -96,17 +109,19 @@ def collected(W: Tensor) -> Tensor:
 
 
 class _Terms:
-    """What a matrix's gradient is made of: (values, g, entries) of sums over entries of value * g[token]."""
+    """What a matrix's gradient is made of: sums over entries of value * g[token] (`found`: values, g, tokens, offsets),
+    and its own rows times a number each (`scales`)."""
 
     def __init__(self) -> None:
         self.found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self.scales: list[Tensor] = []
         self.transposed = False
 
     def add(self, values: Tensor, g: Tensor, tokens: Tensor, offsets: Tensor) -> None:
         self.found.append((values.contiguous(), g.contiguous(), tokens, offsets))
 
-    def made(self, out: Tensor) -> Tensor:
-        """The sum of all, in `out` [d_sae, d_in]."""
+    def made(self, W: Tensor, out: Tensor) -> Tensor:
+        """The sum of all for W, in `out`, both [d_sae, d_in]."""
         add = False
         groups: dict[int, list[tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
         for one in self.found:
@@ -115,8 +130,11 @@ class _Terms:
             _, _, tokens, offsets = group[0]
             loops.rows([(values, g) for values, g, _, _ in group], tokens, offsets, out, add=add)
             add = True
-        self.found = []
-        return out if add else out.zero_()
+        out = out if add else out.zero_()
+        if self.scales:
+            out.addcmul_(W, torch.stack(self.scales).sum(0).unsqueeze(1))
+        self.found, self.scales = [], []
+        return out
 
 
 def _terms(W: Tensor) -> _Terms | None:
@@ -126,7 +144,7 @@ def _terms(W: Tensor) -> _Terms | None:
 class _Collect(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, W: Tensor, terms: _Terms) -> Tensor:
-        ctx.terms, ctx.like = terms, W
+        ctx.terms, ctx.like = terms, W.detach()
         ctx.set_materialize_grads(False)
         return W.view_as(W)
 
@@ -134,17 +152,21 @@ class _Collect(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
         terms, like = ctx.terms, ctx.like
-        made = terms.made(_gradient_memory(like.t() if terms.transposed else like)) if terms.found else None
-        if made is not None and terms.transposed:
-            made = made.t()
+        made = None
+        if terms.found or terms.scales:
+            rows = like.t() if terms.transposed else like
+            made = terms.made(rows, _gradient_memory(rows))
+            made = made.t() if terms.transposed else made
         if made is None or grads[0] is None:
             return grads[0] if made is None else made.to(like.dtype), None
         return made.add_(grads[0]).to(like.dtype), None
 
 
 def _gradient_memory(like: Tensor) -> Tensor:
-    """Row-major memory of this shape, in the precision that sums need."""
-    return torch.empty(like.shape, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+    """Row-major memory of this shape, in the precision that sums need; that of the last step where there is some."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    made = current().gradient(like, dtype)
+    return made if made.is_contiguous() else torch.empty(like.shape, dtype=dtype, device=like.device)
 
 
 def _matrix_gradient(
@@ -232,6 +254,38 @@ class _Dots(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dW = _matrix_gradient(dc, e, tokens, offsets, W, ctx.terms)
         return de, dW, *(None,) * 6
+
+
+class _Each(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, per_feature: Tensor, features: Tensor, offsets: Tensor) -> Tensor:
+        ctx.save_for_backward(offsets)
+        return per_feature[features]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (offsets,) = ctx.saved_tensors
+        return loops.sums(grads[0].contiguous(), offsets), None, None
+
+
+class _Lengths(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, terms: _Terms | None) -> Tensor:
+        found = torch.linalg.vector_norm(W, dim=1)
+        ctx.save_for_backward(W, found)
+        ctx.terms = terms
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        W, found = ctx.saved_tensors
+        scale = torch.where(found > 0, grads[0] / found, 0)
+        if ctx.terms is not None:
+            ctx.terms.scales.append(scale)
+            return None, None
+        return W * scale.unsqueeze(1), None
 
 
 class _Sum(torch.autograd.Function):

@@ -21,6 +21,8 @@ from rsae_triton.ops.products import bfloat16_products, rows_by_tokens
 
 BLOCK = 1024
 """Features of a block."""
+WORTH = 2**17
+"""Places of a block that are worth a thread of their own."""
 
 
 @torch.no_grad()
@@ -87,7 +89,7 @@ def _scanned(
     most: int | None,
 ) -> Found | None:  # fmt: skip
     """By the compiled loops: each thread scans its part of every block."""
-    threads = torch.get_num_threads()
+    threads = max(1, min(torch.get_num_threads(), len(x_c) * min(BLOCK, len(low)) // WORTH))
     room = len(x_c) * len(low) // 64 // threads
     growing = [loops.Growing(low.new_empty(0), room) for _ in range(threads)]
     counts = torch.zeros(len(low), dtype=torch.int64)

@@ -122,7 +122,10 @@ def split(length: int, work: Callable[[int, int], Any], least: int) -> list[Any]
 
 def each(count: int, work: Callable[[int], Any]) -> list[Any]:
     """[work(0), ..., work(count - 1)], each on a thread of its own; ctypes releases the GIL."""
-    if count == 1:
-        return [work(0)]
-    with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(work, range(count)))
+    return [work(0)] if count == 1 else list(_pool(os.getpid(), count).map(work, range(count)))
+
+
+@functools.lru_cache(maxsize=4)
+def _pool(process: int, count: int) -> ThreadPoolExecutor:
+    """Threads that wait for work; a forked process does not have its parent's."""
+    return ThreadPoolExecutor(count, thread_name_prefix="rsae-native")

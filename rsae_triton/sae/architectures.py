@@ -43,6 +43,11 @@ class _Rectangle(torch.autograd.Function):
         return slope if ctx.to_h else None, -slope.flatten(0, -2).sum(0), None, None
 
 
+def opened(h: Tensor, theta: Tensor, bandwidth: float, to_h: bool) -> Tensor:
+    """1[h > theta] of a list of places [n], with the rectangle's derivative."""
+    return _Rectangle.apply(h.unsqueeze(0), theta, bandwidth, to_h).squeeze(0)
+
+
 class JumpReluSAE(SparseAutoencoder):
     """z = h * 1[h > threshold_f]; thresholds are trained through a rectangle (arXiv:2407.14435).
 

@@ -45,12 +45,16 @@ class BatchTopKSAE(SparseAutoencoder):
         values = h.relu()
         kept = values.numel() // self.d_sae * self.k
         smallest = values.detach().flatten().topk(kept, sorted=False).values.min()
-        with torch.no_grad():
-            started = bool(self.topk_threshold > 0)
-            self.topk_threshold.mul_(self.memory if started else 0.0).add_(
-                smallest.float(), alpha=1 - self.memory if started else 1.0
-            )
+        self.remember_(smallest)
         return values * (values >= smallest)
+
+    @torch.no_grad()
+    def remember_(self, smallest: Tensor) -> None:
+        """Takes the smallest value that a training batch kept into the running mean."""
+        started = bool(self.topk_threshold > 0)
+        self.topk_threshold.mul_(self.memory if started else 0.0).add_(
+            smallest.float(), alpha=1 - self.memory if started else 1.0
+        )
 
     def config(self) -> dict[str, Any]:
         return {**super().config(), "k": self.k}

@@ -203,14 +203,17 @@ class Mesh(Alone):
             one.div_(data)
         zero = terms.mse.new_zeros((), dtype=torch.float64)
         squares = [sum((_square(one) for one in some), zero) for some in (own, shared)]
-        numbers = [terms.mse.double() / features, terms.l0.double(), terms.total.detach().double(), squares[0]]
+        share = zero if terms.share is None else zero + terms.share / (data * features)
+        numbers = [terms.mse.double() / features, terms.l0.double(), terms.total.detach().double(), squares[0], share]
         summed = torch.stack([*numbers, *torch.tensor(flags, dtype=torch.float64, device=zero.device)])
         dist.all_reduce(summed)
         norm = (summed[3] / data + squares[1]).sqrt()
-        mse, l0, total, _, *raised = summed.tolist()
+        mse, l0, total, _, support, *raised = summed.tolist()
         grad_norm = float(norm)
         finite = all(map(math.isfinite, (mse, l0, total, grad_norm)))
-        return Summed(mse / data, l0 / data, norm.float(), grad_norm, counts, [bool(one) for one in raised], finite)
+        flags = [bool(one) for one in raised]
+        whole = None if terms.share is None else support
+        return Summed(mse / data, l0 / data, norm.float(), grad_norm, counts, flags, finite, whole)
 
     def mean(self, value: Tensor) -> Tensor:
         value = value.clone()

@@ -20,6 +20,7 @@ from rsae_triton.sae.units import check_place, reading, take_note, warn_of_units
 from rsae_triton.training.checkpoints import Checkpoints
 from rsae_triton.training.memory import plan_memory
 from rsae_triton.training.metrics import Metrics, TrainLog, progress_bar, take_up
+from rsae_triton.training.on_entries import reason_against
 from rsae_triton.training.options import TrainOptions
 from rsae_triton.training.processes import Alone
 from rsae_triton.training.recipes import Recipe, holding, recipe_for
@@ -120,7 +121,14 @@ def train(
     log = TrainLog(recipe.name, settings.steps, settings.batch_size, settings.seed)
     with ExitStack() as stack:
         dtype = stack.enter_context(_wide(sae))
-        plan = together.agree(plan_memory(sae, max(1, tokens), settings.memory, aux_k=recipe.aux_k))
+        reason = reason_against(
+            sae, soft=recipe.soft, aux_k=recipe.aux_k, frozen={*recipe.frozen, *KEPT_BY[settings.trainable]}
+        )
+        plan = together.agree(
+            plan_memory(
+                sae, max(1, tokens), settings.memory, aux_k=recipe.aux_k, no_support=reason, exact=settings.exact
+            )
+        )
         if show:
             print(plan)
         stack.enter_context(torch.enable_grad())

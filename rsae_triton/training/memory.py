@@ -1,4 +1,4 @@
-"""How a training step is cut so that it fits: all at once, in pieces of tokens, or in pieces of features."""
+"""How a training step is made so that it fits and is fast: whole, in pieces of tokens or of features, or sparse."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from rsae_triton.ops.cost import Step, cost
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.rational import FusedRationalSAE
 
-MODES = ("auto", "saved", "chunked", "streamed")
+MODES = ("auto", "saved", "chunked", "streamed", "sparse")
 # Of what is free, for the step's own tensors: allocators round up and fragment.
 SHARE = 0.8
 # Fewer tokens or features at a time make matrix products inefficient.
 LEAST_TOKENS, LEAST_FEATURES, MOST_FEATURES = 256, 512, 4096
+# Of [n_tokens, d_sae], what a sparse step may hold before it gives up and goes the dense way.
+MOST_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,14 @@ class MemoryPlan:
     """How a step is cut.
 
     Attributes:
-        mode: "saved" (autograd keeps h and z of the whole batch), "chunked" or "streamed" (`rational_autoencode`).
+        mode: "saved" (autograd keeps h and z of the whole batch), "chunked" or "streamed" (`rational_autoencode`); of
+            one step also "sparse" (one dense product, all else on the support).
         chunk_tokens, chunk_features: of `rational_autoencode`; None for all at once.
         need: bytes the step takes at most, beside x, weights, gradients and optimiser state (predicted, `cost`).
         free: bytes there are before training, for all of the following; None where that cannot be known.
         weights: bytes of the SAE. optimiser: bytes that gradients and Adam's two moments will take.
+        support: which steps are sparse: "never", "auto" (where the support is small: `route.py`) or "always"; a step
+            whose support is too large goes by `mode` in any case. exact: see `TrainSettings`.
     """
 
     mode: str
@@ -39,6 +44,12 @@ class MemoryPlan:
     free: float | None
     weights: float = 0.0
     optimiser: float = 0.0
+    support: str = "never"
+    exact: bool = False
+
+    def most_entries(self, places: int) -> int:
+        """Beyond how many entries a sparse step gives up."""
+        return max(int(MOST_SHARE * places), 1024)
 
     def __str__(self) -> str:
         pieces = [
@@ -47,23 +58,38 @@ class MemoryPlan:
             if size is not None
         ]
         there = "" if self.free is None else f"; {_size(self.free)} free"
+        ways = {
+            "never": ", ".join([self.mode, *pieces]),
+            "auto": f"sparse where that is faster, else {', '.join([self.mode, *pieces])}",
+            "always": f"sparse ({', '.join([self.mode, *pieces])} where the support is too large)",
+        }
         return (
-            f"memory: {', '.join([self.mode, *pieces])}. weights {_size(self.weights)}, gradients and optimiser "
+            f"memory: {ways[self.support]}. weights {_size(self.weights)}, gradients and optimiser "
             f"{_size(self.optimiser)}, activations {_size(self.need)}{there}"
         )
 
 
 def plan_memory(
-    sae: SparseAutoencoder, batch_size: int, memory: str = "auto", *, aux_k: int = 0, free: float | None = None
+    sae: SparseAutoencoder,
+    batch_size: int,
+    memory: str = "auto",
+    *,
+    aux_k: int = 0,
+    free: float | None = None,
+    no_support: str | None = "it was not asked",
+    exact: bool = False,
 ) -> MemoryPlan:
     """The plan for training steps of `batch_size` tokens.
 
     "auto" takes the first that fits into 0.8 of what gradients and Adam's state leave free: saved, chunked (same
-    FLOPs, to rounding the same numbers), streamed (a fifth more FLOPs). Only a Rational SAE can be cut.
+    FLOPs, to rounding the same numbers), streamed (a fifth more FLOPs). Only a Rational SAE can be cut. That is how
+    dense steps are made; with "auto" those with a small support are sparse, with "sparse" all of them.
 
     Args:
         aux_k: of the recipe; an auxiliary loss needs the whole code, and so "saved".
         free: bytes there are; asked of the device when None.
+        no_support: why steps cannot be sparse (`on_entries.reason_against`), None where they can. exact: see
+            `TrainSettings`.
 
     Raises:
         ConfigError: an unknown mode, or one that this SAE or recipe cannot be trained in.
@@ -78,6 +104,13 @@ def plan_memory(
             f"memory={memory!r} is for Rational SAEs with thresholds per feature; {what} needs the whole code: "
             "use 'saved' or 'auto'"
         )
+    if memory == "sparse" and no_support is not None:
+        raise ConfigError(f"memory='sparse' cannot train {no_support}; use memory='auto'")
+    support = "never"
+    if no_support is None and memory in ("auto", "sparse"):
+        # On other devices a way of their own decides (docs/scaling.md).
+        support = "always" if memory == "sparse" else "auto" if sae.W_dec.device.type == "cpu" else "never"
+    memory = "auto" if memory == "sparse" else memory
     if free is None:
         free = free_memory(sae.W_dec.device)
     later = _later(sae)
@@ -86,7 +119,7 @@ def plan_memory(
     budget = None if free is None else SHARE * (free - later)
     plan = cut(_step(sae, batch_size), budget, "saved" if whole else memory, eager=eager)
     weights = sum(one.numel() * one.element_size() for one in sae.state_dict().values())
-    return replace(plan, free=free, weights=weights, optimiser=later)
+    return replace(plan, free=free, weights=weights, optimiser=later, support=support, exact=exact)
 
 
 def cut(step: Step, budget: float | None, memory: str = "auto", *, eager: bool = False) -> MemoryPlan:

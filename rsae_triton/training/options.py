@@ -26,7 +26,8 @@ class TrainOptions(TypedDict, total=False):
     decoder_norm: Literal["keep", "unit", "free"]
     trainable: Literal["all", "encoder", "gate"]
     precision: Literal["float32", "bf16"]
-    memory: Literal["auto", "saved", "chunked", "streamed"]
+    memory: Literal["auto", "saved", "chunked", "streamed", "sparse"]
+    exact: bool
     seed: int
     deterministic: bool
     dead_after: int

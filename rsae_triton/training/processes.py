@@ -22,7 +22,7 @@ from rsae_triton.training.settings import TrainSettings
 @dataclass
 class Summed:
     """Of one step, over all processes: mse, l0, the gradient's norm (a tensor, and its number), activity counts of this
-    process's features, and each flag if any process raised it."""
+    process's features, each flag if any process raised it, and the share of the support (of `Losses`)."""
 
     mse: float
     l0: float
@@ -31,6 +31,7 @@ class Summed:
     counts: Tensor
     flags: list[bool]
     finite: bool
+    share: float | None = None
 
 
 class Alone:
@@ -75,7 +76,7 @@ class Alone:
         # One transfer from the device for all of them.
         numbers = torch.stack([one.detach().double() for one in (terms.mse, terms.l0, norm, terms.total)]).tolist()
         mse, l0, grad_norm, _ = numbers
-        return Summed(mse, l0, norm, grad_norm, terms.counts, flags, all(map(math.isfinite, numbers)))
+        return Summed(mse, l0, norm, grad_norm, terms.counts, flags, all(map(math.isfinite, numbers)), terms.share)
 
     def whole_config(self, sae: SparseAutoencoder) -> dict[str, Any]:
         """The configuration of the SAE whose part `sae` is."""

@@ -18,8 +18,8 @@ from rsae_triton.sae.rational import FusedRationalSAE
 from rsae_triton.sae.topk_rational import TopKRationalSAE
 from rsae_triton.teachers import BatchTopKSAE, JumpReluSAE, ReluSAE, TopKSAE, keep_largest
 from rsae_triton.training.memory import MemoryPlan
+from rsae_triton.training.on_entries import AUXILIARY_SHARE, TANH_SLOPE, losses_on_entries
 
-TANH_SLOPE = 4.0
 USUAL_K, USUAL_L0 = 32, 25.0
 GATE_PARAMETERS = ("alpha", "beta", "centre", "log_input_scale")
 
@@ -201,12 +201,15 @@ class SparsityController:
 
 @dataclass
 class Losses:
-    """The terms of one batch: `total` to differentiate, the rest for the log; z and counts for dead features."""
+    """The terms of one batch: `total` to differentiate, the rest for the log; counts for dead features. share: how
+    much of [n_tokens, d_sae] the support is, where the step went the sparse way and it was not too large (else 1);
+    None where it was dense."""
 
     total: Tensor
     mse: Tensor
     l0: Tensor
     counts: Tensor
+    share: float | None = None
 
 
 def losses(
@@ -225,7 +228,18 @@ def losses(
         plan: how the step is cut to fit into memory; whole when None. across: the other processes that hold
             features of this SAE; mse is then of the whole, sparsity, l0 and counts of the features here.
     """
-    if plan is not None and plan.mode != "saved":
+    sparse = plan is not None and plan.mode == "sparse"
+    places = max(len(x) * sae.d_sae, 1)
+    most = plan.most_entries(places) if plan is not None and across is None else None
+    share = 1.0 if sparse else None
+    if plan is not None and sparse and not isinstance(sae, FusedRationalSAE):
+        found = losses_on_entries(
+            sae, x, sparsity=recipe.sparsity, weight=weight, aux_k=recipe.aux_k, dead=dead, most=most,
+            exact=plan.exact, across=across,
+        )  # fmt: skip
+        if found is not None:
+            return Losses(*found[:4], share=found.entries / places)
+    elif plan is not None and plan.mode != "saved":
         assert isinstance(sae, FusedRationalSAE)
         cut = sae.autoencode(
             x,
@@ -234,9 +248,14 @@ def losses(
             l0_weight=weight if recipe.sparsity == "l0" else 0.0,
             chunk_tokens=plan.chunk_tokens,
             chunk_features=plan.chunk_features,
+            memory="sparse" if sparse else "dense",
+            exact=plan.exact,
+            most_entries=most if sparse else None,
             across=across,
         )
-        return Losses(cut.total, cut.mse.detach(), cut.l0.detach(), cut.counts.detach())
+        if sparse and (entries := int(cut.entries)) >= 0:
+            share = entries / places
+        return Losses(cut.total, cut.mse.detach(), cut.l0.detach(), cut.counts.detach(), share)
     if isinstance(sae, FusedRationalSAE):
         z, counts, l1 = sae.encode_with_sums(x, hard=not recipe.soft)
     else:
@@ -258,8 +277,8 @@ def losses(
     elif recipe.sparsity == "l0":
         total = total + weight * l0
     if recipe.aux_k and dead is not None and bool(dead.any()):
-        total = total + auxiliary_loss(sae, x, residual.detach(), dead, recipe.aux_k) / 32
-    return Losses(total, mse.detach(), l0.detach(), counts.detach())
+        total = total + auxiliary_loss(sae, x, residual.detach(), dead, recipe.aux_k) * AUXILIARY_SHARE
+    return Losses(total, mse.detach(), l0.detach(), counts.detach(), share)
 
 
 def auxiliary_loss(sae: SparseAutoencoder, x: Tensor, residual: Tensor, dead: Tensor, k: int) -> Tensor:

@@ -55,6 +55,7 @@ def restore(run: Run, checkpoints: Checkpoints, steps: list[int]) -> float:
             warnings.warn(f"{problem}; going back to the checkpoint before", stacklevel=2)
             continue
         run.step, run.controller = info["step"], controller
+        run.route.restore(info.get("route"))
         run.sae.load_state_dict({name[4:]: one for name, one in tensors.items() if name.startswith("sae.")})
         restore_optimizer(run.sae, run.optimizer, tensors)
         run.idle.copy_(tensors["idle"])

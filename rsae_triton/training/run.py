@@ -13,6 +13,7 @@ from rsae_triton.ops.workspace import StepMemory
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.training.checkpoints import Checkpoints
 from rsae_triton.training.memory import MemoryPlan
+from rsae_triton.training.on_entries import support_share
 from rsae_triton.training.optimizer import (
     make_optimizer,
     optimizer_tensors,
@@ -21,6 +22,7 @@ from rsae_triton.training.optimizer import (
 )
 from rsae_triton.training.processes import Alone
 from rsae_triton.training.recipes import Losses, Recipe, SparsityController
+from rsae_triton.training.route import Route
 from rsae_triton.training.settings import TrainSettings
 
 
@@ -46,7 +48,7 @@ class Run:
     ) -> None:
         self.sae, self.settings, self.recipe, self.plan, self.together = sae, settings, recipe, plan, together
         self.identity, self.dtype, self.step = identity, dtype, 0
-        self.memory = StepMemory()
+        self.memory, self.route = StepMemory(), Route(plan)
         self.optimizer = make_optimizer(sae, recipe, settings)
         self.controller: SparsityController | None = None
         self.idle = torch.zeros(sae.d_sae, device=sae.W_dec.device)
@@ -72,10 +74,13 @@ class Run:
         x = batch.detach().to(device=sae.W_dec.device, dtype=sae.W_dec.dtype)
         if self.controller is None:
             norm = self.together.mean(x.float().norm(dim=1).mean())
+            if not bool(norm.isfinite()):
+                raise NumericsError(self._explain(x, None, checkpoints))
             self.controller = SparsityController(self.recipe, float(norm))
         dead = self.idle > settings.dead_after
         ramp = settings.sparsity_ramp(self.step)
-        terms = self._differentiate(x, ramp * self.controller.weight, dead if self.recipe.aux_k else None)
+        plan = self.route.plan(self.step, lambda: self._support_share(x))
+        terms = self._differentiate(x, ramp * self.controller.weight, dead if self.recipe.aux_k else None, plan)
         if self.norms is not None:
             remove_radial_gradient(sae.W_dec)
         summed = self.together.finish(sae, terms, [stop, due])
@@ -92,6 +97,8 @@ class Run:
         if before is not None:
             self._check_step(before, checkpoints)
         self.idle = torch.where(summed.counts > 0, 0.0, self.idle + settings.batch_size)
+        if summed.share is not None:
+            self.route.saw(summed.share, self.step)
         if ramp == 1.0:
             self.controller.update(summed.l0)
         row = {
@@ -101,6 +108,8 @@ class Run:
             "l0": summed.l0,
             "weight": ramp * self.controller.weight,
             "lr": settings.lr * factor,
+            "sparse": int(plan.mode == "sparse"),
+            "support": max(self.route.share, 0.0),  # of [n_tokens, d_sae], when it was last looked at
             "grad_norm": summed.grad_norm,  # the tensor would be waited for, and with it the optimiser's step
         }
         self.step += 1
@@ -133,33 +142,42 @@ class Run:
             self._stopped(f"the optimiser's step made {bad or 'another process'} infinite", checkpoints)
         )
 
-    def _differentiate(self, x: Tensor, weight: float, dead: Tensor | None) -> Losses:
+    def _differentiate(self, x: Tensor, weight: float, dead: Tensor | None, plan: MemoryPlan) -> Losses:
         """Gradients of the loss on x, in as many pieces as settings say, and its terms."""
         # Saved codes are autograd's: it makes its own gradients.
-        self.memory.zero_grad(self.sae.parameters(), keep=self.plan.mode != "saved")
+        self.memory.zero_grad(self.sae.parameters(), keep=plan.mode != "saved")
         found = []
         for piece in x.chunk(self.settings.accumulate):
-            share = len(piece) / len(x)
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"), self.memory:
-                terms = self.together.losses(self.sae, piece, self.recipe, weight, dead, self.plan)
-            if share == 1:
-                terms.total.backward()
+            part = len(piece) / len(x)
+            with self.memory:
+                with torch.autocast(x.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
+                    terms = self.together.losses(self.sae, piece, self.recipe, weight, dead, plan)
+                (terms.total if part == 1 else terms.total * part).backward()
+            if part == 1:
                 return terms
-            (terms.total * share).backward()
-            found.append((share, terms))
-        total, mse, l0 = (sum(share * getattr(one, name).detach() for share, one in found) for name in _SCALARS)
-        return Losses(total, mse, l0, torch.stack([one.counts for _, one in found]).sum(0))
+            found.append((part, terms))
+        total, mse, l0 = (sum(part * getattr(one, name).detach() for part, one in found) for name in _SCALARS)
+        shares = [part * one.share for part, one in found if one.share is not None]
+        counts = torch.stack([one.counts for _, one in found]).sum(0)
+        return Losses(total, mse, l0, counts, sum(shares) if len(shares) == len(found) else None)
+
+    @torch.no_grad()
+    def _support_share(self, x: Tensor) -> float:
+        """How large the support is, by some tokens of every process."""
+        share = torch.tensor(support_share(self.sae, x), dtype=torch.float64, device=x.device)
+        return float(self.together.over_features(self.together.mean(share))) / self.together.features[1]
 
     def features(self) -> dict[str, Any]:
         """Of the whole SAE: how many features are dead, and which share is alive."""
         dead = int(self.together.over_features((self.idle > self.settings.dead_after).sum()))
         return {"dead": dead, "alive": 1 - dead / (self.sae.d_sae * self.together.features[1])}
 
-    def _explain(self, x: Tensor, terms: Losses, checkpoints: Checkpoints | None) -> str:
+    def _explain(self, x: Tensor, terms: Losses | None, checkpoints: Checkpoints | None) -> str:
         """Names the first tensor, in the order of the computation, that is not finite."""
         parameters = list(self.sae.named_parameters())
         gradients = [(f"the gradient of {name}", one.grad) for name, one in parameters if one.grad is not None]
-        named = [("the batch", x), *parameters, ("the loss", terms.total), *gradients]
+        loss = [] if terms is None else [("the loss", terms.total)]
+        named = [("the batch", x), *parameters, *loss, *gradients]
         name, bad = next(((name, one) for name, one in named if not bool(one.isfinite().all())), ("", None))
         what = "a sum over the processes"
         if bad is not None:
@@ -198,6 +216,7 @@ class Run:
             "settings": self.settings.fixed(self.recipe),
             "activations": self.identity,
             "controller": None if self.controller is None else self.controller.state(),
+            "route": self.route.state(),
             "seconds": seconds,
         }
         return self.together.save(checkpoints, self.step, self.sae, self.tensors(), info)

@@ -14,7 +14,7 @@ from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.training.recipes import Recipe
 
 # What may change between a run and its continuation: nothing of it touches a number.
-FREE = ("out", "resume", "checkpoint_every", "checkpoint_minutes", "keep", "memory", "track")
+FREE = ("out", "resume", "checkpoint_every", "checkpoint_minutes", "keep", "memory", "exact", "track")
 
 # Of each choice of `trainable`, the parameters that stay as they are, bit for bit.
 KEPT_BY: dict[str, tuple[str, ...]] = {
@@ -71,8 +71,12 @@ class TrainSettings:
     gate, the numbers per feature alone (thresholds, and what a round adds), every weight bit-equal."""
     precision: Literal["float32", "bf16"] = "float32"
     """bf16: matrix products in bfloat16 (autocast); weights, gate, optimiser and sums stay float32."""
-    memory: Literal["auto", "saved", "chunked", "streamed"] = "auto"
-    """How a step is cut: not at all, over tokens, over features, or the first of these that fits into memory."""
+    memory: Literal["auto", "saved", "chunked", "streamed", "sparse"] = "auto"
+    """How a step is made. saved: whole; chunked, streamed: cut over tokens, over features; sparse: one dense product,
+    and all else where the gate is not zero. auto: sparse where that is faster, else the first other one that fits."""
+    exact: bool = False
+    """Sparse steps look for active features in float32 only. Otherwise a CPU with bfloat16 in hardware looks for
+    candidates with that and makes theirs again in float32: faster, and the same to rounding."""
     seed: int = 0
     """Seed of the order of the batches; nothing else is random."""
     deterministic: bool = False
@@ -100,7 +104,7 @@ class TrainSettings:
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 0 if name in counts else 1)
         check_seed(self.seed)
-        for name in ("deterministic", "resume"):
+        for name in ("deterministic", "resume", "exact"):
             check_flag(name, getattr(self, name))
         if self.out is not None:
             object.__setattr__(self, "out", as_path("out", self.out))

@@ -191,7 +191,21 @@ def test_metrics_go_to_jsonl_and_to_trackers(activations, tmp_path, monkeypatch)
     log = train(small_sae("relu"), activations, steps=4, **options)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["mse"] for row in rows] == log.mse
-    assert {"step", "tokens", "mse", "l0", "weight", "lr", "grad_norm", "dead", "alive", "seconds"} == set(rows[0])
+    names = {
+        "step",
+        "tokens",
+        "mse",
+        "l0",
+        "weight",
+        "lr",
+        "grad_norm",
+        "dead",
+        "alive",
+        "seconds",
+        "sparse",
+        "support",
+    }
+    assert names == set(rows[0])
     assert ("mse", log.mse[3], 3) in told["scalars"]
     assert told["logs"] == [(row, row["step"]) for row in rows]
     assert told["closed"]

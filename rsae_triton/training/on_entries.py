@@ -1,0 +1,158 @@
+"""The loss of teachers and controls on the entries of their codes: one dense product instead of five.
+
+A ReLU SAE's code and gradients are zero where h <= 0, a JumpReLU's below the rectangle under its threshold, those of
+TopK and BatchTopK wherever something larger was kept. The loss is that of `recipes.losses` to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rsae_triton.ops.across import Across, sum_of
+from rsae_triton.ops.entries import Entries, collected, decode_at, each_at, encode_at, lengths, sum_at
+from rsae_triton.ops.finding import find_entries, find_largest, find_most
+from rsae_triton.ops.support import lowest
+from rsae_triton.sae.architectures import JumpReluSAE, ReluSAE, TopKSAE, opened
+from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.sae.batch_topk import BatchTopKSAE
+from rsae_triton.sae.rational import FusedRationalSAE
+
+TANH_SLOPE = 4.0
+AUXILIARY_SHARE = 1 / 32
+PROBED = 64
+"""Tokens of a batch that say how large its support is."""
+
+
+class Terms(NamedTuple):
+    """total, mse, l0 (scalars), counts [d_sae], and how many entries there are."""
+
+    total: Tensor
+    mse: Tensor
+    l0: Tensor
+    counts: Tensor
+    entries: int
+
+
+def reason_against(sae: SparseAutoencoder, *, soft: bool, aux_k: int, frozen: set[str]) -> str | None:
+    """Why an SAE cannot be trained on its entries alone; None where it can. frozen: names that are not trained."""
+    if sae.W_dec.dtype not in (torch.float32, torch.float64):
+        return f"weights of {sae.W_dec.dtype}; use sae.float()"
+    if type(sae) in (ReluSAE, JumpReluSAE, TopKSAE, BatchTopKSAE):
+        return None
+    if not isinstance(sae, FusedRationalSAE) or sae.compares_features:
+        return f"a {sae.architecture} SAE"
+    if sae.backend == "eager":
+        return "backend='eager', which computes everything"
+    if soft or sae.gate.form != "gated" or sae.gate.domain != "clamp":
+        return "a gate that is direct, free or soft, which is zero nowhere"
+    if aux_k:
+        return "a recipe with an auxiliary loss"
+    trained = {name.removeprefix("gate.") for name, one in sae.named_parameters() if one.requires_grad} - frozen
+    if trained & {"alpha", "beta", "centre"}:
+        return "trained gate coefficients, which every place has a gradient for"
+    return None
+
+
+def support_share(sae: SparseAutoencoder, x: Tensor) -> float:
+    """How much of [n_tokens, d_sae] the entries are, by some tokens of x."""
+    if isinstance(sae, TopKSAE | BatchTopKSAE):
+        return sae.k / sae.d_sae
+    x = x[:PROBED]
+    entries = find_entries(_centred(sae, sae.normalization(x).apply(x)), sae.W_enc, sae.b_enc, _low(sae))
+    assert entries is not None
+    return len(entries.tokens) / max(len(x) * sae.d_sae, 1)
+
+
+def losses_on_entries(
+    sae: SparseAutoencoder,
+    x: Tensor,
+    *,
+    sparsity: str,
+    weight: float,
+    aux_k: int = 0,
+    dead: Tensor | None = None,
+    most: int | None = None,
+    exact: bool = False,
+    across: Across | None = None,
+) -> Terms | None:
+    """mse + weight * sparsity of a teacher or control, as `recipes.losses` has it; None where there are more entries
+    than `most`, or NaN where a code is ranked."""
+    affine = sae.normalization(x)
+    x_c = _centred(sae, affine.apply(x))
+    W_enc, W_dec = collected(sae.W_enc), collected(sae.W_dec)
+    entries = _entries(sae, x_c, most, exact)
+    if entries is None:
+        return None
+    h = encode_at(x_c, W_enc, sae.b_enc, entries)
+    if isinstance(sae, JumpReluSAE):
+        active = opened(h, each_at(sae.threshold.to(h.dtype), entries), sae.bandwidth, sae.slope_to_h)
+        z = h * active
+    else:
+        z = h if isinstance(sae, TopKSAE) and not sae.relu else h.relu()
+        active = (z != 0).to(h.dtype)
+    part = decode_at(z, entries, W_dec)
+    if across is None or across.first:
+        part = part + sae.b_dec
+    x_hat = affine.undo(sum_of(part, across))
+    residual = x - x_hat
+    mse = residual.square().sum(-1).mean()
+    counts = sum_at(active, entries)
+    l0, total = counts.sum() / len(x), mse
+    if sparsity == "l1":
+        total = total + weight * (sum_at(z.abs(), entries) * lengths(W_dec)).sum() / len(x)
+    elif sparsity == "tanh":
+        sizes = z.abs() * each_at(lengths(W_dec), entries)
+        total = total + weight * torch.tanh(TANH_SLOPE * sizes).sum() / len(x)
+    elif sparsity == "l0":
+        total = total + weight * l0
+    if aux_k and dead is not None and bool(dead.any()):
+        left = _auxiliary(sae, x_c, W_enc, W_dec, dead, aux_k)
+        if left is None:
+            return None
+        total = total + (residual.detach() - affine.scale * left).square().sum(-1).mean() * AUXILIARY_SHARE
+    return Terms(total, mse.detach(), l0.detach(), counts.detach(), len(entries.tokens))
+
+
+def _entries(sae: SparseAutoencoder, x_c: Tensor, most: int | None, exact: bool) -> Entries | None:
+    if isinstance(sae, TopKSAE):
+        return find_largest(x_c, sae.W_enc, sae.b_enc, sae.k, least=0.0 if sae.relu else -math.inf)
+    if isinstance(sae, BatchTopKSAE):
+        found = find_most(x_c, sae.W_enc, sae.b_enc, len(x_c) * sae.k)
+        if found is None:
+            return None
+        sae.remember_(found[1])
+        return found[0]
+    return find_entries(x_c, sae.W_enc, sae.b_enc, _low(sae), most=most, screened=not exact)
+
+
+def _low(sae: SparseAutoencoder) -> Tensor:
+    """Below which the code and its gradients are zero, [d_sae]."""
+    if isinstance(sae, FusedRationalSAE):
+        return lowest(sae.gate.tensors()).detach()
+    if isinstance(sae, JumpReluSAE):
+        return sae.threshold.detach() - sae.bandwidth / 2
+    return torch.zeros_like(sae.b_enc)
+
+
+def _centred(sae: SparseAutoencoder, x: Tensor) -> Tensor:
+    return x - sae.b_dec if sae.apply_b_dec_to_input else x
+
+
+def _auxiliary(
+    sae: SparseAutoencoder, x_c: Tensor, W_enc: Tensor, W_dec: Tensor, dead: Tensor, k: int
+) -> Tensor | None:
+    """What the k strongest dead features of every token make of it (arXiv:2406.04093, app. A.2)."""
+    names = dead.nonzero().squeeze(1)
+    rows = sae.W_enc.detach().t()[names]
+    found = find_largest(x_c.detach(), rows.t(), sae.b_enc.detach()[names], k, least=0.0)
+    if found is None:
+        return None
+    counts = torch.zeros(len(dead), dtype=torch.int64, device=dead.device)
+    counts[names] = found.offsets.diff()
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    entries = Entries(found.tokens, names[found.features], found.values, offsets, found.n_tokens)
+    return decode_at(encode_at(x_c, W_enc, sae.b_enc, entries), entries, W_dec)

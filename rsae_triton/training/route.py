@@ -1,0 +1,62 @@
+"""Which way a training step goes: sparse where the support is small, dense where it is not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from rsae_triton.training.memory import MemoryPlan
+
+BELOW, ABOVE = 0.05, 0.08
+"""Shares of [n_tokens, d_sae]: dense steps become sparse ones below the first, sparse ones dense above the second.
+Between them a run goes on as it is, so that it does not change its way at every step (docs/scaling.md)."""
+EVERY = 10
+"""Dense steps after which the support is looked at again, by some tokens of the batch."""
+
+_log = logging.getLogger(__name__)
+
+
+class Route:
+    """The way of the next step.
+
+    Attributes:
+        sparse: whether it is sparse. share: how much of [n_tokens, d_sae] the support was when it was last seen.
+    """
+
+    def __init__(self, plan: MemoryPlan) -> None:
+        self._dense, self._sparse = plan, replace(plan, mode="sparse")
+        self.sparse, self.share = plan.support == "always", -1.0
+
+    def plan(self, step: int, look: Callable[[], float]) -> MemoryPlan:
+        """How step number `step` is made. look: the share of the support, by some tokens of its batch."""
+        due = self.share < 0 or step % EVERY == 0
+        if self._dense.support == "auto" and not self.sparse and due:
+            self.saw(look(), step)
+        return self._sparse if self.sparse else self._dense
+
+    def saw(self, share: float, step: int) -> None:
+        """Takes the share of the support in the step `step`, and decides on the steps after it."""
+        self.share = share
+        if self._dense.support != "auto":
+            return
+        sparse = share < (ABOVE if self.sparse else BELOW)
+        if sparse != self.sparse:
+            self.sparse = sparse
+            _log.info(
+                "from step %d on, steps are %s: the support is %.2f %% of all places",
+                step, "sparse" if sparse else "dense", 100 * share,
+            )  # fmt: skip
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` takes back."""
+        return {"sparse": self.sparse, "share": self.share}
+
+    def restore(self, state: Any) -> None:
+        """Goes on from `state`; with anything else (a checkpoint that knows no ways) the next batch is looked at."""
+        if self._dense.support != "auto" or not isinstance(state, dict):
+            return
+        sparse, share = state.get("sparse"), state.get("share")
+        if isinstance(sparse, bool) and isinstance(share, float) and 0 <= share <= 1:
+            self.sparse, self.share = sparse, share
