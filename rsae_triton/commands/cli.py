@@ -22,6 +22,7 @@ from rsae_triton.commands.doctor import Doctor
 from rsae_triton.commands.doctor import doctor as run_doctor
 from rsae_triton.commands.evaluate import Eval, run_eval
 from rsae_triton.commands.extract import Extract, run_extract
+from rsae_triton.commands.formats import Formats, run_formats
 from rsae_triton.commands.match import Match, run_match
 from rsae_triton.commands.plan import Plan, run_plan
 from rsae_triton.commands.probe import Probe, run_probe
@@ -82,6 +83,10 @@ def extract(config: Annotated[Extract, tyro.conf.arg(name="")]) -> None:
     run_extract(config)
 
 
+def formats(config: Annotated[Formats, tyro.conf.arg(name="")]) -> None:
+    run_formats(config)
+
+
 def plan(config: Annotated[Plan, tyro.conf.arg(name="")]) -> None:
     run_plan(config)
 
@@ -112,6 +117,7 @@ COMMANDS: dict[str, tuple[Callable[..., Any], type]] = {
     "sweep": (sweep, Sweep),
     "reproduce": (reproduce, Reproduce),
     "plan": (plan, Plan),
+    "formats": (formats, Formats),
     "bench": (bench, Bench),
     "doctor": (doctor, Doctor),
 }

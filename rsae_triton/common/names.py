@@ -15,7 +15,6 @@ _EXACT = {
     "distillgpt2": "distilgpt2",
     "mistral-7b": "mistralai/Mistral-7B-v0.1",
     "gpt-oss-20b": "openai/gpt-oss-20b",
-    "gemma-3-270m-pt": "google/gemma-3-270m",
 }
 _PATTERNS = (
     (r"(pythia-[\d.]+[mb](?:-deduped)?(?:-v0)?)", r"EleutherAI/\1"),
@@ -35,9 +34,9 @@ def hub_model(name: str) -> str:
     if cached := _CACHED.search(name):
         return "/".join(part for part in cached.groups() if part)
     owner, _, short = name.rpartition("/")
-    if short.startswith("gemma-v3-") and owner in ("", "google"):
+    if re.match(r"gemma-(v3-|3-270m-pt)", short) and owner in ("", "google"):
         short = short.replace("gemma-v3-", "gemma-3-")
-        return f"google/{short.replace('-pt', '') if '270m' in short else short}"
+        return f"google/{short.replace('-pt', '') if '270m' in short else short}"  # the hub's 270m has no -pt
     if owner:
         return name
     if name in _EXACT:

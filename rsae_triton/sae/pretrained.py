@@ -97,6 +97,11 @@ class Pretrained(nn.Module, abc.ABC):
         }
 
     @classmethod
+    def architectures(cls) -> set[str]:
+        """The names in cfg.json that this class loads."""
+        return {cls.architecture}
+
+    @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         """An SAE of this kind with the sizes of `config` and weights still to be loaded."""
         return cls(**cls.common_arguments(config))
@@ -207,7 +212,7 @@ class Pretrained(nn.Module, abc.ABC):
         device = parse_device(device) or torch.device("cpu")
         folder = local_path(source, revision)
         config, weights = read_folder(folder)
-        if config["architecture"] != cls.architecture:
+        if config["architecture"] not in cls.architectures():
             raise FormatError(
                 f"{folder} holds an SAE of architecture {config['architecture']!r}, not {cls.architecture!r}; "
                 "use rsae_triton.load_teacher for teachers, FusedRationalSAE.from_pretrained for rational SAEs"

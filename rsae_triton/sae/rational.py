@@ -150,23 +150,28 @@ class FusedRationalSAE(SparseAutoencoder):
         exact: bool = False,
         most_entries: int | None = None,
         across: Across | None = None,
+        target: Tensor | None = None,
     ) -> Autoencoded:
         """The training loss of activations [..., d_in] and its gradients, piece by piece; see `rational_autoencode`.
 
         Equal to rounding to the same loss built from `encode_with_sums` and `decode`, in a fraction of the memory.
+        `target` is what is to be reconstructed, x when None.
 
         Raises:
-            ConfigError: x requires a gradient and the SAE normalises every token.
+            ConfigError: x requires a gradient and the SAE normalises every token, or a target for an SAE that does, or
+                that has several rounds.
         """
         self._check_last(x, "x", "d_in", self.d_in)
         normalized = self.normalize_activations != "none"
         if normalized and x.requires_grad:
             raise ConfigError("autoencode gives no gradient through a token's normalisation; detach x, or use encode")
+        if target is not None and (normalized or self.refinement is not None):
+            raise ConfigError("an SAE that normalises every token, or has several rounds, has no target but x")
         if self.refinement is not None:
             check_spec(self.gate.spec(hard))
             return rounds_of.autoencode(self, x, l1_weight=l1_weight, l0_weight=l0_weight, across=across)
         affine = self.normalization(x)
-        target = scale = None
+        scale = None
         if normalized:
             # Undone by another number than it was applied with (`normalization`): the target is not what is encoded.
             scale = torch.as_tensor(affine.scale)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from rsae_triton.common.checks import check_integer, check_number
 from rsae_triton.common.errors import ConfigError, FormatError, ResourceError, RsaeError, first_line
@@ -16,14 +15,18 @@ from rsae_triton.common.names import hub_model
 from rsae_triton.sae.architectures import JumpReluSAE, ReluSAE, TopKSAE, keep_largest
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.batch_topk import BatchTopKSAE
+from rsae_triton.sae.transcoder import Transcoder
 from rsae_triton.teachers import (
+    circuit_tracer,
     dictionary_learning,
     gemma_scope,
     goodfire,
     llama_scope,
     objects,
     openai,
+    plain_pt,
     qwen_scope,
+    refused,
     registry,
     saelens,
     sparsify,
@@ -37,6 +40,7 @@ __all__ = [
     "ReluSAE",
     "SparseAutoencoder",
     "TopKSAE",
+    "Transcoder",
     "keep_largest",
     "load_teacher",
 ]
@@ -52,6 +56,8 @@ FORMATS: dict[str, ModuleType] = {
         openai,
         qwen_scope,
         goodfire,
+        circuit_tracer,
+        plain_pt,
     )
 }
 
@@ -65,8 +71,9 @@ def load_teacher(
     revision: str | None = None,
     k: int | None = None,
     activation_scale: float | None = None,
+    kind: Literal["sae", "transcoder"] | None = None,
 ) -> SparseAutoencoder:
-    """Loads a ReLU, JumpReLU or TopK SAE that any of the field's libraries has saved.
+    """Loads a ReLU, JumpReLU or TopK SAE, or a transcoder, that any of the field's libraries has saved.
 
     Args:
         source: a folder or file; a hub id: "owner/repository", with the SAE's folder or file in it where the
@@ -79,10 +86,13 @@ def load_teacher(
         k: active features per token, where the files do not say (Qwen Scope outside its repository).
         activation_scale: what the activations were multiplied by in training, where the files do not say.
 
+        kind: "sae" or "transcoder", for files of Gemma Scope of which nothing else says what they are.
+
     Returns:
-        The teacher, reading the model's own activations, in the dtype of the file (float32 where something was
-        folded into the weights). metadata: hook_name and model_name where known, and under "loaded_from" the
-        format, the source and what was folded. Gated and BatchTopK SAEs become the JumpReLU SAEs they are.
+        The teacher; a `Transcoder` for what reads one place and writes another. It reads the model's own activations,
+        in the dtype of the file (float32 where something was folded into the weights). metadata: hook_name and
+        model_name where known, and under "loaded_from" the format, the source and what was folded. Gated and BatchTopK
+        SAEs become the JumpReLU SAEs they are.
 
     Raises:
         FormatError: no known format, corrupt or foreign files, or a setting whose code would not be reproduced
@@ -103,7 +113,9 @@ def load_teacher(
         return teacher
     if entry is not None:
         source = entry.source
-    files = Files(local_path(source, revision), str(source), k, activation_scale)
+    if kind not in (None, "sae", "transcoder"):
+        raise ConfigError(f"kind is {kind!r}; choose sae or transcoder, or leave it out")
+    files = Files(local_path(source, revision), str(source), k, activation_scale, kind=kind)
     if entry is not None:
         files = replace(files, registry_scale=entry.scale, overrides=entry.overrides)
     reader = _recognise(files) if format == "auto" else FORMATS[format]
@@ -121,12 +133,9 @@ def load_teacher(
         teacher.metadata["loaded_from"].update(release=entry.release, sae_id=entry.sae_id)
         teacher.metadata.setdefault("model_name", hub_model(entry.model))
     _check_used(teacher, str(source), k, None, None, activation_scale)
+    if kind is not None and (kind == "transcoder") != isinstance(teacher, Transcoder):
+        raise ConfigError(f"{source} is a {type(teacher).__name__}, and kind={kind!r} was given; leave it out")
     teacher.units = 1.0
-    if teacher.metadata.get("transcoder"):
-        warnings.warn(
-            f"{source} is a transcoder: what it decodes are activations at another place than those it encodes",
-            stacklevel=2,
-        )
     return teacher
 
 
@@ -167,6 +176,8 @@ def _check_used(
 
 
 def _recognise(files: Files) -> ModuleType:
+    if (why := refused.reason(files)) is not None:
+        raise FormatError(why)
     for module in FORMATS.values():
         if module.recognises(files):
             return module

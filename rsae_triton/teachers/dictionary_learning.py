@@ -32,6 +32,8 @@ def read(files: Files) -> SparseAutoencoder:
     config = read_json(config_path)
     trainer = config.get("trainer")
     kind = trainer.get("dict_class") if isinstance(trainer, dict) else None
+    if kind in ("CrossCoder", "BatchTopKCrossCoder"):
+        raise FormatError(f"{files.name} is a crosscoder, which reads several places at once; take an SAE of one place")
     if kind not in _CLASSES:
         raise FormatError(f"{config_path} names dict_class={kind!r}; known are {', '.join(_CLASSES)}")
     assert isinstance(trainer, dict)

@@ -14,13 +14,16 @@ from torch import Tensor
 from rsae_triton.common.archives import read_npz
 from rsae_triton.common.errors import FormatError
 from rsae_triton.common.files import read_json, read_safetensors
+from rsae_triton.common.names import hub_model
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.teachers.parts import Files, Parts, layer_of, require
 
 NAME = "gemma_scope"
 NPZ, SAFETENSORS = "params.npz", "params.safetensors"
 LOOKS_FOR = f"{NPZ}, or {SAFETENSORS} (Gemma Scope 2)"
+NO_CLT = "only transcoders of one layer and SAEs are read (circuit-tracer takes such sets as they are)"
 _HOOKS = {
+    "pre_feedforward_layernorm.output": "mlp.hook_in",
     "self_attn.o_proj.input": "attn.hook_z",
     "post_feedforward_layernorm.output": "hook_mlp_out",
     "output": "hook_resid_post",
@@ -32,63 +35,123 @@ def recognises(files: Files) -> bool:
 
 
 def read(files: Files) -> SparseAutoencoder:
-    """A teacher from either generation."""
+    """A teacher from either generation.
+
+    Raises:
+        FormatError: a cross-layer transcoder, or a folder of which nothing says whether it holds an SAE or a
+            transcoder: the same tensors make either.
+    """
     names = ("b_enc", "b_dec", "threshold")
     if files.has(NPZ):
         path = files.folder / NPZ
         arrays = {"W_" + name[2:] if name.startswith("w_") else name: one for name, one in read_npz(path).items()}
-        w = require(arrays, path, "W_enc", "W_dec", *names)
-        return _build(w, w["W_enc"], w["W_dec"], _provenance(files), files)
+        return _build(require(arrays, path, "W_enc", "W_dec", *names), _place(files), files)
     path = files.folder / SAFETENSORS
     tensors = read_safetensors(path)
-    if "affine_skip_connection" in tensors:
-        raise FormatError(f"{files.name} is a transcoder with an affine skip connection, which an SAE has not")
-    w = require(tensors, path, "w_enc", "w_dec", *names)
-    return _build(w, w["w_enc"], w["w_dec"], _provenance_2(files), files)
+    if getattr(tensors.get("w_dec"), "ndim", 2) != 2:
+        raise FormatError(f"{files.name} is a cross-layer transcoder, whose features write to many layers; {NO_CLT}")
+    w = require(tensors, path, "w_enc", "w_dec", *names, optional=("affine_skip_connection",))
+    weights = {{"w_enc": "W_enc", "w_dec": "W_dec"}.get(name, name): one for name, one in w.items()}
+    return _build(weights, _place_2(files), files)
 
 
-def _build(
-    w: dict[str, Tensor], W_enc: Tensor, W_dec: Tensor, metadata: dict[str, Any], files: Files
-) -> SparseAutoencoder:
+def _build(w: dict[str, Tensor], place: dict[str, Any], files: Files) -> SparseAutoencoder:
+    transcoder = place.get("hook_name_out") is not None or files.kind == "transcoder"
+    skip = w.get("affine_skip_connection")
+    if skip is not None and not transcoder:
+        raise FormatError(f"{files.name} has an affine skip connection, which an SAE has not; pass kind='transcoder'")
     parts = Parts(
-        W_enc,
-        W_dec,
+        w["W_enc"],
+        w["W_dec"],
         w["b_enc"],
         w["b_dec"],
         threshold=w["threshold"],
         apply_b_dec_to_input=False,
-        metadata=metadata,
+        transcoder=transcoder,
+        W_skip=None if skip is None else skip.t(),
+        metadata=place,
     )
+    if place.get("hook_name") == "hook_embed":
+        # Trained on embeddings before Gemma multiplies them by sqrt(d_model), which is where hook_embed is read.
+        parts.fold_input_scale(parts.d_in**-0.5, "embeddings are multiplied by sqrt(d_model) after it")
     return parts.build(files, NAME)
 
 
-def _provenance(files: Files) -> dict[str, Any]:
+def _unknown(files: Files) -> dict[str, Any]:
+    """What is known of a folder whose name says nothing: what the caller says it is."""
+    if files.kind is None:
+        raise FormatError(
+            f"nothing says whether {files.name} holds an SAE or a transcoder, which have the same tensors: keep the "
+            "repository's name in the path, as in gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71, or pass "
+            "kind='sae' or kind='transcoder'"
+        )
+    return {"layer": layer_of(files.named, r"layer_(\d+)")}
+
+
+def _place(files: Files) -> dict[str, Any]:
     """From names such as google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71."""
     repo = re.search(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att|transcoders)", files.named)
     layer = layer_of(files.named, r"layer_(\d+)")
     if repo is None:
-        return {"layer": layer}
+        return _unknown(files)
     size, tuned, site = repo.groups()
-    place = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z", "transcoders": None}[site]
-    return {
-        "model_name": f"google/gemma-2-{size}{'-it' if tuned == 'it' else ''}",
-        "hook_name": f"blocks.{layer}.{place}" if place and layer is not None else None,
-        "transcoder": True if site == "transcoders" else None,
+    model = {"model_name": f"google/gemma-2-{size}{'-it' if tuned == 'it' else ''}"}
+    if site == "res" and "embedding/" in files.named:
+        return {**model, "hook_name": "hook_embed"}
+    place = {
+        "res": "hook_resid_post",
+        "mlp": "hook_mlp_out",
+        "att": "attn.hook_z",
+        "transcoders": "ln2.hook_normalized",
     }
+    names = {"hook_name": None if layer is None else f"blocks.{layer}.{place[site]}"}
+    if site == "transcoders":
+        names["hook_name_out"] = f"blocks.{layer}.hook_mlp_out"
+    return {**model, **names}
 
 
-def _provenance_2(files: Files) -> dict[str, Any]:
+def _place_2(files: Files) -> dict[str, Any]:
+    """From config.json, or where there is none from names such as gemma-scope-2-1b-pt/transcoder/layer_13_width_16k."""
     path = files.folder / "config.json"
-    config = read_json(path) if path.is_file() else {}
+    config = read_json(path) if path.is_file() else _inferred(files)
+    if config is None:
+        return _unknown(files)
     if config.get("architecture", "jump_relu") != "jump_relu":
         raise FormatError(f"{path} has architecture={config['architecture']!r}; Gemma Scope 2 is jump_relu")
     inside, outside = config.get("hf_hook_point_in"), config.get("hf_hook_point_out")
-    place = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", str(inside))
-    name = f"blocks.{place[1]}.{_HOOKS[place[2]]}" if place and place[2] in _HOOKS else None
-    transcoder = outside is not None and outside != inside
+    transcoder = (outside is not None and outside != inside) or files.kind == "transcoder"
+    names = {"hook_name": _hook(inside), "hook_name_out": (_hook(outside) or str(outside)) if transcoder else None}
+    model = config.get("model_name")
     return {
-        "model_name": config.get("model_name"),
-        "hook_name": None if transcoder else name,
+        "model_name": hub_model(model if "/" in model else f"google/{model}") if isinstance(model, str) else None,
+        **names,
         "hf_hook_point_in": inside,
-        "transcoder": transcoder or None,
+        "hf_hook_point_out": outside,
     }
+
+
+def _inferred(files: Files) -> dict[str, Any] | None:
+    """What config.json of Gemma Scope 2 would say; some folders of the release have none."""
+    found = re.search(
+        r"gemma-scope-2-(\w+-\w+)/(transcoder|clt|resid_post|attn_out|mlp_out)\w*/layer_(\d+)", files.named
+    )
+    if found is None:
+        return None
+    model, site, layer = found.groups()
+    at = f"model.layers.{layer}."
+    inside = {
+        "resid_post": "output",
+        "attn_out": "self_attn.o_proj.input",
+        "mlp_out": "post_feedforward_layernorm.output",
+    }
+    if site in ("transcoder", "clt"):
+        places = {"hf_hook_point_in": f"{at}pre_feedforward_layernorm.output"}
+        places["hf_hook_point_out"] = f"{at}post_feedforward_layernorm.output"
+    else:
+        places = {"hf_hook_point_in": at + inside[site]}
+    return {"model_name": f"gemma-3-{model}", **places}
+
+
+def _hook(place: Any) -> str | None:
+    found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", str(place))
+    return f"blocks.{found[1]}.{_HOOKS[found[2]]}" if found and found[2] in _HOOKS else None

@@ -8,6 +8,7 @@ back. SAELens 6.54 leaves the decoder norm out and multiplies the threshold by t
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def read(files: Files) -> SparseAutoencoder:
     if config.get("sae_type", "sae") != "sae" or config.get("use_glu_encoder"):
         raise FormatError(
             f"{config_path} describes a {config.get('sae_type', 'sae')} with "
-            f"use_glu_encoder={config.get('use_glu_encoder', False)}; plain SAEs are read"
+            f"use_glu_encoder={config.get('use_glu_encoder', False)}; plain SAEs and transcoders are read"
         )
     w, norms, log_threshold = _tensors(read_safetensors(path), path)
     act_fn = str(config.get("act_fn", "relu")).lower()
@@ -62,10 +63,11 @@ def read(files: Files) -> SparseAutoencoder:
         w.get("b_D") if config.get("use_decoder_bias", True) else None,
         # Checkpoints of the first release name this field; the library has since dropped it, and with it the bias.
         apply_b_dec_to_input=bool(config.get("apply_decoder_bias_to_pre_encoder", False)),
+        transcoder=transcoder,
         metadata={
-            "model_name": "meta-llama/Llama-3.1-8B" if "Llama3_1-8B" in files.named else None,
-            "hook_name": None if transcoder else inside,
-            "transcoder": transcoder or None,
+            "model_name": _model(files),
+            "hook_name": inside,
+            "hook_name_out": outside if transcoder else None,
         },
     )
     if act_fn == "jumprelu":
@@ -83,6 +85,12 @@ def read(files: Files) -> SparseAutoencoder:
         raise FormatError(f"{config_path} has act_fn={act_fn!r}, which looks at a whole batch; convert it to jumprelu")
     _normalization(parts, config, norms, (inside, outside), files)
     return parts.build(files, NAME)
+
+
+def _model(files: Files) -> str | None:
+    if "Llama-Scope-R1-Distill" in files.named:
+        return "deepseek-ai/DeepSeek-R1-Distill-Llama-8B"
+    return "meta-llama/Llama-3.1-8B" if "Llama3_1-8B" in files.named else None
 
 
 def _tensors(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], dict[str, float], Tensor | None]:
@@ -124,6 +132,16 @@ def _normalization(
     norms = norms or dict(config.get("dataset_average_activation_norm") or {})
     inside, outside = (hook if hook in norms else end for hook, end in zip(hooks, ("in", "out"), strict=True))
     own = None
+    if parts.transcoder:
+        if inside not in norms or outside not in norms:
+            raise FormatError(f"{files.name} is a transcoder, and its files do not hold the norms it was trained with")
+        widths = (parts.d_in, parts.d_out)
+        scales = [
+            width**0.5 / norms[end] if norms[end] > 0 else math.nan
+            for width, end in zip(widths, (inside, outside), strict=True)
+        ]
+        parts.fold_scales(scales[0], scales[1], "dataset-wise norms")
+        return
     if inside in norms:
         if abs(norms.get(outside, norms[inside]) - norms[inside]) > 1e-3 * abs(norms[inside]):
             raise FormatError(f"{files.name} scales its input and output by different norms: it is a transcoder")

@@ -17,6 +17,7 @@ from rsae_triton.common.errors import ConfigError, FormatError
 from rsae_triton.common.hub import address
 from rsae_triton.sae.architectures import JumpReluSAE, ReluSAE, TopKSAE
 from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.sae.transcoder import JumpReluTranscoder, ReluTranscoder, TopKTranscoder
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Files:
     path: a local folder or file. name: what the caller asked for; hub ids and folders carry model and layer.
     k: active features per token. activation_scale: what activations were multiplied by in training.
     registry_scale, overrides: the same factor, and settings in place of the file's, as SAELens' registry has them.
+    kind: "sae" or "transcoder", where neither files nor name say which.
     """
 
     path: Path
@@ -34,6 +36,7 @@ class Files:
     activation_scale: float | None = None
     registry_scale: float | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
+    kind: str | None = None
 
     @property
     def named(self) -> str:
@@ -81,7 +84,8 @@ class Parts:
 
     W_enc [d_in, d_sae], W_dec [d_sae, d_in], b_enc [d_sae], b_dec [d_in]; zeros where b_enc or b_dec is None.
     threshold: [d_sae] or one number makes a JumpReLU, k a TopK, neither a ReLU. metadata: what is kept as
-    provenance. folded: what was folded into the weights, in words; lands in the metadata.
+    provenance. folded: what was folded into the weights, in words; lands in the metadata. transcoder: what it decodes
+    is at another place than what it encodes; W_dec [d_sae, d_out], b_dec [d_out], and maybe W_skip [d_out, d_in].
     """
 
     W_enc: Tensor
@@ -93,6 +97,8 @@ class Parts:
     k: int | None = None
     relu: bool = True
     normalize_activations: str = "none"
+    transcoder: bool = False
+    W_skip: Any = None
     metadata: dict[str, Any] = field(default_factory=dict)
     folded: list[str] = field(default_factory=list)
 
@@ -103,14 +109,15 @@ class Parts:
                 "the weights of an SAE are matrices"
             )
         self.d_in, self.d_sae = self.W_enc.shape
+        self.d_out = self.W_dec.shape[1] if self.transcoder else self.d_in
         if self.b_enc is None:
             self.b_enc = self.W_enc.new_zeros(self.d_sae)
         if self.b_dec is None:
-            self.b_dec = self.W_dec.new_zeros(self.d_in)
+            self.b_dec = self.W_dec.new_zeros(self.d_out)
         if self.threshold is not None:
             threshold = torch.as_tensor(self.threshold).float()
             self.threshold = threshold.expand(self.d_sae).clone() if threshold.numel() == 1 else threshold
-        shapes = {"W_dec": (self.d_sae, self.d_in), "b_enc": (self.d_sae,), "b_dec": (self.d_in,)}
+        shapes = {"W_dec": (self.d_sae, self.d_out), "b_dec": (self.d_out,), "W_skip": (self.d_out, self.d_in)}
         for name, tensor in self.tensors().items():
             expected = shapes.get(name, (self.d_in, self.d_sae) if name == "W_enc" else (self.d_sae,))
             if tuple(tensor.shape) != expected:
@@ -122,7 +129,7 @@ class Parts:
                 raise FormatError(f"{name} holds {tensor.dtype}; the weights of an SAE are floating-point numbers")
 
     def tensors(self) -> dict[str, Tensor]:
-        names = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+        names = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold", "W_skip")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     # -- foldings: the same function with other weights. Done in float32 at least: a factor folded into bfloat16
@@ -140,6 +147,18 @@ class Parts:
             self._widen()
             self.W_enc, self.W_dec, self.b_dec = self.W_enc * scale, self.W_dec / scale, self.b_dec / scale
             self.folded.append(f"{why}: activations * {scale:.9g}")
+        return self
+
+    def fold_scales(self, inside: float, outside: float, why: str) -> Self:
+        """From a transcoder of x * inside to y * outside to the same one of x to y; codes are unchanged."""
+        for scale in (inside, outside):
+            if not 0 < scale < float("inf"):
+                raise FormatError(f"{why}: the factor on the activations is {scale}; it must be a positive number")
+        if inside != 1 or outside != 1:
+            self._widen()
+            self.W_enc, self.W_dec, self.b_dec = self.W_enc * inside, self.W_dec / outside, self.b_dec / outside
+            self.W_skip = None if self.W_skip is None else self.W_skip * (inside / outside)
+            self.folded.append(f"{why}: activations * {inside:.9g} in, * {outside:.9g} out")
         return self
 
     def fold_whitening(self, mean: Tensor, matrix: Tensor, inverse: Tensor) -> Self:
@@ -200,8 +219,9 @@ class Parts:
         """
         provenance = {"format": format_name, "source": files.name, "folded": self.folded}
         metadata = {name: value for name, value in self.metadata.items() if value is not None}
+        plain = {"apply_b_dec_to_input": self.apply_b_dec_to_input}
         options: dict[str, Any] = {
-            "apply_b_dec_to_input": self.apply_b_dec_to_input,
+            **({"d_out": self.d_out, "skip": self.W_skip is not None} if self.transcoder else plain),
             "normalize_activations": self.normalize_activations,
             "dtype": torch.promote_types(self.W_enc.dtype, self.W_dec.dtype),
             # An SAE that was loaded, saved by us and loaded again comes from where it came from first.
@@ -225,10 +245,11 @@ class Parts:
 
     def _empty(self, options: dict[str, Any]) -> SparseAutoencoder:
         if self.k is not None:
-            return TopKSAE(self.d_in, self.d_sae, k=self.k, relu=self.relu, **options)
+            topk = TopKTranscoder if self.transcoder else TopKSAE
+            return topk(self.d_in, self.d_sae, k=self.k, relu=self.relu, **options)
         if self.threshold is not None:
-            return JumpReluSAE(self.d_in, self.d_sae, **options)
-        return ReluSAE(self.d_in, self.d_sae, **options)
+            return (JumpReluTranscoder if self.transcoder else JumpReluSAE)(self.d_in, self.d_sae, **options)
+        return (ReluTranscoder if self.transcoder else ReluSAE)(self.d_in, self.d_sae, **options)
 
 
 def require(tensors: dict[str, Any], path: Path, *names: str, optional: tuple[str, ...] = ()) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ Rules read in, and tests run against, sae_lens 6.54 (`saes/*.py`, `loading/pretr
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,15 @@ from rsae_triton.teachers.parts import Files, Parts, require
 NAME = "saelens"
 LOOKS_FOR = f"{CONFIG_FILE} with an architecture + {WEIGHTS_FILE}"
 ARCHITECTURES = ("standard", "jumprelu", "topk", "batchtopk", "matryoshka_batchtopk", "gated")
+TRANSCODERS = (
+    "transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder", "topk_transcoder",
+    "topk_skip_transcoder",
+)  # fmt: skip
+_REFUSED = {
+    "temporal": "it predicts a token's code from the tokens before, so that no gate of one token stands for it",
+    "matching_pursuit": "it encodes by a search, not by one product and a gate; its decoder can be given to a ReluSAE",
+    "abstopk": "it keeps the k largest by magnitude, of either sign, and a rational gate opens above a threshold",
+}
 _RENAMED = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index", "activation_fn_str": "activation_fn"}
 _PROVENANCE = (
     "model_name", "hook_name", "hook_head_index", "hook_layer", "model_class_name", "model_from_pretrained_kwargs",
@@ -54,6 +64,8 @@ def build(config: dict[str, Any], tensors: dict[str, Any], files: Files) -> Spar
         "apply_b_dec_to_input": config.get("apply_b_dec_to_input", True),
         "metadata": config["metadata"],
     }
+    if architecture in TRANSCODERS:
+        return _transcoder(config, tensors, path, files)
     if architecture == "gated":
         w = get("r_mag", "b_gate", "b_mag", optional=("b_enc",))
         parts = Parts(w["W_enc"], w["W_dec"], None, w["b_dec"], **options).gated(w["r_mag"], w["b_gate"], w["b_mag"])
@@ -84,6 +96,36 @@ def build(config: dict[str, Any], tensors: dict[str, Any], files: Files) -> Spar
     return parts.build(files, NAME)
 
 
+def _transcoder(config: dict[str, Any], tensors: dict[str, Any], path: Path, files: Files) -> SparseAutoencoder:
+    """SAELens' four kinds, and our TopK ones."""
+    architecture = str(config["architecture"])
+    dtype = parse_dtype(config.get("dtype", "float32"))
+    names = ["W_enc", "W_dec", "b_enc", "b_dec"]
+    names += ["threshold"] * architecture.startswith("jumprelu") + ["W_skip"] * ("skip" in architecture)
+    w = {name: one.to(torch.promote_types(one.dtype, dtype)) for name, one in require(tensors, path, *names).items()}
+    if config.get("normalize_activations") not in (None, False, "none"):
+        raise FormatError(
+            f"{files.name} is a transcoder with normalize_activations={config['normalize_activations']!r}; what that "
+            "does to what it writes is nowhere defined"
+        )
+    k = config.get("k")
+    if architecture.startswith("topk") and k is None:
+        raise FormatError(f"{files.folder / CONFIG_FILE} describes a TopK transcoder without k")
+    parts = Parts(
+        w["W_enc"],
+        w["W_dec"],
+        w["b_enc"],
+        w["b_dec"],
+        threshold=w.get("threshold"),
+        k=k if architecture.startswith("topk") else None,
+        relu=config.get("relu", True),
+        transcoder=True,
+        W_skip=w.get("W_skip"),
+        metadata=config["metadata"],
+    )
+    return parts.build(files, NAME)
+
+
 def settings(config: dict[str, Any], files: Files) -> dict[str, Any]:
     """The fields of SAELens 6, from its own layout or the flat one before it.
 
@@ -105,12 +147,13 @@ def settings(config: dict[str, Any], files: Files) -> dict[str, Any]:
             raise FormatError(f"{files.name} has activation_fn={activation!r}; relu and topk are read")
         if arguments.get("signed"):
             raise FormatError(f"{files.name} keeps the k largest by magnitude (signed); there is no such teacher")
-    if config.get("architecture") not in ARCHITECTURES:
-        hint = (
-            "load a rational SAE with FusedRationalSAE.from_pretrained"
-            if config.get("architecture") == "rational"
-            else f"teachers are {', '.join(ARCHITECTURES)}"
-        )
+    if config.get("architecture") not in (*ARCHITECTURES, *TRANSCODERS):
+        name = str(config.get("architecture"))
+        loads = "RationalTranscoder" if "transcoder" in name else "FusedRationalSAE"
+        known = f"teachers are {', '.join((*ARCHITECTURES, *TRANSCODERS))}"
+        hint = _REFUSED.get(name, known)
+        if name.startswith("rational"):
+            hint = f"load a rational one with {loads}.from_pretrained"
         raise FormatError(f"{files.name} holds an SAE of architecture {config.get('architecture')!r}; {hint}")
     return {**config, "metadata": metadata}
 

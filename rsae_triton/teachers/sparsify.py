@@ -39,10 +39,10 @@ def read(files: Files) -> SparseAutoencoder:
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise FormatError(f"{config_path} gives k={k!r}; it must be a positive integer")
     tensors = read_safetensors(path)
-    if config.get("skip_connection") or "W_skip" in tensors:
+    transcode, skip = bool(config.get("transcode", False)), bool(config.get("skip_connection", False))
+    if skip and not transcode:
         raise FormatError(f"{files.name} has a linear skip connection from its input, which an SAE has not")
-    w = require(tensors, path, "encoder.weight", "encoder.bias", "W_dec", "b_dec")
-    transcode = bool(config.get("transcode", False))
+    w = require(tensors, path, "encoder.weight", "encoder.bias", "W_dec", "b_dec", *["W_skip"] * skip)
     parts = Parts(
         w["encoder.weight"].t(),
         w["W_dec"],
@@ -50,7 +50,9 @@ def read(files: Files) -> SparseAutoencoder:
         w["b_dec"],
         apply_b_dec_to_input=not transcode,
         k=k,
-        metadata={**_provenance(files), "transcoder": transcode or None},
+        transcoder=transcode,
+        W_skip=w.get("W_skip"),
+        metadata=_provenance(files, transcode),
     )
     sizes: dict[str, Any] = {"d_in": config.get("d_in"), "num_latents": config.get("num_latents") or 0}
     sizes["expansion_factor"] = config.get("expansion_factor", 32)
@@ -67,7 +69,7 @@ def read(files: Files) -> SparseAutoencoder:
     return parts.build(files, NAME)
 
 
-def _provenance(files: Files) -> dict[str, Any]:
+def _provenance(files: Files, transcode: bool) -> dict[str, Any]:
     """Model and place: the folder's name is the hookpoint, the run's config.json lies beside the folders."""
     run = files.folder.parent / "config.json"
     model = read_json(run).get("model") if run.is_file() else None
@@ -80,4 +82,9 @@ def _provenance(files: Files) -> dict[str, Any]:
         name = f"blocks.{place[1]}.{kind}"
     elif hookpoint in ("embed_tokens", "embed_in", "wte"):
         name = "hook_embed"
-    return {"model_name": model if isinstance(model, str) else None, "hook_name": name, "hookpoint": hookpoint}
+    known = {"model_name": model if isinstance(model, str) else None, "hookpoint": hookpoint}
+    if transcode and place and place[2] == ".mlp":
+        # Of a module, what goes into it and what comes out of it.
+        inside, outside = (f"blocks.{place[1]}.mlp.hook_{side}" for side in ("in", "out"))
+        return {**known, "hook_name": inside, "hook_name_out": outside}
+    return {**known, "hook_name": None if transcode else name}

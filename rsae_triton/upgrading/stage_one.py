@@ -21,6 +21,7 @@ from rsae_triton.sae.like_teacher import sample, teacher_thresholds
 from rsae_triton.sae.rational import FusedRationalSAE
 from rsae_triton.sae.topk_rational import TopKRationalSAE
 from rsae_triton.sae.units import in_store_units, warn_of_units
+from rsae_triton.teachers import objects
 from rsae_triton.training.recipes import training_l0
 from rsae_triton.upgrading.direct import direct
 from rsae_triton.upgrading.gated import gated
@@ -77,7 +78,7 @@ def upgrade(
     """Turns a teacher into a Rational SAE: weights copied bit for bit, the gate fitted and calibrated.
 
     Args:
-        teacher: a ReLU, JumpReLU, TopK or BatchTopK SAE.
+        teacher: a ReLU, JumpReLU, TopK or BatchTopK SAE, also as SAELens holds it in memory.
         activations: an `ActivationStore`, or [n, d_in] in the teacher's units (a teacher that reconstructs it worse
             than its mean does gets a warning that says why).
         form: "gated" (z = h * r, zeros by thresholds; "auto") or "direct" (the paper's z = r).
@@ -103,6 +104,8 @@ def upgrade(
         ShapeError, NumericsError: activations that do not fit or are not finite. ConfigError: a bad setting, a
             teacher of a kind that has no gate to fit, or a store of another model or place than the teacher reads.
     """
+    if objects.is_saelens(teacher):
+        teacher = objects.read(teacher)
     if not isinstance(teacher, ReluSAE | JumpReluSAE | TopKSAE | BatchTopKSAE):
         raise ConfigError(
             f"a {type(teacher).__name__} cannot be upgraded; teachers are ReLU, JumpReLU, TopK and BatchTopK SAEs"

@@ -122,7 +122,8 @@ def _sae(folder):
 
 def _teacher(folder):
     path = next((one for one in folder.iterdir() if one.suffix == ".pt" and one.name != "ae.pt"), folder)
-    return tensors_of(load_teacher(path, k=K if path.name.endswith(".sae.pt") else None))
+    kind = "sae" if (folder / "params.npz").exists() else None
+    return tensors_of(load_teacher(path, k=K if path.name.endswith(".sae.pt") else None, kind=kind))
 
 
 def tensors_of(sae: SparseAutoencoder):

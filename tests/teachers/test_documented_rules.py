@@ -93,7 +93,7 @@ def test_gemma_scope_by_hand(tmp_path):
         b_dec=np.array([10, 20], np.float32),
         threshold=np.array([1, 2, 0], np.float32),
     )
-    hand(load_teacher(tmp_path), [1, 2], [0, 3, 0], [16, 17])
+    hand(load_teacher(tmp_path, kind="sae"), [1, 2], [0, 3, 0], [16, 17])
 
 
 def test_gemma_scope_2(tmp_path, x):
@@ -110,18 +110,6 @@ def test_gemma_scope_2(tmp_path, x):
     assert teacher.metadata["hook_name"] == "blocks.13.attn.hook_z"
     assert teacher.metadata["model_name"] == "google/gemma-3-1b-pt"
     assert teacher.config()["reshape_activations"] == "hook_z"
-
-
-def test_gemma_scope_2_transcoders(tmp_path):
-    params = {name: torch.from_numpy(one) for name, one in gemma(second=True).items()}
-    save_file(params, tmp_path / "params.safetensors")
-    config = {"architecture": "jump_relu", "hf_hook_point_in": "a.output", "hf_hook_point_out": "b.output"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.warns(UserWarning, match="transcoder"):
-        assert load_teacher(tmp_path).metadata["transcoder"]
-    save_file({**params, "affine_skip_connection": torch.eye(D_IN)}, tmp_path / "params.safetensors")
-    with pytest.raises(FormatError, match="skip connection"):
-        load_teacher(tmp_path)
 
 
 # -- OpenAI

@@ -224,7 +224,7 @@ def test_two_checkpoints_in_a_folder_are_not_guessed_at(tmp_path):
 )
 def test_tensors_that_do_not_fit(tmp_path, changes, error, message):
     with pytest.raises(error, match=message):
-        load_teacher(gemma(tmp_path / "params.npz", **changes))
+        load_teacher(gemma(tmp_path / "params.npz", **changes), kind="sae")
 
 
 def test_options_and_paths(tmp_path):
@@ -239,7 +239,7 @@ def test_options_and_paths(tmp_path):
 
 
 def test_provenance_survives_saving(tmp_path):
-    teacher = load_teacher(gemma(tmp_path / "params.npz"))
+    teacher = load_teacher(gemma(tmp_path / "params.npz"), kind="sae")
     teacher.save_pretrained(tmp_path / "ours")
     again = load_teacher(tmp_path / "ours")
     assert isinstance(again, JumpReluSAE)

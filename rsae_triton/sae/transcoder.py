@@ -1,0 +1,215 @@
+"""Transcoders: what reads activations at one place of a model and reconstructs those at another.
+
+    z = gate(x @ W_enc + b_enc),   y_hat = z @ W_dec + b_dec  (+ x @ W_skip.T)
+
+x is what goes into an MLP, say, and y what comes out of it (arXiv:2406.11944; with the skip: arXiv:2501.18823).
+Each kind is the SAE of that nonlinearity with another decoder, under SAELens' name for it if there is one.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from rsae_triton.common.checks import check_flag, check_integer, check_number, check_tensor
+from rsae_triton.common.errors import ConfigError, NumericsError, ShapeError
+from rsae_triton.ops.autoencode import Autoencoded
+from rsae_triton.sae.architectures import JumpReluSAE, ReluSAE, TopKSAE
+from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.sae.rational import FusedRationalSAE
+
+
+class Transcoder(SparseAutoencoder):
+    """What all transcoders share; its subclasses are the kinds there are.
+
+    Attributes:
+        d_out: width of what is reconstructed. W_dec [d_sae, d_out], b_dec [d_out].
+        W_skip: [d_out, d_in] (SAELens' layout), or None. Decoding then needs x.
+        metadata: hook_name is where x is read, hook_name_out where y is.
+
+    Args:
+        d_in, d_sae, options: as of the SAE of this nonlinearity; b_dec is never subtracted from x, and tokens are not
+            normalised.
+        d_out: d_in when None. skip: whether there is a W_skip; it starts as zeros.
+    """
+
+    def __init__(self, d_in: int, d_sae: int, *, d_out: int | None = None, skip: bool = False, **options: Any) -> None:
+        if options.pop("apply_b_dec_to_input", False):
+            raise ConfigError("b_dec of a transcoder is of what it writes; it cannot be subtracted from what it reads")
+        if options.get("normalize_activations", "none") != "none":
+            raise ConfigError(
+                "a transcoder does not normalise tokens: what it reads and writes have scales of their own"
+            )
+        if options.get("rounds", 1) != 1:
+            raise ConfigError(_NO_ROUNDS)
+        check_flag("skip", skip)
+        super().__init__(d_in, d_sae, apply_b_dec_to_input=False, **options)
+        self.d_out = d_in if d_out is None else d_out
+        check_integer("d_out", self.d_out, 1)
+        if self.d_out != d_in:
+            decoder = self.W_dec.new_empty(d_sae, self.d_out)
+            if options.get("initialise", True):
+                drawn = torch.randn(d_sae, self.d_out, generator=options.get("generator"))
+                decoder = (drawn / drawn.norm(dim=1, keepdim=True)).to(decoder)
+            self.W_dec = nn.Parameter(decoder)
+            self.b_dec = nn.Parameter(self.b_dec.new_zeros(self.d_out))
+        self.W_skip = nn.Parameter(self.W_dec.new_zeros(self.d_out, d_in)) if skip else None
+
+    # -- the forward pass
+
+    def decode(self, feature_acts: Tensor, x: Tensor | None = None) -> Tensor:
+        """Codes [..., d_sae] -> reconstructions y_hat [..., d_out].
+
+        Args:
+            x: what the codes were made from [..., d_in]; needed where there is a W_skip, ignored elsewhere.
+
+        Raises:
+            ConfigError: a W_skip, and no x.
+        """
+        self._check_last(feature_acts, "feature_acts", "d_sae", self.d_sae)
+        return self.denormalize(feature_acts @ self.W_dec + self.b_dec, x)
+
+    def denormalize(self, x_hat: Tensor, x: Tensor | None) -> Tensor:
+        """What the code alone gives, and what the skip adds to it."""
+        return x_hat if self.W_skip is None else x_hat + self.skipped(x)
+
+    def skipped(self, x: Tensor | None) -> Tensor:
+        """x @ W_skip.T [..., d_out]. Raises ConfigError without x."""
+        if self.W_skip is None:
+            raise ConfigError("this transcoder has no skip connection")
+        if x is None:
+            raise ConfigError(
+                "this transcoder adds x @ W_skip.T, which a code alone does not say; use decode(feature_acts, x) or "
+                "forward(x)"
+            )
+        check_tensor("x", x, self.W_skip.device)
+        return x @ self.W_skip.t()
+
+    def pair(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """x and y of rows [n, d_in + d_out] that hold both side by side, as batches of pairs do."""
+        if rows.shape[-1] != self.d_in + self.d_out:
+            raise ShapeError(
+                f"rows have shape {tuple(rows.shape)}; a transcoder trains on x beside y, "
+                f"[n, d_in + d_out = {self.d_in + self.d_out}]"
+            )
+        return rows[..., : self.d_in], rows[..., self.d_in :]
+
+    # -- scales
+
+    @torch.no_grad()
+    def fold_activation_scale_(self, scale: float, scale_out: float | None = None) -> Self:
+        """Turns a transcoder of x * scale to y * scale_out into the same one of x to y; codes are unchanged.
+
+        Raises:
+            ConfigError: no scale_out: what is read and what is written have scales of their own.
+        """
+        if scale_out is None:
+            raise ConfigError("a transcoder has two scales; give fold_activation_scale_(scale, scale_out)")
+        for name, one in (("scale", scale), ("scale_out", scale_out)):
+            try:
+                check_number(name, one, above=0)
+            except ConfigError as error:
+                raise NumericsError(str(error)) from error
+        factors = torch.tensor([scale, 1 / scale_out, scale / scale_out], dtype=self.W_enc.dtype)
+        if not bool(((factors > 0) & factors.isfinite()).all()):
+            raise NumericsError(
+                f"scales are {scale:g} and {scale_out:g}; weights of {self.W_enc.dtype} cannot take them"
+            )
+        self.W_enc.mul_(scale)
+        self.W_dec.div_(scale_out)
+        self.b_dec.div_(scale_out)
+        if self.W_skip is not None:
+            self.W_skip.mul_(scale / scale_out)
+        return self
+
+    def with_rounds(self, *_: Any, **__: Any) -> Any:
+        """Not for a transcoder (ConfigError): a further round looks at what the first left of its own target."""
+        raise ConfigError(_NO_ROUNDS)
+
+    # -- files
+
+    def config(self) -> dict[str, Any]:
+        name = self.architecture if self.W_skip is None else with_skip(self.architecture)
+        return {**super().config(), "architecture": name, "d_out": self.d_out}
+
+    @staticmethod
+    def common_arguments(config: dict[str, Any]) -> dict[str, Any]:
+        skip = "skip_" in str(config["architecture"])
+        return {**SparseAutoencoder.common_arguments(config), "d_out": config.get("d_out"), "skip": skip}
+
+    @classmethod
+    def architectures(cls) -> set[str]:
+        return {cls.architecture, with_skip(cls.architecture)}
+
+    def extra_repr(self) -> str:
+        skip = ", with a skip connection" if self.W_skip is not None else ""
+        return f"d_in={self.d_in}, d_sae={self.d_sae}, d_out={self.d_out}{skip}"
+
+
+_NO_ROUNDS = (
+    "rounds are for SAEs: a further round encodes what the first left of its target, and where a transcoder encodes it "
+    "does not have its target; gate, thresholds and training are the same as an SAE's"
+)
+
+
+def with_skip(architecture: str) -> str:
+    """SAELens' name of an architecture with a skip connection."""
+    return architecture.replace("transcoder", "skip_transcoder")
+
+
+class ReluTranscoder(Transcoder, ReluSAE):
+    """z = relu(h); SAELens' "transcoder" and "skip_transcoder"."""
+
+    architecture: ClassVar[str] = "transcoder"
+
+
+class JumpReluTranscoder(Transcoder, JumpReluSAE):
+    """z = h * 1[h > threshold_f]; SAELens' "jumprelu_transcoder" and "jumprelu_skip_transcoder"."""
+
+    architecture: ClassVar[str] = "jumprelu_transcoder"
+
+
+class TopKTranscoder(Transcoder, TopKSAE):
+    """z keeps each token's k largest pre-activations; sparsify's transcoders. SAELens has none."""
+
+    architecture: ClassVar[str] = "topk_transcoder"
+
+
+class RationalTranscoder(Transcoder, FusedRationalSAE):
+    """A transcoder with a rational gate: what `upgrade(teacher, inputs, targets=...)` makes of another."""
+
+    architecture: ClassVar[str] = "rational_transcoder"
+
+    def autoencode(self, x: Tensor, *, target: Tensor | None = None, **options: Any) -> Autoencoded:
+        """As `FusedRationalSAE.autoencode`, with what is to be reconstructed as `target` [..., d_out].
+
+        Raises:
+            ConfigError: no target, or widths that differ (then train with memory="saved").
+        """
+        if target is None:
+            raise ConfigError("a transcoder reconstructs something else than x; give target=")
+        if self.d_out != self.d_in:
+            raise ConfigError(
+                f"a loss in pieces takes d_out = d_in, not {self.d_out} and {self.d_in}; use memory='saved'"
+            )
+        if self.W_skip is None:
+            return super().autoencode(x, target=target, **options)
+        # The pieces see what the skip leaves; its own gradient is that of the error it leaves in the end.
+        rest = (target - self.skipped(x)).detach()
+        cut = super().autoencode(x, target=rest, **options)
+        error = (target - cut.x_hat.detach() - self.skipped(x)).square().sum(-1).mean()
+        y_hat = cut.x_hat + self.skipped(x).detach()
+        return cut._replace(total=cut.total + (error - error.detach()), x_hat=y_hat)
+
+
+KINDS: dict[str, type[Transcoder]] = {
+    kind.architecture: kind for kind in (ReluTranscoder, JumpReluTranscoder, TopKTranscoder, RationalTranscoder)
+}
+"""By the name in cfg.json, without "skip_"."""
+
+
+def kind_of(architecture: str) -> type[Transcoder] | None:
+    """The class of an architecture's name, with or without a skip connection; None for what is no transcoder."""
+    return KINDS.get(architecture.replace("skip_", ""))
