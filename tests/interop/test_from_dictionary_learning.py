@@ -78,7 +78,8 @@ def test_a_threshold_that_was_never_set_is_a_relu(tmp_path):
 def test_an_unknown_class_is_named(tmp_path):
     write(tmp_path, "AutoEncoder")
     config = json.loads((tmp_path / "config.json").read_text())
-    config["trainer"]["dict_class"] = "CrossCoder"
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(FormatError, match="CrossCoder"):
-        load_teacher(tmp_path)
+    for name, message in (("CrossCoder", "is a crosscoder"), ("NewAutoEncoder", "NewAutoEncoder")):
+        config["trainer"]["dict_class"] = name
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(FormatError, match=message):
+            load_teacher(tmp_path)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rsae_triton.common.errors import FormatError
+from rsae_triton.sae.transcoder import TopKTranscoder
 from rsae_triton.teachers import TopKSAE, load_teacher
 
 os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # its decoder's kernel needs a GPU
@@ -36,9 +37,9 @@ def dense(encoded, d_sae):
         {"num_latents": 30},
         {"normalize_decoder": False},  # SAELens subtracts b_dec only then; sparsify always does
         {"transcode": True},
+        {"transcode": True, "skip_connection": True},
     ],
 )
-@pytest.mark.filterwarnings("ignore:.*is a transcoder")
 def test_encode_decode_and_forward(tmp_path, options):
     folder = tmp_path / "layers.7.mlp"
     sae, x = write(folder, **options), torch.randn(64, D_IN) + 0.5
@@ -50,16 +51,19 @@ def test_encode_decode_and_forward(tmp_path, options):
         encoded = sae.encode(x)
         z = dense(encoded, teacher.d_sae)
         assert torch.allclose(teacher.encode(x), z, atol=1e-5)
-        assert torch.allclose(teacher.decode(z), sae.decode(encoded.top_acts, encoded.top_indices), atol=1e-5)
+        if not options.get("skip_connection"):
+            assert torch.allclose(teacher.decode(z), sae.decode(encoded.top_acts, encoded.top_indices), atol=1e-5)
         assert torch.allclose(teacher(x), sae(x).sae_out, atol=1e-5)
-    assert teacher.metadata["hook_name"] == "blocks.7.hook_mlp_out"
     assert teacher.metadata["model_name"] == "EleutherAI/pythia-70m"
-    assert bool(teacher.metadata.get("transcoder")) == options.get("transcode", False)
+    transcodes = options.get("transcode", False)
+    assert isinstance(teacher, TopKTranscoder) == transcodes
+    assert teacher.metadata["hook_name"] == ("blocks.7.mlp.hook_in" if transcodes else "blocks.7.hook_mlp_out")
+    assert teacher.metadata.get("hook_name_out") == ("blocks.7.mlp.hook_out" if transcodes else None)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"activation": "groupmax"}, "groupmax"), ({"transcode": True, "skip_connection": True}, "skip connection")],
+    [({"activation": "groupmax"}, "groupmax"), ({"skip_connection": True}, "skip connection")],
 )
 def test_what_is_no_topk_sae_is_refused(tmp_path, options, message):
     write(tmp_path / "layers.0", **options)

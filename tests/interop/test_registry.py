@@ -66,7 +66,8 @@ def at(hub, entry, *more):
 
 def sae_lens(hub, entry):
     config = {"architecture": "standard", "d_in": D, "d_sae": F, "dtype": "float32",
-              "hook_name": "blocks.1.hook_mlp_out", "model_name": entry.model, "apply_b_dec_to_input": True}  # fmt: skip
+              "hook_name": "blocks.1.hook_mlp_out", "model_name": entry.model,
+              "apply_b_dec_to_input": True}  # fmt: skip
     config["normalize_activations"] = "none" if entry.scale is None else "expected_average_only_in"
     at(hub, entry, "cfg.json").write_text(json.dumps(config))
     save_file(plain(entry), at(hub, entry, "sae_weights.safetensors"))
