@@ -119,8 +119,8 @@ def contenders(teacher: SparseAutoencoder, x: torch.Tensor) -> dict[str, Callabl
         return sae
 
     return {
-        "control": lambda: contender("control", teacher, init),
-        "thresholds": lambda: contender("thresholds", teacher, init),
+        "control": lambda: contender("control", teacher, init, x),
+        "thresholds": lambda: contender("thresholds", teacher, init, x),
         "ramp (the default)": lambda: Contender(copy.deepcopy(init), hard),
         "ramp, half as wide": lambda: Contender(ramp(times=0.5), hard),
         "ramp, twice as wide": lambda: Contender(ramp(times=2.0), hard),
@@ -128,7 +128,7 @@ def contenders(teacher: SparseAutoencoder, x: torch.Tensor) -> dict[str, Callabl
         "ramp (3,2), trained": lambda: Contender(ramp(), trained),
         "ramp (5,4), trained": lambda: Contender(ramp((5, 4)), trained),
         "ramp (5,4), trained, per feature": lambda: Contender(ramp((5, 4), groups=init.d_sae), trained),
-        "rectangle": lambda: contender("rectangle", teacher, init),
+        "rectangle": lambda: contender("rectangle", teacher, init, x),
         "rectangle, twice as wide": lambda: Contender(rectangle(2.0), hard),
         **{f"ramp, width {times}": lambda times=times: Contender(ramp(times=times), hard) for times in WIDTHS},
         "ramp, weight from .0017": lambda: Contender(copy.deepcopy(init), RECIPES["hard"]),
@@ -146,9 +146,9 @@ def contenders(teacher: SparseAutoencoder, x: torch.Tensor) -> dict[str, Callabl
         ),
         "weight .0017, thresholds 5 x": lambda: Contender(ramp(), replace(hard, lr_scale={"threshold": 5.0})),
         "weight .0030, thresholds 15 x": lambda: Contender(ramp(), replace(hard, weight=0.003)),
-        "control, lr 3e-4": lambda: contender("control", teacher, init),
+        "control, lr 3e-4": lambda: contender("control", teacher, init, x),
         "ramp, lr 3e-4": lambda: Contender(ramp(), replace(hard, lr_scale={"threshold": 30.0})),
-        "control, lr 1e-3": lambda: contender("control", teacher, init),
+        "control, lr 1e-3": lambda: contender("control", teacher, init, x),
         "ramp, lr 1e-3": lambda: Contender(ramp(), replace(hard, lr_scale={"threshold": 9.0})),
     }
 

@@ -267,6 +267,24 @@ class HostModel:
         with reading(take), writing(put):
             return self.model(input_ids=tokens, use_cache=False).logits
 
+    def kl(self, tokens: torch.Tensor, hook_name: str | None, replace: Replace) -> torch.Tensor:
+        """KL(clean || replaced) of every prediction [B, T - 1] in nats, differentiable through what `replace` returns.
+
+        As `splice`; the layers before the hook run without gradients, those behind it with.
+        """
+        name = self.resolve_hook(hook_name)
+        tokens = self._check_tokens(tokens)
+        if tokens.shape[1] < 2:
+            raise ShapeError(f"tokens of shape {tuple(tokens.shape)} predict nothing; give at least 2 per row")
+        depth = self._depth(name)
+        with torch.no_grad():
+            resume = depth is not None and self._can_resume(tokens, depth)
+            resid = stream.read(self.model, tokens, depth) if resume and depth is not None else None
+            clean = self._logits(tokens, name, None, resid)
+        kl = _token_losses(self._logits(tokens, name, replace, resid), tokens, clean).kl
+        assert kl is not None
+        return kl
+
     def _logits(
         self, tokens: torch.Tensor, name: str, replace: Replace | None, resid: torch.Tensor | None
     ) -> torch.Tensor:

@@ -29,6 +29,8 @@ from rsae_triton.commands.probe import Probe, run_probe
 from rsae_triton.commands.train import Export, Train, Upgrade, export, run_train, run_upgrade
 from rsae_triton.common.errors import RsaeError, Stopped
 from rsae_triton.experiments.demo import Demo, run
+from rsae_triton.experiments.known import Known
+from rsae_triton.experiments.known import known as run_known
 from rsae_triton.experiments.reproduce import Reproduce
 from rsae_triton.experiments.reproduce import reproduce as run_reproduce
 from rsae_triton.experiments.sweep import Sweep
@@ -65,6 +67,10 @@ def probe(config: Annotated[Probe, tyro.conf.arg(name="")]) -> None:
 
 def teach(config: Annotated[Teach, tyro.conf.arg(name="")]) -> None:
     print(run_teach(config))
+
+
+def known(config: Annotated[Known, tyro.conf.arg(name="")]) -> None:
+    print(run_known(config))
 
 
 def sweep(config: Annotated[Sweep, tyro.conf.arg(name="")]) -> None:
@@ -115,6 +121,7 @@ COMMANDS: dict[str, tuple[Callable[..., Any], type]] = {
     "match": (match, Match),
     "probe": (probe, Probe),
     "sweep": (sweep, Sweep),
+    "known": (known, Known),
     "reproduce": (reproduce, Reproduce),
     "plan": (plan, Plan),
     "formats": (formats, Formats),

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from rsae_triton.activations import ActivationStore
+from rsae_triton.activations import ActivationStore, load_host
 from rsae_triton.common.checkpoint import read_info
 from rsae_triton.common.checks import check_integer, parse_device
 from rsae_triton.common.errors import ConfigError, FormatError, NumericsError
@@ -78,6 +78,8 @@ class Train(TrainSettings):
     the same batches, and the numbers are those of one process."""
     features_over: int = 1
     """Processes that share the features of one SAE (under torchrun); the others split the tokens."""
+    model: str | None = None
+    """Language model of --objective mse+kl. Default: the one that the activations were read from."""
     device: str | None = None
     """cpu or cuda; CUDA where there is one when not given."""
 
@@ -138,7 +140,13 @@ def run_train(config: Train) -> Path:
         sae = load_sae(config.sae)
         own = sae if mesh is None else mesh.shard(sae)
         own.to(device if mesh is None else mesh.device)
-        log = train(own, store, settings, mesh=mesh)
+        host = None
+        if settings.objective != "mse":
+            source, place = config.model or store.manifest.get("model"), store.manifest.get("hook_name")
+            if not source:
+                raise ConfigError(f"{config.activations} does not name the model it was read from; give --model")
+            host = load_host(source, device=device, hook_name=place)
+        log = train(own, store, settings, mesh=mesh, host=host)
         if mesh is not None and mesh.rank:
             return config.out / "sae"
     if log.mse:

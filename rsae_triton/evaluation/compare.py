@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import combinations
@@ -32,6 +32,8 @@ def compare(
     counted: Tensor | None = None,
     splice: Splice | None = None,
     mean: Tensor | None = None,
+    spliced_names: Collection[str] | None = None,
+    shipped: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Scores each SAE, and under "matched_l0" each at the l0 of the first one (or at `l0`).
@@ -44,6 +46,8 @@ def compare(
         contexts: int [n_tokens], the context each row of x was read in (`ActivationStore.contexts`), for paired
             intervals of mse; without it there are none, for the tokens of one context are not independent.
         host, tokens, counted, splice, mean: for the downstream scores, see `splice_sequences`; left out without host.
+        spliced_names: which SAEs are spliced in; all when None. shipped: whether a code is also spliced in as it is
+            shipped, beside the one at equal l0.
         progress: called with the number of sequences spliced.
 
     Returns:
@@ -59,6 +63,7 @@ def compare(
         raise ConfigError(f"measured is of {', '.join(measured) or 'nothing'}, not of {', '.join(saes)}")
     if isinstance(x, ActivationStore):
         given: dict[str, Any] = {"l0": l0, "measured": measured, "host": host, "tokens": tokens, "counted": counted}
+        given |= {"spliced_names": spliced_names, "shipped": shipped}
         with ExitStack() as stack:
             for name, sae in saes.items():
                 check_place(sae, x, name)
@@ -89,12 +94,14 @@ def compare(
     if host is not None:
         if tokens is None or splice is None or mean is None:
             raise ConfigError("with a host, compare needs tokens, splice and mean as well (see splice_sequences)")
-        codecs: dict[str, Codec] = dict(saes)
-        codecs.update({f"matched {name}": one for name, one in matched.items() if one.tau > 0})
+        chosen = [name for name in saes if spliced_names is None or name in spliced_names]
+        codecs: dict[str, Codec] = {name: saes[name] for name in chosen if shipped or matched[name].tau == 0}
+        codecs.update({f"matched {name}": matched[name] for name in chosen if matched[name].tau > 0})
         spliced = splice_sequences(host, codecs, tokens, splice, mean, counted=counted, progress=progress)
-        for name, one in matched.items():
-            scores[name].update(asdict(downstream(spliced, f"sae:{name}")))
-            key = f"sae:matched {name}" if one.tau > 0 else f"sae:{name}"
+        for name in chosen:
+            if name in codecs:
+                scores[name].update(asdict(downstream(spliced, f"sae:{name}")))
+            key = f"sae:matched {name}" if matched[name].tau > 0 else f"sae:{name}"
             spliced[f"at:{name}"] = spliced[key]
             at_target[name].update(asdict(downstream(spliced, key)))
     return {
@@ -116,7 +123,7 @@ def differences(
         here = found.setdefault(b, {}).setdefault(a, {})
         if contexts is not None:
             here["mse"] = [*mean_interval(measured[b].squared_error - measured[a].squared_error, contexts)]
-        if spliced:
+        if prefix + a in spliced and prefix + b in spliced:
             ours, theirs = spliced[prefix + b], spliced[prefix + a]
             here["delta_ce"] = [*mean_interval(ours.ce - theirs.ce)]
             here["kl"] = [*mean_interval(ours.kl - theirs.kl)]

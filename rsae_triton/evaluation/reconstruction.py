@@ -12,7 +12,6 @@ from torch import Tensor
 
 from rsae_triton.common.checks import check_data, check_finite, check_number
 from rsae_triton.common.errors import ConfigError, ShapeError
-from rsae_triton.sae.base import SparseAutoencoder
 
 CHUNK = 2048
 # A feature active on more than this fraction of the tokens is called dense.
@@ -69,7 +68,7 @@ class Measured(NamedTuple):
 class Thresholded:
     """An SAE whose code is also zero where |z| * ||W_dec row|| <= `tau`: less of the same code, for equal l0."""
 
-    def __init__(self, sae: SparseAutoencoder, tau: float) -> None:
+    def __init__(self, sae: Codec, tau: float) -> None:
         self.sae, self.tau = sae, tau
 
     @property
@@ -167,7 +166,7 @@ def _quantile(ranked: Tensor, q: float) -> float:
 
 
 @torch.no_grad()
-def at_l0(sae: SparseAutoencoder, x: Tensor, l0: float) -> Thresholded:
+def at_l0(sae: Codec, x: Tensor, l0: float) -> Thresholded:
     """The code with its threshold raised until its mean l0 on x is `l0` (exactly, up to ties).
 
     A code that is sparser than that already is returned as it is (tau = 0): nothing can be added to it.

@@ -26,7 +26,7 @@ from rsae_triton.common.names import EMBEDDED, EMBEDDED_NOTE, model_metadata
 from rsae_triton.common.progress import LoggedProgress
 from rsae_triton.evaluation import compare
 from rsae_triton.evaluation.compare import splice_of
-from rsae_triton.experiments.teach import FAMILIES, TeacherPlan, objective_of, saved_teacher, splits_for
+from rsae_triton.experiments.teach import FAMILIES, L0, TeacherPlan, objective_of, saved_teacher, splits_for
 from rsae_triton.experiments.teach import make_teacher as train_or_load
 from rsae_triton.ops.runtime import matmul_precision
 from rsae_triton.report import summary_table, write_report
@@ -227,7 +227,10 @@ def make_teacher(
     """The loaded teacher in the store's units, or one trained here, or the same trained in an earlier run."""
     if loaded is not None:
         return loaded.to(x.device).to_units_(splits.train.scale), None
-    plan = TeacherPlan(demo.teacher, demo.d_sae, steps=demo.teacher_steps, batch_size=demo.batch_size, seed=demo.seed)
+    held = min(L0, demo.d_sae / 4) if demo.teacher in ("relu", "jumprelu") else None
+    plan = TeacherPlan(
+        demo.teacher, demo.d_sae, steps=demo.teacher_steps, batch_size=demo.batch_size, seed=demo.seed, l0=held
+    )
     return train_or_load(plan, splits, x)
 
 

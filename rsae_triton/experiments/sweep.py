@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,17 +23,22 @@ from rsae_triton.common.errors import ConfigError
 from rsae_triton.common.files import check_folder, write_text
 from rsae_triton.evaluation import compare
 from rsae_triton.evaluation.compare import splice_of
-from rsae_triton.experiments.contenders import CONTENDERS, contender
+from rsae_triton.evaluation.pursuit import Pursuit
+from rsae_triton.evaluation.reconstruction import at_l0, reconstruction
+from rsae_triton.experiments.contenders import contender, more_rounds, parse_contender, steps_for
 from rsae_triton.experiments.teach import FAMILIES, TeacherPlan, make_teacher, saved_teacher, splits_for
 from rsae_triton.ops.runtime import matmul_precision
 from rsae_triton.report.fronts import write_sweep_report
 from rsae_triton.sae.base import SparseAutoencoder
-from rsae_triton.training.loop import LR, train
+from rsae_triton.sae.rational import FusedRationalSAE
+from rsae_triton.training.loop import LR, TrainLog, train
 from rsae_triton.training.recipes import RECIPES
 from rsae_triton.training.settings import KEPT_BY, trains
 from rsae_triton.upgrading.stage_one import upgrade
 
 SCHEMA = 1
+PURSUIT_TOKENS = 2000
+"""Matching pursuit takes a hundredth of a second a token."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,9 @@ class Sweep:
     seeds: tuple[int, ...] = (0,)
     """Each gives a teacher of its own and an order of batches."""
     contenders: tuple[str, ...] = ("rsae", "control", "rectangle")
-    """What is trained from each teacher: rsae, control, rectangle, thresholds, scratch."""
+    """What is made of each teacher: rsae, control, rectangle, refined (trained through two rounds), rectangle-refined,
+    control-compute (the control, as many seconds as refined took), thresholds, scratch; NAME@N for N untrained rounds
+    on one of these or on the teacher, as in teacher@2; pursuit for the bound by matching pursuit."""
     model: str = "smollm2"
     """Host model: smollm2, a .gguf file, a model folder, or a hub id."""
     center_writing_weights: bool = False
@@ -76,10 +83,14 @@ class Sweep:
     trainable: Literal["all", "encoder", "gate"] = "all"
     """What contenders train: all, encoder (the decoder stays to the bit) or gate (every weight stays); a control that
     has nothing of the kind stays the teacher."""
+    objective: Literal["mse", "mse+kl"] = "mse"
+    """What contenders minimise beside their sparsity: mse, or mse and KL with the language model in the loop."""
     batch_size: int = 512
     """Tokens per step."""
     sequences: int = 48
     """Held-out sequences to splice into for delta_ce; 0 for reconstruction only."""
+    spliced: tuple[str, ...] = ()
+    """Which contenders are spliced in, besides the teacher, at equal l0 only; all, as shipped too, when not given."""
     split: Literal["test", "validation"] = "test"
     """Which held-out split is scored: test, or validation while choosing."""
     device: str | None = None
@@ -103,13 +114,16 @@ class Sweep:
         for factor in self.sparsities:
             check_number("--sparsities", factor, above=0)
         check_corpus(self.text)
-        unknown = [name for name in self.contenders if name not in (*CONTENDERS, "scratch")]
-        if unknown:
-            raise ConfigError(f"--contenders {', '.join(unknown)}: choose from {', '.join(CONTENDERS)}, scratch")
+        for name in self.contenders:
+            parse_contender(name)
+        if strange := set(self.spliced) - {"init", *self.contenders}:
+            raise ConfigError(f"--spliced {', '.join(sorted(strange))}: name what is among the contenders")
         if self.sequences == 1 or self.sequences < 0:
             raise ConfigError(f"--sequences is {self.sequences}; an interval takes at least 2 (0 for none)")
         if self.split not in ("test", "validation"):
             raise ConfigError(f"--split is {self.split!r}; choose test or validation")
+        if self.objective not in ("mse", "mse+kl"):
+            raise ConfigError(f"--objective is {self.objective!r}; choose mse or mse+kl")
         if self.trainable not in KEPT_BY:
             raise ConfigError(f"--trainable is {self.trainable!r}; choose {', '.join(KEPT_BY)}")
         for teacher in self.teachers:
@@ -161,12 +175,14 @@ class Cell:
             "schema": SCHEMA,
             "teacher": self.teacher,
             "sparsity": self.sparsity if plan else None,
-            "plan": asdict(plan) if plan else None,
+            "plan": plan.identity() if plan else None,
             "hook": self.hook,
             "seed": self.seed,
             **{name: getattr(sweep, name) for name in ("model", "tokens", "steps", "batch_size", "sequences", "split")},
             **({"center_writing_weights": True} if sweep.center_writing_weights else {}),
             **({"trainable": sweep.trainable} if sweep.trainable != "all" else {}),
+            **({"spliced": list(sweep.spliced)} if sweep.spliced else {}),
+            **({"objective": sweep.objective} if sweep.objective != "mse" else {}),
             # Since the recipe's start follows the teacher's sparsity, cells of another than the usual are others.
             **({"start": "the teacher's weight"} if self.sparsity != 1 or not plan else {}),
             # Since a ramp is no wider than small codes rise, cells of dense codes are others; at the usual density and
@@ -260,30 +276,7 @@ def run_cell(cell: Cell, host: HostModel, splits: Splits) -> dict[str, Any]:
     else:
         teacher, _ = make_teacher(plan, splits, x, label=f"{cell.label} teacher")
     init = upgrade(teacher, x)
-    target_l0 = init.metadata["stage1"]["train_l0"]
-    saes: dict[str, SparseAutoencoder] = {"teacher": teacher, "init": init}
-    logs = {}
-    for name in config.contenders:
-        if name == "scratch":
-            if plan is not None:
-                longer = TeacherPlan(**{**asdict(plan), "steps": plan.steps + config.steps})
-                saes[name], _ = make_teacher(longer, splits, x, label=f"{cell.label} scratch")
-            continue
-        entry = contender(name, teacher, init)
-        saes[name] = entry.sae
-        if entry.recipe is not None and trains(entry.sae, config.trainable):
-            log = train(
-                entry.sae,
-                x,
-                steps=config.steps,
-                recipe=entry.recipe,
-                target_l0=target_l0,
-                trainable=config.trainable,
-                batch_size=config.batch_size,
-                seed=cell.seed + 1,
-                label=f"{cell.label} {name}",
-            )
-            logs[name] = {"weight": log.weight[-1], "l0": log.l0[-1], "seconds": round(log.seconds, 1)}
+    saes, logs = make_contenders(cell, host, teacher, init, splits, x)
     held = getattr(splits, config.split)
     options: dict[str, Any] = {}
     if config.sequences:
@@ -295,7 +288,11 @@ def run_cell(cell: Cell, host: HostModel, splits: Splits) -> dict[str, Any]:
             "splice": splice_of(splits.train),
             "mean": splits.train.mean,
         }
-    scores = compare(saes, held.tensor().to(host.device), **options)
+        if config.spliced:
+            options |= {"spliced_names": ("teacher", *config.spliced), "shipped": False}
+    test = held.tensor().to(host.device)
+    scores = compare(saes, test, **options)
+    bound = {"pursuit": pursuit_bound(saes, test)} if "pursuit" in config.contenders else {}
     gc.collect()
     return {
         "cell": cell.identity(),
@@ -305,12 +302,74 @@ def run_cell(cell: Cell, host: HostModel, splits: Splits) -> dict[str, Any]:
         "d_sae": teacher.d_sae,
         "family": teacher.architecture,
         "stage1": init.metadata["stage1"],
-        "training": logs,
+        "training": {
+            name: {"weight": one.weight[-1], "l0": one.l0[-1], "steps": one.steps, "seconds": round(one.seconds, 1)}
+            for name, one in logs.items()
+        },
         "scores": scores,
+        **bound,
         "seconds": round(time.perf_counter() - started, 1),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {host.device}",
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def make_contenders(
+    cell: Cell, host: HostModel, teacher: SparseAutoencoder, init: FusedRationalSAE, splits: Splits, x: torch.Tensor
+) -> tuple[dict[str, SparseAutoencoder], dict[str, TrainLog]]:
+    """Every contender by name, trained, and the logs of those that were. Rounds' thresholds are set on validation text:
+    on what a teacher was trained on it is sparser than elsewhere."""
+    config = cell.sweep
+    plan, target_l0 = cell.plan(), init.metadata["stage1"]["train_l0"]
+    unseen = splits.validation.tensor().to(x.device)
+    saes: dict[str, SparseAutoencoder] = {"teacher": teacher, "init": init}
+    logs: dict[str, TrainLog] = {}
+    for name in config.contenders:
+        base, rounds = parse_contender(name)
+        if base == "pursuit":
+            continue
+        if base not in saes and base == "scratch":
+            if plan is None:
+                continue
+            longer = TeacherPlan(**{**asdict(plan), "steps": plan.steps + config.steps})
+            saes[base], _ = make_teacher(longer, splits, x, label=f"{cell.label} scratch")
+        if base not in saes:
+            entry = contender(base, teacher, init, unseen)
+            saes[base] = entry.sae
+            if entry.recipe is not None and trains(entry.sae, config.trainable):
+                logs[base] = train(
+                    entry.sae,
+                    x if config.objective == "mse" else splits.train,
+                    host=None if config.objective == "mse" else host,
+                    objective=config.objective,
+                    steps=steps_for(entry, config.steps, logs),
+                    recipe=entry.recipe,
+                    target_l0=target_l0,
+                    trainable=config.trainable,
+                    batch_size=config.batch_size,
+                    seed=cell.seed + 1,
+                    label=f"{cell.label} {base}",
+                )
+        if rounds:
+            saes[name] = more_rounds(saes[base], rounds, unseen)
+    # A contender that is there for its rounds alone is not compared by itself.
+    wanted = ("teacher", "init", *config.contenders)
+    return {name: sae for name, sae in saes.items() if name in wanted}, logs
+
+
+def pursuit_bound(saes: Mapping[str, SparseAutoencoder], x: torch.Tensor) -> dict[str, Any]:
+    """The mse of matching pursuit on the teacher's dictionary, and of every SAE at its l0, on the same few tokens."""
+    x = x[:PURSUIT_TOKENS]
+    teacher = saes["teacher"]
+    bound = Pursuit(teacher, max(1, round(reconstruction(teacher, x).l0)))
+    found = asdict(reconstruction(bound, x))
+    mse = {name: reconstruction(at_l0(sae, x, found["l0"]), x).mse for name, sae in saes.items()}
+    return {
+        "n_tokens": len(x),
+        "l0": found["l0"],
+        "negative": found["negative"],
+        "mse": {"pursuit": found["mse"], **mse},
     }
 
 

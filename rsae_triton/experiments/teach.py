@@ -32,6 +32,10 @@ FAMILIES: dict[str, type[SparseAutoencoder]] = {
     "batchtopk": BatchTopKSAE,
 }
 LR = 1e-3
+L0 = 32.0
+"""What teachers hold unless told otherwise."""
+AUX_K = 256
+"""Dead features that learn from what the live ones leave (arXiv:2406.04093), where l0 is held."""
 WARMUP = 0.4
 """Share of the steps over which the sparsity weight rises: at full weight an untrained code kills features."""
 
@@ -44,6 +48,8 @@ class TeacherPlan:
         family: one of FAMILIES. d_sae: features. k: active features per token (topk, batchtopk).
         weight: of the sparsity term in units of the activations' norm (relu, jumprelu), the recipe's when None.
         penalty: "l0" or "tanh" (jumprelu). steps, batch_size, seed: of its training.
+        l0: hold the mean number of active features here (relu, jumprelu) by steering the weight, on any model, and
+            revive features that die; None keeps the weight.
     """
 
     family: str
@@ -54,8 +60,11 @@ class TeacherPlan:
     steps: int = 1000
     batch_size: int = 512
     seed: int = 0
+    l0: float | None = None
 
     def __post_init__(self) -> None:
+        if self.l0 is not None:
+            check_number("l0", self.l0, above=0, most=self.d_sae)
         if self.family not in FAMILIES:
             raise ConfigError(f"teacher is {self.family!r}; choose one of {', '.join(FAMILIES)}")
         if self.penalty != "l0" and self.family != "jumprelu":
@@ -64,7 +73,14 @@ class TeacherPlan:
     def recipe(self) -> Recipe:
         """The family's objective at this plan's weight; the control takes the same."""
         recipe = RECIPES["jumprelu-tanh" if self.penalty == "tanh" else self.family]
-        return recipe if self.weight is None or recipe.sparsity == "none" else replace(recipe, weight=self.weight)
+        if recipe.sparsity == "none":
+            return recipe
+        recipe = recipe if self.weight is None else replace(recipe, weight=self.weight)
+        return recipe if self.l0 is None else replace(recipe, target_l0=self.l0, aux_k=min(AUX_K, self.d_sae))
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the weights; a setting that older plans do not know is left out where it is not used."""
+        return {name: value for name, value in asdict(self).items() if name != "l0" or value is not None}
 
     def untrained(self, d_in: int) -> SparseAutoencoder:
         options: dict[str, Any] = {"k": self.k} if self.family in ("topk", "batchtopk") else {}
@@ -74,7 +90,7 @@ class TeacherPlan:
 
 def make_teacher(plan: TeacherPlan, splits: Splits, x: Tensor, label: str = "") -> tuple[SparseAutoencoder, TrainLog]:
     """Trains `plan` on x (the training split, in the store's units), or loads what an earlier run trained."""
-    identity = {"data": splits.train.manifest["key"], **asdict(plan), "version": 2}
+    identity = {"data": splits.train.manifest["key"], **plan.identity(), "version": 2}
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     folder = cache_dir() / "teachers" / f"{plan.family}-{key}"
     log_path = folder / "log.json"
@@ -96,7 +112,7 @@ def make_teacher(plan: TeacherPlan, splits: Splits, x: Tensor, label: str = "") 
         seed=plan.seed,
         label=label or f"  {plan.family} teacher",
     )
-    teacher.metadata["objective"] = {name: value for name, value in asdict(plan).items() if name != "d_sae"}
+    teacher.metadata["objective"] = {name: value for name, value in plan.identity().items() if name != "d_sae"}
     teacher.save_pretrained(folder)  # before its units are known: in the cache weights stay as they were trained
     write_text(log_path, json.dumps(log.as_dict()))
     teacher.units = splits.train.scale
@@ -126,8 +142,10 @@ class Teach:
     """Features."""
     k: int = 32
     """Active features per token (topk, batchtopk)."""
+    l0: float = L0
+    """Mean number of active features to hold (relu, jumprelu), whatever the model."""
     weight: float | None = None
-    """Weight of the sparsity term, in units of the activations' norm (relu, jumprelu). Default: the recipe's."""
+    """A fixed weight of the sparsity term instead, in units of the activations' norm (relu, jumprelu)."""
     penalty: Literal["l0", "tanh"] = "l0"
     """What a jumprelu teacher is penalised by."""
     tokens: int = 200_000
@@ -142,8 +160,9 @@ class Teach:
     """cpu or cuda. Default: CUDA where there is one."""
 
     def plan(self) -> TeacherPlan:
+        held = self.l0 if self.weight is None and self.family in ("relu", "jumprelu") else None
         return TeacherPlan(
-            self.family, self.d_sae, self.k, self.weight, self.penalty, self.steps, self.batch_size, self.seed
+            self.family, self.d_sae, self.k, self.weight, self.penalty, self.steps, self.batch_size, self.seed, held
         )
 
 

@@ -18,6 +18,8 @@ from rsae_triton.report.style import COLOURS, DASHES, NAMES
 METRICS = ("mse", "fvu", "cosine", "l0", "l1", "alive_fraction", "delta_ce", "loss_recovered", "kl")
 # Downstream scores exist only where sequences were spliced.
 PAIRED = {"mse": "mse", "delta_ce": "Δ CE (nats)"}
+# What every contender is compared with, where it is there.
+BASES = ("teacher", "control", "control-compute", "rectangle", "rectangle-refined", "rectangle@2", "rsae")
 
 
 def summarise(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -33,7 +35,8 @@ def summarise(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for (hook, d_sae, teacher, sparsity), some in groups.items():
         members = one_each(some)
-        names = list(members[0]["scores"]["matched_l0"])
+        matched = members[0]["scores"]["matched_l0"]
+        names = list(matched)
         rows.append(
             {
                 "hook_name": hook,
@@ -57,6 +60,19 @@ def summarise(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
                     }
                     for metric in PAIRED
                     if "rsae" in names
+                },
+                "pairs": {
+                    metric: {
+                        ours: {
+                            theirs: paired(members, theirs, metric, ours)
+                            for theirs in BASES
+                            if theirs in names and theirs != ours and metric in matched[theirs]
+                        }
+                        for ours in names
+                        if metric in matched[ours]
+                    }
+                    for metric in (*PAIRED, "kl")
+                    if metric in matched["teacher"]
                 },
             }
         )
@@ -93,12 +109,15 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": float(np.mean(values)), "sd": sd, "n": len(values)}
 
 
-def paired(members: Sequence[Mapping[str, Any]], name: str, metric: str) -> dict[str, Any]:
-    """The RSAE minus contender `name` at equal l0, seed by seed: relative for mse, absolute otherwise."""
-    pairs = [
-        (one["scores"]["matched_l0"]["rsae"][metric], one["scores"]["matched_l0"][name][metric]) for one in members
-    ]
-    differences = np.array([(ours / other - 1) if metric == "mse" else ours - other for ours, other in pairs])
+def paired(members: Sequence[Mapping[str, Any]], name: str, metric: str, ours: str = "rsae") -> dict[str, Any]:
+    """Contender `ours` minus contender `name` at equal l0, seed by seed: relative for mse, absolute otherwise."""
+    pairs = [(one["scores"]["matched_l0"][ours][metric], one["scores"]["matched_l0"][name][metric]) for one in members]
+    return student([own / other - 1 if metric == "mse" else own - other for own, other in pairs])
+
+
+def student(values: Sequence[float]) -> dict[str, Any]:
+    """Mean of n values and its 95 % Student interval (none for one value)."""
+    differences = np.array(values)
     mean, n = float(differences.mean()), len(differences)
     if n < 2:
         return {"mean": mean, "low": None, "high": None, "n": n}
@@ -153,8 +172,9 @@ def with_sd(score: Mapping[str, Any], digits: str) -> str:
     return f"{score['mean']:{digits}}" + ("" if score["sd"] is None else f" ± {score['sd']:{digits}}")
 
 
-def interval(difference: Mapping[str, Any] | None, relative: bool) -> str:
-    """A paired difference with its interval, in per cent if relative; bold where the interval is below zero."""
+def interval(difference: Mapping[str, Any] | None, relative: bool, better: int = -1) -> str:
+    """A paired difference with its interval, in per cent if relative; bold where the interval is on the better side of
+    zero (-1: below)."""
     if difference is None:
         return ""
     factor, digits, unit = (100, "+.1f", " %") if relative else (1, "+.3f", "")
@@ -163,7 +183,7 @@ def interval(difference: Mapping[str, Any] | None, relative: bool) -> str:
         return mean
     low, high = factor * difference["low"], factor * difference["high"]
     shown = f"{mean} ({low:{digits}} to {high:{digits}})"
-    return f"**{shown}**" if high < 0 else shown
+    return f"**{shown}**" if min(better * low, better * high) > 0 else shown
 
 
 def write_front(path: Path, rows: Sequence[Mapping[str, Any]], metric: str) -> None:

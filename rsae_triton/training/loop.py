@@ -18,6 +18,7 @@ from rsae_triton.ops.runtime import deterministic, only_writer, stop_signal
 from rsae_triton.sae.base import SparseAutoencoder, check_sae
 from rsae_triton.sae.units import check_place, reading, take_note, warn_of_units
 from rsae_triton.training.checkpoints import Checkpoints
+from rsae_triton.training.language import LanguageLoss, language_memory, only_the_sae
 from rsae_triton.training.memory import plan_memory
 from rsae_triton.training.metrics import Metrics, TrainLog, progress_bar, take_up
 from rsae_triton.training.on_entries import reason_against
@@ -29,6 +30,7 @@ from rsae_triton.training.run import Run
 from rsae_triton.training.settings import KEPT_BY, LR, TrainSettings
 
 if TYPE_CHECKING:
+    from rsae_triton.activations.host import HostModel
     from rsae_triton.training.distributed import Mesh
 
 __all__ = ["LR", "Activations", "TrainLog", "TrainSettings", "tensor_batches", "train"]
@@ -54,6 +56,7 @@ def train(
     label: str | None = None,
     progress: bool = True,
     mesh: Mesh | None = None,
+    host: HostModel | None = None,
     **changes: Unpack[TrainOptions],
 ) -> TrainLog:
     """Trains `sae` in place, all parameters but those that the recipe or `trainable` holds: mse + weight * sparsity.
@@ -65,6 +68,7 @@ def train(
             in place of or on top of it.
         label: shown beside the progress bar. progress: whether it and the memory plan are shown.
         mesh: the processes that train together (`rsae_triton.training.distributed`).
+        host: the language model the activations are of, for objective="mse+kl"; its weights are not trained.
 
     Returns:
         The log; `sae` is changed.
@@ -116,7 +120,9 @@ def train(
     if settings.decoder_norm == "free" and together.rank == 0:
         warnings.warn("decoder norms are free: they grow and evade an l1 penalty; compare at equal l0", stacklevel=2)
 
+    language = _language(host, activations, settings, together)
     tokens = settings.batch_size // together.data[1] // settings.accumulate
+    beside = 0.0 if language is None else float(sum(language_memory(language.host, *language.shape)))
     show = progress and together.rank == 0
     log = TrainLog(recipe.name, settings.steps, settings.batch_size, settings.seed)
     with ExitStack() as stack:
@@ -124,11 +130,16 @@ def train(
         reason = reason_against(
             sae, soft=recipe.soft, aux_k=recipe.aux_k, frozen={*recipe.frozen, *KEPT_BY[settings.trainable]}
         )
-        plan = together.agree(
-            plan_memory(
-                sae, max(1, tokens), settings.memory, aux_k=recipe.aux_k, no_support=reason, exact=settings.exact
-            )
+        plan = plan_memory(
+            sae,
+            max(1, tokens),
+            settings.memory,
+            aux_k=recipe.aux_k,
+            no_support=reason,
+            exact=settings.exact,
+            language=beside,
         )
+        plan = together.agree(plan)
         if show:
             print(plan)
         stack.enter_context(torch.enable_grad())
@@ -137,10 +148,11 @@ def train(
         take_note(sae, activations)
         stack.enter_context(reading(sae, activations, trains=True))
         stack.enter_context(_training(sae))
+        stack.enter_context(only_the_sae(None if language is None else language.host))
         if settings.out is not None and together.rank == 0:
             stack.enter_context(only_writer(settings.out))
         together.barrier()
-        run = Run(sae, settings, recipe, plan, together, identity_of(activations), dtype)
+        run = Run(sae, settings, recipe, plan, together, identity_of(activations), dtype, language)
         checkpoints = None if settings.out is None else Checkpoints(settings.out, settings.keep)
         if checkpoints is not None:
             _take_up(run, checkpoints, log)
@@ -193,6 +205,19 @@ def _loop(
         log.seconds += time.perf_counter() - started
         if checkpoints is not None and run.step > saved_step:
             run.save(checkpoints, log.seconds)
+
+
+def _language(
+    host: HostModel | None, activations: Tensor | Activations, settings: TrainSettings, together: Alone
+) -> LanguageLoss | None:
+    """The KL's term, where the objective has one."""
+    if settings.objective == "mse":
+        return None
+    if host is None:
+        raise ConfigError("objective='mse+kl' needs the language model: train(..., host=load_host(...))")
+    if together.data[1] * together.features[1] > 1:
+        raise ConfigError("objective='mse+kl' trains on one process; leave the mesh out")
+    return LanguageLoss(host, activations, settings)
 
 
 def _take_up(run: Run, checkpoints: Checkpoints, log: TrainLog) -> None:

@@ -35,6 +35,7 @@ class MemoryPlan:
         weights: bytes of the SAE. optimiser: bytes that gradients and Adam's two moments will take.
         support: which steps are sparse: "never", "auto" (where the support is small: `route.py`) or "always"; a step
             whose support is too large goes by `mode` in any case. exact: see `TrainSettings`.
+        language: bytes that a language model in the loop takes.
     """
 
     mode: str
@@ -46,6 +47,7 @@ class MemoryPlan:
     optimiser: float = 0.0
     support: str = "never"
     exact: bool = False
+    language: float = 0.0
 
     def most_entries(self, places: int) -> int:
         """Beyond how many entries a sparse step gives up."""
@@ -65,7 +67,9 @@ class MemoryPlan:
         }
         return (
             f"memory: {ways[self.support]}. weights {_size(self.weights)}, gradients and optimiser "
-            f"{_size(self.optimiser)}, activations {_size(self.need)}{there}"
+            f"{_size(self.optimiser)}, activations {_size(self.need)}"
+            + (f", the language model {_size(self.language)}" if self.language else "")
+            + there
         )
 
 
@@ -78,6 +82,7 @@ def plan_memory(
     free: float | None = None,
     no_support: str | None = "it was not asked",
     exact: bool = False,
+    language: float = 0.0,
 ) -> MemoryPlan:
     """The plan for training steps of `batch_size` tokens.
 
@@ -87,7 +92,7 @@ def plan_memory(
 
     Args:
         aux_k: of the recipe; an auxiliary loss needs the whole code, and so "saved".
-        free: bytes there are; asked of the device when None.
+        free: bytes there are; asked of the device when None. language: of them, bytes for a language model in the loop.
         no_support: why steps cannot be sparse (`on_entries.reason_against`), None where they can. exact: see
             `TrainSettings`.
 
@@ -116,10 +121,10 @@ def plan_memory(
     later = _later(sae)
     # On the eager backend autograd keeps what eager PyTorch does.
     eager = isinstance(sae, FusedRationalSAE) and sae.backend == "eager"
-    budget = None if free is None else SHARE * (free - later)
+    budget = None if free is None else SHARE * (free - later - language)
     plan = cut(_step(sae, batch_size), budget, "saved" if whole else memory, eager=eager)
     weights = sum(one.numel() * one.element_size() for one in sae.state_dict().values())
-    return replace(plan, free=free, weights=weights, optimiser=later, support=support, exact=exact)
+    return replace(plan, free=free, weights=weights, optimiser=later, support=support, exact=exact, language=language)
 
 
 def cut(step: Step, budget: float | None, memory: str = "auto", *, eager: bool = False) -> MemoryPlan:

@@ -23,6 +23,8 @@ from rsae_triton.sae.rational import FusedRationalSAE
 
 TANH_SLOPE = 4.0
 AUXILIARY_SHARE = 1 / 32
+PRE_ACT = 0.003
+"""Weight of the distance of dead features from their thresholds; little decides where they have no other slope."""
 PROBED = 64
 """Tokens of a batch that say how large its support is."""
 
@@ -114,7 +116,19 @@ def losses_on_entries(
         if left is None:
             return None
         total = total + (residual.detach() - affine.scale * left).square().sum(-1).mean() * AUXILIARY_SHARE
+        total = total + below_thresholds(sae, x, dead)
     return Terms(total, mse.detach(), l0.detach(), counts.detach(), len(entries.tokens))
+
+
+def below_thresholds(sae: SparseAutoencoder, x: Tensor, dead: Tensor) -> Tensor | float:
+    """How far dead features of a ReLU or JumpReLU SAE are below their thresholds, where the auxiliary loss has no slope
+    ("pre-act loss", https://transformer-circuits.pub/2025/january-update)."""
+    if type(sae) not in (ReluSAE, JumpReluSAE):
+        return 0.0
+    names = dead.nonzero().squeeze(1)
+    h = _centred(sae, sae.normalization(x).apply(x)) @ sae.W_enc[:, names] + sae.b_enc[names]
+    threshold = sae.threshold[names] if isinstance(sae, JumpReluSAE) else 0.0
+    return PRE_ACT * ((threshold - h).relu() * sae.W_dec[names].norm(dim=1)).sum(-1).mean()
 
 
 def _entries(sae: SparseAutoencoder, x_c: Tensor, most: int | None, exact: bool) -> Entries | None:

@@ -30,6 +30,10 @@ class TrainOptions(TypedDict, total=False):
     exact: bool
     seed: int
     deterministic: bool
+    objective: Literal["mse", "mse+kl"]
+    kl_weight: float
+    kl_sequences: int
+    kl_from: float
     dead_after: int
     log_every: int
     out: str | PathLike[str] | None

@@ -18,7 +18,7 @@ from rsae_triton.sae.rational import FusedRationalSAE
 from rsae_triton.sae.topk_rational import TopKRationalSAE
 from rsae_triton.teachers import BatchTopKSAE, JumpReluSAE, ReluSAE, TopKSAE, keep_largest
 from rsae_triton.training.memory import MemoryPlan
-from rsae_triton.training.on_entries import AUXILIARY_SHARE, TANH_SLOPE, losses_on_entries
+from rsae_triton.training.on_entries import AUXILIARY_SHARE, TANH_SLOPE, below_thresholds, losses_on_entries
 
 USUAL_K, USUAL_L0 = 32, 25.0
 GATE_PARAMETERS = ("alpha", "beta", "centre", "log_input_scale")
@@ -119,7 +119,9 @@ def relative_weight(metadata: Mapping[str, Any]) -> float:
     objective, stage1 = metadata.get("objective"), metadata.get("stage1")
     if isinstance(objective, Mapping):
         usual = RECIPES.get(str(objective.get("family")))
-        own, k = objective.get("weight"), objective.get("k")
+        own, k, held = objective.get("weight"), objective.get("k"), objective.get("l0")
+        if usual is not None and usual.weight and _positive(held):
+            return float((USUAL_L0 / float(held)) ** 1.5)
         if usual is not None and usual.weight and _positive(own):
             return float(own) / usual.weight
         return USUAL_K / float(k) if usual is not None and usual.sparsity == "none" and _positive(k) else 1.0
@@ -278,6 +280,7 @@ def losses(
         total = total + weight * l0
     if recipe.aux_k and dead is not None and bool(dead.any()):
         total = total + auxiliary_loss(sae, x, residual.detach(), dead, recipe.aux_k) * AUXILIARY_SHARE
+        total = total + below_thresholds(sae, x, dead)
     return Losses(total, mse.detach(), l0.detach(), counts.detach(), share)
 
 

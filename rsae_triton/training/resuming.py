@@ -59,6 +59,8 @@ def restore(run: Run, checkpoints: Checkpoints, steps: list[int]) -> float:
         run.sae.load_state_dict({name[4:]: one for name, one in tensors.items() if name.startswith("sae.")})
         restore_optimizer(run.sae, run.optimizer, tensors)
         run.idle.copy_(tensors["idle"])
+        if run.language is not None:
+            run.language.restore(info.get("language"))
         if run.norms is not None:
             run.norms.copy_(tensors["norms"])
         if "rng.cpu" in tensors:

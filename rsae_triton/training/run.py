@@ -12,6 +12,7 @@ from rsae_triton.common.errors import NumericsError
 from rsae_triton.ops.workspace import StepMemory
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.training.checkpoints import Checkpoints
+from rsae_triton.training.language import LanguageLoss
 from rsae_triton.training.memory import MemoryPlan
 from rsae_triton.training.on_entries import support_share
 from rsae_triton.training.optimizer import (
@@ -31,7 +32,7 @@ class Run:
 
     Attributes:
         step: steps done. sae, optimizer, controller: what they say. idle: [d_sae], tokens since each feature was
-            last active. norms: [d_sae, 1], what the decoder's rows are held at, or None.
+            last active. norms: [d_sae, 1], what the decoder's rows are held at, or None. language: the KL's term.
         together: the processes of the run. identity: of the activations. dtype: the SAE's outside of
             training. memory: what steps on the CPU use again.
     """
@@ -45,9 +46,10 @@ class Run:
         together: Alone,
         identity: str,
         dtype: torch.dtype,
+        language: LanguageLoss | None = None,
     ) -> None:
         self.sae, self.settings, self.recipe, self.plan, self.together = sae, settings, recipe, plan, together
-        self.identity, self.dtype, self.step = identity, dtype, 0
+        self.identity, self.dtype, self.step, self.language = identity, dtype, 0, language
         self.memory, self.route = StepMemory(), Route(plan)
         self.optimizer = make_optimizer(sae, recipe, settings)
         self.controller: SparsityController | None = None
@@ -81,6 +83,9 @@ class Run:
         ramp = settings.sparsity_ramp(self.step)
         plan = self.route.plan(self.step, lambda: self._support_share(x))
         terms = self._differentiate(x, ramp * self.controller.weight, dead if self.recipe.aux_k else None, plan)
+        kl: dict[str, float] = {}
+        if self.language is not None and self.language.starts(self.step):
+            kl["kl"] = self.language.backward(sae, self.step, float(terms.mse))
         if self.norms is not None:
             remove_radial_gradient(sae.W_dec)
         summed = self.together.finish(sae, terms, [stop, due])
@@ -110,6 +115,7 @@ class Run:
             "lr": settings.lr * factor,
             "sparse": int(plan.mode == "sparse"),
             "support": max(self.route.share, 0.0),  # of [n_tokens, d_sae], when it was last looked at
+            **kl,
             "grad_norm": summed.grad_norm,  # the tensor would be waited for, and with it the optimiser's step
         }
         self.step += 1
@@ -218,6 +224,7 @@ class Run:
             "controller": None if self.controller is None else self.controller.state(),
             "route": self.route.state(),
             "seconds": seconds,
+            **({} if self.language is None else {"language": self.language.state()}),
         }
         return self.together.save(checkpoints, self.step, self.sae, self.tensors(), info)
 

@@ -81,6 +81,15 @@ class TrainSettings:
     """Seed of the order of the batches; nothing else is random."""
     deterministic: bool = False
     """Only algorithms that give the same bits every time; slower on a GPU."""
+    objective: Literal["mse", "mse+kl"] = "mse"
+    """mse, or mse and KL: what splicing the reconstruction into the language model costs it, through the layers above
+    (`train` then takes a host, and whole sequences beside the shuffled tokens)."""
+    kl_weight: float = 1.0
+    """Of the KL's term, in units of the mse: it is scaled so that it is worth this many times the mse."""
+    kl_sequences: int = 4
+    """Whole sequences a step that the KL is taken on."""
+    kl_from: float = 0.0
+    """Share of the steps after which the KL comes in; it takes most of a step's time."""
     dead_after: int = 10_000
     """Tokens without activity after which a feature counts as dead."""
     log_every: int = 10
@@ -100,7 +109,7 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         counts = ("steps", "warmup", "sparsity_warmup", "dead_after")
-        for name in (*counts, "batch_size", "log_every", "accumulate", "keep", "checkpoint_every"):
+        for name in (*counts, "batch_size", "log_every", "accumulate", "keep", "checkpoint_every", "kl_sequences"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 0 if name in counts else 1)
         check_seed(self.seed)
@@ -112,11 +121,14 @@ class TrainSettings:
             check_number(name, getattr(self, name), above=0)
         check_number("weight_decay", self.weight_decay, least=0)
         check_number("decay", self.decay, least=0, most=1)
+        check_number("kl_weight", self.kl_weight, above=0)
+        check_number("kl_from", self.kl_from, least=0, most=1)
         for name, choices in (
             ("optimizer", ("adam", "adamw")),
             ("decoder_norm", ("keep", "unit", "free")),
             ("precision", ("float32", "bf16")),
             ("trainable", tuple(KEPT_BY)),
+            ("objective", ("mse", "mse+kl")),
         ):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")

@@ -13,10 +13,11 @@ from tiny_sweep import Host, Splits
 from rsae_triton import upgrade
 from rsae_triton.common.errors import ConfigError, FormatError
 from rsae_triton.experiments import sweep as module
-from rsae_triton.experiments.contenders import contender, jumprelu_like
+from rsae_triton.experiments.contenders import Contender, contender, jumprelu_like, rectangle_gated, steps_for
 from rsae_triton.experiments.sweep import Sweep, sweep
 from rsae_triton.report.fronts import front_figure, paired, summarise, sweep_tables
 from rsae_triton.teachers import ReluSAE, TopKSAE
+from rsae_triton.training.metrics import TrainLog
 from rsae_triton.training.recipes import RECIPES
 
 
@@ -101,6 +102,10 @@ def test_a_saved_teacher_is_one_cell_a_seed(tiny, tmp_path):
         ({"sequences": 1}, ConfigError, "--sequences"),
         ({"split": "train"}, ConfigError, "--split"),
         ({"trainable": "decoder"}, ConfigError, "--trainable"),
+        ({"objective": "kl"}, ConfigError, "--objective"),
+        ({"contenders": ("rsae@1",)}, ConfigError, "2 to 64 rounds"),
+        ({"contenders": ("teacher",)}, ConfigError, "NAME@ROUNDS"),
+        ({"spliced": ("control@2",)}, ConfigError, "--spliced control@2"),
     ],
 )
 def test_bad_sweeps_are_refused_before_anything_is_done(tmp_path, options, error, message):
@@ -113,17 +118,46 @@ def test_contenders_start_from_the_teacher(activations):
     teacher = TopKSAE(16, 64, k=4, generator=torch.Generator().manual_seed(0))
     init = upgrade(teacher, activations)
     for name in ("rsae", "control", "rectangle", "thresholds"):
-        entry = contender(name, teacher, init)
+        entry = contender(name, teacher, init, activations)
         assert torch.equal(entry.sae.W_enc, teacher.W_enc)
         assert entry.sae is not teacher
         assert entry.sae is not init
-    assert contender("control", teacher, init).recipe == RECIPES["topk"]
-    assert contender("rectangle", teacher, init).recipe == contender("rsae", teacher, init).recipe
-    assert contender("thresholds", teacher, init).recipe is None
+    assert contender("control", teacher, init, activations).recipe == RECIPES["topk"]
+    assert (
+        contender("rectangle", teacher, init, activations).recipe
+        == contender("rsae", teacher, init, activations).recipe
+    )
+    assert contender("thresholds", teacher, init, activations).recipe is None
     # The second control fires exactly where the Rational SAE fires.
     assert torch.equal(jumprelu_like(init).encode(activations) != 0, init.encode(activations) != 0)
     with pytest.raises(ConfigError, match="magic"):
-        contender("magic", teacher, init)
+        contender("magic", teacher, init, activations)
+
+
+def test_the_rectangle_as_a_gate_is_jumprelus(activations):
+    """To the value and to the gradient, so that rounds can be added to the control as well."""
+    teacher = TopKSAE(16, 64, k=4, generator=torch.Generator().manual_seed(0))
+    init = upgrade(teacher, activations)
+    jump, gated = jumprelu_like(init, slope_to_h=True), rectangle_gated(init)
+    weights = torch.randn(256, 64, generator=torch.Generator().manual_seed(1))
+    for sae in (jump, gated):
+        z, counts = sae.encode_with_counts(activations[:256])
+        ((z * weights).sum() + 2 * counts.sum()).backward()
+    assert torch.equal(jump.encode(activations), gated.encode(activations))
+    assert torch.allclose(jump.threshold.grad, gated.gate.threshold.grad, rtol=1e-4, atol=1e-2)
+    assert torch.allclose(jump.W_enc.grad, gated.W_enc.grad, rtol=1e-4, atol=1e-3)
+    assert jump.threshold.grad.abs().max() > 10
+
+
+def test_the_control_with_equal_compute_has_the_seconds_of_the_refined_encoder():
+    entry = Contender(TopKSAE(16, 64, k=4), RECIPES["topk"], as_long_as="refined")
+    logs = {
+        name: TrainLog("hard", 400, 512, 0, seconds=seconds) for name, seconds in (("refined", 30.0), ("control", 20.0))
+    }
+    assert steps_for(entry, 400, logs) == 600
+    assert steps_for(replace(entry, as_long_as=None), 400, {}) == 400
+    with pytest.raises(ConfigError, match="name them before it"):
+        steps_for(entry, 400, {"control": logs["control"]})
 
 
 def cells(ours, theirs):

@@ -1,5 +1,7 @@
 """Teachers trained here: every family and penalty, the plan that identifies them, and BatchTopK's two modes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -143,3 +145,30 @@ def test_rsae_teach_saves_an_sae_of_the_models_own_units(tmp_path, monkeypatch, 
     torch.testing.assert_close(saved(activations / 0.25), cached(activations) / 0.25)
     assert main(["teach", "topk", "--steps", "0", "--out", str(out)]) == 2
     assert "--steps is 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["relu", "jumprelu"])
+def test_a_teacher_holds_l0_and_revives_features(family, activations):
+    """From a start at which a third of the features is dead; without the auxiliary loss some never come to life."""
+    plan = TeacherPlan(family, 32, seed=2, l0=5.0)
+    assert plan.recipe().aux_k == 32
+    found = []
+    for recipe in (plan.recipe(), replace(plan.recipe(), aux_k=0)):
+        teacher = plan.untrained(16)
+        with torch.no_grad():
+            teacher.b_enc[:12] = -4.0
+        options = {"lr": 1e-3, "sparsity_warmup": 320, "dead_after": 2000, **QUIET}
+        train(teacher, activations, steps=800, recipe=recipe, **options)
+        found.append(reconstruction(teacher, activations))
+    assert found[0].alive_fraction == 1 > 0.95 > found[1].alive_fraction
+    assert found[0].l0 == pytest.approx(5, rel=0.15)
+    assert found[0].mse < 1.02 * found[1].mse
+
+
+def test_plans_that_hold_l0_are_plans_of_their_own():
+    assert "l0" not in TeacherPlan("relu", 64).identity()  # teachers that were cached before keep their names
+    assert TeacherPlan("relu", 64, l0=6.0).identity()["l0"] == 6.0
+    assert TeacherPlan("relu", 64).recipe() == RECIPES["relu"]
+    assert TeacherPlan("topk", 64, l0=6.0).recipe() == RECIPES["topk"]
+    with pytest.raises(ConfigError, match="at most 64"):
+        TeacherPlan("relu", 64, l0=65.0)

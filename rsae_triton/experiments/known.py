@@ -1,0 +1,263 @@
+"""`rsae known`: how well teacher, controls and every upgrade detect the features of data where they are known."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from rsae_triton.common.checks import check_integer, check_number, check_seed
+from rsae_triton.common.errors import ConfigError
+from rsae_triton.common.files import check_folder, write_text
+from rsae_triton.evaluation.ground_truth import KnownFeatures, detect, planted_features, saelens_model
+from rsae_triton.evaluation.reconstruction import at_l0
+from rsae_triton.experiments.contenders import contender, more_rounds, parse_contender, steps_for
+from rsae_triton.experiments.teach import FAMILIES, TeacherPlan, objective_of
+from rsae_triton.ops.runtime import matmul_precision
+from rsae_triton.report.known import known_tables, summarise_known
+from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.training.loop import TrainLog, train
+from rsae_triton.training.settings import KEPT_BY, trains
+from rsae_triton.upgrading.stage_one import upgrade
+
+Trainable = Literal["all", "encoder", "gate"]
+HELD_OUT = 20_000
+"""Tokens of the validation and of the test draw."""
+STARTS_AT = 0.4
+"""Share of a teacher's steps over which its sparsity weight rises, as in `rsae teach`."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """Train teachers on data with known features, upgrade them, and score who detects the features: MCC, F1, precision,
+    recall, and the error beside them.
+
+    Every finished cell is a file in OUT/cells, as with `rsae sweep`. OUT/known.json and OUT/known.md hold all of them,
+    with intervals over seeds.
+
+    Examples:
+        rsae known --out out/known
+        rsae known --data planted --teachers jumprelu --l0s 5 --contenders teacher@2 rsae --out out/known
+    """
+
+    teachers: tuple[str, ...] = ("jumprelu", "topk", "relu")
+    """Families: relu, jumprelu, topk, batchtopk."""
+    data: Literal["saelens", "planted"] = "planted"
+    """saelens: a model of sae_lens.synthetic (SAELens must be installed); planted: our own, which needs nothing."""
+    l0s: tuple[float, ...] = (5.0, 10.0)
+    """Features in a token, of the data and of every code."""
+    correlations: tuple[float, ...] = (0.0,)
+    """Of the features: 0 for independent ones."""
+    d_in: int = 64
+    """Width of the activations."""
+    n_features: int = 512
+    """Features of the data."""
+    d_sae: int = 256
+    """Features of the SAEs."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each gives data, a teacher and an order of batches of its own."""
+    contenders: tuple[str, ...] = (
+        "teacher@2",
+        "teacher@3",
+        "teacher@4",
+        "teacher@6",
+        "rsae",
+        "rsae@2",
+        "control",
+        "refined",
+    )
+    """What is made of each teacher, as for `rsae sweep`; NAME/gate and NAME/encoder train these parameters only."""
+    tokens: int = 200_000
+    """Training tokens."""
+    teacher_steps: int = 3000
+    """Steps of a teacher."""
+    steps: int = 1200
+    """Steps of every contender."""
+    batch_size: int = 512
+    """Tokens per step."""
+    out: Path = Path("out/known")
+    """Folder of the cells and the tables."""
+
+    def check(self) -> None:
+        for name in ("teachers", "l0s", "correlations", "seeds", "contenders"):
+            if not getattr(self, name):
+                raise ConfigError(f"--{name} is empty; give at least one")
+        for name in ("d_in", "n_features", "d_sae", "tokens", "teacher_steps", "steps", "batch_size"):
+            check_integer(f"--{name.replace('_', '-')}", getattr(self, name), 1)
+        for l0 in self.l0s:
+            check_number("--l0s", l0, above=0, most=min(self.n_features, self.d_sae) / 2)
+        for correlation in self.correlations:
+            check_number("--correlations", correlation, least=0)
+        for seed in self.seeds:
+            check_seed(seed)
+        if strange := [name for name in self.teachers if name not in FAMILIES]:
+            raise ConfigError(f"--teachers {', '.join(strange)}: choose from {', '.join(FAMILIES)}")
+        if self.data not in ("saelens", "planted"):
+            raise ConfigError(f"--data is {self.data!r}; choose saelens or planted")
+        for name in self.contenders:
+            split_name(name)
+        check_folder(self.out)
+
+    def cells(self) -> Iterator[KnownCell]:
+        for seed, l0, correlation, teacher in itertools.product(self.seeds, self.l0s, self.correlations, self.teachers):
+            yield KnownCell(self, teacher, l0, correlation, seed)
+
+
+@dataclass(frozen=True)
+class KnownCell:
+    """One teacher."""
+
+    config: Known
+    teacher: str
+    l0: float
+    correlation: float
+    seed: int
+
+    def identity(self) -> dict[str, Any]:
+        sizes = ("data", "d_in", "n_features", "d_sae", "tokens", "teacher_steps", "steps", "batch_size")
+        own = {name: getattr(self, name) for name in ("teacher", "l0", "correlation", "seed")}
+        return {
+            **own,
+            **{name: getattr(self.config, name) for name in sizes},
+            "contenders": list(self.config.contenders),
+        }
+
+    @property
+    def path(self) -> Path:
+        key = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:8]
+        return (
+            self.config.out / "cells" / f"{self.config.data}-{self.teacher}-l0-{self.l0:g}-seed{self.seed}-{key}.json"
+        )
+
+
+class Draws(NamedTuple):
+    """Train, validation and test tokens of one model, in units of a mean norm of sqrt(d_in)."""
+
+    train: Tensor
+    validation: Tensor
+    test: KnownFeatures
+
+
+def split_name(name: str) -> tuple[str, int, Trainable]:
+    """NAME, NAME@N, NAME/gate, NAME/encoder or NAME/gate@N -> (NAME, rounds on top, trainable).
+
+    Raises:
+        ConfigError: no such contender.
+    """
+    base, mark, rounds = name.partition("@")
+    base, slash, trainable = base.partition("/")
+    parse_contender(base + mark + rounds)
+    if base in ("scratch", "pursuit") or (slash and trainable not in KEPT_BY) or (slash and base == "teacher"):
+        raise ConfigError(f"contender is {name!r}; give NAME, NAME@ROUNDS, NAME/encoder or NAME/gate")
+    return base, int(rounds) if mark else 0, cast(Trainable, trainable or "all")
+
+
+@matmul_precision("highest")
+def known(config: Known) -> Path:
+    """Runs `rsae known` and returns the path of known.md.
+
+    Raises:
+        RsaeError: anything a person can mend; finished cells stay.
+    """
+    config.check()
+    console = Console()
+    cells = list(config.cells())
+    waiting = [cell for cell in cells if not cell.path.is_file()]
+    console.print(f"{len(cells)} cells, {len(cells) - len(waiting)} of them done before")
+    for done, cell in enumerate(waiting):
+        result = run_known(cell)
+        cell.path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(cell.path, json.dumps(result, indent=1) + "\n")
+        scores = ", ".join(f"{name} {one['f1']:.3f}" for name, one in result["scores"].items())
+        console.print(f"{cell.path.stem}: F1 {scores}  [dim]({done + 1}/{len(waiting)}, {result['seconds']:.0f} s)[/]")
+    results = [json.loads(cell.path.read_text()) for cell in cells]
+    rows = summarise_known(results)
+    write_text(
+        config.out / "known.json",
+        json.dumps({"command": "rsae known", "rows": rows, "cells": results}, indent=1) + "\n",
+    )
+    write_text(config.out / "known.md", known_tables(rows))
+    return config.out / "known.md"
+
+
+def draws(cell: KnownCell) -> Draws:
+    config = cell.config
+    sizes: dict[str, Any] = {"d_in": config.d_in, "n_features": config.n_features}
+    sizes |= {"l0": cell.l0, "correlation": cell.correlation}
+    draw: Callable[[int, int], KnownFeatures]
+    if config.data == "saelens":
+        draw = saelens_model(**sizes, seed=cell.seed)
+    else:
+
+        def draw(n_tokens: int, seed: int) -> KnownFeatures:
+            return planted_features(n_tokens, **sizes, seed=seed, model_seed=cell.seed)
+
+    found, held, test = draw(config.tokens, 1).x, draw(HELD_OUT, 2).x, draw(HELD_OUT, 3)
+    scale = math.sqrt(config.d_in) / float(found.norm(dim=1).mean())
+    return Draws(found * scale, held * scale, test._replace(x=test.x * scale))
+
+
+def run_known(cell: KnownCell) -> dict[str, Any]:
+    """Trains the teacher and its contenders, and scores them all at the teacher's l0; a dict for JSON."""
+    config, started = cell.config, time.perf_counter()
+    data = draws(cell)
+    held = None if cell.teacher in ("topk", "batchtopk") else cell.l0
+    plan = TeacherPlan(
+        cell.teacher, config.d_sae, max(1, round(cell.l0)), steps=config.teacher_steps, seed=cell.seed, l0=held
+    )
+    teacher = plan.untrained(config.d_in)
+    warmup = int(STARTS_AT * plan.steps)
+    options: dict[str, Any] = {"batch_size": config.batch_size, "progress": False}
+    train(teacher, data.train, steps=plan.steps, recipe=plan.recipe(), lr=1e-3, sparsity_warmup=warmup, **options)
+    teacher.metadata["objective"] = {name: value for name, value in plan.identity().items() if name != "d_sae"}
+    saes, logs = _contenders(cell, teacher, data, options)
+    wanted = ("teacher", *config.contenders)
+    l0 = detect(teacher, data.test).l0
+    scores = {name: asdict(detect(at_l0(saes[name], data.test.x, l0), data.test)) for name in wanted}
+    return {
+        "cell": cell.identity(),
+        "scores": scores,
+        "training": {name: {"steps": log.steps, "seconds": round(log.seconds, 1)} for name, log in logs.items()},
+        "seconds": round(time.perf_counter() - started, 1),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _contenders(
+    cell: KnownCell, teacher: SparseAutoencoder, data: Draws, options: Mapping[str, Any]
+) -> tuple[dict[str, SparseAutoencoder], dict[str, TrainLog]]:
+    init = upgrade(teacher, data.train)
+    saes: dict[str, SparseAutoencoder] = {"teacher": teacher}
+    logs: dict[str, TrainLog] = {}
+    for name in cell.config.contenders:
+        base, rounds, trainable = split_name(name)
+        key = base if trainable == "all" else f"{base}/{trainable}"
+        if key not in saes:
+            entry = contender(base, teacher, init, data.validation)
+            saes[key] = entry.sae
+            if entry.recipe is not None and trains(entry.sae, trainable):
+                recipe = objective_of(teacher) if base.startswith("control") else entry.recipe
+                logs[key] = train(
+                    entry.sae,
+                    data.train,
+                    steps=steps_for(entry, cell.config.steps, logs),
+                    recipe=recipe,
+                    target_l0=init.metadata["stage1"]["train_l0"],
+                    trainable=trainable,
+                    seed=cell.seed + 1,
+                    **options,
+                )
+        if rounds:
+            saes[name] = more_rounds(saes[key], rounds, data.validation)
+    return saes, logs

@@ -1,0 +1,130 @@
+"""The language model in the loop: what splicing a reconstruction in costs it, as a term of the loss.
+
+    total = mse + weight * sparsity + kl_weight * (mse / KL) * KL(model || model with the reconstruction spliced in)
+
+mse and KL of the factor are running means that are not differentiated: the KL's term is worth kl_weight times the mse,
+whatever the model and the place (arXiv:2503.17272 balances the two so). KL is the mean over the predicted tokens of a
+few whole sequences a step, beside the shuffled rows of the other terms; gradients reach the SAE alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rsae_triton.activations.host import HostModel
+from rsae_triton.activations.store import ActivationStore
+from rsae_triton.common.errors import ConfigError, ShapeError
+from rsae_triton.evaluation.downstream import Splice
+from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.training.settings import TrainSettings
+
+MEMORY = 0.9
+"""Of the running means: about ten steps."""
+
+
+class LanguageLoss:
+    """The KL term of one run.
+
+    Args:
+        host: the model that the activations were read from. store: of them; its sequences are read again.
+        settings: kl_weight, kl_sequences, kl_from and the seed of the order.
+
+    Raises:
+        ConfigError: activations without sequences, or a host of another width.
+    """
+
+    def __init__(self, host: HostModel, store: Any, settings: TrainSettings) -> None:
+        if not isinstance(host, HostModel):
+            raise ConfigError(f"host is a {type(host).__name__}; give what load_host returns")
+        if not isinstance(store, ActivationStore):
+            raise ConfigError("objective='mse+kl' reads whole sequences; give an ActivationStore as activations")
+        self.host, self.settings = host, settings
+        sequences = store.sequences
+        keep = sequences.counted.any(1)
+        self.tokens, self.counted = sequences.tokens[keep], sequences.counted[keep]
+        if not len(self.tokens):
+            raise ConfigError("the activations' store has no sequence with a token to predict; extract more text")
+        manifest = store.manifest
+        self.splice = Splice(manifest["hook_name"], store.scale, manifest.get("norm_limit"))
+        if (width := host.hook_width(self.splice.hook_name)) != store.d_in:
+            raise ShapeError(f"the host has width {width} at {self.splice.hook_name}, the activations {store.d_in}")
+        self.mse: float | None = None
+        self.kl: float | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Sequences a step, and tokens of one."""
+        return min(self.settings.kl_sequences, len(self.tokens)), self.tokens.shape[1]
+
+    def starts(self, step: int) -> bool:
+        """Whether the term is there at this step."""
+        return step >= self.settings.kl_from * self.settings.steps
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Tokens and counted of a step: the same whether the run was interrupted or not."""
+        size, count = self.shape[0], len(self.tokens)
+        per_epoch = count // size
+        epoch, place = divmod(step, per_epoch)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(self.settings.seed + 7919 * epoch))
+        chosen = order[place * size : (place + 1) * size]
+        return self.tokens[chosen], self.counted[chosen]
+
+    def backward(self, sae: SparseAutoencoder, step: int, mse: float) -> float:
+        """Adds the term's gradients to those of `sae`, and returns the KL."""
+        tokens, counted = self.batch(step)
+
+        def through(x: Tensor) -> Tensor:
+            return sae(x.to(device=sae.W_dec.device, dtype=sae.W_dec.dtype)).to(x)
+
+        per_token = self.host.kl(tokens, self.splice.hook_name, self.splice.replacement(through))
+        use = counted.to(per_token)
+        kl = (per_token * use).sum() / use.sum()
+        value = float(kl.detach())
+        self.mse, self.kl = _running(self.mse, mse), _running(self.kl, value)
+        (kl * (self.settings.kl_weight * self.mse / max(self.kl, 1e-8))).backward()
+        return value
+
+    def state(self) -> dict[str, float | None]:
+        return {"mse": self.mse, "kl": self.kl}
+
+    def restore(self, state: Any) -> None:
+        """Takes back what `state` gave; of a checkpoint that lost it the running means begin anew."""
+        known = state if isinstance(state, dict) else {}
+        self.mse, self.kl = (
+            float(known[name]) if isinstance(known.get(name), int | float) else None for name in ("mse", "kl")
+        )
+
+
+class Cost(NamedTuple):
+    """Bytes that the term takes at most: activations of the layers above the place, and logits."""
+
+    layers: int
+    logits: int
+
+
+def language_memory(host: HostModel, sequences: int, context: int) -> Cost:
+    """What `LanguageLoss` keeps for its backward pass (predicted: fourteen tensors of the model's width a layer)."""
+    tokens, size = sequences * context, torch.finfo(host.dtype).bits // 8
+    return Cost(14 * tokens * host.d_model * host.n_layers * size, tokens * host.vocab_size * (3 * size + 8))
+
+
+@contextmanager
+def only_the_sae(host: HostModel | None) -> Iterator[None]:
+    """The host's weights without gradients while it is open, as they were afterwards."""
+    held = [one for one in host.model.parameters() if one.requires_grad] if host is not None else []
+    for one in held:
+        one.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for one in held:
+            one.requires_grad_(True)
+
+
+def _running(before: float | None, now: float) -> float:
+    return now if before is None else MEMORY * before + (1 - MEMORY) * now
