@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from rsae_triton.ops import row_loops
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.training.recipes import Recipe
 from rsae_triton.training.settings import TrainSettings
 
 _DECAYED = ("W_enc", "W_dec")
 _BLOCK = 1 << 22
+# Below it, how a matrix is read makes no difference that could be measured.
+_LEAST = 1 << 16
 
 
 def make_optimizer(sae: SparseAutoencoder, recipe: Recipe, settings: TrainSettings) -> torch.optim.Optimizer:
@@ -40,11 +45,69 @@ def remove_radial_gradient(W_dec: nn.Parameter) -> None:
     """Drops the part of the decoder's gradient along its rows: their norm is fixed, Adam must not chase it."""
     if W_dec.grad is None:
         return
+    if row_loops.usable(W_dec.grad, W_dec.detach()):
+        row_loops.remove_radial_(W_dec.grad, W_dec.detach())
+        return
     # Block by block: a product of the whole would be one more tensor of the decoder's size.
     size = max(1, _BLOCK // W_dec.shape[1])
     for grad, rows in zip(W_dec.grad.split(size), W_dec.detach().split(size), strict=True):
         along = (grad * rows).sum(1, keepdim=True) / rows.square().sum(1, keepdim=True).clamp_min(1e-12)
         grad.addcmul_(along, rows, value=-1)
+
+
+@torch.no_grad()
+def take_step(
+    sae: SparseAutoencoder, optimizer: torch.optim.Optimizer, norm: Tensor, clip: float, norms: Tensor | None
+) -> None:
+    """Clips the gradients, whose norm is `norm`, steps, and gives the decoder's rows the lengths `norms`, if any.
+
+    Where the matrices can be read row by row in compiled loops, all of it is one pass over each; the small parameters
+    are the optimiser's own.
+    """
+    in_rows = [
+        (parameter, group) for group in optimizer.param_groups for parameter in group["params"]
+        if parameter.grad is not None and _rows(parameter) is not None
+    ]  # fmt: skip
+    if in_rows:
+        scale = float(torch.clamp(clip / (norm + 1e-6), max=1.0))  # as torch.nn.utils.clip_grads_with_norm_
+        for parameter, group in in_rows:
+            _row_step(optimizer, parameter, group, scale, norms if parameter is sae.W_dec else None)
+    held = [(parameter, parameter.grad) for parameter, _ in in_rows]
+    for parameter, _ in held:
+        parameter.grad = None
+    torch.nn.utils.clip_grads_with_norm_([one for one in sae.parameters() if one.grad is not None], clip, norm)
+    optimizer.step()
+    for parameter, grad in held:
+        parameter.grad = grad
+    if norms is not None and all(parameter is not sae.W_dec for parameter, _ in in_rows):
+        sae.scale_decoder_rows_(norms)
+
+
+def _rows(parameter: Tensor) -> Tensor | None:
+    """A large matrix with its rows one after the other: itself, or its transpose; None where loops cannot read it."""
+    grad = parameter.grad
+    if parameter.dim() != 2 or grad is None or grad.stride() != parameter.stride():
+        return None
+    rows = parameter.detach() if parameter.is_contiguous() else parameter.detach().t()
+    return rows if parameter.numel() >= _LEAST and row_loops.usable(rows) else None
+
+
+def _row_step(
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, group: dict[str, Any], scale: float, norms: Tensor | None
+) -> None:
+    state = optimizer.state[parameter]
+    if not state:  # as Adam itself begins
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    state["step"] += 1
+    assert parameter.grad is not None
+    matrices = (parameter.detach(), parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+    weight, grad, first, second = (one if parameter.is_contiguous() else one.t() for one in matrices)
+    row_loops.adam_(
+        weight, grad, first, second, norms, step=int(state["step"]), lr=group["lr"], betas=group["betas"],
+        eps=group["eps"], scale=scale, decay=group["lr"] * group["weight_decay"],  # AdamW's; Adam has none here
+    )  # fmt: skip
 
 
 def optimizer_tensors(sae: SparseAutoencoder, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

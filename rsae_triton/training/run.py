@@ -20,6 +20,7 @@ from rsae_triton.training.optimizer import (
     optimizer_tensors,
     remove_radial_gradient,
     set_learning_rate,
+    take_step,
 )
 from rsae_triton.training.processes import Alone
 from rsae_triton.training.recipes import Losses, Recipe, SparsityController
@@ -91,13 +92,10 @@ class Run:
         summed = self.together.finish(sae, terms, [stop, due])
         if not summed.finite:
             raise NumericsError(self._explain(x, terms, checkpoints))
-        torch.nn.utils.clip_grads_with_norm_(_trained(sae), settings.clip, summed.norm)
         factor = settings.learning_rate(self.step)
         set_learning_rate(self.optimizer, factor)
         before = self._kept() if self._looked_at(summed.flags, checkpoints) else None
-        self.optimizer.step()
-        if self.norms is not None:
-            sae.scale_decoder_rows_(self.norms)
+        take_step(sae, self.optimizer, summed.norm, settings.clip, self.norms)
         sae.constrain_()
         if before is not None:
             self._check_step(before, checkpoints)
