@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
+from torch import Tensor
 
 from rsae_triton.activations import ActivationStore, load_host
 from rsae_triton.common.checkpoint import read_info
@@ -23,7 +24,7 @@ from rsae_triton.sae.pretrained import parse_dtype
 from rsae_triton.training.checkpoints import Checkpoints
 from rsae_triton.training.loop import train
 from rsae_triton.training.settings import TrainSettings
-from rsae_triton.upgrading.stage_one import parse_coefficients, parse_degree
+from rsae_triton.upgrading.stage_one import parse_coefficients, parse_degree, parse_rounds
 from rsae_triton.upgrading.stage_one import upgrade as stage_1
 
 
@@ -51,6 +52,11 @@ class Upgrade:
     """Thresholds of a TopK teacher. feature: fixed ones, no sort. token: exact, by a sort."""
     width: str = "auto"
     """Width of the gated form's ramp, in units of 2 % of the activations' mean norm, or auto."""
+    rounds: str = "auto"
+    """How often the encoder looks at what its code has not explained, untrained: auto (2), 1 for the teacher's own
+    encoder, or more."""
+    validation: Path | None = None
+    """Store of text that the teacher has not seen, on which l0 is set (rounds); `--activations` when not given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +110,7 @@ class Export:
 def run_upgrade(config: Upgrade) -> Path:
     parse_degree(config.degree)
     parse_coefficients(config.coefficients)
+    parse_rounds(config.rounds)
     check_folder(config.out)
     store = ActivationStore(config.activations)
     rsae = stage_1(
@@ -114,10 +121,20 @@ def run_upgrade(config: Upgrade) -> Path:
         coefficients=parse_coefficients(config.coefficients),
         thresholds=config.thresholds,
         width=config.width,
+        rounds=config.rounds,
+        validation=None if config.validation is None else _validation(config.validation, store),
     )
     stage1 = rsae.metadata["stage1"]
     print(f"{stage1['summary']}; rsae train holds l0 at {stage1['train_l0']:.2f}")
     return rsae.save_pretrained(config.out)
+
+
+def _validation(folder: Path, store: ActivationStore) -> Tensor:
+    """The activations of another store, in the units of `store`."""
+    other = ActivationStore(folder)
+    if other.d_in != store.d_in:
+        raise ShapeError(f"{folder} has d_in={other.d_in}, the other store d_in={store.d_in}; take one place")
+    return other.tensor() * (store.scale / other.scale)
 
 
 @matmul_precision("high")

@@ -141,7 +141,8 @@ def run(demo: Demo) -> Path:
     with stages.stage(f"Teacher {demo.teacher}"):
         teacher, teacher_log = make_teacher(demo, loaded, splits, x)
     with stages.stage("Stage 1: upgrade"):
-        init = upgrade(teacher, x, degree=demo.degree, form="direct" if demo.recipe == "paper" else "auto")
+        form = "direct" if demo.recipe == "paper" else "auto"
+        init = upgrade(teacher, x, degree=demo.degree, form=form, rounds=1)
         console.print(f"  {init.metadata['stage1']['summary']}")
     target_l0 = init.metadata["stage1"]["train_l0"]
     rsae, control = copy.deepcopy(init), copy.deepcopy(teacher)

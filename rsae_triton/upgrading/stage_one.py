@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -14,11 +14,13 @@ from rsae_triton.common.checks import check_data, check_finite, check_integer, c
 from rsae_triton.common.errors import ConfigError, NumericsError
 from rsae_triton.ops.encode import resolve_backend
 from rsae_triton.remez.problem import parse_degree as remez_degree
+from rsae_triton.sae.adding import AddedRounds, add_rounds
 from rsae_triton.sae.architectures import JumpReluSAE, ReluSAE, TopKSAE
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.batch_topk import BatchTopKSAE
 from rsae_triton.sae.like_teacher import sample, teacher_thresholds
 from rsae_triton.sae.rational import FusedRationalSAE
+from rsae_triton.sae.rounds import MOST_ROUNDS
 from rsae_triton.sae.topk_rational import TopKRationalSAE
 from rsae_triton.sae.units import in_store_units, warn_of_units
 from rsae_triton.teachers import objects
@@ -36,7 +38,8 @@ class StageOne:
     form, degree: of the gate. error, lower_bound: the minimax fit and its certificate (on [-1, 1]).
     relative_error: ||z - z_teacher|| / ||z_teacher|| over the sample's codes. initial_relative_error: before the
     calibration. activity_threshold: of the direct form. teacher_l0, l0: on the sample of n_tokens. train_l0: what
-    stage 2 holds (`recipes.training_l0`).
+    stage 2 holds (`recipes.training_l0`). All of these are of an encoder of one round; what more rounds did is `rounds`
+    (None where there is one round), and also the SAE's metadata["rounds"].
     """
 
     form: str
@@ -50,14 +53,16 @@ class StageOne:
     l0: float
     train_l0: float
     n_tokens: int
+    rounds: AddedRounds | None = None
 
     @property
     def summary(self) -> str:
         fitted = "" if self.error is None else f", minimax error {self.error:.3g} (proved >= {self.lower_bound:.3g})"
-        return (
+        one = (
             f"{self.form} {self.degree}{fitted}; code within {100 * self.relative_error:.2f} % of the teacher's, "
             f"l0 {self.l0:.2f} against {self.teacher_l0:.2f}"
         )
+        return one if self.rounds is None else f"{self.rounds.summary}. Its first round alone: {one}"
 
 
 @in_store_units
@@ -71,6 +76,8 @@ def upgrade(
     thresholds: str = "feature",
     width: str | float = "auto",
     tolerance: float = 0.0085,
+    rounds: str | int = "auto",
+    validation: Tensor | Any | None = None,
     n_tokens: int = 8192,
     backend: str = "auto",
     seed: int = 0,
@@ -93,6 +100,12 @@ def upgrade(
             features), as wide as they rise (docs/experiments.md). It changes how the SAE trains, not its code.
         tolerance: largest relative error of the code that degree="auto" accepts (gated: and of the mse, against a code
             with thresholds but no ramp).
+        rounds: how often the encoder looks at what its code has not explained (docs/rounds.md); nothing is trained for
+            it, and every weight stays. "auto": 2 where that lowers the error at the teacher's l0, which it has always
+            done; 1: the teacher's own encoder. More go on helping, at their cost. Only in the gated form, with
+            thresholds per feature.
+        validation: [n, d_in] or a store that the thresholds of the last round are set on, best text that the teacher
+            has not seen; `activations` when None.
         n_tokens: how many activations to calibrate on. backend: of the result. seed: of the sample.
 
     Returns:
@@ -126,6 +139,9 @@ def upgrade(
     if factor is not None and form == "direct":
         raise ConfigError(f"width is {width}; the direct form has no ramp: leave it at 'auto', or use form='gated'")
     pair = parse_degree(degree)
+    wanted = parse_rounds(rounds)
+    if wanted not in (None, 1) and (form == "direct" or thresholds == "token"):
+        raise ConfigError("rounds need form='gated' and thresholds='feature'; use rounds=1")
     resolve_backend(backend, teacher.W_enc.device, teacher.W_enc.dtype)
     for name, tensor in teacher.state_dict().items():
         check_finite(f"the teacher's {name}", tensor, "fetch or train it again")
@@ -186,13 +202,47 @@ def upgrade(
             n_tokens=len(x),
             **facts,
         )
+    added = None
+    if wanted != 1 and form != "direct" and not options:
+        rows = x if validation is None else sample(validation, teacher, n_tokens, seed)
+        added = refine(rsae, teacher, rows, wanted)
+    report = replace(report, rounds=added)
     rsae.metadata["stage1"] = {**asdict(report), "summary": report.summary}
+    if added is not None:
+        rsae.metadata["rounds"] = {**asdict(added), "summary": added.summary}
     return rsae
+
+
+@torch.no_grad()
+def refine(rsae: FusedRationalSAE, teacher: SparseAutoencoder, x: Tensor, rounds: int | None) -> AddedRounds | None:
+    """Gives `rsae` rounds at its teacher's l0 on x, in place; None asks for two, if they lower the error."""
+    z = teacher.encode(x)
+    l0 = float((z != 0).sum(1).float().mean())
+    mse = float((x - teacher.decode(z, x)).double().square().sum(1).mean())
+    if l0 == 0 and rounds is None:
+        return None
+    added = add_rounds(rsae, rounds or 2, x, l0, (l0, mse))
+    if rounds is None and not (added.mse < mse and added.l0 <= 1.02 * l0):
+        rsae.refinement = None
+        return None
+    return added
 
 
 def parse_degree(degree: str | tuple[int, int]) -> tuple[int, int] | None:
     """(p, q) from a pair or "p,q"; None for "auto"."""
     return None if degree == "auto" else remez_degree(degree)
+
+
+def parse_rounds(rounds: str | int) -> int | None:
+    """A number of rounds, also as text; None for "auto"."""
+    if rounds == "auto":
+        return None
+    if isinstance(rounds, str):
+        if not (rounds.isdecimal() and len(rounds) < 20):
+            raise ConfigError(f"rounds is {shown(rounds)}; give 'auto' or a number such as 2")
+        rounds = int(rounds)
+    check_integer("rounds", rounds, 1, MOST_ROUNDS)
+    return rounds
 
 
 def parse_coefficients(coefficients: str | int) -> str | int:
