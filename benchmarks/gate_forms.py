@@ -105,8 +105,8 @@ def from_fit(target: str, degree: tuple[int, int], width: float, **options: Any)
 
 def contenders(teacher: SparseAutoencoder, x: torch.Tensor) -> dict[str, Callable[[], Contender]]:
     """By name, in the order of the table; each makes a fresh SAE and its recipe. Widths: as in `upgrade`."""
-    init = upgrade(teacher, x)
-    width = float(upgrade(teacher, x, width=1).gate.input_scale[0].detach())
+    init = upgrade(teacher, x, rounds=1)
+    width = float(upgrade(teacher, x, width=1, rounds=1).gate.input_scale[0].detach())
     hard, trained = recipe_for(init), recipe_for(init, "hard-trained")
     step = dict(zip(("a", "b"), smooth_step(), strict=True))
 
@@ -166,7 +166,7 @@ def main(options: Options) -> None:
     plan = options.plan()
     teacher, _ = make_teacher(plan, splits, x)
     own = asdict(reconstruction(teacher, validation))
-    target = upgrade(teacher, x).metadata["stage1"]["train_l0"]
+    target = upgrade(teacher, x, rounds=1).metadata["stage1"]["train_l0"]
     before = json.loads(options.path.read_text()) if options.path.is_file() else {"rows": []}
     if before["rows"] and before["options"] != options.kept():
         raise SystemExit(f"{options.path} was made with {before['options']}; move it away, or give another --out")

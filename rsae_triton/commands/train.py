@@ -10,7 +10,6 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
-from torch import Tensor
 
 from rsae_triton.activations import ActivationStore, load_host
 from rsae_triton.common.checkpoint import read_info
@@ -21,8 +20,10 @@ from rsae_triton.evaluation.held_out import load_sae
 from rsae_triton.ops.runtime import matmul_precision
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.pretrained import parse_dtype
+from rsae_triton.sae.rational import FusedRationalSAE
 from rsae_triton.training.checkpoints import Checkpoints
 from rsae_triton.training.loop import train
+from rsae_triton.training.rounds import put_back, set_l0
 from rsae_triton.training.settings import TrainSettings
 from rsae_triton.upgrading.stage_one import parse_coefficients, parse_degree, parse_rounds
 from rsae_triton.upgrading.stage_one import upgrade as stage_1
@@ -79,6 +80,8 @@ class Train(TrainSettings):
     recipe: str = "auto"
     """What is minimised: auto for what fits the SAE, or by name: hard, hard-trained, paper (Rational SAEs); relu,
     jumprelu, jumprelu-tanh, topk, batchtopk."""
+    validation: Path | None = None
+    """Store of text that is not trained on, on which l0 is set at the end (rounds: else on `--activations`)."""
     split_shards: bool = False
     """Each process that sees other tokens reads its own shards only (on disks of their own). Without, all read rows of
     the same batches, and the numbers are those of one process."""
@@ -122,19 +125,11 @@ def run_upgrade(config: Upgrade) -> Path:
         thresholds=config.thresholds,
         width=config.width,
         rounds=config.rounds,
-        validation=None if config.validation is None else _validation(config.validation, store),
+        validation=None if config.validation is None else ActivationStore(config.validation),
     )
     stage1 = rsae.metadata["stage1"]
     print(f"{stage1['summary']}; rsae train holds l0 at {stage1['train_l0']:.2f}")
     return rsae.save_pretrained(config.out)
-
-
-def _validation(folder: Path, store: ActivationStore) -> Tensor:
-    """The activations of another store, in the units of `store`."""
-    other = ActivationStore(folder)
-    if other.d_in != store.d_in:
-        raise ShapeError(f"{folder} has d_in={other.d_in}, the other store d_in={store.d_in}; take one place")
-    return other.tensor() * (store.scale / other.scale)
 
 
 @matmul_precision("high")
@@ -155,6 +150,10 @@ def run_train(config: Train) -> Path:
         share = mesh.data if mesh is not None and config.split_shards else None
         store = ActivationStore(config.activations, shards=share)
         sae = load_sae(config.sae)
+        rounds = 1
+        if isinstance(sae, FusedRationalSAE) and config.rounds == "after":
+            # Checkpoints are of what is trained, and so is what each process of a mesh holds.
+            rounds, sae.refinement = sae.rounds, None
         own = sae if mesh is None else mesh.shard(sae)
         own.to(device if mesh is None else mesh.device)
         host = None
@@ -168,7 +167,24 @@ def run_train(config: Train) -> Path:
             return config.out / "sae"
     if log.mse:
         print(f"mse {log.mse[-1]:.2f}  l0 {log.l0[-1]:.1f}  dead {log.dead[-1]}  {log.seconds:.0f} s")
-    return export(config.out, config.out / "sae")
+    folder = export(config.out, config.out / "sae")
+    if rounds > 1 or config.validation is not None:
+        _finish(folder, store, config.validation, rounds)
+    return folder
+
+
+def _finish(folder: Path, store: ActivationStore, validation: Path | None, rounds: int) -> None:
+    """Sets the l0 of the SAE that was trained, and puts its rounds back, as `train` does it in memory."""
+    sae = load_sae(folder)
+    if not isinstance(sae, FusedRationalSAE):
+        return
+    rows = store if validation is None else ActivationStore(validation)
+    if rounds > 1:
+        put_back(sae, rounds, rows)
+        print(sae.metadata["rounds"]["summary"])
+    else:
+        set_l0(sae, rows)
+    sae.save_pretrained(folder)
 
 
 def export(run: Path, out: Path) -> Path:

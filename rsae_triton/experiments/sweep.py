@@ -275,7 +275,7 @@ def run_cell(cell: Cell, host: HostModel, splits: Splits) -> dict[str, Any]:
         teacher.to_units_(splits.train.scale)
     else:
         teacher, _ = make_teacher(plan, splits, x, label=f"{cell.label} teacher")
-    init = upgrade(teacher, x)
+    init = upgrade(teacher, x, rounds=1)
     saes, logs = make_contenders(cell, host, teacher, init, splits, x)
     held = getattr(splits, config.split)
     options: dict[str, Any] = {}

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from rsae_triton.common.errors import ConfigError, FormatError, SourceError
 from rsae_triton.ops.encode import rational_encode
 from rsae_triton.ops.reference import rational_gate
+from rsae_triton.sae import rounds
 from rsae_triton.sae.gate import RationalGate
 from rsae_triton.sae.rational import FusedRationalSAE, initial_gate
 
@@ -59,7 +60,7 @@ from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepO
 
 @dataclass(kw_only=True)
 class _GateConfig:
-    """The fields of `RationalGate.config()`."""
+    """The fields of `RationalGate.config()`, and how many rounds the encoder has."""
 
     degree: list[int] = field(default_factory=lambda: [3, 2])
     groups: int = 1
@@ -71,11 +72,17 @@ class _GateConfig:
     input_scale_groups: int = 1
     output_scale_groups: int = 1
     activity_threshold_groups: int = 1
+    rounds: int = 1
 
 
 @dataclass
 class RationalSAEConfig(SAEConfig, _GateConfig):
     """Configuration of a `RationalSAE`; cfg.json of our `save_pretrained` is one."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ours: files of one round are what they were before there were more."""
+        made = super().to_dict()
+        return made if self.rounds != 1 else {name: value for name, value in made.items() if name != "rounds"}
 
     @classmethod
     def architecture(cls) -> str:
@@ -87,11 +94,13 @@ class _Rational:
 
     b_enc: nn.Parameter
     gate: RationalGate
+    refinement: rounds.Refinement | None
 
     def _initialize_rational(self: Any) -> None:
         """b_enc and the gate. On the meta device numbers are to be loaded, so that none are computed."""
         cfg = self.cfg
         self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae, dtype=self.dtype, device=self.device))
+        self.refinement = rounds.Refinement(cfg.d_sae, cfg.rounds, device=self.device) if cfg.rounds != 1 else None
         fields = {name: getattr(cfg, name) for name in _GateConfig.__dataclass_fields__}
         if self.device.type == "meta":
             self.gate = RationalGate.from_config({**fields, "d_sae": cfg.d_sae})
@@ -113,23 +122,51 @@ class _Rational:
         hook = self.hook_sae_acts_pre
         if hook._forward_hooks or hook._backward_hooks:
             hidden_pre = hook(sae_in @ self.W_enc + self.b_enc)
-            return hidden_pre, self.hook_sae_acts_post(self.gate(hidden_pre))
+            z = self.gate(hidden_pre) if self.refinement is None else self._further_rounds(sae_in, hidden_pre)
+            return hidden_pre, self.hook_sae_acts_post(z)
+        if self.refinement is not None:
+            return None, self.hook_sae_acts_post(self._further_rounds(sae_in, None))
         # Nobody between product and gate: the fused encoder.
         z = rational_encode(sae_in, self.W_enc, self.b_enc, None, self.gate.tensors(), self.gate.spec())[0]
         return None, self.hook_sae_acts_post(z)
+
+    def _further_rounds(self: Any, sae_in: Tensor, hidden_pre: Tensor | None) -> Tensor:
+        """The code of all rounds; those after the first go on from hidden_pre where somebody has looked at it."""
+        centred = self.cfg.apply_b_dec_to_input
+        b_dec = torch.zeros_like(self.b_dec) if centred else self.b_dec
+        weights = rounds.Weights(self.W_enc, self.b_enc, self.W_dec, b_dec, self.gate, self.refinement)
+        return rounds.encode(weights, sae_in, hidden=hidden_pre).z
 
     @torch.no_grad()
     def fold_W_dec_norm(self: Any) -> None:  # noqa: N802
         """Unit decoder rows; codes are multiplied by the norms they had, reconstructions are unchanged."""
         norms = self.fold_and_get_W_dec_norm()
         self.gate.scale_features_(norms.float())
+        if self.refinement is not None:
+            self.refinement.scale_features_(norms.float())
         self.cfg.input_scale_groups = len(self.gate.log_input_scale)
         self.cfg.output_scale_groups = len(self.gate.output_scale)
         self.cfg.activity_threshold_groups = len(self.gate.activity_threshold)
 
+    def fold_activation_norm_scaling_factor(self: Any, scaling_factor: float) -> None:
+        """SAELens' own, and the rounds in the units that the decoder then has."""
+        super().fold_activation_norm_scaling_factor(scaling_factor)  # type: ignore[misc]
+        if self.refinement is not None:
+            self.refinement.scale_activations_(scaling_factor)
+
+    def fold_activation_whitening(self: Any, *matrices: Any, **options: Any) -> None:
+        """SAELens' own; not for rounds, whose error is measured in the units that whitening leaves (ConfigError)."""
+        if self.refinement is not None:
+            raise ConfigError("whitening cannot be folded into an encoder with rounds; take them away: with_rounds(1)")
+        super().fold_activation_whitening(*matrices, **options)  # type: ignore[misc]
+
     def process_state_dict_for_loading(self: Any, state_dict: dict[str, Any]) -> None:
         """Puts right what SAELens did when it read everything, the gate too, in the dtype of the weights."""
-        low = sorted(name for name, one in state_dict.items() if name.startswith("gate.") and one.element_size() < 4)
+        low = sorted(
+            name
+            for name, one in state_dict.items()
+            if name.startswith(("gate.", "refinement.")) and one.element_size() < 4
+        )
         if low:
             warnings.warn(
                 f"SAELens read the gate's parameters as {state_dict[low[0]].dtype}, which rounds thresholds and "
@@ -187,6 +224,8 @@ class RationalTrainingSAE(_Rational, TrainingSAE):
     """A Rational SAE for SAELens' training runner: mse + l0 + l1 on the code that is shipped."""
 
     def initialize_weights(self) -> None:
+        if self.cfg.rounds != 1:
+            raise ConfigError("SAELens' runner trains one round; train through rounds with rsae_triton.train")
         super().initialize_weights()
         self._initialize_rational()
 
@@ -229,7 +268,8 @@ def to_saelens(sae: FusedRationalSAE) -> RationalSAE:
     if sae.units not in (None, 1.0):
         sae = copy.deepcopy(sae).to_units_(1.0)
     made = RationalSAE(RationalSAEConfig.from_dict({**sae.config(), "device": "meta"}))
-    made.load_state_dict({name: one.detach().clone() for name, one in sae.state_dict().items()}, assign=True)
+    copies = {name: one.detach().clone(memory_format=torch.contiguous_format) for name, one in sae.state_dict().items()}
+    made.load_state_dict(copies, assign=True)
     return made.to(device=str(sae.W_enc.device), dtype=sae.W_enc.dtype)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -64,14 +63,19 @@ class AddedRounds:
     n_tokens: int
 
     @property
+    def change(self) -> str:
+        """Of the mse, in per cent."""
+        return f"{100 * (self.mse / self.mse_before - 1):+.1f} %" if self.mse_before > 0 else "0 %"
+
+    @property
     def summary(self) -> str:
-        change = 100 * (self.mse / self.mse_before - 1) if self.mse_before > 0 else math.nan
         return (
-            f"{self.rounds} rounds, nothing trained: mse {self.mse_before:.4g} -> {self.mse:.4g} ({change:+.1f} %) at "
-            f"l0 {self.l0:.2f} (before: {self.l0_before:.2f})"
+            f"{self.rounds} rounds, untrained: mse {self.mse_before:.4g} -> {self.mse:.4g} ({self.change}) at l0 "
+            f"{self.l0:.2f} (before: {self.l0_before:.2f})"
         )
 
 
+@in_store_units
 @in_store_units
 @torch.no_grad()
 def with_rounds(

@@ -46,7 +46,8 @@ def to_jumprelu(sae: SparseAutoencoder, activations: Any) -> tuple[JumpReluSAE, 
 
     A JumpReLU computes g * h + c where that exceeds a threshold. For each feature g and c are the regression of its
     active codes on their pre-activations (or 1 and 0, where those fit better), and the threshold is the best of all
-    cuts of the sample; g and c go into W_enc and b_enc. The decoder is the same.
+    cuts of the sample; g and c go into W_enc and b_enc. The decoder is the same. Of an encoder of several rounds the
+    codes depend on all that the others have explained, which no JumpReLU knows: expect the error of one round.
 
     Args:
         activations: an `ActivationStore`, or [n_tokens, d_in] in the SAE's units, a few thousand or more. Half are

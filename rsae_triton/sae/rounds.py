@@ -6,6 +6,7 @@ What a round is, is in `ops/rounds.py` and docs/rounds.md. All numbers are per f
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -104,21 +105,46 @@ class Refinement(Precise):
 
 
 class Refined(Protocol):
-    """What of a `FusedRationalSAE` its rounds need."""
+    """What of an SAE its rounds need."""
 
-    d_in: int
-    d_sae: int
-    W_enc: nn.Parameter
-    b_enc: nn.Parameter
-    W_dec: nn.Parameter
-    b_dec: nn.Parameter
+    @property
+    def W_enc(self) -> Tensor: ...  # noqa: N802
+    @property
+    def b_enc(self) -> Tensor: ...
+    @property
+    def W_dec(self) -> Tensor: ...  # noqa: N802
+    @property
+    def b_dec(self) -> Tensor: ...
+    @property
+    def gate(self) -> RationalGate: ...
+    @property
+    def refinement(self) -> Refinement | None: ...
+    @property
+    def backend(self) -> str: ...
+    @property
+    def apply_b_dec_to_input(self) -> bool: ...
+
+
+class Normalizing(Refined, Protocol):
+    """An SAE with rounds that may normalise its input."""
+
+    @property
+    def normalize_activations(self) -> str: ...
+    def normalization(self, x: Tensor) -> Affine: ...
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of an SAE of another library, as its rounds need them."""
+
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
     gate: RationalGate
     refinement: Refinement | None
-    backend: str
-    apply_b_dec_to_input: bool
-    normalize_activations: str
-
-    def normalization(self, x: Tensor) -> Affine: ...
+    backend: str = "auto"
+    apply_b_dec_to_input: bool = False
 
 
 def encode(sae: Refined, x: Tensor, *, hidden: Tensor | None = None) -> Encoded:
@@ -126,13 +152,13 @@ def encode(sae: Refined, x: Tensor, *, hidden: Tensor | None = None) -> Encoded:
 
     hidden: [..., d_sae], the first pre-activations where somebody has looked at them, or changed them.
     """
-    rows = x.reshape(-1, sae.d_in)
-    hidden = None if hidden is None else hidden.reshape(-1, sae.d_sae)
+    rows = x.reshape(-1, sae.W_enc.shape[0])
+    hidden = None if hidden is None else hidden.reshape(-1, sae.W_enc.shape[1])
     if sae.backend == "eager":
         encoded = ops.reference(*_arguments(sae, rows), hidden=hidden, **_options(sae, rows))
     else:
         encoded = _dense(sae, rows, hidden)
-    return encoded if x.dim() == 2 else encoded._replace(z=encoded.z.reshape(*x.shape[:-1], sae.d_sae))
+    return encoded if x.dim() == 2 else encoded._replace(z=encoded.z.reshape(*x.shape[:-1], sae.W_enc.shape[1]))
 
 
 def entries(sae: Refined, x: Tensor, **options: Any) -> RoundCode:
@@ -150,14 +176,14 @@ def _entries(sae: Refined, x: Tensor, options: dict[str, Any]) -> RoundCode:
 
 
 def _dense(sae: Refined, x: Tensor, hidden: Tensor | None) -> Encoded:
-    dtype, parts = product_dtype(x), []
+    dtype, d_sae, parts = product_dtype(x), sae.W_enc.shape[1], []
     size = max(len(x), 1) if torch.is_grad_enabled() else TOKENS
     for first in range(0, max(len(x), 1), size):
         part = slice(first, first + size)
         code = entries(sae, x[part], hidden=None if hidden is None else hidden[part])
-        place = code.there.tokens * sae.d_sae + code.there.features
-        z = code.values.new_zeros(len(x[part]) * sae.d_sae).index_put((place,), code.values)
-        parts.append(Encoded(z.to(dtype).view(-1, sae.d_sae) if len(z) else z.to(dtype).view(0, sae.d_sae), *code[2:4]))
+        place = code.there.tokens * d_sae + code.there.features
+        z = code.values.new_zeros(len(x[part]) * d_sae).index_put((place,), code.values)
+        parts.append(Encoded(z.to(dtype).view(len(x[part]), d_sae), code.counts, code.l1))
     if len(parts) == 1:
         return parts[0]
     counts, l1 = (torch.stack([one[k] for one in parts]).sum(0) for k in (1, 2))
@@ -166,28 +192,37 @@ def _dense(sae: Refined, x: Tensor, hidden: Tensor | None) -> Encoded:
 
 def reconstruct(sae: Refined, x: Tensor) -> Tensor:
     """x [..., d_in] in normalised units -> x_hat, in the same: what the last search has left unexplained, off x."""
-    rows = x.reshape(-1, sae.d_in)
+    rows = x.reshape(-1, sae.W_enc.shape[0])
     size = max(len(rows), 1) if torch.is_grad_enabled() else TOKENS
     parts = [part.to(wide(part.dtype)) - entries(sae, part).residual for part in rows.split(size)]
     return torch.cat(parts).to(product_dtype(x)).reshape(x.shape)
 
 
-def autoencode(sae: Refined, x: Tensor, *, l1_weight: float, l0_weight: float, across: Across | None) -> Autoencoded:
+def autoencode(
+    sae: Normalizing, x: Tensor, *, l1_weight: float, l0_weight: float, across: Across | None
+) -> Autoencoded:
     """The training loss of x [..., d_in], as `FusedRationalSAE.autoencode`; only `total` is to be differentiated."""
     affine = sae.normalization(x)
-    rows = affine.apply(x).reshape(-1, sae.d_in)
-    code = entries(sae, rows, across=across)
-    e = code.residual
+    rows = affine.apply(x).reshape(-1, sae.W_enc.shape[0])
+    if sae.backend == "eager" and across is None:
+        z, *sums = ops.reference(*_arguments(sae, rows), **_options(sae, rows))
+        e, size = rows - (z @ sae.W_dec + sae.b_dec), -1
+        counts, l1_sums = sums
+    else:
+        code = entries(sae, rows, across=across)
+        e, counts, l1_sums, size = code.residual, code.counts, code.l1, len(code.values)
     if sae.normalize_activations != "none":
         # Undone by another number than it was applied with: the target is not what was encoded.
-        e = x.reshape(-1, sae.d_in).to(e.dtype) - affine.undo((rows - e).reshape(x.shape)).reshape(-1, sae.d_in)
+        e = x.reshape(-1, sae.W_enc.shape[0]).to(e.dtype) - affine.undo((rows - e).reshape(x.shape)).reshape(
+            -1, sae.W_enc.shape[0]
+        )
     mean = 1 / max(len(rows), 1)
-    mse, l0 = e.square().sum() * mean, code.counts.sum() * mean
+    mse, l0 = e.square().sum() * mean, counts.sum() * mean
     norms = torch.linalg.vector_norm(sae.W_dec, dim=1, dtype=e.dtype)
-    l1 = torch.dot(code.l1, norms) * mean
-    total, size = mse + l1_weight * l1 + l0_weight * l0, torch.tensor(len(code.values))
-    x_hat = (x.reshape(-1, sae.d_in) - e).detach().to(x.dtype).reshape(x.shape)
-    return Autoencoded(total, mse.detach(), l1.detach(), l0.detach(), code.counts.detach(), x_hat, size)
+    l1 = torch.dot(l1_sums, norms) * mean
+    total = mse + l1_weight * l1 + l0_weight * l0
+    x_hat = (x - e.detach().reshape(x.shape)).to(x.dtype)
+    return Autoencoded(total, mse.detach(), l1.detach(), l0.detach(), counts.detach(), x_hat, torch.tensor(size))
 
 
 def _arguments(

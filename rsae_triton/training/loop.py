@@ -26,6 +26,7 @@ from rsae_triton.training.options import TrainOptions
 from rsae_triton.training.processes import Alone
 from rsae_triton.training.recipes import Recipe, holding, recipe_for
 from rsae_triton.training.resuming import identity_of, restore
+from rsae_triton.training.rounds import rounds_aside
 from rsae_triton.training.run import Run
 from rsae_triton.training.settings import KEPT_BY, LR, TrainSettings
 
@@ -57,6 +58,7 @@ def train(
     progress: bool = True,
     mesh: Mesh | None = None,
     host: HostModel | None = None,
+    validation: Tensor | Activations | None = None,
     **changes: Unpack[TrainOptions],
 ) -> TrainLog:
     """Trains `sae` in place, all parameters but those that the recipe or `trainable` holds: mse + weight * sparsity.
@@ -69,6 +71,9 @@ def train(
         label: shown beside the progress bar. progress: whether it and the memory plan are shown.
         mesh: the processes that train together (`rsae_triton.training.distributed`).
         host: the language model the activations are of, for objective="mse+kl"; its weights are not trained.
+        validation: activations that are not trained on, on which l0 is set after training: that of an encoder with
+            rounds to what they were made for, that of one round to the teacher's (thresholds are shifted by one
+            constant). Without them rounds are put back on a sample of `activations`, and one round stays as trained.
 
     Returns:
         The log; `sae` is changed.
@@ -88,6 +93,21 @@ def train(
     values: dict[str, Any] = dict(changes)
     settings = TrainSettings(**values) if settings is None else replace(settings, **values)
     check_sae("sae", sae)
+    with rounds_aside(sae, settings, activations, validation, mesh) as finish:
+        log = _train(sae, activations, settings, label, progress, mesh, host)
+        finish()
+    return log
+
+
+def _train(
+    sae: SparseAutoencoder,
+    activations: Tensor | Activations,
+    settings: TrainSettings,
+    label: str | None,
+    progress: bool,
+    mesh: Mesh | None,
+    host: HostModel | None,
+) -> TrainLog:
     check_data("sae.W_dec", sae.W_dec)
     if torch.is_inference_mode_enabled() or any(one.is_inference() for one in sae.parameters()):
         raise ConfigError("sae was made, or is trained, in torch.inference_mode(), which has no gradients; leave it")

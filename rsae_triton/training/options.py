@@ -25,6 +25,7 @@ class TrainOptions(TypedDict, total=False):
     clip: float
     decoder_norm: Literal["keep", "unit", "free"]
     trainable: Literal["all", "encoder", "gate"]
+    rounds: Literal["after", "through"]
     precision: Literal["float32", "bf16"]
     memory: Literal["auto", "saved", "chunked", "streamed", "sparse"]
     exact: bool

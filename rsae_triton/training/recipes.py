@@ -23,6 +23,9 @@ from rsae_triton.training.on_entries import AUXILIARY_SHARE, TANH_SLOPE, below_t
 USUAL_K, USUAL_L0 = 32, 25.0
 GATE_PARAMETERS = ("alpha", "beta", "centre", "log_input_scale")
 
+# Of what rounds mix by; the thresholds of all rounds have the recipe's own factor.
+ROUNDS_LR_SCALE = {f"refinement.{name}": 5.0 for name in ("a", "b", "eta", "p")}
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -106,6 +109,8 @@ def recipe_for(sae: SparseAutoencoder, name: str = "auto") -> Recipe:
         raise ConfigError(f"recipe {name!r} needs trainable thresholds; use a gated rational or a JumpReLU SAE")
     if recipe.sparsity == "l0" and isinstance(sae, FusedRationalSAE):
         recipe = replace(recipe, weight=recipe.weight * relative_weight(sae.metadata))
+    if isinstance(sae, FusedRationalSAE) and sae.refinement is not None:
+        recipe = replace(recipe, lr_scale=recipe.lr_scale | ROUNDS_LR_SCALE)
     return recipe
 
 
@@ -230,6 +235,8 @@ def losses(
         plan: how the step is cut to fit into memory; whole when None. across: the other processes that hold
             features of this SAE; mse is then of the whole, sparsity, l0 and counts of the features here.
     """
+    if isinstance(sae, FusedRationalSAE) and sae.refinement is not None and not recipe.aux_k:
+        return _losses_of_rounds(sae, x, recipe, weight, across)
     sparse = plan is not None and plan.mode == "sparse"
     places = max(len(x) * sae.d_sae, 1)
     most = plan.most_entries(places) if plan is not None and across is None else None
@@ -282,6 +289,14 @@ def losses(
         total = total + auxiliary_loss(sae, x, residual.detach(), dead, recipe.aux_k) * AUXILIARY_SHARE
         total = total + below_thresholds(sae, x, dead)
     return Losses(total, mse.detach(), l0.detach(), counts.detach(), share)
+
+
+def _losses_of_rounds(sae: FusedRationalSAE, x: Tensor, recipe: Recipe, weight: float, across: Across | None) -> Losses:
+    """Of an encoder with rounds, which works on entries whatever the plan is."""
+    l1, l0 = (weight if recipe.sparsity == name else 0.0 for name in ("l1", "l0"))
+    found = sae.autoencode(x, hard=not recipe.soft, l1_weight=l1, l0_weight=l0, across=across)
+    share = max(int(found.entries), 0) / max(len(x) * sae.d_sae, 1)
+    return Losses(found.total, found.mse, found.l0, found.counts, share)
 
 
 def auxiliary_loss(sae: SparseAutoencoder, x: Tensor, residual: Tensor, dead: Tensor, k: int) -> Tensor:

@@ -22,7 +22,7 @@ from rsae_triton.sae.like_teacher import sample, teacher_thresholds
 from rsae_triton.sae.rational import FusedRationalSAE
 from rsae_triton.sae.rounds import MOST_ROUNDS
 from rsae_triton.sae.topk_rational import TopKRationalSAE
-from rsae_triton.sae.units import in_store_units, warn_of_units
+from rsae_triton.sae.units import in_store_units, scale_of, warn_of_units
 from rsae_triton.teachers import objects
 from rsae_triton.training.recipes import training_l0
 from rsae_triton.upgrading.direct import direct
@@ -62,7 +62,12 @@ class StageOne:
             f"{self.form} {self.degree}{fitted}; code within {100 * self.relative_error:.2f} % of the teacher's, "
             f"l0 {self.l0:.2f} against {self.teacher_l0:.2f}"
         )
-        return one if self.rounds is None else f"{self.rounds.summary}. Its first round alone: {one}"
+        if self.rounds is None:
+            return one
+        return (
+            f"nothing trained: mse {self.rounds.change} at the teacher's l0 ({self.rounds.rounds} rounds, l0 "
+            f"{self.rounds.l0:.2f} against {self.rounds.l0_before:.2f}). The first round alone: {one}"
+        )
 
 
 @in_store_units
@@ -205,7 +210,10 @@ def upgrade(
     added = None
     if wanted != 1 and form != "direct" and not options:
         rows = x if validation is None else sample(validation, teacher, n_tokens, seed)
-        added = refine(rsae, teacher, rows, wanted)
+        ours, theirs = scale_of(activations), scale_of(validation)
+        if ours is not None and theirs is not None:
+            rows = rows * (ours / theirs)
+        added = refine(rsae, teacher, rows, z if validation is None else None, wanted)
     report = replace(report, rounds=added)
     rsae.metadata["stage1"] = {**asdict(report), "summary": report.summary}
     if added is not None:
@@ -214,9 +222,14 @@ def upgrade(
 
 
 @torch.no_grad()
-def refine(rsae: FusedRationalSAE, teacher: SparseAutoencoder, x: Tensor, rounds: int | None) -> AddedRounds | None:
-    """Gives `rsae` rounds at its teacher's l0 on x, in place; None asks for two, if they lower the error."""
-    z = teacher.encode(x)
+def refine(
+    rsae: FusedRationalSAE, teacher: SparseAutoencoder, x: Tensor, z: Tensor | None, rounds: int | None
+) -> AddedRounds | None:
+    """Gives `rsae` rounds at its teacher's l0 on x, in place; None asks for two, if they lower the error.
+
+    z: the teacher's code of x, where it is known.
+    """
+    z = teacher.encode(x) if z is None else z
     l0 = float((z != 0).sum(1).float().mean())
     mse = float((x - teacher.decode(z, x)).double().square().sum(1).mean())
     if l0 == 0 and rounds is None:

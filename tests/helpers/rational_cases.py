@@ -6,7 +6,7 @@ from rsae_triton import FusedRationalSAE, RationalGate, fit_gate
 from rsae_triton.sae.gate import smooth_step
 
 D_IN, D_SAE = 16, 40
-FORMS = ["gated", "direct", "direct per feature", "gated grouped", "groups assigned", "free"]
+FORMS = ["gated", "direct", "direct per feature", "gated grouped", "groups assigned", "free", "three rounds"]
 
 
 def rsae(form="gated", d_in=D_IN, **options):
@@ -28,14 +28,20 @@ def rsae(form="gated", d_in=D_IN, **options):
             "direct": {"degree": (9, 8)},
             "gated grouped": {"form": "gated", "groups": 8},
             "free": {"degree": (5, 4), "domain": "free"},
+            "three rounds": {"form": "gated", "backward": "rational", "rounds": 3},
         }
         sae = FusedRationalSAE(d_in, D_SAE, generator=generator, **kinds[form], **options)
         with torch.no_grad():
-            sae.gate.threshold.uniform_(0, 0.5, generator=generator) if "gated" in form else None
+            if sae.gate.form == "gated":
+                sae.gate.threshold.uniform_(0, 0.5, generator=generator)
+            if sae.refinement is not None:
+                sae.refinement.threshold.uniform_(0, 0.5, generator=generator)
             sae.gate.activity_threshold.fill_(0.05)
     with torch.no_grad():
         for name in ("b_enc", "b_dec"):
             getattr(sae, name).normal_(0, 0.3, generator=generator)
         sae.W_dec.mul_(0.5 + torch.rand(D_SAE, 1, generator=generator))
+        if sae.refinement is not None:
+            sae.refinement.unit.copy_(1 / sae.W_dec.square().sum(1))
     sae.metadata.update(hook_name="blocks.1.hook_resid_post", model_name="tiny", prepend_bos=True, context_size=16)
     return sae

@@ -97,6 +97,27 @@ def test_folding_of_scale_and_whitening(x):
         assert torch.allclose(theirs.encode(x), ours.encode(white), atol=1e-3)
 
 
+def test_rounds_see_hooks_and_refuse_what_they_cannot_fold(x):
+    ours = rsae("three rounds")
+    theirs = saelens.to_saelens(ours)
+    with torch.no_grad():
+        plain = theirs.encode(x).clone()
+        theirs.add_hook("hook_sae_acts_pre", lambda value, hook: value)
+        assert torch.allclose(theirs.encode(x), plain, atol=1e-5)
+        theirs.reset_hooks()
+        theirs.add_hook("hook_sae_acts_pre", lambda value, hook: torch.full_like(value, -9.0))
+        assert not theirs.encode(x).any()
+        theirs.reset_hooks()
+        theirs.fold_activation_norm_scaling_factor(3.0)
+        assert torch.allclose(theirs.encode(x), ours.encode(3 * x), atol=1e-3)
+    eye = torch.eye(D_IN, dtype=torch.float64)
+    with pytest.raises(ConfigError, match="whitening"):
+        theirs.fold_activation_whitening(torch.zeros(D_IN, dtype=torch.float64), eye, eye)
+    config = saelens.RationalTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, rounds=2)
+    with pytest.raises(ConfigError, match="one round"):
+        saelens.RationalTrainingSAE(config)
+
+
 def test_low_precision_warns_that_the_gate_was_rounded(tmp_path, x):
     rsae().save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="rounds thresholds"):

@@ -29,7 +29,8 @@ def test_the_loss_is_what_one_measures_oneself(form, normalize_activations, x, t
     assert loss.l0_jumprelu == pytest.approx(float((dense_z != 0).float().sum(1).mean()), rel=1e-5)
     assert loss.mse_jumprelu == pytest.approx(float((held - dense(held)).square().sum(1).mean()), rel=1e-4)
     assert loss.mse == pytest.approx(float((held - sae(held)).square().sum(1).mean()), rel=1e-4)
-    assert loss.code_error < 0.2
+    # What an encoder found out in three rounds no function of its first pre-activations says.
+    assert loss.code_error < (0.7 if "rounds" in form else 0.2)
     assert dense.metadata["exported_from"]["code_error"] == loss.code_error
     dense.save_pretrained(tmp_path)
     again = load_teacher(tmp_path)
@@ -68,7 +69,7 @@ def test_a_jumprelu_in_disguise_loses_nothing(x):
 def test_an_upgraded_teacher_comes_back_as_itself(x):
     teacher = JumpReluSAE(D_IN, D_SAE, generator=torch.Generator().manual_seed(0))
     teacher.threshold.fill_(0.5)
-    _, loss = upgrade(teacher, x).to_jumprelu(x)
+    _, loss = upgrade(teacher, x, rounds=1).to_jumprelu(x)
     assert loss.code_error < 0.02
     held = x[1::2]
     assert loss.mse_jumprelu == pytest.approx(float((held - teacher(held)).square().sum(1).mean()), rel=0.02)

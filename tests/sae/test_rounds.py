@@ -71,7 +71,7 @@ def test_every_family_gains_at_its_own_l0_and_keeps_its_weights(family):
     facts = sae.metadata["rounds"]
     assert facts["mse"] == pytest.approx(mse_2, rel=1e-4)
     assert facts["mse_before"] == pytest.approx(mse, rel=1e-4)
-    assert "nothing trained" in facts["summary"]
+    assert "2 rounds, untrained" in facts["summary"]
 
 
 def test_what_is_chosen_does_not_depend_on_the_rows_alone(two):

@@ -47,7 +47,7 @@ def test_weights_are_copied_bit_for_bit(teachers, activations, name):
 @pytest.mark.parametrize("name", ["relu", "jumprelu"])
 def test_gated_code_reproduces_its_teacher(teachers, activations, name):
     teacher = teachers[name]
-    rsae = upgrade(teacher, activations)
+    rsae = upgrade(teacher, activations, rounds=1)
     ours, theirs = reconstruction(rsae, activations), reconstruction(teacher, activations)
     assert ours.mse == pytest.approx(theirs.mse, rel=0.01)
     assert ours.l0 == pytest.approx(theirs.l0, rel=1e-6)
@@ -56,7 +56,7 @@ def test_gated_code_reproduces_its_teacher(teachers, activations, name):
 
 def test_topk_thresholds_fire_as_often_as_the_teacher(teachers, activations):
     teacher = teachers["topk"]
-    rsae = upgrade(teacher, activations, n_tokens=len(activations))
+    rsae = upgrade(teacher, activations, n_tokens=len(activations), rounds=1)
     fires = (teacher.encode(activations) != 0).sum(0)
     assert (((rsae.encode(activations) != 0).sum(0) - fires).abs() <= 1).all()
 
@@ -124,7 +124,7 @@ def test_groups_are_made_of_equally_strong_features(teachers, activations):
 
 
 def test_a_group_moves_its_own_features_only(teachers, activations, tmp_path):
-    rsae = upgrade(teachers["relu"], activations, coefficients=5)
+    rsae = upgrade(teachers["relu"], activations, coefficients=5, rounds=1)
     before = rsae.encode(activations)
     with torch.no_grad():
         rsae.gate.alpha[2] *= 1.5
@@ -174,14 +174,16 @@ def test_the_gate_is_the_smallest_ramp_that_is_close_enough(teachers, activation
 
 
 def test_the_ramps_width_changes_how_it_trains_and_not_the_code(teachers, activations):
-    usual, narrow = (upgrade(teachers["relu"], activations, width=width) for width in (1.0, 0.5))
+    usual, narrow = (upgrade(teachers["relu"], activations, width=width, rounds=1) for width in (1.0, 0.5))
     torch.testing.assert_close(narrow.gate.input_scale, usual.gate.input_scale / 2)
     codes = [one.encode(activations) for one in (narrow, usual)]
     assert float((codes[0] - codes[1]).norm() / codes[1].norm()) < 0.01
-    assert torch.equal(upgrade(teachers["relu"], activations, width="0.5").gate.input_scale, narrow.gate.input_scale)
+    assert torch.equal(
+        upgrade(teachers["relu"], activations, width="0.5", rounds=1).gate.input_scale, narrow.gate.input_scale
+    )
     for width, form in ((0.5, "direct"), (0.0, "gated"), (float("nan"), "gated"), ("wide", "gated"), (True, "gated")):
         with pytest.raises(ConfigError, match="width is"):
-            upgrade(teachers["relu"], activations, width=width, form=form)
+            upgrade(teachers["relu"], activations, width=width, form=form, rounds=1)
 
 
 @pytest.mark.filterwarnings("ignore:.*worse than their mean")
@@ -324,3 +326,39 @@ class TestThresholdsByToken:
             TopKRationalSAE(16, 64, k=65, gate=rsae.gate)
         with pytest.raises(ConfigError, match="trainable thresholds"):
             train(rsae, activations, steps=1, recipe="hard", batch_size=128, progress=False)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rounds_lower_the_error_at_the_teachers_l0_and_nothing_is_trained(teachers, activations, name):
+    teacher = teachers[name]
+    rsae, one = upgrade(teacher, activations), upgrade(teacher, activations, rounds=1)
+    ours, theirs = reconstruction(rsae, activations), reconstruction(teacher, activations)
+    assert rsae.rounds == 2
+    assert ours.mse < 0.9 * theirs.mse
+    assert ours.l0 == pytest.approx(theirs.l0, rel=0.01)
+    stage = rsae.metadata["stage1"]
+    assert stage["summary"].startswith(f"nothing trained: mse -{100 * (1 - ours.mse / theirs.mse):.1f} % at the")
+    assert stage["rounds"]["mse_before"] == pytest.approx(theirs.mse, rel=1e-3)
+    # Beside the rounds it is the SAE that one round makes: numbers of stage 1, weights, gate.
+    assert {k: v for k, v in one.metadata["stage1"].items() if k not in ("rounds", "summary")} == {
+        k: v for k, v in stage.items() if k not in ("rounds", "summary")
+    }
+    own = rsae.state_dict()
+    assert all(torch.equal(tensor, own[key]) for key, tensor in one.state_dict().items())
+
+
+def test_rounds_are_set_on_validation_text_where_there_is_any(teachers, activations):
+    held = activations[1::2] * 1.02
+    rsae = upgrade(teachers["jumprelu"], activations[0::2], rounds=3, validation=held)
+    assert reconstruction(rsae, held).l0 == pytest.approx(reconstruction(teachers["jumprelu"], held).l0, rel=0.01)
+
+
+def test_what_has_no_rounds(teachers, activations):
+    assert upgrade(teachers["relu"], activations, form="direct").rounds == 1
+    assert upgrade(teachers["topk"], activations, thresholds="token").rounds == 1
+    for options in ({"form": "direct"}, {"thresholds": "token"}):
+        with pytest.raises(ConfigError, match="rounds"):
+            upgrade(teachers["topk"], activations, rounds=2, **options)
+    for bad in ("two", 0, 1.5, "-1", 100):
+        with pytest.raises(ConfigError, match="rounds is"):
+            upgrade(teachers["topk"], activations, rounds=bad)

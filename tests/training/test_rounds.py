@@ -1,0 +1,101 @@
+"""Training with rounds: left aside by default, or gone through; l0 set on text that was not trained on."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+
+from rsae_triton import FusedRationalSAE, upgrade
+from rsae_triton.common.errors import ConfigError, NumericsError
+from rsae_triton.evaluation import reconstruction
+from rsae_triton.sae.architectures import JumpReluSAE
+from rsae_triton.training.loop import train
+from rsae_triton.training.recipes import recipe_for
+
+OPTIONS = {"steps": 30, "batch_size": 128, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def two():
+    from synthetic import sparse_activations
+
+    activations = sparse_activations()
+    teacher = JumpReluSAE(16, 64, threshold=0.9, generator=torch.Generator().manual_seed(0))
+    train(teacher, activations, steps=100, lr=3e-3, batch_size=128, progress=False)
+    return upgrade(teacher, activations)
+
+
+def test_rounds_are_left_aside_and_put_back(two, activations):
+    sae, one = copy.deepcopy(two), copy.deepcopy(two)
+    one.refinement = None
+    logs = [train(given, activations, **OPTIONS) for given in (sae, one)]
+    assert logs[0].mse == logs[1].mse
+    assert all(torch.equal(tensor, sae.state_dict()[name]) for name, tensor in one.state_dict().items())
+    assert sae.rounds == 2
+    score, plain = reconstruction(sae, activations), reconstruction(one, activations)
+    assert score.mse < 0.9 * plain.mse
+    assert score.l0 == pytest.approx(two.metadata["rounds"]["target_l0"], rel=0.01)
+    assert sae.metadata["rounds"]["mse_before"] == pytest.approx(plain.mse, rel=0.01)
+
+
+def test_training_through_rounds_lowers_the_error_and_moves_all_of_their_numbers(two, activations):
+    sae = copy.deepcopy(two)
+    log = train(sae, activations, rounds="through", steps=150, batch_size=128, progress=False, target_l0=6.0, lr=2e-3)
+    assert sum(log.mse[-5:]) < 0.9 * sum(log.mse[:5])
+    before = two.state_dict()
+    moved = {name for name, one in sae.state_dict().items() if not torch.equal(one, before[name])}
+    numbers = {"a", "b", "eta", "threshold", "p"}
+    assert {f"refinement.{name}" for name in numbers} | {"gate.threshold", "W_enc", "W_dec", "b_enc", "b_dec"} == moved
+    assert bool((sae.refinement.threshold >= 0).all())
+    scale = recipe_for(two).lr_scale
+    assert scale["refinement.eta"] == 5
+    assert scale["threshold"] == 15
+
+
+def test_the_gate_alone(two, activations):
+    sae = copy.deepcopy(two)
+    train(sae, activations, rounds="through", trainable="gate", **OPTIONS)
+    assert all(torch.equal(getattr(sae, name), getattr(two, name)) for name in ("W_enc", "b_enc", "W_dec", "b_dec"))
+    assert not torch.equal(sae.refinement.eta, two.refinement.eta)
+
+
+@pytest.mark.parametrize("rounds", ["after", "through"])
+def test_l0_on_validation_text_is_what_it_was_set_for(two, activations, rounds):
+    held, sae = activations[:1000] * 1.05, copy.deepcopy(two)
+    train(sae, activations[1000:], validation=held, rounds=rounds, **OPTIONS)
+    assert reconstruction(sae, held).l0 == pytest.approx(two.metadata["rounds"]["target_l0"], rel=0.02)
+
+
+def test_one_round_is_held_on_validation_text_too(two, activations):
+    sae = copy.deepcopy(two)
+    sae.refinement = None
+    del sae.metadata["rounds"]
+    train(sae, activations, validation=activations[:1000], **OPTIONS)
+    wanted = two.metadata["stage1"]["teacher_l0"]
+    assert reconstruction(sae, activations[:1000]).l0 == pytest.approx(wanted, rel=0.02)
+
+
+def test_a_run_goes_on_where_it_stopped_and_only_in_the_way_it_began(two, activations, tmp_path):
+    options = {**OPTIONS, "rounds": "through", "out": tmp_path / "run", "checkpoint_every": 5}
+    whole, first, second = (copy.deepcopy(two) for _ in range(3))
+    train(whole, activations, **{**options, "out": None, "checkpoint_every": None})
+    train(first, activations, **options)
+    for later in list((tmp_path / "run/checkpoints").glob("step-*30*")):
+        shutil.rmtree(later)
+    with pytest.raises(ConfigError, match="trained with"):
+        train(copy.deepcopy(two), activations, resume=True, **{**options, "rounds": "after"})
+    train(second, activations, resume=True, **options)
+    assert all(torch.equal(one, whole.state_dict()[name]) for name, one in second.state_dict().items())
+
+
+def test_what_goes_wrong_leaves_the_rounds(two, activations):
+    sae = copy.deepcopy(two)
+    bad = activations.clone()
+    bad[:] = torch.inf
+    with pytest.raises(NumericsError):
+        train(sae, bad, **OPTIONS)
+    assert sae.rounds == 2
+    with pytest.raises(ConfigError, match="rounds is"):
+        train(sae, activations, rounds="never", **OPTIONS)
+    assert isinstance(sae, FusedRationalSAE)
