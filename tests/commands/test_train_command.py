@@ -51,6 +51,29 @@ def test_stage_2_holds_what_stage_1_noted_and_improves_on_it(place, activations,
     assert scores["rsae"].mse < scores["teacher"].mse
 
 
+def test_rounds_by_command(place, activations, capsys):
+    x = 5 * activations
+    store_tensor(5 * activations[1000:], "HELD", provenance={"model": "tiny", "hook_name": "blocks.0.mlp"})
+    assert main(words("upgrade teacher --activations STORE --out three --rounds 3 --validation HELD")) == 0
+    assert capsys.readouterr().out.startswith("nothing trained: mse -")
+    three, teacher = FusedRationalSAE.from_pretrained("three"), load_teacher("teacher")
+    assert three.rounds == 3
+    held = [reconstruction(one, x[1000:]) for one in (three, teacher)]
+    assert held[0].l0 == pytest.approx(held[1].l0, rel=0.02)
+    assert held[0].mse < 0.9 * held[1].mse
+    assert main(words("train three --activations STORE --out run --steps 20 --batch-size 128 --validation HELD")) == 0
+    assert "3 rounds, untrained" in capsys.readouterr().out
+    trained = FusedRationalSAE.from_pretrained("run/sae")
+    assert trained.rounds == 3
+    # 16 dimensions are explained by fewer features than this teacher takes: fewer than wanted may be left to open.
+    assert reconstruction(trained, x[1000:]).l0 < 1.02 * three.metadata["rounds"]["target_l0"]
+    assert reconstruction(trained, x[1000:]).mse < 0.5 * held[1].mse
+    assert main(words("train three --activations STORE --out through --steps 5 --batch-size 128 --rounds through")) == 0
+    assert FusedRationalSAE.from_pretrained("through/sae").rounds == 3
+    assert main(words("upgrade teacher --activations STORE --out one --rounds 0")) == 2
+    assert "rounds is 0" in capsys.readouterr().err
+
+
 def test_coefficients_and_thresholds_by_command(place, activations):
     assert main(words("upgrade teacher --activations STORE --out grouped --coefficients 8")) == 0
     assert FusedRationalSAE.from_pretrained("grouped").gate.groups == 8

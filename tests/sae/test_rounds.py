@@ -193,6 +193,25 @@ def test_units_can_be_folded(two):
     assert torch.allclose(folded.encode(X), z, atol=1e-3)
 
 
+def test_rounds_are_the_same_in_any_units():
+    class Store:
+        scale, manifest, d_in = 0.25, {}, 32  # noqa: RUF012
+
+        def tensor(self):
+            return X
+
+    own = teacher("relu")
+    own.units = 0.25
+    wanted = own.with_rounds(2, X)
+    raw = copy.deepcopy(own).to_units_(1.0)
+    made = raw.with_rounds(2, Store())
+    assert made.units == 1.0
+    assert torch.equal(made.W_dec, raw.W_dec)
+    assert torch.allclose(made.encode(4 * X), wanted.encode(X), atol=2e-3)
+    assert hold_l0(made, Store(), 4.0) == pytest.approx(4.0, abs=0.05)
+    assert scores(made, 4 * X)[1] == pytest.approx(4.0, abs=0.05)
+
+
 def test_files(two, tmp_path):
     two.save_pretrained(tmp_path / "two")
     loaded = FusedRationalSAE.from_pretrained(tmp_path / "two")
