@@ -6,6 +6,7 @@ Every public name is here; `rsae_triton.activations`, `.teachers`, `.integration
 from rsae_triton.activations import ActivationStore, extract, extract_splits, load_corpus, load_host
 from rsae_triton.common.errors import RsaeError
 from rsae_triton.evaluation import compare, evaluate
+from rsae_triton.features import feature, steer
 from rsae_triton.integrations import splice
 from rsae_triton.remez import GateFit, fit_gate
 from rsae_triton.sae.architectures import JumpReluSAE, ReluSAE, TopKSAE
@@ -42,11 +43,13 @@ __all__ = [
     "evaluate",
     "extract",
     "extract_splits",
+    "feature",
     "fit_gate",
     "load_corpus",
     "load_host",
     "load_teacher",
     "splice",
+    "steer",
     "train",
     "upgrade",
 ]

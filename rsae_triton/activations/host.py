@@ -187,6 +187,19 @@ class HostModel:
                 self._run_bridge(tokens, {name: keep(name) for name in names})
         return [found[name] for name in names]
 
+    @torch.no_grad()
+    def complete(self, prompt: str, n_tokens: int = 40) -> str:
+        """`prompt` and the n_tokens that the model finds likeliest after it, one by one."""
+        inputs = self.tokenizer(prompt, return_tensors="pt")["input_ids"]
+        if inputs.shape[1] == 0 or int(inputs[0, 0]) != self.bos_token_id:
+            inputs = torch.cat([torch.tensor([[self.bos_token_id]]), inputs.long()], dim=1)
+        inputs = self._check_tokens(inputs)
+        found = self.model.generate(
+            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=n_tokens, do_sample=False,
+            pad_token_id=self.tokenizer.eos_token_id,
+        )  # fmt: skip
+        return str(self.tokenizer.decode(found[0, 1:]))
+
     def next_token_loss(
         self, tokens: torch.Tensor, hook_name: str | None = None, replace: Replace | None = None
     ) -> torch.Tensor:

@@ -22,6 +22,7 @@ from rsae_triton.commands.doctor import Doctor
 from rsae_triton.commands.doctor import doctor as run_doctor
 from rsae_triton.commands.evaluate import Eval, run_eval
 from rsae_triton.commands.extract import Extract, run_extract
+from rsae_triton.commands.features import Features, run_features
 from rsae_triton.commands.formats import Formats, run_formats
 from rsae_triton.commands.match import Match, run_match
 from rsae_triton.commands.plan import Plan, run_plan
@@ -59,6 +60,10 @@ def evaluate(config: Annotated[Eval, tyro.conf.arg(name="")]) -> None:
 
 def match(config: Annotated[Match, tyro.conf.arg(name="")]) -> None:
     run_match(config)
+
+
+def features(config: Annotated[Features, tyro.conf.arg(name="")]) -> None:
+    print(run_features(config))
 
 
 def probe(config: Annotated[Probe, tyro.conf.arg(name="")]) -> None:
@@ -119,6 +124,7 @@ COMMANDS: dict[str, tuple[Callable[..., Any], type]] = {
     "export": (export_sae, Export),
     "eval": (evaluate, Eval),
     "match": (match, Match),
+    "features": (features, Features),
     "probe": (probe, Probe),
     "sweep": (sweep, Sweep),
     "known": (known, Known),

@@ -28,6 +28,7 @@ from rsae_triton.evaluation import compare
 from rsae_triton.evaluation.compare import splice_of
 from rsae_triton.experiments.teach import FAMILIES, L0, TeacherPlan, objective_of, saved_teacher, splits_for
 from rsae_triton.experiments.teach import make_teacher as train_or_load
+from rsae_triton.features import write_features
 from rsae_triton.ops.runtime import matmul_precision
 from rsae_triton.report import summary_table, write_report
 from rsae_triton.sae.base import SparseAutoencoder
@@ -168,6 +169,10 @@ def run(demo: Demo) -> Path:
         metrics["meta"] = facts(demo, host, splits, corpus_sha256(documents), stages)
         logs = {"teacher": teacher_log, "rsae": rsae_log, "control": control_log}
         save(demo.out, saes, splits.train.scale, metrics)
+        page = write_features(
+            demo.out / "features.html", rsae, splits.test, teacher=teacher, host=host,
+            title=f"Features of the Rational SAE of {host.name}, {splits.train.manifest['hook_name']}",
+        )  # fmt: skip
         report = write_report(
             demo.out / "report.html",
             title=f"Rational SAE of {host.name}, {splits.train.manifest['hook_name']}",
@@ -179,6 +184,7 @@ def run(demo: Demo) -> Path:
             store=splits.test,
             tokenizer=host.tokenizer,
             seed=demo.seed,
+            features_page=page.name,
         )
         if demo.figure is not None:
             from rsae_triton.report.plots import readme_figure

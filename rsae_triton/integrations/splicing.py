@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rsae_triton.activations.host import HostModel
 from rsae_triton.activations.layers import decoder_layers, tap, tapped
 from rsae_triton.activations.places import canonical, other_names, suggestion
 from rsae_triton.common.checks import check_number
@@ -41,7 +42,7 @@ def splice(
     Contexts can be nested, for several SAEs. Afterwards, also when the body raises, the model is as before.
 
     Args:
-        model: a TransformerLens model, or a Hugging Face model.
+        model: a TransformerLens model, a Hugging Face model, or the host that `load_host` returns.
         sae: any SAE of the package; one that reads other units than the model's own (`sae.units`) is given these.
         hook_name: the place, by any of its names (`rsae_triton.activations.places`); what the SAE's metadata says when
             None. In a Hugging Face model those of residual streams and MLPs are known, or the path of a module whose
@@ -56,15 +57,38 @@ def splice(
         ShapeError: activations there have another width.
     """
     check_sae("sae", sae)
-    if not hasattr(model, "register_forward_pre_hook"):
-        raise ConfigError(f"model is a {type(model).__name__}; give a TransformerLens or Hugging Face model")
     if norm_limit is not None:
         check_number("norm_limit", norm_limit, least=0)
+    count = [0]
+    replace = replacement(sae, use_error_term=use_error_term, norm_limit=norm_limit, count=count)
+    with replaced(model, sae, hook_name, replace, count):
+        yield
+
+
+@contextmanager
+def replaced(
+    model: Any, sae: SparseAutoencoder, hook_name: str | None, replace: Callable[[Tensor], Tensor], count: list[int]
+) -> Iterator[None]:
+    """While the context is open, activations where `sae` reads go through `replace`; see `splice`.
+
+    Args:
+        model: as for `splice`, or a `HostModel`. count: [how often `replace` was called], which `replace` counts.
+    """
+    if isinstance(model, HostModel):
+        with ExitStack() as stack:
+            for own in filter(None, (model.model, model.bridge)):  # whichever of them is run
+                try:
+                    stack.enter_context(replaced(own, sae, hook_name, replace, count))
+                except ConfigError:  # a place that only the other library knows
+                    if model.bridge is None or own is model.bridge:
+                        raise
+            yield
+        return
+    if not hasattr(model, "register_forward_pre_hook"):
+        raise ConfigError(f"model is a {type(model).__name__}; give a TransformerLens or Hugging Face model")
     place = hook_name or sae.metadata.get("hook_name")
     if not place:
         raise ConfigError("the SAE's metadata names no hook_name; pass it: where in the model is the SAE to go?")
-    count = [0]
-    replace = replacement(sae, use_error_term=use_error_term, norm_limit=norm_limit, count=count)
     ran: list[bool] = []
     watch = model.register_forward_pre_hook(lambda *_: ran.append(True))
     try:

@@ -14,6 +14,7 @@ from rsae_triton.common.errors import ConfigError, ShapeError
 from rsae_triton.common.files import make_folder, write_atomically
 from rsae_triton.report import plots, scores
 from rsae_triton.report.codes import Codes, codes_of, mse_against_l0, subset
+from rsae_triton.report.labels import answer, labels_figure, survival
 from rsae_triton.report.snippets import CONTEXT, N_ROWS, Tokenizer, feature_snippets
 from rsae_triton.report.style import ROLES
 from rsae_triton.report.svg import inline_svg
@@ -43,6 +44,7 @@ def write_report(
     store: ActivationStore | None = None,
     tokenizer: Tokenizer | None = None,
     seed: int = 0,
+    features_page: str | None = None,
 ) -> Path:
     """Writes the report of a run; returns its path. The file replaces an old one whole, or not at all.
 
@@ -55,6 +57,7 @@ def write_report(
         x: held-out activations [n_tokens, d_in] in the units of the SAEs; plots use at most 20 000 rows.
         store, tokenizer: what the rows of x are (its first len(x) rows) and how its tokens read, for snippets;
             without either the snippets are left out.
+        features_page: name of the page of all features beside this one, for a link.
         seed: of the rows that plots and snippets use where x has more.
 
     Raises:
@@ -69,6 +72,8 @@ def write_report(
     if store is not None and tokenizer is not None:
         features = feature_snippets(saes, codes, rows.numpy(), store, tokenizer)
     headline, notes = scores.headline(metrics)
+    survived = survival(saes["teacher"], {role: sae for role, sae in saes.items() if role != "teacher"}, codes)
+    text = "Above 0.9 (dotted) on both sides a feature counts as the one that it was."
     page = _template().render(
         title=title,
         facts=facts,
@@ -78,6 +83,9 @@ def write_report(
         tables=_tables(metrics),
         plots=_plots(metrics, _curves(logs), saes, codes, x),
         features=features,
+        features_page=features_page,
+        labels_answer=answer(survived),
+        labels_plot=Plot(inline_svg(labels_figure(survived), "labels", "Do my labels survive?", text), "", text),
         n_tokens=len(x),
         context=CONTEXT,
         n_rows=N_ROWS,

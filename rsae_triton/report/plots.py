@@ -56,7 +56,7 @@ def training_figure(logs: Mapping[str, Mapping[str, Any]], target: float | None 
     above.set(ylabel="mse of the batch")
     below.set(ylabel="l0 of the batch", xlabel="step")
     above.legend(fontsize="small", frameon=False)
-    _finish(above, below)
+    finish(above, below)
     return figure
 
 
@@ -75,7 +75,7 @@ def frequency_figure(frequencies: Mapping[str, np.ndarray], n_tokens: int) -> An
     axes.xaxis.set_major_formatter(_ticker().FuncFormatter(lambda value, _: _power(value)))
     axes.set(xlabel="fraction of tokens on which a feature is active", ylabel="features per factor of ten")
     axes.legend(fontsize="small", frameon=False)
-    _finish(axes)
+    finish(axes)
     return figure
 
 
@@ -150,8 +150,8 @@ def _draw_gates(figure: Any, picture: GatePicture, zoom: bool) -> None:
     # Below the picture: inside, the histogram would run through it.
     options = {"fontsize": "small", "frameon": False, "ncols": 2, "loc": "outside lower center"}
     figure.legend(handles + more, labels + names, labelcolor=COLOURS["ink"], **options)
-    _finish(axes, grid=False)
-    _finish(behind, grid=False, right=True)
+    finish(axes, grid=False)
+    finish(behind, grid=False, right=True)
 
 
 def _zoom(picture: GatePicture) -> tuple[float, float]:
@@ -168,7 +168,7 @@ def _draw_trade_off(axes: Any, curves: Mapping[str, tuple[np.ndarray, np.ndarray
     axes.axvline(target, color=COLOURS["ink"], linewidth=0.8, linestyle=":", label="teacher's l0")
     axes.set(xlabel="l0 (active features per token)", ylabel="mse")
     axes.legend(fontsize="small", frameon=False)
-    _finish(axes)
+    finish(axes)
 
 
 def _figure(width: float = _SIZE[0], height: float = _SIZE[1]) -> Any:
@@ -183,7 +183,7 @@ def _ticker() -> Any:
     return ticker
 
 
-def _finish(*all_axes: Any, grid: bool = True, right: bool = False) -> None:
+def finish(*all_axes: Any, grid: bool = True, right: bool = False) -> None:
     """The look that all share; every colour one of COLOURS, so that it follows the page's theme."""
     for axes in all_axes:
         if grid:

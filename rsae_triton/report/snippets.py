@@ -96,7 +96,7 @@ def feature_snippets(
     Args:
         saes, codes: with "teacher" and "rsae". rows: [n_tokens], the store's row of each row of the codes.
     """
-    text = _Text(store, tokenizer, rows)
+    text = Text(store, tokenizer, rows)
     change = code_change(codes["teacher"], codes["rsae"])
     limits = {role: thresholds(saes[role]) for role in ("teacher", "rsae")}
     features = []
@@ -116,10 +116,13 @@ def feature_snippets(
     return features
 
 
-class _Text:
+class Text:
     """Finds the text around rows of a store."""
 
-    def __init__(self, store: ActivationStore, tokenizer: Tokenizer, rows: np.ndarray) -> None:
+    def __init__(
+        self, store: ActivationStore, tokenizer: Tokenizer, rows: np.ndarray, *, n: int = N_ROWS, around: int = CONTEXT
+    ) -> None:
+        self.n, self.around = n, around
         self.tokenizer = tokenizer
         self.contexts, self.positions = store.contexts.numpy()[rows], store.positions.numpy()[rows]
         self.tokens, self.documents = store.sequences.tokens.numpy(), store.sequences.documents.numpy()
@@ -132,29 +135,35 @@ class _Text:
         """The rows of the largest codes, at most one per context, of contexts that are kept."""
         found: dict[int, int] = {}
         for row in np.argsort(-np.abs(z), kind="stable").tolist():
-            if z[row] == 0 or len(found) == N_ROWS:
+            if z[row] == 0 or len(found) == self.n:
                 break
             context = int(self.contexts[row])
             if context < len(self.tokens):
                 found.setdefault(context, row)
         return list(found.values())
 
-    def snippet(self, row: int, z: np.ndarray) -> Snippet:
-        """The token of `row` and its neighbours in the same document, coloured by z [n_tokens]."""
+    def near(self, row: int) -> tuple[list[int], list[str], list[int | None], str]:
+        """Of the token of `row` and its neighbours in the same document: positions, text, rows (None: not among these),
+        and where they stand."""
         context, position = int(self.contexts[row]), int(self.positions[row])
         document = self.documents[context, position]
         # Without BOS: it is at position 0, and wherever the prediction of a position is not counted.
-        near = range(max(1, position - CONTEXT), min(self.tokens.shape[1], position + CONTEXT + 1))
+        near = range(max(1, position - self.around), min(self.tokens.shape[1], position + self.around + 1))
         near_here = [p for p in near if self.documents[context, p] == document and self.counted[context, p - 1]]
         pieces = _pieces(self.tokenizer, self.tokens[context, near_here].tolist())
         pieces[0] = pieces[0].lstrip()
+        rows = [self.row_at.get((context, p)) for p in near_here]
+        return near_here, pieces, rows, _describe(self.info, int(document))
+
+    def snippet(self, row: int, z: np.ndarray) -> Snippet:
+        """The token of `row` and its neighbours, coloured by z [n_tokens]."""
+        places, pieces, rows, where = self.near(row)
         largest = float(np.abs(z).max())
         tokens = []
-        for p, piece in zip(near_here, pieces, strict=True):
-            at = self.row_at.get((context, p))
+        for place, piece, at in zip(places, pieces, rows, strict=True):
             intensity = abs(float(z[at])) / largest if at is not None and largest > 0 else 0.0
-            tokens.append(Token(piece, intensity, p == position))
-        return Snippet(float(z[row]), _describe(self.info, int(document)), tokens)
+            tokens.append(Token(piece, intensity, place == int(self.positions[row])))
+        return Snippet(float(z[row]), where, tokens)
 
 
 def _pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:

@@ -303,6 +303,15 @@ class RationalGate(Precise):
             self.output_scale = replaced(self.output_scale, self._per_feature(self.output_scale) * scale)
         self.activity_threshold = self._per_feature(self.activity_threshold) * scale
 
+    def plot(self, features: Sequence[int] | None = None) -> Any:
+        """A matplotlib figure of activation against pre-activation; dotted, the rational without its zeros.
+
+        features: which to draw; five from the lowest threshold to the highest when None.
+        """
+        from rsae_triton.sae.plot import plot_gate
+
+        return plot_gate(self, features)
+
     def config(self) -> dict[str, Any]:
         """What it takes to build an empty gate of this kind and size."""
         return {

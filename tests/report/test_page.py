@@ -79,8 +79,8 @@ def test_page_is_well_formed_and_asks_for_nothing(path, saes, x, metrics, logs, 
             assert target[1:] in page.ids
     assert "url(" not in html[html.index("<style>") : html.index("</style>")]
     assert "@import" not in html
-    assert page.tags.count("svg") == 5
-    assert page.tags.count("title") == 6  # one of the page, one a figure
+    assert page.tags.count("svg") == 6
+    assert page.tags.count("title") == 7  # one of the page, one a figure
     assert len(html) < 3_000_000
 
 
@@ -134,7 +134,7 @@ def test_every_kind_of_teacher_and_gate(path, x, logs, store, kind, form):
     saes = make_saes(kind, form)
     logs["teacher"] = make_log(3)
     html = write(path, saes, x, compare(saes, x), logs, store=store, tokenizer=FakeTokenizer())
-    assert Page(html).tags.count("svg") == 6
+    assert Page(html).tags.count("svg") == 7
     assert "Training of the teacher" in html
 
 
@@ -143,7 +143,7 @@ def test_without_logs_scores_or_live_features(path, saes, x, store):
         saes["rsae"].gate.threshold.fill_(1e6)
     html = write(path, saes, x, {}, {}, store=store, tokenizer=FakeTokenizer())
     page = Page(html)
-    assert page.tags.count("svg") == 4
+    assert page.tags.count("svg") == 5
     assert "No feature is active" in page.text
     assert "cannot be compared" in page.text
 

@@ -1,0 +1,129 @@
+"""Where features are looked at: activations with their text, and what the model's output layer reads."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rsae_triton.activations import (
+    ActivationStore,
+    HostModel,
+    extract,
+    load_corpus,
+    load_host,
+    split_three_ways,
+)
+from rsae_triton.common.checks import check_integer
+from rsae_triton.common.errors import ConfigError, RsaeError
+from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.sae.units import check_place
+
+MOST_TOKENS = 10_000
+
+
+@dataclass(frozen=True)
+class Source:
+    """Text to look at features on.
+
+    Attributes:
+        store: the activations, with their text. rows: int [n], the rows that are looked at. host: the language model,
+            or None where it could not be loaded: then tokens are numbers, and there is no logit lens.
+    """
+
+    store: ActivationStore
+    rows: np.ndarray
+    host: HostModel | None
+
+    @functools.cached_property
+    def x(self) -> Tensor:
+        """The rows' activations, [n, d_in], in the store's units."""
+        return self.store.tensor()[torch.from_numpy(self.rows)]
+
+    @property
+    def tokenizer(self) -> Any:
+        return _Numbers() if self.host is None else self.host.tokenizer
+
+
+class _Numbers:
+    """Stands for a tokenizer that is not there."""
+
+    def decode(self, token_ids: list[int]) -> str:
+        return "".join(f" {one}" for one in token_ids)
+
+
+def open_source(
+    sae: SparseAutoencoder, source: ActivationStore | HostModel, host: HostModel | None, n_tokens: int
+) -> Source:
+    """The text of a store, or of the demo's test part read with a host.
+
+    Raises:
+        ConfigError: neither a store nor a host, a store without text, or one of another place than the SAE's.
+    """
+    check_integer("n_tokens", n_tokens, 2)
+    if isinstance(source, HostModel):
+        documents = split_three_ways(load_corpus("demo"))[2]
+        host, source = source, extract(source, documents, sae.metadata.get("hook_name"), n_tokens, split="eval")
+    if not isinstance(source, ActivationStore):
+        raise ConfigError(f"source is a {type(source).__name__}; give an ActivationStore, or the host of load_host")
+    if source.manifest["documents_file"] is None:
+        raise ConfigError(f"{source.folder} was made of a tensor and knows no text; read activations with `extract`")
+    check_place(sae, source, stacklevel=4)
+    rows = _rows(source, n_tokens)
+    if host is None:
+        try:
+            host = _host(str(source.manifest["model"]))
+        except (RsaeError, OSError) as error:
+            warnings.warn(
+                f"the model {source.manifest['model']!r} of the store cannot be loaded ({error}); tokens are shown as "
+                "numbers, and without the logit lens. Pass host=load_host(...)",
+                stacklevel=3,
+            )
+    return Source(source, rows, host)
+
+
+def _rows(store: ActivationStore, n_tokens: int) -> np.ndarray:
+    """About n_tokens rows, of whole contexts, whose tokens are kept (of held-out text: all)."""
+    contexts = store.contexts.numpy()
+    sizes = np.bincount(contexts[contexts < len(store.sequences.tokens)])
+    order = np.random.default_rng(0).permutation(np.flatnonzero(sizes))
+    enough = int(np.searchsorted(sizes[order].cumsum(), n_tokens)) + 1
+    return np.flatnonzero(np.isin(contexts, order[:enough]))
+
+
+@functools.lru_cache(maxsize=1)
+def _host(name: str) -> HostModel:
+    return load_host(name)
+
+
+@torch.no_grad()
+def logits_of(host: HostModel, directions: Tensor) -> Tensor | None:
+    """What the output layer makes of directions [n, d_in]: the last norm, then the unembedding -> [n, vocabulary].
+
+    None where the directions are not of the residual stream's width.
+    """
+    unembed = host.model.get_output_embeddings()
+    if unembed is None or directions.shape[1] != unembed.weight.shape[1]:
+        return None
+    weight = unembed.weight
+    flat = directions.to(device=weight.device, dtype=torch.float32)
+    flat = flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-12) * flat.shape[1] ** 0.5
+    norm = _last_norm(host.model)
+    if norm is not None:  # without what it adds to everything
+        one = next(iter(norm.parameters()), weight)
+        flat = (norm(flat.to(one.dtype)) - norm(torch.zeros_like(flat[:1]).to(one.dtype))).float()
+    return (flat.to(weight.dtype) @ weight.t()).float()
+
+
+def _last_norm(model: Any) -> Any:
+    base = getattr(model, model.base_model_prefix, model)
+    for owner in (base, getattr(base, "decoder", None), getattr(base, "language_model", None)):
+        for name in ("norm", "ln_f", "final_layer_norm", "final_layernorm"):
+            if isinstance(found := getattr(owner, name, None), torch.nn.Module):
+                return found
+    return None
