@@ -1,4 +1,7 @@
-"""`rsae bench`: what the committed benchmarks say; a new result compared with them; the pages that show them."""
+"""`rsae bench`: what the committed benchmarks say; a new result compared with them; the pages that show them.
+
+A result of `tools/gpu_check.py` is one too; the routes that it measured go into the table of `ops/routing.py`.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from rich.console import Console
 
 from rsae_triton.common.errors import ConfigError
 from rsae_triton.common.files import write_atomically
+from rsae_triton.ops import routing
 from rsae_triton.report.speed import plots, tables
 from rsae_triton.report.speed.results import guard, load_results, read_result, slug, write_result
 
@@ -42,6 +46,8 @@ def run_bench(options: Bench, root: Path = Path()) -> None:
         raise ConfigError("--keep puts the result that --new names into the folder; give both")
     if options.new is not None:
         result = read_result(options.new)
+        if options.keep and result.get("made_by") and (result["tiny"] or result["device"]["kind"] != "cuda"):
+            raise ConfigError(f"{options.new} is a dry run of {result['made_by']}; only one on a GPU can be kept")
         old = [one for one in load_results(folder).values() if one["device"]["kind"] == result["device"]["kind"]]
         # Of several machines' results that of this one, if it is there.
         old.sort(key=lambda one: slug(one) != slug(result))
@@ -57,6 +63,8 @@ def run_bench(options: Bench, root: Path = Path()) -> None:
             if options.note:
                 result["note"] = options.note
             write_result(folder / f"speed-{slug(result)}.json", result)
+            if result.get("routes"):
+                routing.write(root / "rsae_triton" / "ops" / routing.TABLE.name, result["routes"])
     results = load_results(folder)
     if not results and options.new is None and not options.render:
         raise ConfigError(f"{folder} has no speed-NAME.json; run `make bench`, then `rsae bench --new FILE --keep`")

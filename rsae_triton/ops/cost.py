@@ -10,6 +10,7 @@ operator and holds the formulas to that. Times are predictions until a benchmark
     split      library products and one pointwise kernel each way, no gradient of x - b_dec
     fused      the gate inside both products (`encode_forward`, `encode_backward`)
     chunked    split, over pieces of tokens; streamed: over pieces of features, which encodes twice
+    sparse     one product, then the kernels of the support's entries (`support_triton`)
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 from rsae_triton.common.errors import ConfigError
 
-STRATEGIES = ("eager", "compiled", "split", "fused", "chunked", "streamed")
+STRATEGIES = ("eager", "compiled", "split", "fused", "chunked", "streamed", "sparse")
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,10 @@ TILES = {
 
 @dataclass(frozen=True)
 class Step:
-    """One step: sizes, the gate, and the bytes of an element of x, W, h and z (the gate itself is float32)."""
+    """One step: sizes, the gate, and the bytes of an element of x, W, h and z (the gate itself is float32).
+
+    active, support: shares of [n_tokens, d_sae] that are active, and in the support (the sparse way's entries).
+    """
 
     n_tokens: int
     d_in: int
@@ -89,6 +93,8 @@ class Step:
     shared: bool = True
     form: str = "direct"
     itemsize: int = 2
+    active: float = 0.002
+    support: float = 0.0042
 
     @property
     def codes(self) -> int:
@@ -110,6 +116,8 @@ class Kernel:
     bytes: float = 0.0
     instructions: float = 0.0
     launches: int = 1
+    l2_bytes: float = 0.0
+    """Traffic that the L2 cache serves: rows of matrices that are gathered again and again."""
     tile: tuple[bool, bool] | None = None
     """Of a Triton product: whether it is the backward one, and has many coefficients."""
 
@@ -123,7 +131,7 @@ class Kernel:
         gate, product = self.instructions / on.instructions, self.flops / rate
         # Inside a product the instructions that nothing hides come on top.
         work = max(product, gate) + (1 - on.hidden) * min(product, gate) if self.flops else gate
-        return max(work, self.bytes / on.bandwidth) + self.launches * on.launch
+        return max(work, self.bytes / on.bandwidth, self.l2_bytes / on.l2) + self.launches * on.launch
 
 
 @dataclass(frozen=True)
@@ -164,7 +172,9 @@ def cost(step: Step, strategy: str, *, chunk_tokens: int = 0, chunk_features: in
     if strategy not in STRATEGIES:
         raise ConfigError(f"strategy is {strategy!r}; choose one of {', '.join(STRATEGIES)}")
     tokens, features = chunk_tokens or step.n_tokens, chunk_features or step.d_sae
-    if strategy in ("eager", "compiled"):
+    if strategy == "sparse":
+        made = _sparse(step)
+    elif strategy in ("eager", "compiled"):
         made = _eager(step) if strategy == "eager" else _compiled(step)
     else:
         made = _ours(step, strategy, tokens, features)
@@ -181,6 +191,9 @@ def peak_bytes(step: Step, strategy: str, chunk_tokens: int, chunk_features: int
     if strategy in ("compiled", "split", "fused"):
         # h, then z beside dz, or dz beside dh.
         return 3 * step.codes * e + 4 * rows * e
+    if strategy == "sparse":
+        # h, bits along tokens and features, and some 36 bytes an entry of the lists' room.
+        return step.codes * (e + 0.25 + 36 * 1.25 * max(step.support, 0.01)) + 4 * rows * max(e, 4)
     piece = min(chunk_tokens, step.n_tokens) * min(chunk_features, step.d_sae)
     part = min(chunk_tokens, step.n_tokens) * step.d_in
     # h, and z whose memory dz and dh then take; x_c, x_hat and the residual in float32 and as factor of products.
@@ -244,6 +257,32 @@ def _ours(step: Step, strategy: str, chunk_tokens: int, chunk_features: int) -> 
         # dtype also what it adds.
         each = 2 * 4 + (2 * e if e < 4 else 0)
         yield Kernel("sums of pieces", 0, (token_pieces - 1) * 2 * each * step.weights, launches=0)
+
+
+def _sparse(step: Step) -> Iterable[Kernel]:
+    e, codes, rows = step.itemsize, step.codes, step.n_tokens * step.d_in
+    entries, active = codes * step.support, codes * step.active
+    yield _product("product", step)
+    # Reading or writing one number of many that lie apart moves a sector of 32 bytes.
+    yield Kernel("mark", 0, codes * (e + 0.25), codes * 8, launches=2)
+    yield Kernel("entries", 0, codes / 8 + entries * (32 + 12), launches=3)
+    yield Kernel("gate", 0, entries * (12 + 4 + 32), entries * forward_instructions(step.p, step.q))
+    yield Kernel("rows", 0, codes / 4 + active * (32 + 4 + e), launches=4)
+    yield Kernel("decode", 0, step.weights * e + rows * 4, active * step.d_in, l2_bytes=active * step.d_in * e)
+    yield Kernel("residual", 0, rows * (8 + 4 + 4 + 8 + 4 + e), launches=6)
+    yield Kernel("dots", 0, step.weights * e + rows * e, 2 * entries * step.d_in, l2_bytes=2 * entries * step.d_in * e)
+    yield Kernel("gate backward", 0, entries * 24, entries * backward_instructions(step.p, step.q))
+    gathered = (entries + active) * step.d_in
+    yield Kernel("sums", 0, 2 * step.weights * 4 + 2 * rows * e, 2 * gathered, launches=7, l2_bytes=gathered * e)
+    yield Kernel("db_dec", 0, step.weights * 4, step.weights, launches=3)
+
+
+def optimizer_seconds(step: Step, on: Ceilings, *, rows: bool) -> float:
+    """Of Adam on float32 weights with what is around it: dropping the radial part, clipping, the rows' norms.
+
+    Bytes a parameter: 72 as operations of torch's; 36 by rows (30 with a copy in bfloat16, 4 or 8 for the norm).
+    """
+    return 2 * step.weights * (36 if rows else 72) / on.bandwidth
 
 
 def _between(x: float, *points: tuple[float, float]) -> float:

@@ -67,6 +67,7 @@ def _device(result: dict[str, Any], plots: list[str]) -> Iterator[str]:
     )
     if result.get("note"):
         yield f"\n{result['note']}"
+    yield from _checks(result)
     yield from _targets(result)
     for work, heading in WORK.items():
         cases = [case for case in result["cases"] if case["work"] == work and not case["sweep"]]
@@ -78,6 +79,17 @@ def _device(result: dict[str, Any], plots: list[str]) -> Iterator[str]:
     if result["other"]:
         yield "\n### Besides\n\n| what | value |\n| --- | --- |"
         yield from (f"| {one['name']} | {one['value']:.4g} {one['unit']} |" for one in result["other"])
+
+
+def _checks(result: dict[str, Any]) -> Iterator[str]:
+    """What `tools/gpu_check.py` found beside times."""
+    counts = result.get("checks", {})
+    for part in ("correct", "sanitize"):
+        if part in counts:
+            yield f"\nChecks ({part}): {', '.join(f'{count} {word}' for word, count in counts[part].items())}."
+    for row in result.get("rows", []):
+        if str(row.get("status", "ok")).startswith(("wrong", "failed", "crashed", "out of memory")):
+            yield f"\n* {row['part']} {row['item']}: {row['status']}"
 
 
 def _targets(result: dict[str, Any]) -> Iterator[str]:
