@@ -270,7 +270,9 @@ def _sparse(step: Step) -> Iterable[Kernel]:
     yield Kernel("rows", 0, codes / 4 + active * (32 + 4 + e), launches=4)
     yield Kernel("decode", 0, step.weights * e + rows * 4, active * step.d_in, l2_bytes=active * step.d_in * e)
     yield Kernel("residual", 0, rows * (8 + 4 + 4 + 8 + 4 + e), launches=6)
-    yield Kernel("dots", 0, step.weights * e + rows * e, 2 * entries * step.d_in, l2_bytes=2 * entries * step.d_in * e)
+    # Entries are sorted by feature: its row of W_dec is read once, and then found in the multiprocessor's own cache.
+    gathered = entries * step.d_in
+    yield Kernel("dots", 0, (step.weights + rows) * e, 2 * gathered, l2_bytes=gathered * e + step.weights * e)
     yield Kernel("gate backward", 0, entries * 24, entries * backward_instructions(step.p, step.q))
     gathered = (entries + active) * step.d_in
     yield Kernel("sums", 0, 2 * step.weights * 4 + 2 * rows * e, 2 * gathered, launches=7, l2_bytes=gathered * e)
