@@ -128,7 +128,7 @@ def rational_autoencode(
         check_integer("most_entries", most_entries, 0, 2**63 - 1)
     on_gpu = memory == "sparse" and backends.resolve_backend(backend, x.device, dtype).startswith("triton")
     if most_entries is None and on_gpu:
-        most_entries = support_triton.capacity_for(len(rows), W_enc.shape[1])
+        most_entries = support_triton.capacity_for(len(rows) * W_enc.shape[1])
     elif most_entries is None and across is None:
         most_entries = max(rows.shape[0] * W_enc.shape[1] // 4, 1024)
     most = -1 if most_entries is None or (across is not None and not on_gpu) else most_entries

@@ -32,9 +32,10 @@ def can_run(spec: GateSpec, wanted: list[bool]) -> bool:
     return has_support(spec, wanted) and not wanted[0] and not wanted[8]
 
 
-def capacity_for(n_tokens: int, d_sae: int, density: float = DENSITY) -> int:
-    """Room for entries: a function of shape alone, so that a run keeps its memory from step to step."""
-    return max(1024, math.ceil(density * n_tokens * d_sae / 1024) * 1024)
+def capacity_for(places: int) -> int:
+    """Room for entries in so many places of [n_tokens, d_sae]: a function of shape alone, so that a run keeps its
+    memory from step to step."""
+    return max(1024, math.ceil(DENSITY * places / 1024) * 1024)
 
 
 def run(
@@ -59,7 +60,7 @@ def run(
     capacity where nothing of this is to be used), and the gradients of total."""
     device = kernels()
     (n, _), d_sae, exact = x.shape, len(W_dec), wide(dtype)
-    room = capacity_for(n, d_sae) if capacity is None else capacity
+    room = capacity_for(n * d_sae) if capacity is None else capacity
     mean = 1 / max(n, 1)
     # Gradients of the mean; in float16 those would vanish, and those of the sum overflow.
     unit = mean if dtype != torch.float16 else 2.0 ** -math.ceil(math.log2(max(n, 1)) / 2)

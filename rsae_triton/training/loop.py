@@ -21,7 +21,7 @@ from rsae_triton.training.checkpoints import Checkpoints
 from rsae_triton.training.language import LanguageLoss, language_memory, only_the_sae
 from rsae_triton.training.memory import plan_memory
 from rsae_triton.training.metrics import Metrics, TrainLog, progress_bar, take_up
-from rsae_triton.training.on_entries import reason_against
+from rsae_triton.training.on_entries import by_triton, reason_against
 from rsae_triton.training.options import TrainOptions
 from rsae_triton.training.processes import Alone
 from rsae_triton.training.recipes import Recipe, holding, recipe_for
@@ -147,9 +147,8 @@ def _train(
     log = TrainLog(recipe.name, settings.steps, settings.batch_size, settings.seed)
     with ExitStack() as stack:
         dtype = stack.enter_context(_wide(sae))
-        reason = reason_against(
-            sae, soft=recipe.soft, aux_k=recipe.aux_k, frozen={*recipe.frozen, *KEPT_BY[settings.trainable]}
-        )
+        frozen = {*recipe.frozen, *KEPT_BY[settings.trainable]}
+        reason = reason_against(sae, soft=recipe.soft, aux_k=recipe.aux_k, frozen=frozen)
         plan = plan_memory(
             sae,
             max(1, tokens),
@@ -158,6 +157,7 @@ def _train(
             no_support=reason,
             exact=settings.exact,
             language=beside,
+            on_gpu=by_triton(sae, frozen),
         )
         plan = together.agree(plan)
         if show:

@@ -10,6 +10,7 @@ import torch
 
 from rsae_triton.common.errors import ConfigError
 from rsae_triton.ops.cost import Step, cost
+from rsae_triton.ops.support_triton import capacity_for
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.rational import FusedRationalSAE
 
@@ -34,7 +35,8 @@ class MemoryPlan:
         free: bytes there are before training, for all of the following; None where that cannot be known.
         weights: bytes of the SAE. optimiser: bytes that gradients and Adam's two moments will take.
         support: which steps are sparse: "never", "auto" (where the support is small: `route.py`) or "always"; a step
-            whose support is too large goes by `mode` in any case. exact: see `TrainSettings`.
+            whose support is too large goes by `mode` in any case. exact: see `TrainSettings`. on_gpu: sparse steps are
+            those of `support_triton`, which never wait and have room for few entries.
         language: bytes that a language model in the loop takes.
     """
 
@@ -48,10 +50,11 @@ class MemoryPlan:
     support: str = "never"
     exact: bool = False
     language: float = 0.0
+    on_gpu: bool = False
 
     def most_entries(self, places: int) -> int:
-        """Beyond how many entries a sparse step gives up."""
-        return max(int(MOST_SHARE * places), 1024)
+        """Beyond how many entries a sparse step gives up; on a GPU, for how many it has room."""
+        return capacity_for(places) if self.on_gpu else max(int(MOST_SHARE * places), 1024)
 
     def __str__(self) -> str:
         pieces = [
@@ -83,6 +86,7 @@ def plan_memory(
     no_support: str | None = "it was not asked",
     exact: bool = False,
     language: float = 0.0,
+    on_gpu: bool = False,
 ) -> MemoryPlan:
     """The plan for training steps of `batch_size` tokens.
 
@@ -94,7 +98,7 @@ def plan_memory(
         aux_k: of the recipe; an auxiliary loss needs the whole code, and so "saved".
         free: bytes there are; asked of the device when None. language: of them, bytes for a language model in the loop.
         no_support: why steps cannot be sparse (`on_entries.reason_against`), None where they can. exact: see
-            `TrainSettings`.
+            `TrainSettings`. on_gpu: whether they are Triton's (`on_entries.by_triton`).
 
     Raises:
         ConfigError: an unknown mode, or one that this SAE or recipe cannot be trained in.
@@ -113,8 +117,8 @@ def plan_memory(
         raise ConfigError(f"memory='sparse' cannot train {no_support}; use memory='auto'")
     support = "never"
     if no_support is None and memory in ("auto", "sparse"):
-        # On other devices a way of their own decides (docs/scaling.md).
-        support = "always" if memory == "sparse" else "auto" if sae.W_dec.device.type == "cpu" else "never"
+        fast = on_gpu or sae.W_dec.device.type == "cpu"
+        support = "always" if memory == "sparse" else "auto" if fast else "never"
     memory = "auto" if memory == "sparse" else memory
     if free is None:
         free = free_memory(sae.W_dec.device)
@@ -124,7 +128,16 @@ def plan_memory(
     budget = None if free is None else SHARE * (free - later - language)
     plan = cut(_step(sae, batch_size), budget, "saved" if whole else memory, eager=eager)
     weights = sum(one.numel() * one.element_size() for one in sae.state_dict().values())
-    return replace(plan, free=free, weights=weights, optimiser=later, support=support, exact=exact, language=language)
+    return replace(
+        plan,
+        free=free,
+        weights=weights,
+        optimiser=later,
+        support=support,
+        exact=exact,
+        language=language,
+        on_gpu=on_gpu,
+    )
 
 
 def cut(step: Step, budget: float | None, memory: str = "auto", *, eager: bool = False) -> MemoryPlan:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rsae_triton.ops.across import Across, sum_of
+from rsae_triton.ops.backends import resolve_backend
 from rsae_triton.ops.entries import Entries, collected, decode_at, each_at, encode_at, lengths, sum_at
 from rsae_triton.ops.finding import find_entries, find_largest, find_most
 from rsae_triton.ops.support import lowest
@@ -57,6 +58,22 @@ def reason_against(sae: SparseAutoencoder, *, soft: bool, aux_k: int, frozen: se
     if trained & {"alpha", "beta", "centre"}:
         return "trained gate coefficients, which every place has a gradient for"
     return None
+
+
+def by_triton(sae: SparseAutoencoder, frozen: set[str]) -> bool:
+    """Whether sparse steps of this SAE are those of `support_triton`. frozen: names that are not trained."""
+    if not isinstance(sae, FusedRationalSAE) or sae.W_dec.device.type != "cuda":
+        return False
+    trained = sae.gate.log_input_scale.requires_grad and "log_input_scale" not in frozen
+    return not trained and resolve_backend(sae.backend, sae.W_dec.device, sae.W_dec.dtype).startswith("triton")
+
+
+@torch.no_grad()
+def probed_share(sae: SparseAutoencoder, x: Tensor) -> Tensor:
+    """`support_share` as a tensor that nobody waits for."""
+    x = x[:PROBED]
+    h = torch.addmm(sae.b_enc, _centred(sae, sae.normalization(x).apply(x)), sae.W_enc)
+    return (~(h <= _low(sae))).double().mean()
 
 
 def support_share(sae: SparseAutoencoder, x: Tensor) -> float:

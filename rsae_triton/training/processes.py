@@ -74,9 +74,13 @@ class Alone:
         """Makes gradients and numbers those of the whole batch and the whole SAE."""
         norm = torch.nn.utils.get_total_norm([one.grad for one in sae.parameters() if one.grad is not None])
         # One transfer from the device for all of them.
-        numbers = torch.stack([one.detach().double() for one in (terms.mse, terms.l0, norm, terms.total)]).tolist()
-        mse, l0, grad_norm, _ = numbers
-        return Summed(mse, l0, norm, grad_norm, terms.counts, flags, all(map(math.isfinite, numbers)), terms.share)
+        later = [terms.share] if isinstance(terms.share, Tensor) else []
+        wanted = (terms.mse, terms.l0, norm, terms.total, *later)
+        numbers = torch.stack([one.detach().double() for one in wanted]).tolist()
+        mse, l0, grad_norm, _ = numbers[:4]
+        finite = all(map(math.isfinite, numbers[:4]))
+        share = numbers[4] if later else terms.share
+        return Summed(mse, l0, norm, grad_norm, terms.counts, flags, finite, share)  # type: ignore[arg-type]
 
     def whole_config(self, sae: SparseAutoencoder) -> dict[str, Any]:
         """The configuration of the SAE whose part `sae` is."""

@@ -210,13 +210,14 @@ class SparsityController:
 class Losses:
     """The terms of one batch: `total` to differentiate, the rest for the log; counts for dead features. share: how
     much of [n_tokens, d_sae] the support is, where the step went the sparse way and it was not too large (else 1);
-    None where it was dense."""
+    None where it was dense. On a GPU a tensor, which is infinite where the entries had no room: the loss is NaN then,
+    and the step is to be made densely."""
 
     total: Tensor
     mse: Tensor
     l0: Tensor
     counts: Tensor
-    share: float | None = None
+    share: float | Tensor | None = None
 
 
 def losses(
@@ -239,8 +240,8 @@ def losses(
         return _losses_of_rounds(sae, x, recipe, weight, across)
     sparse = plan is not None and plan.mode == "sparse"
     places = max(len(x) * sae.d_sae, 1)
-    most = plan.most_entries(places) if plan is not None and across is None else None
-    share = 1.0 if sparse else None
+    most = plan.most_entries(places) if plan is not None and (across is None or plan.on_gpu) else None
+    share: float | Tensor | None = 1.0 if sparse else None
     if plan is not None and sparse and not isinstance(sae, FusedRationalSAE):
         found = losses_on_entries(
             sae, x, sparsity=recipe.sparsity, weight=weight, aux_k=recipe.aux_k, dead=dead, most=most,
@@ -262,8 +263,10 @@ def losses(
             most_entries=most if sparse else None,
             across=across,
         )
-        if sparse and (entries := int(cut.entries)) >= 0:
-            share = entries / places
+        if sparse and cut.entries.device.type == "cuda":  # nobody waits for it
+            share = torch.where(cut.entries > (places if most is None else most), torch.inf, cut.entries / places)
+        elif sparse and (entries := int(cut.entries)) >= 0:
+            share = entries / places if most is None or entries <= most else math.inf
         return Losses(cut.total, cut.mse.detach(), cut.l0.detach(), cut.counts.detach(), share)
     if isinstance(sae, FusedRationalSAE):
         z, counts, l1 = sae.encode_with_sums(x, hard=not recipe.soft)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from rsae_triton.ops.support_triton import DENSITY
 from rsae_triton.training.memory import MemoryPlan
 
 BELOW, ABOVE = 0.05, 0.08
@@ -14,6 +15,9 @@ BELOW, ABOVE = 0.05, 0.08
 Between them a run goes on as it is, so that it does not change its way at every step (docs/scaling.md)."""
 EVERY = 10
 """Dense steps after which the support is looked at again, by some tokens of the batch."""
+
+FULL = 0.8
+"""On a GPU the second is the share that entries have room for (`support_triton.DENSITY`), the first this part of it."""
 
 _log = logging.getLogger(__name__)
 
@@ -27,26 +31,38 @@ class Route:
 
     def __init__(self, plan: MemoryPlan) -> None:
         self._dense, self._sparse = plan, replace(plan, mode="sparse")
+        self._below, self._above = (FULL * DENSITY, DENSITY) if plan.on_gpu else (BELOW, ABOVE)
         self.sparse, self.share = plan.support == "always", -1.0
 
     def plan(self, step: int, look: Callable[[], float]) -> MemoryPlan:
         """How step number `step` is made. look: the share of the support, by some tokens of its batch."""
-        due = self.share < 0 or step % EVERY == 0
-        if self._dense.support == "auto" and not self.sparse and due:
+        if not self._dense.on_gpu and self._due(step):
             self.saw(look(), step)
         return self._sparse if self.sparse else self._dense
 
+    @property
+    def dense(self) -> MemoryPlan:
+        """How a step is made whose entries had no room."""
+        return self._dense
+
+    def looks_later(self, step: int) -> bool:
+        """Whether the share is to be found beside a step's other numbers: on a GPU, where looking would be waiting."""
+        return self._dense.on_gpu and self._due(step)
+
+    def _due(self, step: int) -> bool:
+        return self._dense.support == "auto" and not self.sparse and (self.share < 0 or step % EVERY == 0)
+
     def saw(self, share: float, step: int) -> None:
         """Takes the share of the support in the step `step`, and decides on the steps after it."""
-        self.share = share
+        self.share = min(share, 1.0)
         if self._dense.support != "auto":
             return
-        sparse = share < (ABOVE if self.sparse else BELOW)
+        sparse = share < (self._above if self.sparse else self._below)
         if sparse != self.sparse:
             self.sparse = sparse
             _log.info(
                 "from step %d on, steps are %s: the support is %.2f %% of all places",
-                step, "sparse" if sparse else "dense", 100 * share,
+                step, "sparse" if sparse else "dense", 100 * self.share,
             )  # fmt: skip
 
     def state(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.training.checkpoints import Checkpoints
 from rsae_triton.training.language import LanguageLoss
 from rsae_triton.training.memory import MemoryPlan
-from rsae_triton.training.on_entries import support_share
+from rsae_triton.training.on_entries import probed_share, support_share
 from rsae_triton.training.optimizer import (
     make_optimizer,
     optimizer_tensors,
@@ -22,7 +23,7 @@ from rsae_triton.training.optimizer import (
     set_learning_rate,
     take_step,
 )
-from rsae_triton.training.processes import Alone
+from rsae_triton.training.processes import Alone, Summed
 from rsae_triton.training.recipes import Losses, Recipe, SparsityController
 from rsae_triton.training.route import Route
 from rsae_triton.training.settings import TrainSettings
@@ -83,13 +84,12 @@ class Run:
         dead = self.idle > settings.dead_after
         ramp = settings.sparsity_ramp(self.step)
         plan = self.route.plan(self.step, lambda: self._support_share(x))
-        terms = self._differentiate(x, ramp * self.controller.weight, dead if self.recipe.aux_k else None, plan)
-        kl: dict[str, float] = {}
-        if self.language is not None and self.language.starts(self.step):
-            kl["kl"] = self.language.backward(sae, self.step, float(terms.mse))
-        if self.norms is not None:
-            remove_radial_gradient(sae.W_dec)
-        summed = self.together.finish(sae, terms, [stop, due])
+        given = (x, ramp * self.controller.weight, dead if self.recipe.aux_k else None)
+        terms, summed, kl = self._gradients(*given, plan, [stop, due])
+        if summed.share == math.inf:  # on some process the entries had no room
+            plan = self.route.dense
+            terms, summed, kl = self._gradients(*given, plan, [stop, due])
+            summed.share = 1.0
         if not summed.finite:
             raise NumericsError(self._explain(x, terms, checkpoints))
         factor = settings.learning_rate(self.step)
@@ -119,6 +119,22 @@ class Run:
         self.step += 1
         stop, due = summed.flags
         return row, stop, due
+
+    def _gradients(
+        self, x: Tensor, weight: float, dead: Tensor | None, plan: MemoryPlan, flags: list[bool]
+    ) -> tuple[Losses, Summed, dict[str, float]]:
+        """The loss of x with its gradients on this process, numbers over all of them, and a language loss."""
+        terms = self._differentiate(x, weight, dead, plan)
+        kl: dict[str, float] = {}
+        if self.language is not None and self.language.starts(self.step):
+            mse = float(terms.mse)
+            if math.isfinite(mse):  # else the step is made again, or is the last one
+                kl["kl"] = self.language.backward(self.sae, self.step, mse)
+        if plan.mode != "sparse" and self.route.looks_later(self.step):
+            terms.share = probed_share(self.sae, x)
+        if self.norms is not None:
+            remove_radial_gradient(self.sae.W_dec)
+        return terms, self.together.finish(self.sae, terms, flags), kl
 
     def _looked_at(self, flags: list[bool], checkpoints: Checkpoints | None) -> bool:
         """Whether the parameters after this step are looked at: where they are saved or returned. Any other step shows

@@ -1,6 +1,7 @@
 """The whole GPU path without a GPU (pretend_cuda.py): nothing is left on the CPU, nothing waits where it must not."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def test_an_upgrade_stays_on_the_gpu(name, options, activations, cuda):
     assert rsae.encode(activations[:16].to(GPU)).is_cuda
 
 
-@pytest.mark.parametrize("name", ["relu", "topk", "batchtopk", "saved", "chunked", "streamed"])
+@pytest.mark.parametrize("name", ["relu", "topk", "batchtopk", "saved", "chunked", "streamed", "auto", "sparse"])
 def test_a_training_step_waits_once(name, activations, cuda):
     """For the numbers that say whether it is finite; TopK also for whether a feature is dead, BatchTopK for its k."""
     sae = (teacher(name) if name in TEACHERS else rational()).to(GPU)
@@ -108,6 +109,32 @@ def test_a_training_step_waits_once(name, activations, cuda):
         waits.append(len(cuda.waits))
     assert waits[1] - waits[0] == {"topk": 2, "batchtopk": 3}.get(name, 1)
     assert on_gpu(trained)
+
+
+@pytest.mark.parametrize("room", [8, 10_000])
+def test_sparse_training_is_dense_training_also_where_the_entries_have_no_room(room, activations, cuda, monkeypatch):
+    monkeypatch.setattr("rsae_triton.training.memory.capacity_for", lambda places: room)
+    trained, ways = {}, {}
+    for memory in ("saved", "sparse", "auto"):
+        trained[memory] = rational().to(GPU)
+        cuda.launches.clear()
+        log = rt.train(trained[memory], activations[:64].to(GPU), **{**QUIET, "steps": 3}, memory=memory, log_every=1)
+        ways[memory] = "feature_sums_kernel" in cuda.launches
+        assert all(math.isfinite(one) for one in log.mse)
+    # "auto" begins densely, looks beside the first step's numbers, and finds half of all places in the support.
+    assert ways == {"saved": False, "sparse": True, "auto": False}
+    for name, one in trained["saved"].named_parameters():
+        for memory in ("sparse", "auto"):
+            other = dict(trained[memory].named_parameters())[name]
+            torch.testing.assert_close(other.cpu(), one.cpu(), rtol=1e-3, atol=1e-5, msg=f"{memory} {name}")
+
+
+def test_a_run_on_a_gpu_becomes_sparse_by_itself(activations, cuda):
+    sae = rational()
+    sae.gate.threshold.data += 30.0  # nothing is active
+    sae = sae.to(GPU)
+    rt.train(sae, activations[:64].to(GPU), **{**QUIET, "steps": 3}, memory="auto", target_l0=None)
+    assert cuda.launches.count("feature_sums_kernel") == 2
 
 
 def test_rows_wait_once_and_decode_without(activations, cuda):
