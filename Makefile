@@ -8,11 +8,12 @@ DOCS := .venv-docs
 INTEROP := .venv-interop
 LENS4 := $(INTEROP)/transformer-lens-4
 
-.PHONY: demo test test-fast test-interop test-gpu lint bench bench-demo bench-gpu peers experiments aot aot-record routes fuzz soak docs audit clean help
+.PHONY: demo test test-fast test-cpus test-interop test-gpu lint bench bench-demo bench-gpu peers experiments aot aot-record routes fuzz soak docs audit clean help
 
 help:
 	@echo "make demo   upgrade an SAE of SmolLM2-135M, beside a fair control -> out/demo/report.html"
 	@echo "make test   lint, types, documentation, every test that needs no GPU, and how many lines they cover"
+	@echo "make test-cpus  the numeric tests as four kinds of processor compute them"
 	@echo "make test-interop  SAELens, dictionary_learning, sparsify, SAEBench, TransformerLens 3 and 4, run as they are"
 	@echo "make bench  speed on the CPU: a training step and its parts, all contenders, under ten minutes on two cores"
 	@echo "make bench-demo  the demo end to end, timed, into the same result"
@@ -37,10 +38,15 @@ demo: $(INSTALLED)
 # A worker on every core, with one thread each (tests/conftest.py). Tests of one group (a fixture that a module shares, or
 # `xdist_group`) run on one worker.
 WORKERS ?= auto
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadgroup
+SPREAD := -n $(WORKERS) --maxprocesses 4 --dist loadgroup
+PYTEST := $(BIN)/python -m pytest $(SPREAD)
 
 test: $(INSTALLED) lint docs
 	$(PYTEST) --cov --cov-report=term
+	$(BIN)/python tests/processors.py --short -- $(SPREAD)
+
+test-cpus: $(INSTALLED)
+	$(BIN)/python tests/processors.py -- $(SPREAD)
 
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow and not network"
