@@ -237,7 +237,7 @@ def run_known(cell: KnownCell) -> dict[str, Any]:
 def _contenders(
     cell: KnownCell, teacher: SparseAutoencoder, data: Draws, options: Mapping[str, Any]
 ) -> tuple[dict[str, SparseAutoencoder], dict[str, TrainLog]]:
-    init = upgrade(teacher, data.train)
+    init = upgrade(teacher, data.train, rounds=1)
     saes: dict[str, SparseAutoencoder] = {"teacher": teacher}
     logs: dict[str, TrainLog] = {}
     for name in cell.config.contenders:
@@ -255,6 +255,7 @@ def _contenders(
                     recipe=recipe,
                     target_l0=init.metadata["stage1"]["train_l0"],
                     trainable=trainable,
+                    rounds="through",
                     seed=cell.seed + 1,
                     **options,
                 )

@@ -347,6 +347,7 @@ def make_contenders(
                     recipe=entry.recipe,
                     target_l0=target_l0,
                     trainable=config.trainable,
+                    rounds="through",
                     batch_size=config.batch_size,
                     seed=cell.seed + 1,
                     label=f"{cell.label} {base}",
