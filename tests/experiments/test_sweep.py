@@ -116,7 +116,7 @@ def test_bad_sweeps_are_refused_before_anything_is_done(tmp_path, options, error
 
 def test_contenders_start_from_the_teacher(activations):
     teacher = TopKSAE(16, 64, k=4, generator=torch.Generator().manual_seed(0))
-    init = upgrade(teacher, activations)
+    init = upgrade(teacher, activations, rounds=1)
     for name in ("rsae", "control", "rectangle", "thresholds"):
         entry = contender(name, teacher, init, activations)
         assert torch.equal(entry.sae.W_enc, teacher.W_enc)
@@ -137,7 +137,7 @@ def test_contenders_start_from_the_teacher(activations):
 def test_the_rectangle_as_a_gate_is_jumprelus(activations):
     """To the value and to the gradient, so that rounds can be added to the control as well."""
     teacher = TopKSAE(16, 64, k=4, generator=torch.Generator().manual_seed(0))
-    init = upgrade(teacher, activations)
+    init = upgrade(teacher, activations, rounds=1)
     jump, gated = jumprelu_like(init, slope_to_h=True), rectangle_gated(init)
     weights = torch.randn(256, 64, generator=torch.Generator().manual_seed(1))
     for sae in (jump, gated):
