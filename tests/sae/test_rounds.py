@@ -195,7 +195,7 @@ def test_units_can_be_folded(two):
 
 def test_rounds_are_the_same_in_any_units():
     class Store:
-        scale, manifest, d_in = 0.25, {}, 32  # noqa: RUF012
+        scale, manifest, d_in = 0.25, {}, 32
 
         def tensor(self):
             return X
