@@ -137,6 +137,7 @@ def compact(host: str, cells: list[dict[str, Any]]) -> dict[str, Any]:
             {
                 **{name: cell[name] for name in KEPT},
                 "stage1": {"summary": cell["stage1"]["summary"]},
+                **({"pursuit": cell["pursuit"]} if "pursuit" in cell else {}),
                 "scores": {
                     **{name: _numbers(cell["scores"][name]) for name in cell["scores"]["matched_l0"]},
                     "matched_l0": {name: _numbers(score) for name, score in cell["scores"]["matched_l0"].items()},

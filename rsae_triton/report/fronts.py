@@ -16,10 +16,12 @@ from rsae_triton.common.files import write_text
 from rsae_triton.report.style import COLOURS, DASHES, NAMES
 
 METRICS = ("mse", "fvu", "cosine", "l0", "l1", "alive_fraction", "delta_ce", "loss_recovered", "kl")
+METRICS += ("negative", "dense_features", "size_p5", "size_p50", "size_p95")
 # Downstream scores exist only where sequences were spliced.
 PAIRED = {"mse": "mse", "delta_ce": "Δ CE (nats)"}
 # What every contender is compared with, where it is there.
-BASES = ("teacher", "control", "control-compute", "rectangle", "rectangle-refined", "rectangle@2", "rsae")
+BASES = ("teacher", "init", "control", "control-compute", "rectangle", "rectangle-refined", "rectangle@2", "rsae",
+         "thresholds", "scratch")  # fmt: skip
 
 
 def summarise(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -100,7 +102,8 @@ def one_each(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _all_metrics(scores: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    return {metric: spread([one[metric] for one in scores]) for metric in METRICS if metric in scores[0]}
+    everywhere = [metric for metric in METRICS if all(metric in one for one in scores)]
+    return {metric: spread([one[metric] for one in scores]) for metric in everywhere}
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -154,15 +157,18 @@ def _table(rows: Sequence[Mapping[str, Any]], metric: str, digits: str, kind: st
     others = [name for name in names if name not in ("rsae", "init", "teacher")]
     versus = [name for name in others if metric in PAIRED]
     header = ["hook", "d_sae", "teacher", "l0", *(NAMES.get(name, name) for name in names)]
-    header += [f"RSAE − {NAMES.get(name, name)}" for name in versus]
+    # Where nothing was trained: what rounds change.
+    pairs = [("rsae", name) if "rsae" in names else (name, "teacher") for name in versus]
+    header += [f"{NAMES.get(ours, ours)} − {NAMES.get(theirs, theirs)}" for ours, theirs in pairs]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for row in sorted(rows, key=lambda r: (r["hook_name"], r["d_sae"], str(r["teacher"]), r["l0"]["mean"])):
         line = [row["hook_name"], f"{row['d_sae']}", Path(row["teacher"]).name, f"{row['l0']['mean']:.1f}"]
         for name in names:
             score = row["scores"].get(name, {}).get(kind, {}).get(metric)
             line.append("" if score is None else with_sd(score, digits))
-        for name in versus:
-            line.append(interval(row["against"][metric].get(name), relative=metric == "mse"))
+        for ours, theirs in pairs:
+            found = row["pairs"].get(metric, {}).get(ours, {}).get(theirs)
+            line.append(interval(found, relative=metric == "mse"))
         lines.append("| " + " | ".join(line) + " |")
     return "\n".join(lines)
 

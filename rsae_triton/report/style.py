@@ -14,6 +14,13 @@ NAMES = {
     "rectangle": "rectangle",
     "thresholds": "fixed thresholds",
     "scratch": "from scratch",
+    "refined": "RSAE, two rounds trained",
+    "rectangle-refined": "rectangle, two rounds trained",
+    "control-compute": "control, equal compute",
+    **{f"teacher@{n}": f"teacher + {n - 1} round{'s' * (n > 2)}, untrained" for n in range(2, 9)},
+    **{f"rsae@{n}": f"RSAE + {n - 1} round{'s' * (n > 2)}, untrained" for n in range(2, 9)},
+    **{f"rectangle@{n}": f"rectangle + {n - 1} round{'s' * (n > 2)}, untrained" for n in range(2, 9)},
+    **{f"control@{n}": f"control + {n - 1} round{'s' * (n > 2)}, untrained" for n in range(2, 9)},
 }
 
 # For a white background; page.html holds the same names for a dark one. No two values may be equal: the SVG
