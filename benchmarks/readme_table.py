@@ -30,7 +30,14 @@ FORMS = {
     "gate-forms-sparsity": ("relu-x2", "jumprelu-x2", "topk-x2"),
 }
 README, EXPERIMENTS = Path("README.md"), Path("docs/experiments.md")
-NAMES = {"teacher": "teacher", "init": "RSAE, stage 1", "rsae": "**RSAE**", "control": "control: teacher, same steps"}
+NAMES = {
+    "teacher": "teacher",
+    "rounds": "**teacher + a round, nothing trained**",
+    "init": "RSAE, stage 1, one round",
+    "rsae": "**RSAE**, trained with one round",
+    "rsae-rounds": "**RSAE + a round** put on afterwards",
+    "control": "control: teacher, same steps",
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,8 @@ def table(metrics: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for key, name in NAMES.items():
+        if key not in metrics:
+            continue
         own, equal = metrics[key], metrics["matched_l0"][key]
         lines.append(
             f"| {name} | {own['mse']:.2f} @ {own['l0']:.2f} | {equal['mse']:.2f} | {equal['delta_ce']:.3f} "

@@ -161,6 +161,13 @@ def run(demo: Demo) -> Path:
             options |= {"recipe": objective_of(control), "label": "  control"}
             control_log = train(control, x, target_l0=target_l0, **options)
     saes: dict[str, SparseAutoencoder] = {"teacher": teacher, "init": init, "rsae": rsae, "control": control}
+    if form != "direct":
+        with stages.stage("One more round, nothing trained for it"):
+            # On text that nobody was trained on: there the teacher's l0 is what it is elsewhere.
+            unseen = splits.validation.tensor().to(host.device)
+            saes["rounds"] = teacher.with_rounds(2, unseen)
+            saes["rsae-rounds"] = rsae.with_rounds(2, unseen)
+            console.print(f"  teacher: {saes['rounds'].metadata['rounds']['summary']}")
     with stages.stage("Evaluation on held-out text"):
         metrics = score(demo, host, splits, saes, test)
     with stages.stage("Report"):
@@ -288,9 +295,9 @@ def facts(demo: Demo, host: HostModel, splits: Splits, corpus: str, stages: Stag
 
 
 def save(out: Path, saes: dict[str, SparseAutoencoder], scale: float, metrics: dict[str, Any]) -> None:
-    """Writes rsae/, teacher/ and control/ in the model's own units, and metrics.json."""
+    """Writes every SAE but the untrained one of one round in the model's own units, and metrics.json."""
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("rsae", "teacher", "control"):
+    for name in saes.keys() - {"init"}:
         own = copy.deepcopy(saes[name])
         meta = metrics["meta"]
         own.metadata.update(

@@ -15,8 +15,10 @@ from scipy import stats
 from rsae_triton.common.files import write_text
 from rsae_triton.report.style import COLOURS, DASHES, NAMES
 
-METRICS = ("mse", "fvu", "cosine", "l0", "l1", "alive_fraction", "delta_ce", "loss_recovered", "kl")
-METRICS += ("negative", "dense_features", "size_p5", "size_p50", "size_p95")
+METRICS = (
+    *("mse", "fvu", "cosine", "l0", "l1", "alive_fraction", "delta_ce", "loss_recovered", "kl"),
+    *("negative", "dense_features", "size_p5", "size_p50", "size_p95"),
+)
 # Downstream scores exist only where sequences were spliced.
 PAIRED = {"mse": "mse", "delta_ce": "Δ CE (nats)"}
 # What every contender is compared with, where it is there.

@@ -16,7 +16,7 @@ from rsae_triton.report import plots, scores
 from rsae_triton.report.codes import Codes, codes_of, mse_against_l0, subset
 from rsae_triton.report.labels import answer, labels_figure, survival
 from rsae_triton.report.snippets import CONTEXT, N_ROWS, Tokenizer, feature_snippets
-from rsae_triton.report.style import ROLES
+from rsae_triton.report.style import ROLES, roles_in
 from rsae_triton.report.svg import inline_svg
 from rsae_triton.sae.base import SparseAutoencoder
 
@@ -53,7 +53,8 @@ def write_report(
         facts: name -> value, shown as they are (command, model, hook, text, seconds, ...).
         metrics: metrics.json as `evaluate.compare` makes it; missing and NaN scores show as a dash.
         logs: a `TrainLog` or its `as_dict()` by role; None or absent where nothing was trained.
-        saes: "teacher", "init" (after stage 1), "rsae", "control"; init and rsae are `FusedRationalSAE`.
+        saes: "teacher", "init" (after stage 1), "rsae", "control"; init and rsae are `FusedRationalSAE`. "rounds" and
+            "rsae-rounds", teacher and RSAE with another round and nothing trained for it, may be there too.
         x: held-out activations [n_tokens, d_in] in the units of the SAEs; plots use at most 20 000 rows.
         store, tokenizer: what the rows of x are (its first len(x) rows) and how its tokens read, for snippets;
             without either the snippets are left out.
@@ -67,7 +68,7 @@ def write_report(
     _check(saes, x, store)
     rows = subset(len(x), seed)
     x = x[rows.to(x.device)]
-    codes = {role: codes_of(saes[role], x) for role in ROLES}
+    codes = {role: codes_of(saes[role], x) for role in roles_in(saes)}
     features = None
     if store is not None and tokenizer is not None:
         features = feature_snippets(saes, codes, rows.numpy(), store, tokenizer)
@@ -145,7 +146,7 @@ def _plots(
 ) -> list[Plot]:
     picture = plots.picture_of(saes, codes, x)
     target = plots.matched_l0(metrics, codes)
-    curves = {role: mse_against_l0(codes[role], x) for role in ROLES}
+    curves = {role: mse_against_l0(codes[role], x) for role in roles_in(codes)}
     frequencies = {role: codes[role].firing_frequency() for role in ("teacher", "rsae", "control")}
     gate = (
         "Lines are medians over features, the band holds 80 % of them (thresholds differ per feature). Grey: how many "

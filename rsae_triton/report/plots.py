@@ -11,7 +11,7 @@ from torch import Tensor
 from rsae_triton.report.codes import Codes, codes_of, mse_against_l0, subset
 from rsae_triton.report.gates import GatePicture, gate_picture
 from rsae_triton.report.scores import number
-from rsae_triton.report.style import COLOURS, NAMES, ROLES, line
+from rsae_triton.report.style import COLOURS, NAMES, line, roles_in
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.rational import FusedRationalSAE
 
@@ -92,12 +92,12 @@ def readme_figure(
         metrics, logs, saes, x, seed: as for `write_report`; the logs are not drawn.
     """
     x = x[subset(len(x), seed)]
-    codes = {role: codes_of(saes[role], x) for role in ROLES}
+    codes = {role: codes_of(saes[role], x) for role in roles_in(saes)}
     figure = _figure(width=2 * _SIZE[0], height=4.4)
     left, right = figure.subfigures(1, 2)
     _draw_gates(left, picture_of(saes, codes, x), zoom=True)
     _draw_trade_off(
-        right.subplots(), {role: mse_against_l0(codes[role], x) for role in ROLES}, matched_l0(metrics, codes)
+        right.subplots(), {role: mse_against_l0(codes[role], x) for role in roles_in(codes)}, matched_l0(metrics, codes)
     )
     return figure
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rsae_triton.report.style import NAMES, ROLES
+from rsae_triton.report.style import NAMES, roles_in
 
 DASH = "–"
 # Two codes are at one l0 when they differ by less than this fraction of it.
@@ -79,7 +79,7 @@ def rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, list[Cell]]]:
     """Per code (role, name, cells in the order of COLUMNS)."""
     winners = [best(metrics, column) for column in COLUMNS]
     table = []
-    for role in ROLES:
+    for role in roles_in(metrics):
         scores = metrics.get(role) or {}
         cells = [
             Cell(
@@ -101,9 +101,11 @@ def headline(metrics: Mapping[str, Any]) -> tuple[str, list[str]]:
     """
     matched = metrics.get("matched_l0") or {}
     rsae, control, teacher = (matched.get(role) or {} for role in ("rsae", "control", "teacher"))
+    first = _untrained(matched.get("rounds") or {}, teacher)
     ours, theirs = number(rsae, "mse"), number(control, "mse")
     if not (math.isfinite(ours) and math.isfinite(theirs) and theirs > 0):
-        return "RSAE and control cannot be compared: at least one has no finite mse at equal l0.", []
+        failed = "RSAE and control cannot be compared: at least one has no finite mse at equal l0."
+        return (first, [failed]) if first else (failed, [])
     l0_ours, l0_theirs = number(rsae, "l0"), number(control, "l0")
     equal = abs(l0_ours - l0_theirs) <= L0_TOLERANCE * max(l0_ours, l0_theirs)
     where = f"At equal l0 ({l0_ours:.1f} features per token)"
@@ -124,7 +126,19 @@ def headline(metrics: Mapping[str, Any]) -> tuple[str, list[str]]:
         "The control is the teacher itself, fine-tuned for as many steps on the same batches. All numbers come from "
         "one run and from text that no training has seen; another seed would give somewhat different ones."
     )
-    return sentence, notes
+    return (first, [sentence, *notes]) if first else (sentence, notes)
+
+
+def _untrained(rounds: Scores, teacher: Scores) -> str:
+    """What a round does that is put on the teacher with nothing trained; "" where there is none."""
+    ours, theirs = number(rounds, "mse"), number(teacher, "mse")
+    if not (math.isfinite(ours) and math.isfinite(theirs) and theirs > 0):
+        return ""
+    said = f"Nothing trained, one more round on the teacher's own weights: error {text(ours / theirs - 1, '+.1%')}"
+    cost, before = number(rounds, "delta_ce"), number(teacher, "delta_ce")
+    if math.isfinite(cost) and math.isfinite(before):
+        said += f", cost in the language model {text(before, '.4f')} -> {text(cost, '.4f')} nats per token"
+    return f"{said}, at l0 {text(number(rounds, 'l0'), '.1f')} (teacher {text(number(teacher, 'l0'), '.1f')})."
 
 
 def _unequal(l0_ours: float, l0_theirs: float, ours: float, theirs: float) -> str:

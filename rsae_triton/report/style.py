@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 ROLES = ("teacher", "init", "rsae", "control")
+"""What every report compares."""
+MORE = {"rounds": "teacher", "rsae-rounds": "rsae"}
+"""What may be there besides, and behind whom it stands."""
 NAMES = {
     "teacher": "teacher",
+    "rounds": "teacher + a round, untrained",
+    "rsae-rounds": "RSAE + a round, untrained",
     "init": "RSAE, stage 1",
     "rsae": "RSAE",
     "control": "control",
@@ -36,6 +42,8 @@ COLOURS = {
     "rectangle": "#2d8a4e",
     "thresholds": "#8a5ac2",
     "scratch": "#3a3f45",
+    "rounds": "#117a7a",
+    "rsae-rounds": "#5b3fd0",
 }
 # Told apart without colour, too.
 DASHES: dict[str, Any] = {
@@ -44,7 +52,16 @@ DASHES: dict[str, Any] = {
     "rsae": "-",
     "control": (0, (6, 2, 1, 2)),
     "rectangle": (0, (3, 1)),
+    "rounds": (0, (4, 1)),
+    "rsae-rounds": (0, (8, 2)),
 }
+
+
+def roles_in(found: Container[str]) -> list[str]:
+    """ROLES, each followed by what of MORE is found and belongs behind it."""
+    return [
+        one for role in ROLES for one in (role, *(name for name, of in MORE.items() if of == role and name in found))
+    ]
 
 
 def line(role: str, **options: Any) -> dict[str, Any]:

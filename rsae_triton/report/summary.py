@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rsae_triton.report.scores import COLUMNS, best, headline, number, text
-from rsae_triton.report.style import NAMES, ROLES
+from rsae_triton.report.style import NAMES, roles_in
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,7 +27,7 @@ def summary_table(metrics: Mapping[str, Any]) -> Table:
     l0 = text(number(matched.get("teacher") or {}, "l0"), ".1f")
     table = Table(
         title=f"Held-out text: as shipped, and (=) at equal l0, {l0}",
-        caption=headline(metrics)[0].replace("\u00a0", ""),  # rich breaks lines there
+        caption=_caption(metrics),
         title_justify="left",
         caption_justify="left",
     )
@@ -37,7 +37,7 @@ def summary_table(metrics: Mapping[str, Any]) -> Table:
         for key in keys:
             arrow = {-1: " ↓", 0: "", 1: " ↑"}[columns[key].better]
             table.add_column(f"{mark} {columns[key].label}{arrow}".strip(), justify="right", no_wrap=True)
-    for role in ROLES:
+    for role in roles_in(matched):
         cells = []
         for part, keys, _ in parts:
             for key in keys:
@@ -45,3 +45,10 @@ def summary_table(metrics: Mapping[str, Any]) -> Table:
                 cells.append(f"[bold]{value}[/]" if best(part, columns[key]) == role else value)
         table.add_row(NAMES[role], *cells)
     return table
+
+
+def _caption(metrics: Mapping[str, Any]) -> str:
+    """The headline, and what follows it where that is about what was not trained."""
+    first, notes = headline(metrics)
+    both = [first, *notes[:1]] if "rounds" in (metrics.get("matched_l0") or {}) else [first]
+    return "\n".join(both).replace("\u00a0", "")  # rich breaks lines there

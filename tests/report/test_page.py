@@ -96,6 +96,14 @@ def test_every_colour_of_a_figure_follows_the_theme(path, saes, x, metrics, logs
     assert colours == set()
 
 
+def test_rounds_that_nothing_was_trained_for_are_drawn_and_listed(path, saes, x, logs):
+    saes = {**saes, "rounds": saes["teacher"].with_rounds(2, x), "rsae-rounds": saes["rsae"].with_rounds(2, x)}
+    html = write(path, saes, x, compare(saes, x), logs)
+    assert html.count("teacher + a round, untrained") >= 3  # in both tables and in the picture
+    assert "var(--rounds)" in html
+    assert "var(--rsae-rounds)" in html
+
+
 def test_page_shows_the_numbers_and_how_to_load(path, saes, x, metrics, logs, no_plots):
     text = Page(write(path, saes, x, metrics, logs, facts={"seed": "17", "hook": "blocks.9.hook_resid_pre"})).text
     for part in (metrics, metrics["matched_l0"]):

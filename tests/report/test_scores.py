@@ -10,6 +10,7 @@ from rich.console import Console
 
 from rsae_triton.report import summary_table
 from rsae_triton.report.scores import COLUMNS, best, headline, rows
+from rsae_triton.report.style import NAMES
 
 
 def metrics_of(rsae=60.0, control=64.0, l0=(50.0, 50.0), **downstream):
@@ -90,3 +91,23 @@ def test_summary_table_fits_a_terminal():
     assert "the RSAE wins" in text
     assert "…" not in text
     console.print(summary_table({}))
+
+
+def test_a_round_that_nothing_was_trained_for_comes_first():
+    """With it the comparison of what was trained is the first note; without it nothing changes."""
+    metrics = metrics_of()
+    plain, notes = headline(metrics)
+    told = copy.deepcopy(metrics)
+    told["rounds"] = told["matched_l0"]["rounds"] = {**told["matched_l0"]["teacher"], "mse": 56.0}
+    first, more = headline(told)
+    assert first.startswith("Nothing trained, one more round on the teacher's own weights: error −20.0")
+    assert more == [plain, *notes]
+    names = [name for _, name, _ in rows(told)]
+    assert names.index(NAMES["rounds"]) == names.index(NAMES["teacher"]) + 1
+    assert len(names) == len(rows(metrics)) + 1
+    console = Console(width=200, record=True)
+    console.print(summary_table(told))
+    shown = console.export_text()
+    assert NAMES["rounds"] in shown
+    assert "Nothing trained" in shown
+    assert "the RSAE wins" in shown
