@@ -30,7 +30,8 @@ if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 3):
         "Upgrade torch to 2.7 or later, or use another backend"
     )
 
-from .adam_rows import adam_numbers, adam_rows, row_norms
+from .adam_rows import adam_numbers, adam_rows, remove_radial, row_norms
+from .configs import MOST_COLUMNS
 from .encode_backward import encode_backward
 from .encode_forward import encode_forward
 from .interpreter import INTERPRETED
@@ -46,6 +47,7 @@ from .support_sums import FeatureSums, feature_sums
 
 __all__ = [
     "INTERPRETED",
+    "MOST_COLUMNS",
     "Entries",
     "FeatureSums",
     "GateGrads",
@@ -64,6 +66,7 @@ __all__ = [
     "list_rows",
     "rational_backward",
     "rational_forward",
+    "remove_radial",
     "row_norms",
     "sparse_decode",
     "sparse_decode_dvalues",

@@ -28,6 +28,17 @@ def row_norms_kernel(grad, weight, squares, d_in, RADIAL: tl.constexpr, BLOCK_D:
 
 
 @triton.jit
+def remove_radial_kernel(grad, weight, d_in, BLOCK_D: tl.constexpr):
+    """One program: drops the part of one row of the gradient along the weights' row, in place."""
+    f = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    g = tl.load(grad + f * d_in + d, mask=d < d_in, other=0.0).to(tl.float32)
+    w = tl.load(weight + f * d_in + d, mask=d < d_in, other=0.0).to(tl.float32)
+    g -= w * (tl.sum(g * w) / tl.maximum(tl.sum(w * w), 1e-12))
+    tl.store(grad + f * d_in + d, g.to(grad.dtype.element_ty), mask=d < d_in)
+
+
+@triton.jit
 def adam_rows_kernel(
     weight, grad, mean, square, copy, norms, numbers, d_in,
     RADIAL: tl.constexpr, NORMS: tl.constexpr, COPY: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -72,6 +83,16 @@ def row_norms(grad: Tensor, weight: Tensor | None) -> Tensor:
     return squares
 
 
+def remove_radial(grad: Tensor, weight: Tensor) -> None:
+    """Drops the part of grad [n_rows, d_in] along the rows of weight, in place."""
+    n_rows, d_in = _check(grad=grad, weight=weight)
+    if grad.numel() > 0:
+        with launching_on(grad):
+            remove_radial_kernel[(n_rows,)](
+                grad, weight, d_in, BLOCK_D=triton.next_power_of_2(d_in), num_warps=row_warps(d_in)
+            )
+
+
 def adam_rows(
     weight: Tensor,
     grad: Tensor,
@@ -106,16 +127,20 @@ def adam_rows(
 
 
 def adam_numbers(
-    step: int, lr: float, clip: Tensor, *, betas: tuple[float, float], eps: float, weight_decay: float = 0.0
+    step: int | Tensor, lr: float, clip: Tensor, *, betas: tuple[float, float], eps: float, weight_decay: float = 0.0
 ) -> Tensor:
     """What `adam_rows` needs of step number `step` (from 1 on), as a tensor on the device of `clip`.
 
-    clip: a scalar tensor that multiplies the gradient. weight_decay: of AdamW (times lr), 0 for Adam.
+    step: a tensor where the count is kept on the GPU, as torch's fused optimisers do; nobody waits for it. clip: a
+    scalar tensor that multiplies the gradient. weight_decay: of AdamW (times lr), 0 for Adam.
     """
-    known = [lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** 0.5, 1 - lr * weight_decay, 1.0, *betas, eps]
-    numbers = torch.tensor(known, dtype=torch.float32, device=clip.device)
+    known = [lr, 1.0, 1 - lr * weight_decay, 1.0, *betas, eps]
+    numbers = torch.tensor(known, dtype=torch.float64, device=clip.device)
+    first, second = (1 - numbers[place].pow(step) for place in (4, 5))
+    numbers[0] /= first
+    numbers[1] = second.sqrt()
     numbers[3] = clip
-    return numbers
+    return numbers.float()
 
 
 def _check(**tensors: Tensor | None) -> tuple[int, int]:

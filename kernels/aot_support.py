@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 import triton
 
-from .adam_rows import adam_rows_kernel, row_norms_kernel
+from .adam_rows import adam_rows_kernel, remove_radial_kernel, row_norms_kernel
 from .aot_variants import Variant
 from .configs import decode_tile, dots_tile, entry_block, entry_tile, mark_tile, row_warps
 from .support_gate import entry_gate_backward_kernel, entry_gate_forward_kernel
@@ -28,10 +28,12 @@ KERNELS = {
     "long_runs": long_runs_kernel,
     "feature_sums": feature_sums_kernel,
     "row_norms": row_norms_kernel,
+    "remove_radial": remove_radial_kernel,
     "adam_rows": adam_rows_kernel,
 }
 HEAVY = ("support_mark", "feature_sums", "long_runs", "entry_gate_backward")
 """Three programs to a multiprocessor will do: each has many loads on their way."""
+ROWS = ("row_norms", "remove_radial", "adam_rows")
 GATES = ("entry_gate_forward", "entry_gate_backward")
 D_IN = 2304
 """Gemma-2-2B's, which the tiles depend on."""
@@ -53,8 +55,10 @@ def launch(v: Variant) -> tuple[dict, dict, str]:
         if v.kernel == "entry_gate_backward":
             constants |= {"RATIONAL_BACKWARD": True, "HAS_DCOUNTS": True, "HAS_DL1": True}
         return constants, {"num_warps": 4, "num_stages": 1}, f"{block} w4"
-    if v.kernel in ("row_norms", "adam_rows"):
-        constants = {"BLOCK_D": triton.next_power_of_2(D_IN), "RADIAL": True}
+    if v.kernel in ROWS:
+        constants = {"BLOCK_D": triton.next_power_of_2(D_IN)}
+        if v.kernel != "remove_radial":
+            constants["RADIAL"] = True
         if v.kernel == "adam_rows":
             constants |= {"NORMS": True, "COPY": True}
         return constants, {"num_warps": row_warps(D_IN)}, f"{constants['BLOCK_D']} w{row_warps(D_IN)}"
@@ -80,10 +84,10 @@ def types(v: Variant, element: str) -> dict[str, str]:
 
 def variants(arch: int) -> Iterator[Variant]:
     for dtype in (torch.bfloat16, torch.float32):
-        for kernel in sorted(KERNELS.keys() - set(GATES) - {"count_rows", "row_norms"}):
+        for kernel in sorted(KERNELS.keys() - set(GATES) - {"count_rows", "row_norms", "remove_radial"}):
             yield Variant(kernel, arch, dtype)
         yield Variant("support_mark", arch, dtype, ragged=True)
-    yield from (Variant(kernel, arch, torch.float32) for kernel in ("count_rows", "row_norms"))
+    yield from (Variant(kernel, arch, torch.float32) for kernel in ("count_rows", "row_norms", "remove_radial"))
     for kernel in GATES:
         for degree in ((3, 2), (9, 8), (12, 12)):
             yield from (Variant(kernel, arch, torch.float32, *degree, shared, gated=True) for shared in (True, False))

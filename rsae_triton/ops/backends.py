@@ -77,6 +77,11 @@ def _kernels_start() -> bool:
     return True
 
 
+def triton_runs_on(device: torch.device) -> bool:
+    """Whether the kernels can be launched on tensors of this device, without a word where they cannot."""
+    return device.type == "cuda" and unsupported(device) is None and _kernels_start()
+
+
 def _supported(device: torch.device) -> bool:
     """Whether the kernels run on a CUDA device; says once why not on an AMD one."""
     reason = unsupported(device)

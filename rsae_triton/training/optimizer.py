@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rsae_triton.ops import row_loops
+from rsae_triton.ops.backends import kernels, triton_runs_on
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.training.recipes import Recipe
 from rsae_triton.training.settings import TrainSettings
@@ -45,6 +46,9 @@ def remove_radial_gradient(W_dec: nn.Parameter) -> None:
     """Drops the part of the decoder's gradient along its rows: their norm is fixed, Adam must not chase it."""
     if W_dec.grad is None:
         return
+    if _by_triton(W_dec):
+        kernels().remove_radial(W_dec.grad, W_dec.detach())
+        return
     if row_loops.usable(W_dec.grad, W_dec.detach()):
         row_loops.remove_radial_(W_dec.grad, W_dec.detach())
         return
@@ -61,15 +65,17 @@ def take_step(
 ) -> None:
     """Clips the gradients, whose norm is `norm`, steps, and gives the decoder's rows the lengths `norms`, if any.
 
-    Where the matrices can be read row by row in compiled loops, all of it is one pass over each; the small parameters
-    are the optimiser's own.
+    Where the matrices can be read row by row in compiled loops or kernels, all of it is one pass over each; the small
+    parameters are the optimiser's own. Nobody waits for a GPU.
     """
     in_rows = [
         (parameter, group) for group in optimizer.param_groups for parameter in group["params"]
         if parameter.grad is not None and _rows(parameter) is not None
     ]  # fmt: skip
     if in_rows:
-        scale = float(torch.clamp(clip / (norm + 1e-6), max=1.0))  # as torch.nn.utils.clip_grads_with_norm_
+        scale: Any = torch.clamp(clip / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grads_with_norm_
+        if not sae.W_dec.is_cuda:
+            scale = float(scale)
         for parameter, group in in_rows:
             _row_step(optimizer, parameter, group, scale, norms if parameter is sae.W_dec else None)
     held = [(parameter, parameter.grad) for parameter, _ in in_rows]
@@ -89,21 +95,42 @@ def _rows(parameter: Tensor) -> Tensor | None:
     if parameter.dim() != 2 or grad is None or grad.stride() != parameter.stride():
         return None
     rows = parameter.detach() if parameter.is_contiguous() else parameter.detach().t()
+    if _by_triton(parameter):
+        return rows
     return rows if parameter.numel() >= _LEAST and row_loops.usable(rows) else None
 
 
+def _by_triton(parameter: Tensor) -> bool:
+    """Whether the kernels of `adam_rows` take this matrix: on a GPU that they run on, in float32, row by row."""
+    grad = parameter.grad
+    if not parameter.is_cuda or grad is None or grad.dtype != torch.float32 or parameter.dtype != torch.float32:
+        return False
+    if grad.stride() != parameter.stride() or not (parameter.is_contiguous() or parameter.t().is_contiguous()):
+        return False
+    rows = parameter if parameter.is_contiguous() else parameter.t()
+    return triton_runs_on(parameter.device) and rows.shape[1] <= kernels().MOST_COLUMNS
+
+
 def _row_step(
-    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, group: dict[str, Any], scale: float, norms: Tensor | None
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, group: dict[str, Any], scale: Any, norms: Tensor | None
 ) -> None:
     state = optimizer.state[parameter]
     if not state:  # as Adam itself begins
-        state["step"] = torch.zeros((), dtype=torch.float32)
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if parameter.is_cuda else "cpu")
         for name in ("exp_avg", "exp_avg_sq"):
             state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
     state["step"] += 1
     assert parameter.grad is not None
     matrices = (parameter.detach(), parameter.grad, state["exp_avg"], state["exp_avg_sq"])
     weight, grad, first, second = (one if parameter.is_contiguous() else one.t() for one in matrices)
+    if parameter.is_cuda:
+        device, decay = kernels(), group["weight_decay"] if isinstance(optimizer, torch.optim.AdamW) else 0.0
+        numbers = device.adam_numbers(
+            state["step"], group["lr"], scale, betas=group["betas"], eps=group["eps"], weight_decay=decay
+        )
+        lengths = None if norms is None else norms.flatten()
+        device.adam_rows(weight, grad, first, second, numbers, radial=False, norms=lengths)
+        return
     row_loops.adam_(
         weight, grad, first, second, norms, step=int(state["step"]), lr=group["lr"], betas=group["betas"],
         eps=group["eps"], scale=scale, decay=group["lr"] * group["weight_decay"],  # AdamW's; Adam has none here

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rsae_triton.kernels.adam_rows import adam_numbers, adam_rows, row_norms
+from rsae_triton.kernels.adam_rows import adam_numbers, adam_rows, remove_radial, row_norms
 
 OPTIONS = {"betas": (0.9, 0.999), "eps": 1e-8}
 
@@ -40,7 +40,9 @@ def found(weight, grads, device, radial, decay=0.0, copy=None):
     norms = weight.norm(dim=1) if radial else None
     for step, grad in enumerate(grads, 1):
         clip = torch.tensor(1 / step, device=device)
-        numbers = adam_numbers(step, 0.1 / step, clip, **OPTIONS, weight_decay=decay)
+        # The count as a number, or as torch keeps it on a GPU.
+        count = step if step == 2 else torch.tensor(float(step), device=device)
+        numbers = adam_numbers(count, 0.1 / step, clip, **OPTIONS, weight_decay=decay)
         adam_rows(weight, grad.float().to(device), mean, square, numbers, radial=radial, norms=norms, copy=copy)
     return weight.cpu(), mean.cpu(), square.cpu()
 
@@ -72,6 +74,10 @@ def test_norms_without_the_radial_part(dtype, device):
         torch.testing.assert_close(squares.cpu().double(), exact.square().sum(1), rtol=1e-5,
                                    atol=1e-5)  # fmt: skip
         assert squares.dtype == torch.float32
+    ours = grad.to(device, copy=True)
+    remove_radial(ours, weight.to(device))
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5  # the gradient is rounded to its dtype again
+    torch.testing.assert_close(ours.cpu().double(), exact, rtol=tolerance, atol=tolerance)
 
 
 def test_nan_is_kept_and_nothing_waits(device):

@@ -137,6 +137,25 @@ def test_a_run_on_a_gpu_becomes_sparse_by_itself(activations, cuda):
     assert cuda.launches.count("feature_sums_kernel") == 2
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"optimizer": "adamw", "weight_decay": 0.5}, {"decoder_norm": "free"}], ids=str
+)
+@pytest.mark.filterwarnings("ignore:decoder norms are free")
+def test_the_optimisers_kernels_step_as_the_cpu_does(options, activations):
+    def trained(device):
+        sae = rational().to(device)
+        rt.train(sae, activations[:64].to(device), **QUIET, clip=0.01, lr=0.01, memory="saved", **options)
+        return {name: one.detach().cpu() for name, one in sae.named_parameters()}
+
+    here = trained("cpu")
+    with pretend() as cuda:
+        there = trained(GPU)
+    assert cuda.launches.count("adam_rows_kernel") == 4
+    assert ("remove_radial_kernel" in cuda.launches) == ("decoder_norm" not in options)
+    for name, one in here.items():
+        torch.testing.assert_close(there[name], one, rtol=1e-3, atol=1e-5, msg=name)
+
+
 def test_rows_wait_once_and_decode_without(activations, cuda):
     x, sae = activations[:8].to(GPU), rational().to(GPU)
     cuda.waits.clear()
