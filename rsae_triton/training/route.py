@@ -7,12 +7,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from rsae_triton.ops import native
 from rsae_triton.ops.support_triton import DENSITY
 from rsae_triton.training.memory import MemoryPlan
 
-BELOW, ABOVE = 0.05, 0.08
-"""Shares of [n_tokens, d_sae]: dense steps become sparse ones below the first, sparse ones dense above the second.
-Between them a run goes on as it is, so that it does not change its way at every step (docs/scaling.md)."""
+LIMITS = {"compiled": (0.12, 0.16), "tiled": (0.04, 0.06)}
+"""Shares of [n_tokens, d_sae]: dense steps become sparse ones below the first, sparse ones dense above the second; by
+what runs the loops over entries on a CPU (`ops.native`). Between them a run goes on as it is, so that it does not change
+its way at every step (docs/scaling.md)."""
 EVERY = 10
 """Dense steps after which the support is looked at again, by some tokens of the batch."""
 
@@ -27,11 +29,13 @@ class Route:
 
     Attributes:
         sparse: whether it is sparse. share: how much of [n_tokens, d_sae] the support was when it was last seen.
+        below, above: the shares at which that changes.
     """
 
     def __init__(self, plan: MemoryPlan) -> None:
         self._dense, self._sparse = plan, replace(plan, mode="sparse")
-        self._below, self._above = (FULL * DENSITY, DENSITY) if plan.on_gpu else (BELOW, ABOVE)
+        on_cpu = LIMITS["tiled" if native.library() is None else "compiled"]
+        self.below, self.above = (FULL * DENSITY, DENSITY) if plan.on_gpu else on_cpu
         self.sparse, self.share = plan.support == "always", -1.0
 
     def plan(self, step: int, look: Callable[[], float]) -> MemoryPlan:
@@ -57,7 +61,7 @@ class Route:
         self.share = min(share, 1.0)
         if self._dense.support != "auto":
             return
-        sparse = share < (self._above if self.sparse else self._below)
+        sparse = share < (self.above if self.sparse else self.below)
         if sparse != self.sparse:
             self.sparse = sparse
             _log.info(

@@ -5,7 +5,6 @@ import torch
 
 from rsae_triton.ops import pieces, support, support_triton
 from rsae_triton.ops.reference import GateSpec, GateTensors
-from rsae_triton.ops.workspace import StepMemory
 
 N, D_IN, D_SAE = 14, 6, 33
 NAMES = ("total", "mse", "l1", "l0", "counts", "x_hat", "dx", "dW_enc", "db_enc", "dW_dec", "db_dec", "da", "db",
@@ -97,7 +96,7 @@ def test_it_is_its_sibling(options, device):
         options = {"target": inputs[0] * 2, "scale": torch.linspace(0.5, 2, N)[:, None]}
     results = step(inputs, device, **options)
     spec, weights, *rest = settings(**options)
-    sibling = support.run(*inputs, spec, *weights, *rest, torch.float32, WANTED, StepMemory())
+    sibling = support.run(*inputs, spec, *weights, *rest, torch.float32, WANTED)
     assert results[6] == sibling[6] > 0
     close(without_size(results), without_size(sibling))
 

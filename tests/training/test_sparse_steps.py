@@ -130,7 +130,7 @@ def test_auto_goes_by_the_support_and_says_so(activations, tmp_path, caplog):
     for name, way in (("thin", 1), ("thick", 0)):
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         assert {row["sparse"] for row in rows} == {way}
-        assert all((0 < row["support"] < route.BELOW) == bool(way) for row in rows)
+        assert all((0 < row["support"] < route.LIMITS["tiled"][0]) == bool(way) for row in rows)
     assert [record.message for record in caplog.records] == [caplog.records[0].message]
     assert "from step 0 on, steps are sparse" in caplog.text
 
@@ -148,7 +148,7 @@ def plan(support):
 
 def test_ways_change_with_hysteresis():
     one, looks = Route(plan("auto")), []
-    between = (route.BELOW + route.ABOVE) / 2
+    between = (one.below + one.above) / 2
 
     def look(share):
         return lambda: looks.append(share) or share
