@@ -8,7 +8,7 @@ DOCS := .venv-docs
 INTEROP := .venv-interop
 LENS4 := $(INTEROP)/transformer-lens-4
 
-.PHONY: demo test test-fast test-cpus test-interop test-gpu lint bench bench-demo bench-gpu peers experiments aot aot-record routes fuzz soak docs audit clean help
+.PHONY: demo test test-fast test-cpus test-interop test-gpu gpu-check lint bench bench-demo bench-gpu peers experiments aot aot-record routes fuzz soak docs audit clean help
 
 help:
 	@echo "make demo   upgrade an SAE of SmolLM2-135M, beside a fair control -> out/demo/report.html"
@@ -23,6 +23,7 @@ help:
 	@echo "make fuzz   coverage-guided fuzzing of every file reader, ten minutes (FUZZ_SECONDS)"
 	@echo "make soak   20,000 training steps with stressed coefficients; make audit asks pip-audit about the dependencies"
 	@echo "make docs   the documentation as a site, warnings are errors -> site/"
+	@echo "make gpu-check  ten minutes on a CUDA device with nothing installed: right, and how fast -> out/gpu-check"
 	@echo "make test-gpu  the kernels on a CUDA device: tests, sanitizer, graphs, timings"
 
 # constraints.txt pins what was tested; torch first, so that nothing else can pull another build of it.
@@ -129,6 +130,10 @@ aot-record: $(INSTALLED)
 # Which of two ways the GPU at hand is faster: measured rows for rsae_triton/ops/routes.json.
 routes: $(INSTALLED)
 	$(BIN)/python -m rsae_triton.commands.routes
+
+# The system's python3, whatever it is: torch, triton, numpy and safetensors are enough.
+gpu-check:
+	python3 tools/gpu_check.py --out out/gpu-check
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu

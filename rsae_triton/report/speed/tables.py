@@ -170,14 +170,22 @@ def _common(result: dict[str, Any], name: str) -> int:
 def _unmeasured() -> Iterator[str]:
     yield "\n## GPU: not measured\n"
     yield (
-        "`make bench-gpu` fills this section. Until then there are predictions of the cost model with estimated "
-        "ceilings of an H100 (bf16, without Adam), and nothing measured.\n"
+        "`make bench-gpu`, or `make gpu-check` in ten minutes with nothing installed, fills this section. Until then "
+        "there are predictions of the cost model with estimated ceilings of an H100 (bf16, without Adam; the sparse "
+        f"step at an l0 of {SPARSE_L0} and a support of {SPARSE_SUPPORT} entries for every active code), and nothing "
+        "measured.\n"
     )
-    yield "| step | eager | torch.compile | ours, split | ours, fused | measured |\n| --- |" + " --- |" * 5
+    yield (
+        "| step | eager | torch.compile | ours, split | ours, fused | ours, sparse | measured |\n| --- |" + " --- |" * 6
+    )
     for n, d_in, d_sae in ((4096, 768, 24576), (4096, 2304, 65536), (8192, 4096, 131072)):
         for (degree, groups), name in ((SHARED, "shared"), (FEATURE, "per feature")):
-            step = Step(n, d_in, d_sae, *degree, shared=groups == 1)
-            found = [cost(step, one).seconds(CEILINGS["H100"]) for one in ("eager", "compiled", "split", "fused")]
+            active = SPARSE_L0 / d_sae
+            step = Step(
+                n, d_in, d_sae, *degree, shared=groups == 1, active=active, support=SPARSE_SUPPORT * active
+            )  # fmt: skip
+            ways = ("eager", "compiled", "split", "fused", "sparse")
+            found = [cost(step, one).seconds(CEILINGS["H100"]) for one in ways]
             yield f"| {n} x {d_in} x {d_sae}, {degree} {name} | {' | '.join(map(seconds, found))} | not measured |"
     yield "\n### Targets\n\n| target | wanted | measured |\n| --- | --- | --- |"
     for one in targets():
@@ -185,6 +193,7 @@ def _unmeasured() -> Iterator[str]:
             yield f"| {one.text} | {'at least' if one.at_least else 'at most'} {one.bound:.2f} | not measured |"
 
 
+SPARSE_L0, SPARSE_SUPPORT = 64, 2.1
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 README_COLUMNS = (
     "eager, Horner",
