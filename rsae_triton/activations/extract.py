@@ -98,7 +98,8 @@ def extract_hooks(
         "seed": seed,
         "drop_outliers": drop_outliers,
         "split": split,
-        **({"keep_bos": True} if keep_bos else {}),
+        **({"center_writing_weights": True} if host.centred else {}),
+        **({"keep_bos": True, "mean_of": "text"} if keep_bos else {}),
     }
     # Contexts of 128 in batches of 8 are the fastest on CPU: more overflow its cache.
     contexts = batch or (max(1, 1024 // context) if host.device.type == "cpu" else 64)

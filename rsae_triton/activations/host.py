@@ -51,6 +51,7 @@ class HostModel:
         self.tokenizer = tokenizer
         self.bridge = bridge
         self.name = name
+        self.centred = False  # whether `center_writing_weights` was asked for
         config = model.config.get_text_config()
         self.d_model: int = config.hidden_size
         self.n_layers: int = len(stream.decoder_layers(model))
@@ -401,14 +402,14 @@ def load_host(
     dtype: str | torch.dtype | None = None,
     library: Library = "auto",
     hook_name: str | None = None,
-    center_writing_weights: bool = False,
+    center_writing_weights: bool | Literal["where possible"] = False,
 ) -> HostModel:
     """Load a causal language model: "smollm2" (embedded default), a .gguf file, a model folder, or a hub id.
 
     `device` defaults to CUDA where it is, `dtype` to bfloat16 where the hardware multiplies it. `hook_name`
     becomes the default place. `center_writing_weights` gives GPT-2 the residual stream of mean zero that SAEs
-    trained on TransformerLens' default expect. Raises SourceError for a model that cannot be had, ConfigError for
-    a bad option or place.
+    trained on TransformerLens' default expect ("where possible": a warning for other models, not an error). Raises
+    SourceError for a model that cannot be had, ConfigError for a bad option or place.
     """
     if library not in ("auto", "transformer_lens", "transformers"):
         raise ConfigError(f"library={library!r} is unknown; choose auto, transformer_lens or transformers")
@@ -419,10 +420,20 @@ def load_host(
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {device!r} is asked for, but torch sees no CUDA device; use device='cpu'")
     model, tokenizer = load_model(str(name), place, parse_dtype(dtype) if dtype else default_dtype(place))
-    if center_writing_weights:
+    centred = bool(center_writing_weights)
+    if center_writing_weights == "where possible" and model.config.model_type != "gpt2":
+        warnings.warn(
+            f"center_writing_weights is for GPT-2 and {name!r} is {model.config.model_type}: its activations are not "
+            "centred, and an SAE that says they were reads them wrongly",
+            stacklevel=2,
+        )
+        centred = False
+    if centred:
         center_writing_weights_(model)
     bridge = None if library == "transformers" else _boot_bridge(model, tokenizer, str(name), library)
-    return HostModel(model, tokenizer, str(name), bridge, hook_name)
+    host = HostModel(model, tokenizer, str(name), bridge, hook_name)
+    host.centred = centred
+    return host
 
 
 def _boot_bridge(model: Any, tokenizer: Any, name: str, library: Library) -> Any:

@@ -103,6 +103,17 @@ class ActivationStore:
             start += len(part)
         return rows
 
+    def rows(self, which: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Rows by their numbers, int64 [n] -> [n, d_in], in SAE units; the others stay on the disk."""
+        _check_dtype(dtype)
+        return (self._from_files(which).float() * self.scale).to(dtype)
+
+    def chunks(self, size: int) -> Iterator[torch.Tensor]:
+        """All rows in order, float32 [<= size, d_in] at a time, in SAE units."""
+        for shard in self._shards:
+            for part in shard["activations"].split(size):
+                yield part.float() * self.scale
+
     def batches(
         self,
         batch_size: int,
@@ -162,8 +173,9 @@ class ActivationStore:
         return torch.cat(parts) if sum(part.nbytes for part in parts) <= _SMALL_BYTES else None
 
     def _gather(self, rows: torch.Tensor) -> torch.Tensor:
-        if self._resident is not None:
-            return self._resident[rows]
+        return self._from_files(rows) if self._resident is None else self._resident[rows]
+
+    def _from_files(self, rows: torch.Tensor) -> torch.Tensor:
         out = torch.empty(len(rows), self.d_in, dtype=self._shards[0]["activations"].dtype)
         shard_of = torch.searchsorted(self._ends, rows, right=True)
         for number in shard_of.unique().tolist():

@@ -77,11 +77,13 @@ class _Pending:
         self.bytes += self._columns["activations"][-1].nbytes
         return len(keep)
 
-    def tensors(self, seed: int) -> dict[str, torch.Tensor]:
-        """The columns in one random order of rows, and the float64 sum of the activations [d_in]."""
+    def tensors(self, seed: int, bos: int) -> dict[str, torch.Tensor]:
+        """The columns in one random order of rows, and the float64 sum of the activations [d_in] of text."""
         order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(seed))
         tensors = {name: torch.cat(parts)[order] for name, parts in self._columns.items()}
-        return tensors | {"sum": tensors["activations"].sum(0, dtype=torch.float64)}
+        # The mean is that of the rows that are not BOS, whose norm is a hundred times as large, as the units are.
+        text = tensors["tokens"] != bos
+        return tensors | {"sum": tensors["activations"][text].sum(0, dtype=torch.float64)}
 
 
 @dataclass
@@ -185,11 +187,12 @@ class Extraction:
             counts = torch.bincount(loaded["documents"].long(), minlength=len(self.documents))
             for index in counts.nonzero().squeeze(1).tolist():
                 sources[self.documents[index].source] += int(counts[index])
-        mean_norm = sum(shard.norm_sum for shard in shards) / max(1, rows - sum(shard.bos_kept for shard in shards))
+        of_text = max(1, rows - sum(shard.bos_kept for shard in shards))
+        mean_norm = sum(shard.norm_sum for shard in shards) / of_text
         if mean_norm == 0:
             raise NumericsError(f"all activations at {self.identity['hook_name']} are zero; choose another hook")
         units = self.identity["units"]
-        save_file({"mean": (total / rows).float()}, self.partial / "mean.safetensors")
+        save_file({"mean": (total / of_text).float()}, self.partial / "mean.safetensors")
         packed = pack(self.documents, self.host, self.identity["context"], 64, self.identity["seed"])
         kept = min(shards[-1].contexts, _KEPT_SEQUENCES)
         some = list(islice(packed, -(-kept // 64)))
@@ -247,7 +250,7 @@ class Extraction:
         number = len(state["shards"])
         file = f"shard-{number:05d}.safetensors"
         # The checksum is of what is written here, whatever comes to lie there.
-        data = save(pending.tensors(mix_seed(self.identity["seed"], number)))
+        data = save(pending.tensors(mix_seed(self.identity["seed"], number), self.host.bos_token_id))
         write_atomically(self.partial / file, lambda temporary: temporary.write_bytes(data))
         state["shards"].append(
             _Shard(file, pending.rows, len(data), hashlib.sha256(data).hexdigest(), pending.norm_sum,

@@ -36,6 +36,8 @@ class Extract:
     """Tokens the model sees at once, BOS included."""
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     """What rows are kept in."""
+    center_writing_weights: bool = False
+    """The residual stream of mean zero that SAEs of GPT-2 expect which say so (TransformerLens' default)."""
     keep_bos: bool = False
     """Keep BOS positions, whose norms are a hundred times the others' in many models."""
     drop_outliers: float | None = 4.0
@@ -62,7 +64,7 @@ def run_extract(config: Extract) -> list[Path]:
     if config.root is not None:
         check_folder(config.root)
     check_corpus(config.text)
-    host = load_host(config.model, device=config.device)
+    host = load_host(config.model, device=config.device, center_writing_weights=config.center_writing_weights)
     documents = load_corpus(list(config.text), max_documents=config.max_documents)
     stores = extract_hooks(
         host,

@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from rsae_triton.activations import ActivationStore
-from rsae_triton.common.checks import check_integer
+from rsae_triton.common.checks import check_integer, check_number
 from rsae_triton.common.errors import ConfigError, ShapeError
 from rsae_triton.evaluation.downstream import Splice, Spliced, downstream, splice_sequences
 from rsae_triton.evaluation.paired import mean_interval
-from rsae_triton.evaluation.reconstruction import Codec, Measured, Thresholded, at_l0, measure
+from rsae_triton.evaluation.reconstruction import Codec, Measured, Thresholded, cut_to, measure
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.units import check_place, check_same_units, reading, warn_of_units
 
@@ -73,21 +73,47 @@ def compare(
             given["contexts"] = contexts
             if host is not None:
                 given |= {"splice": splice or splice_of(x), "mean": x.mean if mean is None else mean}
-            return compare(saes, x.tensor().to(next(iter(saes.values())).W_dec.device), progress=progress, **given)
+            return _compare(saes, x, progress=progress, **given)
+    return _compare(
+        saes, x, l0=l0, measured=measured, contexts=contexts, host=host, tokens=tokens, counted=counted,
+        splice=splice, mean=mean, progress=progress, spliced_names=spliced_names, shipped=shipped,
+    )  # fmt: skip
+
+
+def _compare(
+    saes: Mapping[str, SparseAutoencoder],
+    x: Tensor | ActivationStore,
+    *,
+    l0: float | None,
+    measured: Mapping[str, Measured] | None,
+    contexts: Tensor | None,
+    host: Any,
+    tokens: Tensor | None,
+    counted: Tensor | None,
+    progress: Callable[[int], None] | None,
+    spliced_names: Collection[str] | None,
+    shipped: bool,
+    splice: Splice | None = None,
+    mean: Tensor | None = None,
+) -> dict[str, Any]:
+    """`compare` of SAEs that read x as it is."""
     if not isinstance(contexts, Tensor | None):
         raise ShapeError(f"contexts is a {type(contexts).__name__}; give a torch.Tensor")
     if contexts is not None and len(contexts) != len(x):
         raise ShapeError(f"contexts has {len(contexts)} entries for {len(x)} activations; give one each")
     if measured is None:
-        check_same_units(saes)
+        if isinstance(x, Tensor):
+            check_same_units(saes)
         measured = {name: measure(sae, x) for name, sae in saes.items()}
     for name, found in measured.items():
         if found.scores.fvu > 1:
-            warn_of_units(saes[name], x, name)
+            warn_of_units(saes[name], x if isinstance(x, Tensor) else next(x.chunks(64)), name)
     target = next(iter(measured.values())).scores.l0 if l0 is None else l0
-    matched: dict[str, Thresholded] = {name: at_l0(sae, x, target) for name, sae in saes.items()}
+    if l0 is not None:
+        check_number("l0", l0, above=0)
+    matched: dict[str, Thresholded] = {name: cut_to(sae, x, target) for name, sae in saes.items()}
     # A code that was not thresholded is the shipped one: measuring and splicing it twice would tell nothing.
-    measured_at = {name: measure(one, x) if one.tau > 0 else measured[name] for name, one in matched.items()}
+    measured_at = {name: measure(one, x) if one.cut else measured[name] for name, one in matched.items()}
     scores: dict[str, Any] = {name: asdict(one.scores) for name, one in measured.items()}
     at_target = {name: {**asdict(one.scores), "tau": matched[name].tau} for name, one in measured_at.items()}
     spliced: dict[str, Spliced] = {}
@@ -95,13 +121,13 @@ def compare(
         if tokens is None or splice is None or mean is None:
             raise ConfigError("with a host, compare needs tokens, splice and mean as well (see splice_sequences)")
         chosen = [name for name in saes if spliced_names is None or name in spliced_names]
-        codecs: dict[str, Codec] = {name: saes[name] for name in chosen if shipped or matched[name].tau == 0}
-        codecs.update({f"matched {name}": matched[name] for name in chosen if matched[name].tau > 0})
+        codecs: dict[str, Codec] = {name: saes[name] for name in chosen if shipped or not matched[name].cut}
+        codecs.update({f"matched {name}": matched[name] for name in chosen if matched[name].cut})
         spliced = splice_sequences(host, codecs, tokens, splice, mean, counted=counted, progress=progress)
         for name in chosen:
             if name in codecs:
                 scores[name].update(asdict(downstream(spliced, f"sae:{name}")))
-            key = f"sae:matched {name}" if matched[name].tau > 0 else f"sae:{name}"
+            key = f"sae:matched {name}" if matched[name].cut else f"sae:{name}"
             spliced[f"at:{name}"] = spliced[key]
             at_target[name].update(asdict(downstream(spliced, key)))
     return {

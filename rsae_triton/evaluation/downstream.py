@@ -18,21 +18,29 @@ from rsae_triton.evaluation.reconstruction import Codec
 class Splice:
     """How host activations become SAE inputs: x = scale * residual, at the positions an SAE can have seen.
 
-    The BOS position and those with a norm above `norm_limit` (host units; None: no limit) are left as they are,
-    for SAEs and ablations alike: training dropped them.
+    BOS tokens, wherever they stand, and positions with a norm above `norm_limit` (host units; None: no limit) are
+    left as they are, for SAEs and ablations alike: training dropped them.
     """
 
     hook_name: str
     scale: float = 1.0
     norm_limit: float | None = None
 
-    def replacement(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """What to hand the host as `replace`: function maps [n, d_in] in SAE units to the same."""
+    def replacement(
+        self, function: Callable[[Tensor], Tensor], is_bos: Tensor | None = None
+    ) -> Callable[[Tensor], Tensor]:
+        """What to hand the host as `replace`: function maps [n, d_in] in SAE units to the same.
+
+        is_bos: bool [B, T], where BOS tokens stand; the first of every row when None.
+        """
 
         def replace(resid: Tensor) -> Tensor:
             norms = resid.float().norm(dim=-1)
             seen = torch.ones_like(norms, dtype=torch.bool)
-            seen[:, 0] = False
+            if is_bos is None:
+                seen[:, 0] = False
+            else:
+                seen &= ~is_bos.to(seen.device)
             if self.norm_limit is not None:
                 seen &= norms <= self.norm_limit
             out = resid.clone()
@@ -113,15 +121,20 @@ def splice_sequences(
 
         return through
 
-    replacements: dict[str, Callable[[Tensor], Tensor] | None] = {
-        "clean": None,
-        "zero": splice.replacement(torch.zeros_like),
-        "mean": splice.replacement(lambda x: mean.to(x).expand_as(x)),
-        **{f"sae:{name}": splice.replacement(reconstruct(codec)) for name, codec in codecs.items()},
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "zero": torch.zeros_like,
+        "mean": lambda x: mean.to(x).expand_as(x),
+        **{f"sae:{name}": reconstruct(codec) for name, codec in codecs.items()},
     }
-    found: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in replacements}
+    found: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in ("clean", *functions)}
+    bos = getattr(host, "bos_token_id", None)
     for start in range(0, len(tokens), batch):
         part = tokens[start : start + batch]
+        is_bos = None if bos is None else part == bos
+        replacements: dict[str, Callable[[Tensor], Tensor] | None] = {
+            "clean": None,
+            **{name: splice.replacement(one, is_bos) for name, one in functions.items()},
+        }
         use = torch.ones(part.shape[0], part.shape[1] - 1) if counted is None else counted[start : start + batch]
         for name, result in host.splice(part, splice.hook_name, replacements, kl=True).items():
             for values, per_token in zip(found[name], (result.nll, result.kl), strict=True):

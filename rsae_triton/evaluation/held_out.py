@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from rsae_triton.common.hub import local_path
 from rsae_triton.common.names import EMBEDDED, hub_model
 from rsae_triton.evaluation.downstream import Splice
 from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.sae.making import making_of, warn_of_making
 from rsae_triton.sae.pretrained import CONFIG_FILE
 from rsae_triton.sae.topk_rational import RATIONAL
 from rsae_triton.teachers import load_teacher
@@ -134,7 +136,27 @@ def open_host(options: HostOptions, saes: Mapping[str, SparseAutoencoder]) -> Ho
     if options.model is None:
         model = agreed(saes, "host", None) or model
     hook = agreed(saes, "hook_name", options.hook)
-    host = load_host(model, device=options.device, dtype=options.dtype, hook_name=hook)
+    said = {name: making_of(sae.metadata) for name, sae in saes.items()}
+    dtypes = {one.dtype for one in said.values()} - {None}
+    dtype = options.dtype or (dtypes.pop() if len(dtypes) == 1 else None)
+    centred = {one.centred for one in said.values()}
+    if len(centred) > 1:
+        which = ", ".join(name for name, one in said.items() if one.centred)
+        raise ConfigError(f"{which} says center_writing_weights=True and the others do not; evaluate them apart")
+    host = load_host(
+        model,
+        device=options.device,
+        dtype=dtype,
+        hook_name=hook,
+        center_writing_weights="where possible" if True in centred else False,
+    )
+    for name, sae in saes.items():
+        warn_of_making(sae.metadata, name)
+    if hook is None:
+        warnings.warn(
+            f"no SAE says at which hook it reads; taking {host.default_hook}, which is a guess: say it with --hook",
+            stacklevel=2,
+        )
     width = host.hook_width()
     for name, sae in saes.items():
         if sae.d_in != width:
@@ -143,6 +165,12 @@ def open_host(options: HostOptions, saes: Mapping[str, SparseAutoencoder]) -> Ho
                 "give the --model and --hook it was trained on"
             )
     return host
+
+
+def _context(saes: Mapping[str, SparseAutoencoder]) -> int:
+    """How many tokens a context has: as many as the SAEs were trained on, if they say so and agree."""
+    said = {one.context or 128 for one in (making_of(sae.metadata) for sae in saes.values())}
+    return said.pop() if len(said) == 1 else 128
 
 
 class HeldOut(NamedTuple):
@@ -172,7 +200,8 @@ def open_held_out(options: TextOptions, saes: Mapping[str, SparseAutoencoder], h
         raise FormatError(f"the split_seed in the SAE's cfg.json is no seed ({error}); give --seed") from error
     if not options.whole_text:
         documents = split_three_ways(documents, seed=seed)[2]
-    store = extract(host, documents, n_tokens=options.tokens, split="eval", seed=seed)
+    context = min(_context(saes), host.max_context)
+    store = extract(host, documents, n_tokens=options.tokens, split="eval", seed=seed, context=context)
     first = next(iter(saes.values())).metadata
     scale = float(first.get("activation_scale") or store.scale)
     for sae in saes.values():

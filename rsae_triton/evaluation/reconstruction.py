@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from rsae_triton.activations import ActivationStore
 from rsae_triton.common.checks import check_data, check_finite, check_number
 from rsae_triton.common.errors import ConfigError, ShapeError
 
@@ -66,10 +67,13 @@ class Measured(NamedTuple):
 
 
 class Thresholded:
-    """An SAE whose code is also zero where |z| * ||W_dec row|| <= `tau`: less of the same code, for equal l0."""
+    """An SAE whose code is also zero where |z| * ||W_dec row|| <= `tau`: less of the same code, for equal l0.
 
-    def __init__(self, sae: Codec, tau: float) -> None:
-        self.sae, self.tau = sae, tau
+    tau is 0.0 for the code as it is, `cut` False; with `cut`, codes on decoder rows of zeros go first.
+    """
+
+    def __init__(self, sae: Codec, tau: float, cut: bool = True) -> None:
+        self.sae, self.tau, self.cut = sae, tau, cut
 
     @property
     def W_dec(self) -> Tensor:  # noqa: N802
@@ -77,7 +81,7 @@ class Thresholded:
 
     def encode(self, x: Tensor) -> Tensor:
         z = self.sae.encode(x)
-        return z * (strength(z, self.W_dec) > self.tau)
+        return z * (strength(z, self.W_dec) > self.tau) if self.cut else z
 
     def decode(self, feature_acts: Tensor, x: Tensor | None = None) -> Tensor:
         return self.sae.decode(feature_acts, x)
@@ -102,7 +106,20 @@ def check_activations(sae: Codec, x: Tensor) -> Tensor:
     return x
 
 
-def reconstruction(sae: Codec, x: Tensor) -> Reconstruction:
+def chunks_of(sae: Codec, x: Tensor | ActivationStore) -> Iterator[Tensor]:
+    """Rows for the SAE, a few at a time, looked at as `check_activations` does; a store's come from the disk."""
+    if isinstance(x, ActivationStore):
+        check_activations(sae, torch.zeros(1, x.d_in))
+        parts: Iterable[Tensor] = x.chunks(CHUNK)
+    else:
+        parts = check_activations(sae, x).detach().split(CHUNK)
+    for rows in parts:
+        if isinstance(x, ActivationStore):
+            check_finite("activations", rows, "extract them again")
+        yield rows.to(device=sae.W_dec.device, dtype=sae.W_dec.dtype)
+
+
+def reconstruction(sae: Codec, x: Tensor | ActivationStore) -> Reconstruction:
     """Scores the code of x [n_tokens, d_in]; sums in float64.
 
     Raises:
@@ -112,39 +129,43 @@ def reconstruction(sae: Codec, x: Tensor) -> Reconstruction:
 
 
 @torch.no_grad()
-def measure(sae: Codec, x: Tensor, progress: Callable[[int], None] | None = None) -> Measured:
+def measure(sae: Codec, x: Tensor | ActivationStore, progress: Callable[[int], None] | None = None) -> Measured:
     """As `reconstruction`, with the error of every token and the frequency of every feature.
 
     Args:
         progress: called with the number of tokens done.
     """
-    x = check_activations(sae, x)
     total = dict.fromkeys(("cosine", "l0", "l1", "negative"), 0.0)
     active = torch.zeros(sae.W_dec.shape[0], dtype=torch.long, device=sae.W_dec.device)
-    errors, sizes = [], []
-    for chunk in x.split(CHUNK):
-        rows = chunk.to(device=sae.W_dec.device, dtype=sae.W_dec.dtype)
+    squared_error, done = torch.empty(len(x), dtype=torch.float64), 0
+    sizes = _Numbers(most=1 << 23)
+    pivot: Tensor | None = None
+    squares, sums = 0.0, torch.zeros(sae.W_dec.shape[1], dtype=torch.float64, device=sae.W_dec.device)
+    for rows in chunks_of(sae, x):
+        pivot = rows.double().mean(0) if pivot is None else pivot
+        around = rows.double() - pivot
+        squares, sums = squares + float(around.square().sum()), sums + around.sum(0)
         z = sae.encode(rows)
         x_hat = sae.decode(z, rows)
         nonzero = z != 0
         active += nonzero.sum(0)
-        errors.append((rows - x_hat).double().square().sum(1).cpu())
+        squared_error[done : done + len(rows)] = (rows - x_hat).double().square().sum(1)
+        done += len(rows)
         total["cosine"] += float(torch.cosine_similarity(rows, x_hat, dim=1).double().sum())
         total["l0"] += float(nonzero.sum())
         size = strength(z, sae.W_dec)
         total["l1"] += float(size.double().sum())
         total["negative"] += float((z < 0).sum())
-        sizes.append(size[nonzero].float().cpu())
+        sizes.add(size[nonzero].float().cpu())
         if progress is not None:
             progress(len(rows))
-    active_codes = total.pop("negative") / max(total["l0"], 1), torch.cat(sizes).sort().values
-    squared_error = torch.cat(errors)
+    active_codes = total.pop("negative") / max(total["l0"], 1), sizes.all().sort().values
     frequency = active.double().cpu() / len(x)
     mse = float(squared_error.mean())
     if not math.isfinite(mse) and isinstance(of := getattr(sae, "sae", sae), torch.nn.Module):
         for name, weight in of.named_parameters():
             check_finite(f"sae.{name}", weight, "its scores mean nothing; fetch or train it again")
-    variance = float((x.double() - x.double().mean(0)).square().sum(1).mean())
+    variance = (squares - float((sums / len(x)).square().sum()) * len(x)) / len(x)
     scores = Reconstruction(
         **{name: value / len(x) for name, value in total.items()},
         mse=mse,
@@ -160,26 +181,60 @@ def measure(sae: Codec, x: Tensor, progress: Callable[[int], None] | None = None
     return Measured(scores, squared_error, frequency)
 
 
+class _Numbers:
+    """Numbers that come a few at a time, in memory that grows by doubling: many small tensors, kept between large ones
+    that are freed, would leave holes that nothing fits into. Beyond `most`, every second is kept, every fourth, ..."""
+
+    def __init__(self, most: int | None = None) -> None:
+        self.held, self.count, self.step, self.most = torch.empty(1 << 12), 0, 1, most
+
+    def add(self, values: Tensor) -> None:
+        values = values.flatten()[:: self.step]
+        if self.count == 0:
+            self.held = self.held.to(torch.promote_types(values.dtype, torch.float32))
+        total = self.count + len(values)
+        if total > len(self.held):
+            larger = torch.empty(max(total, 2 * len(self.held)), dtype=self.held.dtype)
+            larger[: self.count] = self.held[: self.count]
+            self.held = larger
+        self.held[self.count : total] = values
+        self.count = total
+        while self.most is not None and self.count > self.most:
+            kept = self.held[: self.count : 2].clone()
+            self.held[: len(kept)], self.count, self.step = kept, len(kept), 2 * self.step
+
+    def all(self) -> Tensor:
+        return self.held[: self.count]
+
+
 def _quantile(ranked: Tensor, q: float) -> float:
     """Of sorted values: the one at this share of them; `torch.quantile` takes no more than 16 million."""
     return float(ranked[round(q * (len(ranked) - 1))]) if len(ranked) else 0.0
 
 
 @torch.no_grad()
-def at_l0(sae: Codec, x: Tensor, l0: float) -> Thresholded:
+def at_l0(sae: Codec, x: Tensor | ActivationStore, l0: float) -> Thresholded:
     """The code with its threshold raised until its mean l0 on x is `l0` (exactly, up to ties).
 
-    A code that is sparser than that already is returned as it is (tau = 0): nothing can be added to it.
+    A code that is sparser than that already is returned as it is (tau = 0, cut = False): nothing can be added to it.
     """
     check_number("l0", l0, above=0)
-    x = check_activations(sae, x)
-    strengths = []
-    for chunk in x.split(CHUNK):
-        z = sae.encode(chunk.to(device=sae.W_dec.device, dtype=sae.W_dec.dtype))
+    return cut_to(sae, x, l0)
+
+
+@torch.no_grad()
+def cut_to(sae: Codec, x: Tensor | ActivationStore, l0: float) -> Thresholded:
+    """`at_l0`, of an l0 that was measured: a dead SAE has 0."""
+    strengths, active = _Numbers(), 0
+    for rows in chunks_of(sae, x):
+        z = sae.encode(rows)
         value = strength(z, sae.W_dec)
-        strengths.append(value[value > 0])
+        active += int((z != 0).sum())
+        strengths.add(value[value > 0])
     kept = round(l0 * len(x))
-    ranked = torch.cat(strengths)
-    if len(ranked) <= kept:
-        return Thresholded(sae, 0.0)
-    return Thresholded(sae, float(ranked.kthvalue(len(ranked) - kept).values))
+    if active <= kept:
+        return Thresholded(sae, 0.0, cut=False)
+    ranked = strengths.all()
+    # Where only codes on decoder rows of zeros are too many, tau = 0 takes those.
+    tau = float(ranked.kthvalue(len(ranked) - kept).values) if len(ranked) > kept else 0.0
+    return Thresholded(sae, tau)

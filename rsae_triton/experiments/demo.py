@@ -32,6 +32,7 @@ from rsae_triton.features import write_features
 from rsae_triton.ops.runtime import matmul_precision
 from rsae_triton.report import summary_table, write_report
 from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.sae.making import making_of, warn_of_making
 from rsae_triton.training.loop import TrainLog, train
 from rsae_triton.training.settings import KEPT_BY, trains
 from rsae_triton.upgrading.stage_one import parse_degree, upgrade
@@ -133,7 +134,12 @@ def run(demo: Demo) -> Path:
     model, hook = place(demo, loaded)
 
     with stages.stage(f"Host model {model}"):
-        host = load_host(model, device=demo.device, hook_name=hook)
+        centred = loaded is not None and making_of(loaded.metadata).centred
+        host = load_host(
+            model, device=demo.device, hook_name=hook, center_writing_weights="where possible" if centred else False
+        )
+        if loaded is not None:
+            warn_of_making(loaded.metadata, "--teacher")
         check_width(loaded, host, demo.teacher)
     with stages.stage("Text and activations"):
         documents = load_corpus(list(demo.text))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -21,6 +22,7 @@ from rsae_triton.activations.places import canonical, other_names, suggestion
 from rsae_triton.common.checks import check_number
 from rsae_triton.common.errors import ConfigError, ShapeError
 from rsae_triton.sae.base import SparseAutoencoder, check_sae
+from rsae_triton.sae.making import making_of
 
 _RESIDUAL = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
 
@@ -89,6 +91,7 @@ def replaced(
     place = hook_name or sae.metadata.get("hook_name")
     if not place:
         raise ConfigError("the SAE's metadata names no hook_name; pass it: where in the model is the SAE to go?")
+    _check_centred(model, sae)
     ran: list[bool] = []
     watch = model.register_forward_pre_hook(lambda *_: ran.append(True))
     try:
@@ -98,6 +101,25 @@ def replaced(
         watch.remove()
     if ran and not count[0]:
         raise ConfigError(f"the model ran, but never computed {place}; the SAE was not spliced in")
+
+
+def _check_centred(model: Any, sae: SparseAutoencoder) -> None:
+    """A warning where the SAE says that its activations were centred, and the model's embedding is not."""
+    if not making_of(sae.metadata).centred:
+        return
+    embedding = getattr(model, "W_E", None)
+    if embedding is None and hasattr(model, "get_input_embeddings"):
+        embedding = getattr(model.get_input_embeddings(), "weight", None)
+    if not isinstance(embedding, Tensor) or not embedding.numel():
+        return
+    rows = embedding.detach()[:256].float()
+    if float(rows.mean(-1).abs().max()) > 1e-3 * float(rows.std()):
+        warnings.warn(
+            "the SAE says center_writing_weights=True and the model's embedding is not centred: its activations are "
+            "not those the SAE was trained on (TransformerLens: center_writing_weights=True; here: load_host(..., "
+            "center_writing_weights=True).model)",
+            stacklevel=4,
+        )
 
 
 def replacement(

@@ -59,7 +59,7 @@ def rational_encode(
     dtype = product_dtype(x)
     gate = GateTensors(*(one.to(wide(dtype)) for one in gate))
     rows = x.reshape(-1, x.shape[-1])
-    if backend == "eager":
+    if backend == "eager" or reference.transformed():
         encoded = _reference_encode(rows, W_enc, b_enc, b_dec, gate, spec, dtype)
     else:
         differentiable = [x, W_enc, b_enc, *gate] if b_dec is None else [x, W_enc, b_enc, b_dec, *gate]

@@ -100,16 +100,41 @@ class Encoded(NamedTuple):
     l1: Tensor
 
 
+def transformed() -> bool:
+    """Whether torch.func (grad, vjp, jvp, vmap, jacfwd, ...) or forward mode differentiates right now.
+
+    The operators and kernels have no rules for those; the formulas of this module have."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def refuse_transforms(what: str) -> None:
+    """Raises ConfigError where `transformed`: what has no rules for torch.func fails, or gives zeros."""
+    if transformed():
+        raise ConfigError(f"{what} is not for torch.func or forward mode; use encode(x) and decode(z), which are")
+
+
 class _HardForward(torch.autograd.Function):
     """Returns `hard`; hands the incoming gradient to `soft` (a straight-through estimator, bit-exact forward)."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, hard: Tensor, soft: Tensor) -> Tensor:
+    def forward(hard: Tensor, soft: Tensor) -> Tensor:
         return hard.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
         return None, grads[0]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return tangents[1].clone() if tangents[1] is not None else torch.zeros_like(tangents[0])
 
 
 def horner(s: Tensor, coefficients: Tensor) -> Tensor:

@@ -30,17 +30,35 @@ class _Rectangle(torch.autograd.Function):
     `to_h` also passes that derivative to h; the published JumpReLU passes it to theta only.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, h: Tensor, theta: Tensor, bandwidth: float, to_h: bool) -> Tensor:
-        ctx.save_for_backward(h, theta)
-        ctx.bandwidth, ctx.to_h = bandwidth, to_h
+    def forward(h: Tensor, theta: Tensor, bandwidth: float, to_h: bool) -> Tensor:
         return (h > theta).to(h.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        h, theta, ctx.bandwidth, ctx.to_h = inputs
+        ctx.save_for_backward(h, theta)
+        ctx.save_for_forward(h, theta)
+
+    @staticmethod
+    def slope(ctx: Any) -> Tensor:
         h, theta = ctx.saved_tensors
-        slope = ((h - theta).abs() < ctx.bandwidth / 2).to(h.dtype) / ctx.bandwidth * grads[0]
-        return slope if ctx.to_h else None, -slope.flatten(0, -2).sum(0), None, None
+        return ((h - theta).abs() < ctx.bandwidth / 2).to(h.dtype) / ctx.bandwidth
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+        slope = _Rectangle.slope(ctx) * grads[0]
+        return slope if ctx.to_h else None, -slope.reshape(-1, slope.shape[-1]).sum(0), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        slope, dh, dtheta = _Rectangle.slope(ctx), tangents[0], tangents[1]
+        moved = torch.zeros_like(slope)
+        if ctx.to_h and dh is not None:
+            moved = moved + slope * dh
+        return moved if dtheta is None else moved - slope * dtheta
 
 
 def opened(h: Tensor, theta: Tensor, bandwidth: float, to_h: bool) -> Tensor:
@@ -86,7 +104,7 @@ class JumpReluSAE(SparseAutoencoder):
     def encode_with_counts(self, x: Tensor) -> tuple[Tensor, Tensor]:
         h = self.hidden_pre(x)
         opened = _Rectangle.apply(h, self.threshold.to(h.dtype), self.bandwidth, self.slope_to_h)
-        return h * opened, opened.flatten(0, -2).sum(0).float()
+        return h * opened, opened.reshape(-1, self.d_sae).sum(0).float()
 
     @torch.no_grad()
     def constrain_(self) -> None:

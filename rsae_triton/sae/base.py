@@ -22,6 +22,7 @@ from rsae_triton.common.checks import (
 )
 from rsae_triton.common.errors import ConfigError, NumericsError, ResourceError, ShapeError
 from rsae_triton.ops.encode import product_like
+from rsae_triton.ops.reference import transformed
 from rsae_triton.sae.normalization import MODES, Affine, normalize
 from rsae_triton.sae.pretrained import Pretrained
 from rsae_triton.sae.units import UNITS
@@ -102,7 +103,7 @@ class SparseAutoencoder(Pretrained):
         Where an SAE has trainable thresholds the counts are differentiable, so that l0 can be penalised.
         """
         z = self.encode(x)
-        return z, (z != 0).flatten(0, -2).sum(0).float()
+        return z, (z != 0).reshape(-1, self.d_sae).sum(0).float()
 
     def decode(self, feature_acts: Tensor, x: Tensor | None = None) -> Tensor:
         """Codes [..., d_sae] -> reconstructions [..., d_in].
@@ -146,7 +147,7 @@ class SparseAutoencoder(Pretrained):
         x = self.normalization(x).apply(x)
         if not self.apply_b_dec_to_input:
             return x @ self.W_enc + self.b_enc
-        if torch.is_autocast_enabled(x.device.type) or x.requires_grad:
+        if torch.is_autocast_enabled(x.device.type) or x.requires_grad or transformed():
             return (x - self.b_dec) @ self.W_enc + self.b_enc
         return _CentredLinear.apply(x, self.W_enc, self.b_enc, self.b_dec)
 

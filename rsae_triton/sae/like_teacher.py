@@ -23,14 +23,20 @@ def sample(activations: Tensor | Any, teacher: SparseAutoencoder, n_tokens: int,
     """n_tokens rows to calibrate on, in the teacher's dtype and on its device."""
     if not isinstance(activations, Tensor) and not hasattr(activations, "tensor"):
         raise ShapeError(f"activations is a {type(activations).__name__}; give a torch.Tensor or an ActivationStore")
-    x = activations if isinstance(activations, Tensor) else activations.tensor()
-    check_data("activations", x)
-    if x.dim() != 2 or x.shape[1] != teacher.d_in:
-        raise ShapeError(f"activations have shape {tuple(x.shape)}; the teacher takes [n, d_in={teacher.d_in}]")
-    if len(x) == 0:
+    stored = hasattr(activations, "rows") and not isinstance(activations, Tensor)
+    x: Any = activations if isinstance(activations, Tensor) or stored else activations.tensor()
+    if not stored:
+        check_data("activations", x)
+    shape = (len(x), x.d_in) if stored else tuple(x.shape)
+    if len(shape) != 2 or shape[1] != teacher.d_in:
+        raise ShapeError(f"activations have shape {shape}; the teacher takes [n, d_in={teacher.d_in}]")
+    if shape[0] == 0:
         raise ShapeError("there are no activations to calibrate on; give at least a few hundred tokens")
-    chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:n_tokens]
-    x = x[chosen.to(x.device)].to(device=teacher.W_enc.device, dtype=teacher.W_enc.dtype)
+    chosen = torch.randperm(shape[0], generator=torch.Generator().manual_seed(seed))[:n_tokens]
+    # Of a store only these rows are read: it may be larger than memory.
+    x = (x.rows(chosen) if stored else x.detach()[chosen.to(x.device)]).to(
+        device=teacher.W_enc.device, dtype=teacher.W_enc.dtype
+    )
     check_finite("the sample of the activations", x, "drop those rows first")
     return x
 

@@ -13,7 +13,7 @@ from rsae_triton.common.errors import ConfigError, FormatError, NumericsError, S
 from rsae_triton.ops.across import Across
 from rsae_triton.ops.autoencode import Autoencoded, rational_autoencode
 from rsae_triton.ops.encode import rational_encode, resolve_backend
-from rsae_triton.ops.reference import Encoded
+from rsae_triton.ops.reference import Encoded, refuse_transforms, transformed
 from rsae_triton.ops.rounds import check_spec
 from rsae_triton.remez import fit_gate
 from rsae_triton.sae import rounds as rounds_of
@@ -131,7 +131,7 @@ class FusedRationalSAE(SparseAutoencoder):
 
     def forward(self, x: Tensor) -> Tensor:
         """Activations [..., d_in] -> reconstructions [..., d_in]."""
-        if self.refinement is None or self.backend == "eager":
+        if self.refinement is None or self.backend == "eager" or transformed():
             return super().forward(x)
         self._check_last(x, "x", "d_in", self.d_in)
         affine = self.normalization(x)
@@ -161,6 +161,7 @@ class FusedRationalSAE(SparseAutoencoder):
             ConfigError: x requires a gradient and the SAE normalises every token, or a target for an SAE that does, or
                 that has several rounds.
         """
+        refuse_transforms("autoencode")
         self._check_last(x, "x", "d_in", self.d_in)
         normalized = self.normalize_activations != "none"
         if normalized and x.requires_grad:

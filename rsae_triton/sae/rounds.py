@@ -18,7 +18,7 @@ from rsae_triton.ops import rounds as ops
 from rsae_triton.ops.across import Across
 from rsae_triton.ops.autoencode import Autoencoded
 from rsae_triton.ops.encode import check_inputs, product_dtype, resolve_backend
-from rsae_triton.ops.reference import Encoded, GateSpec, GateTensors
+from rsae_triton.ops.reference import Encoded, GateSpec, GateTensors, refuse_transforms, transformed
 from rsae_triton.ops.rounds import RoundCode, RoundTensors
 from rsae_triton.ops.tiles import wide
 from rsae_triton.sae.gate import Precise, RationalGate
@@ -154,7 +154,7 @@ def encode(sae: Refined, x: Tensor, *, hidden: Tensor | None = None) -> Encoded:
     """
     rows = x.reshape(-1, sae.W_enc.shape[0])
     hidden = None if hidden is None else hidden.reshape(-1, sae.W_enc.shape[1])
-    if sae.backend == "eager":
+    if sae.backend == "eager" or transformed():
         encoded = ops.reference(*_arguments(sae, rows), hidden=hidden, **_options(sae, rows))
     else:
         encoded = _dense(sae, rows, hidden)
@@ -169,6 +169,7 @@ def entries(sae: Refined, x: Tensor, **options: Any) -> RoundCode:
 
 
 def _entries(sae: Refined, x: Tensor, options: dict[str, Any]) -> RoundCode:
+    refuse_transforms("a code by its entries")
     options = {**_options(sae, x), **options}
     resolve_backend(sae.backend, x.device, options["dtype"])
     with torch.autocast(x.device.type, enabled=False):

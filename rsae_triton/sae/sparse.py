@@ -19,7 +19,7 @@ from rsae_triton.common.checks import check_data, check_integer, check_room, che
 from rsae_triton.common.errors import ConfigError, NumericsError, ShapeError
 from rsae_triton.ops import backends, sparse_ops
 from rsae_triton.ops import encode as ops
-from rsae_triton.ops.reference import GateSpec, GateTensors
+from rsae_triton.ops.reference import GateSpec, GateTensors, refuse_transforms
 from rsae_triton.ops.sparse_ops import (
     Entries,
     check_places,
@@ -107,6 +107,7 @@ def encode_sparse(
 @torch.no_grad()
 def _encode_sparse(sae: SparseAutoencoder, x: Tensor, capacity: int | None, k: int | None) -> SparseCode:
     check_sae("sae", sae)
+    refuse_transforms("encode_sparse")
     if sae.architecture == "rational_topk":
         raise ConfigError("sparse encoding takes thresholds per feature; use upgrade(..., thresholds='feature')")
     sae._check_last(x, "x", "d_in", sae.d_in)
@@ -152,6 +153,7 @@ def decode_sparse(sae: SparseAutoencoder, code: SparseCode, x: Tensor | None = N
         ConfigError: such an SAE without x, or a second derivative.
     """
     check_sae("sae", sae)
+    refuse_transforms("decode_sparse")
     _check_code(code)
     check_tensor("code.values", code.values, sae.W_dec.device)
     n_tokens, width = code.counts.numel(), code.values.shape[-1]

@@ -18,9 +18,9 @@ class TopKRationalSAE(FusedRationalSAE):
     """z = h * r((h - tau) / C_in) where h > tau, tau halfway between a token's k-th and (k+1)-th pre-activation.
 
     With tau supplied, a TopK gate is a JumpReLU (design of arXiv:2606.14990, section 3.1), so that one rational fits
-    all tokens. tau is never below 0 (unless relu=False) and carries no gradient; tokens whose k-th and (k+1)-th
-    pre-activations are equal keep fewer than k. It sorts, in plain PyTorch; `FusedRationalSAE` with thresholds per
-    feature (`upgrade`'s default, calibrated to fire as often as the teacher) needs no sort and runs in the fused
+    all tokens. tau is never below 0 (unless relu=False) and carries no gradient; of equal pre-activations, of which
+    16 bits make many, those are kept that a TopK takes. It sorts, in plain PyTorch; `FusedRationalSAE` with thresholds
+    per feature (`upgrade`'s default, calibrated to fire as often as the teacher) needs no sort and runs in the fused
     kernels.
 
     Args:
@@ -55,16 +55,20 @@ class TopKRationalSAE(FusedRationalSAE):
         self._check_last(x, "x", "d_in", self.d_in)
         h = self.hidden_pre(x).reshape(-1, self.d_sae)
         wide = h.to(torch.promote_types(h.dtype, torch.float32))
-        gate = self.gate.tensors()._replace(threshold=self.token_thresholds(wide.detach()))
+        tau = self.token_thresholds(wide.detach())
+        gate = self.gate.tensors()._replace(threshold=tau)
         z, active = rational_gate(wide, gate, self.gate.spec(hard))
+        if hard and self.k < self.d_sae:
+            kept = torch.zeros_like(wide).scatter(-1, wide.topk(self.k, dim=-1, sorted=False).indices, 1.0)
+            z, active = z * kept, active * kept
         return Encoded(z.to(h.dtype).reshape(*x.shape[:-1], self.d_sae), active.sum(0), z.abs().sum(0))
 
     def token_thresholds(self, h: Tensor) -> Tensor:
         """tau [n_tokens, 1] (>= 0 with relu) of pre-activations h [n_tokens, d_sae]."""
         if self.k == self.d_sae:
             return h.new_zeros(len(h), 1) if self.relu else h.new_full((len(h), 1), torch.finfo(h.dtype).min / 2)
-        largest = h.topk(self.k + 1, dim=1).values
-        between = largest[:, -2:].mean(1, keepdim=True)
+        last, following = h.topk(self.k + 1, dim=1).values[:, -2:].split(1, dim=1)
+        between = torch.where(last > following, (last + following) / 2, last.nextafter(last.new_tensor(-torch.inf)))
         return between.clamp_min(0) if self.relu else between
 
     def autoencode(self, x: Tensor, **options: Any) -> Any:

@@ -22,6 +22,7 @@ from torch import Tensor
 from rsae_triton.activations.places import canonical, same_place
 from rsae_triton.common.errors import ConfigError
 from rsae_triton.common.names import hub_model, model_metadata
+from rsae_triton.sae.making import making_of
 
 UNITS = "units"
 """Name in the metadata; saved SAEs read the model's own activations and leave it out."""
@@ -135,6 +136,13 @@ def check_place(sae: Any, activations: Any, name: str = "the SAE", stacklevel: i
     manifest = getattr(activations, "manifest", None)
     if not isinstance(manifest, Mapping):
         return
+    read = manifest.get("documents_file") is not None  # by this package, which says how
+    if read and making_of(sae.metadata).centred and not manifest.get("center_writing_weights"):
+        warnings.warn(
+            f"{name} says center_writing_weights=True, and these activations are of the model as it is; read them with "
+            "load_host(..., center_writing_weights=True)",
+            stacklevel=stacklevel,
+        )
     for key, entry, same in (("hook_name", "hook_name", same_hook), ("model_name", "model", same_model)):
         ours, theirs = sae.metadata.get(key), manifest.get(entry)
         if not isinstance(ours, str) or not isinstance(theirs, str):

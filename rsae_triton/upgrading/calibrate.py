@@ -97,6 +97,10 @@ def calibrate(fit: GateFit, data: Histogram, input_scale: float, *, tail: bool) 
         return root[:, None] * np.hstack([left, right])
 
     start = np.concatenate([fit.a / fit.numerator_scale, fit.b / fit.denominator_scale])
+    if not np.isfinite(residual(start)).all():
+        raise NumericsError(
+            f"the gate overflows on these pre-activations (up to {np.abs(data.value).max():.2g}); use other units"
+        )
     found = least_squares(residual, start, jacobian, method="trf", xtol=1e-12, ftol=1e-12, gtol=1e-14, max_nfev=300)
     norm = np.sqrt(np.sum(data.weight * (data.target / input_scale) ** 2))
 

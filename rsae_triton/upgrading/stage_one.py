@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import math
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +32,8 @@ from rsae_triton.upgrading.direct import direct
 from rsae_triton.upgrading.gated import gated
 from rsae_triton.upgrading.sampling import Sample
 from rsae_triton.upgrading.thresholds import Grouping, strength_groups
+
+Making = TypeVar("Making", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,8 @@ class StageOne:
 
     @property
     def summary(self) -> str:
+        if self.teacher_l0 == 0:
+            return f"{self.form} {self.degree}; no feature of the teacher was active, so that nothing was compared"
         fitted = "" if self.error is None else f", minimax error {self.error:.3g} (proved >= {self.lower_bound:.3g})"
         one = (
             f"{self.form} {self.degree}{fitted}; code within {100 * self.relative_error:.2f} % of the teacher's, "
@@ -70,6 +77,26 @@ class StageOne:
         )
 
 
+def in_float32(make: Making) -> Making:
+    """Decorates `upgrade`: a teacher in bfloat16 or float16 is calibrated in float32; the result is in its dtype."""
+
+    @functools.wraps(make)
+    def wrapped(*args: Any, **options: Any) -> Any:
+        teacher = args[0] if args else options.get("teacher")
+        if objects.is_saelens(teacher):
+            teacher = objects.read(teacher)
+            args, options = ((teacher, *args[1:]), options) if args else (args, {**options, "teacher": teacher})
+        if not isinstance(teacher, SparseAutoencoder) or teacher.W_enc.dtype.itemsize >= 4 or teacher.W_enc.is_meta:
+            return make(*args, **options)
+        resolve_backend(options.get("backend", "auto"), teacher.W_enc.device, teacher.W_enc.dtype)
+        wide = copy.deepcopy(teacher).float()
+        given = (wide, *args[1:]) if args else ()
+        return make(*given, **(options if args else {**options, "teacher": wide})).to(teacher.W_enc.dtype)
+
+    return wrapped  # type: ignore[return-value]
+
+
+@in_float32
 @in_store_units
 def upgrade(
     teacher: SparseAutoencoder,
@@ -122,8 +149,6 @@ def upgrade(
         ShapeError, NumericsError: activations that do not fit or are not finite. ConfigError: a bad setting, a
             teacher of a kind that has no gate to fit, or a store of another model or place than the teacher reads.
     """
-    if objects.is_saelens(teacher):
-        teacher = objects.read(teacher)
     if not isinstance(teacher, ReluSAE | JumpReluSAE | TopKSAE | BatchTopKSAE):
         raise ConfigError(
             f"a {type(teacher).__name__} cannot be upgraded; teachers are ReLU, JumpReLU, TopK and BatchTopK SAEs"
@@ -199,7 +224,7 @@ def upgrade(
         report = StageOne(
             form=gate.form,
             degree=gate.degree,
-            relative_error=float((code - z).norm() / z.norm().clamp_min(1e-12)),
+            relative_error=float((code - z).double().norm() / z.double().norm().clamp_min(1e-12)),
             activity_threshold=float(gate.activity_threshold.max()),
             teacher_l0=teacher_l0,
             l0=float((code != 0).sum(1).float().mean()),
@@ -207,6 +232,13 @@ def upgrade(
             n_tokens=len(x),
             **facts,
         )
+    if not math.isfinite(report.relative_error):
+        raise NumericsError(
+            f"the code of the {gate.form} gate overflows {code.dtype} on these activations; use form='gated', or other "
+            "units (store_tensor scales activations)"
+        )
+    if teacher_l0 == 0:
+        warnings.warn("no feature of the teacher was active on these activations; nothing was compared", stacklevel=4)
     added = None
     if wanted != 1 and form != "direct" and not options:
         rows = x if validation is None else sample(validation, teacher, n_tokens, seed)
