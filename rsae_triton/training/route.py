@@ -13,8 +13,8 @@ from rsae_triton.training.memory import MemoryPlan
 
 LIMITS = {"compiled": (0.12, 0.16), "tiled": (0.04, 0.06)}
 """Shares of [n_tokens, d_sae]: dense steps become sparse ones below the first, sparse ones dense above the second; by
-what runs the loops over entries on a CPU (`ops.native`). Between them a run goes on as it is, so that it does not change
-its way at every step (docs/scaling.md)."""
+what runs the loops over entries on a CPU (`ops.native`). Between them a run goes on as it is, so that it does not
+change its way at every step (docs/scaling.md)."""
 EVERY = 10
 """Dense steps after which the support is looked at again, by some tokens of the batch."""
 
