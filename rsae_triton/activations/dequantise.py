@@ -17,6 +17,7 @@ from filelock import FileLock
 from rsae_triton.activations.downloads import DOWNLOADS, cache_dir, fetch
 from rsae_triton.common.errors import FormatError, SourceError, first_line
 from rsae_triton.common.files import make_folder
+from rsae_triton.common.install import advice
 
 
 def embedded_model() -> Path:
@@ -49,7 +50,7 @@ def _folder(name: str, identity: str) -> Path:
         major = metadata.version("transformers").split(".")[0]
     except metadata.PackageNotFoundError as error:
         raise SourceError(
-            "a host model needs the package `transformers`; install it with: pip install 'rsae-triton[host]'"
+            f"a host model needs the package `transformers`; install it with: {advice('host')}"
         ) from error
     return cache_dir() / "models" / f"{name}-{identity[:16]}-transformers{major}"
 
@@ -77,9 +78,7 @@ def _write_folder(gguf: Path, folder: Path) -> None:
     try:
         import gguf as _  # noqa: F401  (transformers' reader needs it)
     except ImportError as error:
-        raise SourceError(
-            "a .gguf file needs the package `gguf`; install it with: pip install 'rsae-triton[host]'"
-        ) from error
+        raise SourceError(f"a .gguf file needs the package `gguf`; install it with: {advice('host')}") from error
     from safetensors.torch import save_file
 
     try:

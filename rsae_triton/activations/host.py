@@ -18,6 +18,7 @@ from rsae_triton.activations import places
 from rsae_triton.activations.centring import center_writing_weights_
 from rsae_triton.activations.loading import default_dtype, load_model, parse_dtype
 from rsae_triton.common.errors import ConfigError, ShapeError, SourceError, first_line
+from rsae_triton.common.install import advice
 from rsae_triton.common.names import EMBEDDED, EMBEDDED_ID, hub_model
 
 Library = Literal["auto", "transformer_lens", "transformers"]
@@ -42,6 +43,12 @@ class HostModel:
     Places have TransformerLens' names, and are known by other libraries' names too (`places`). Residual streams and
     what goes into and comes out of MLPs are served by the Hugging Face module with either library (the same numbers bit
     for bit, 8 % faster); any other name needs TransformerLens, whose bridge shares every weight with the module.
+
+    Attributes:
+        model: the Hugging Face module. tokenizer: its tokenizer. name: what it was loaded by.
+        bridge: TransformerLens' `TransformerBridge` over the same weights, for `run_with_cache` and its like; None
+            where TransformerLens is not installed or cannot run the model.
+        default_hook: the place that is read where none is named.
     """
 
     def __init__(
@@ -119,6 +126,8 @@ class HostModel:
         if hook_name in names:
             return hook_name
         hint = places.suggestion(hook_name, names, self.default_hook)
+        if hook_name.isdecimal():
+            hint = f"did you mean blocks.{hook_name}.hook_resid_post (what layer {hook_name} gives out)?"
         if layer := re.match(r"blocks\.(\d+)\.", hook_name):
             if int(layer[1]) >= self.n_layers:
                 raise ConfigError(
@@ -445,7 +454,7 @@ def _boot_bridge(model: Any, tokenizer: Any, name: str, library: Library) -> Any
         if library == "auto":
             return None
         raise SourceError(
-            "library='transformer_lens' needs that package; install it with: pip install 'rsae-triton[host]'"
+            f"library='transformer_lens' needs that package; install it with: {advice('host')}"
         ) from error
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     try:

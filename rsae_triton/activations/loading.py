@@ -11,6 +11,7 @@ import torch
 from rsae_triton.activations.dequantise import embedded_model, gguf_model
 from rsae_triton.common.errors import ConfigError, FormatError, SourceError, first_line
 from rsae_triton.common.hub import hub_reachable
+from rsae_triton.common.install import advice
 from rsae_triton.common.names import EMBEDDED, EMBEDDED_ID, EMBEDDED_NOTE, hub_model
 
 _DTYPES = {
@@ -67,7 +68,7 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any
         from transformers.utils import logging
     except ImportError as error:
         raise SourceError(
-            "a host model needs the package `transformers`; install it with: pip install 'rsae-triton[host]'"
+            f"a host model needs the package `transformers`; install it with: {advice('host')}"
         ) from error
     offline = is_hub and not hub_reachable()
     # On CPU at context 128 eager attention is a tenth faster than sdpa, and it is what TransformerLens runs.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.metadata
 import os
 import re
@@ -41,7 +42,8 @@ from rsae_triton.experiments.teach import teach as run_teach
 
 ABOUT = (
     "Upgrades sparse autoencoders (SAEs) of language models into Rational SAEs, and measures what that gains. "
-    "Begin with `rsae demo`, or with `rsae doctor`. An error takes one line; --debug shows where it came from."
+    "Begin with `rsae demo`, or with `rsae doctor`. An error takes one line; --debug shows where it came from. "
+    "--version says which version this is."
 )
 _EXAMPLES = re.compile(r"^ *Examples:\n(.*?)(?:\n\s*\n|\s*\Z)", re.MULTILINE | re.DOTALL)
 
@@ -145,12 +147,46 @@ def examples(arguments: list[str]) -> str:
     return "\n".join(["examples:", *(f"  {line}" for line in lines)]) if lines else ""
 
 
+# What other tools call it, and what it is called here.
+_ELSEWHERE = {
+    "--layer": "--hook blocks.LAYER.hook_resid_post (what that layer gives out)",
+    "--hook-name": "--hook",
+    "--hook-point": "--hook",
+    "--model-name": "--model",
+    "--width": "--d-sae",
+    "--dict-size": "--d-sae",
+    "--n-tokens": "--tokens",
+    "--output": "--out",
+}
+
+
+def misspelt(arguments: list[str]) -> str | None:
+    """What to say of a command or an option that is not there but looks like one that is; None where all is well."""
+    known = [*COMMANDS, "gates"]
+    command = arguments[0] if arguments else ""
+    if command and not command.startswith("-") and command not in known:
+        near = difflib.get_close_matches(command, known, n=2)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+        return f"no command {command!r}; {hint}"
+    if command not in COMMANDS:
+        return None
+    names = {"--" + name.replace("_", "-") for name in vars(COMMANDS[command][1])["__dataclass_fields__"]}
+    for word in arguments[1:]:
+        option = word.split("=")[0].replace("_", "-")
+        if option in _ELSEWHERE and option not in names:
+            return f"rsae {command} has no {option}; use {_ELSEWHERE[option]}"
+    return None
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; 0 when it worked, 2 after an error that its one line explains."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments == ["--version"]:
         print(f"rsae-triton {importlib.metadata.version('rsae-triton')}")
         return 0
+    if problem := misspelt(arguments):
+        Console(stderr=True, soft_wrap=True).print(f"[red]rsae:[/red] {escape(problem)}", highlight=False)
+        return 2
     debug = "--debug" in arguments
     app, gate_app = SubcommandApp(), SubcommandApp()
     for name, (command, config) in COMMANDS.items():

@@ -123,6 +123,8 @@ def show(result: Mapping[str, Any], console: Console | None = None) -> None:
     first = next(iter(saes))
     title = f"{meta['model']}, {meta['hook']}: {meta['n_tokens']} held-out tokens, {meta['n_sequences']} sequences"
     console.print(_scores(title, saes))
+    if any(score.get("loss_recovered", 0) > 1 for score in saes.values()):
+        console.print("Loss recovered above 100 % is noise of so few sequences: see the interval of Δ ce.")
     if len(saes) == 1:
         return
     matched = result["matched_l0"]

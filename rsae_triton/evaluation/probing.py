@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from rsae_triton.common.errors import ConfigError, NumericsError, ShapeError, SourceError
+from rsae_triton.common.install import advice
 
 KS = (1, 2, 5, 16)
 METRICS = ("accuracy", "f1")
@@ -80,9 +81,7 @@ def sparse_probe(
     try:
         from sklearn.model_selection import StratifiedGroupKFold
     except ImportError as error:
-        raise SourceError(
-            "probing needs the package scikit-learn; install it with: pip install 'rsae-triton[probe]'"
-        ) from error
+        raise SourceError(f"probing needs the package scikit-learn; install it with: {advice('probe')}") from error
     labels, groups = np.asarray(labels).astype(bool), np.unique(np.asarray(groups), return_inverse=True)[1]
     _check(representations, labels, groups, ks)
     per_label = [len(np.unique(groups[labels == label])) for label in (False, True)]

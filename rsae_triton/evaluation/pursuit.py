@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rsae_triton.common.checks import check_integer
 from rsae_triton.common.errors import ConfigError, SourceError
+from rsae_triton.common.install import advice
 from rsae_triton.sae.base import SparseAutoencoder, check_sae
 
 
@@ -34,9 +35,7 @@ class Pursuit:
         try:
             from sklearn.linear_model import orthogonal_mp_gram
         except ImportError as error:
-            raise SourceError(
-                "pursuit needs the package scikit-learn; install it with: pip install 'rsae-triton[probe]'"
-            ) from error
+            raise SourceError(f"pursuit needs the package scikit-learn; install it with: {advice('probe')}") from error
         self.sae, self.k, self._solve = sae, k, orthogonal_mp_gram
         rows = sae.W_dec.detach().double().cpu()
         self._norms = rows.norm(dim=1).clamp_min(1e-12)

@@ -37,6 +37,7 @@ from rsae_triton.training.loop import TrainLog, train
 from rsae_triton.training.settings import KEPT_BY, trains
 from rsae_triton.upgrading.stage_one import parse_degree, upgrade
 
+_NOT_RESULTS = ("out", "device", "overwrite", "figure")
 SHARED = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
@@ -86,6 +87,8 @@ class Demo:
     """Seed of the split of the text, the teacher's initial weights and the order of batches."""
     device: str | None = None
     """cpu or cuda. Default: CUDA where there is one."""
+    overwrite: bool = False
+    """Replace what a demo with other settings left in --out."""
     quick: bool = False
     """A smaller run for tests: few tokens, features and steps; its numbers mean little."""
     figure: Path | None = None
@@ -221,10 +224,26 @@ def check(demo: Demo) -> None:
         parse_degree(demo.degree)
     check_corpus(demo.text)
     check_folder(demo.out)
+    check_settings(demo)
     if demo.sequences < 2:
         raise ConfigError(f"--sequences is {demo.sequences}; an interval takes at least 2, better 48")
     if demo.tokens < demo.batch_size:
         raise ConfigError(f"--tokens {demo.tokens} is less than one batch of {demo.batch_size}; give more")
+
+
+def check_settings(demo: Demo) -> None:
+    """Refuses to replace the results of a demo with other settings (ConfigError); of the same they are made again."""
+    try:
+        before = json.loads((demo.out / "metrics.json").read_text(encoding="utf-8"))["meta"]["configuration"]
+        now = {name: str(value) for name, value in asdict(demo).items() if name not in _NOT_RESULTS}
+        other = {name: before[name] for name, value in now.items() if name in before and before[name] != value}
+    except (OSError, ValueError, LookupError, TypeError):  # nothing there, or nothing of ours
+        return
+    if other and not demo.overwrite:
+        what = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in other.items())
+        raise ConfigError(
+            f"{demo.out} holds a demo with other settings ({what}); give another --out, or --overwrite to replace it"
+        )
 
 
 def place(demo: Demo, teacher: SparseAutoencoder | None) -> tuple[str, str | None]:

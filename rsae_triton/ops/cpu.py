@@ -14,7 +14,9 @@ import os
 import shutil
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -34,6 +36,21 @@ MANY, BLOCK = 12, 2**19
 _log = logging.getLogger(__name__)
 
 
+# Codes that nothing learns from are made once, not four hundred times: from here on compiling pays for them, too.
+LOOKING_ELEMENTS = 2**25
+_looking: ContextVar[bool] = ContextVar("looking", default=False)
+
+
+@contextmanager
+def looking(only: bool) -> Iterator[None]:
+    """While the context is open, `only` says that codes are looked at and not trained."""
+    before = _looking.set(only)
+    try:
+        yield
+    finally:
+        _looking.reset(before)
+
+
 def engine_for(n_elements: int) -> str:
     """ "inductor" for training-size batches where a C++ compiler is found, else "tiled"."""
     forced = os.environ.get("RSAE_CPU_ENGINE")
@@ -42,7 +59,7 @@ def engine_for(n_elements: int) -> str:
     if forced:
         return forced
     compiler = os.environ.get("CXX") or "g++"
-    pays = n_elements >= INDUCTOR_ELEMENTS
+    pays = n_elements >= (LOOKING_ELEMENTS if _looking.get() else INDUCTOR_ELEMENTS)
     return "inductor" if pays and shutil.which(compiler) and _Compiled.works else "tiled"
 
 
@@ -158,7 +175,7 @@ class _Compiled:
 def _compile(function: Callable[..., Any], option: Any, dtype: torch.dtype) -> Callable[..., Any]:
     spec, which = option[0], function.__name__.strip("_")
     _log.warning(
-        "compiling the %s pass of a %s (%d, %d) gate for the CPU (%s): 5 to 20 s now, kept on disk for later runs",
+        "compiling the %s pass of a %s (%d, %d) gate for the CPU (%s): 5 to 20 s; later runs read it from the disk",
         which,
         spec.form,
         spec.p,

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from rsae_triton.common.checks import check_tensor
 from rsae_triton.common.errors import ConfigError, ShapeError
-from rsae_triton.ops import backends, reference
+from rsae_triton.ops import backends, cpu, reference
 from rsae_triton.ops.backends import BACKENDS, interpreting, resolve_backend
 from rsae_triton.ops.reference import Encoded, GateSpec, GateTensors
 from rsae_triton.ops.tiles import wide
@@ -150,7 +150,8 @@ def _encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, *rest
         chosen, route = backends.choose(backend, x.device, dtype, W_enc.shape[0], gate, spec, training=save_h)
         weights, fused = (W_enc.to(dtype), b_enc.to(dtype)), route.forward == "fused"
         x_c = centred(x, b_dec, dtype)
-        z, h, counts, l1 = backends.encode(chosen, x_c, *weights, gate, spec, save_h=save_h, fused=fused)
+        with cpu.looking(not save_h):
+            z, h, counts, l1 = backends.encode(chosen, x_c, *weights, gate, spec, save_h=save_h, fused=fused)
         # The kernels' sums are two rows of one tensor; an operator's outputs must not share memory.
         return z, counts, l1.clone(), z.new_empty(0) if h is None else h
 

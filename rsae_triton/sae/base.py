@@ -115,7 +115,7 @@ class SparseAutoencoder(Pretrained):
         Raises:
             ConfigError: such an SAE without x.
         """
-        self._check_last(feature_acts, "feature_acts", "d_sae", self.d_sae)
+        feature_acts = self._check_last(feature_acts, "feature_acts", "d_sae", self.d_sae)
         return self.denormalize(feature_acts @ self.W_dec + self.b_dec, x)
 
     def denormalize(self, x_hat: Tensor, x: Tensor | None) -> Tensor:
@@ -143,7 +143,7 @@ class SparseAutoencoder(Pretrained):
 
     def hidden_pre(self, x: Tensor) -> Tensor:
         """Activations [..., d_in] -> pre-activations h [..., d_sae]."""
-        self._check_last(x, "x", "d_in", self.d_in)
+        x = self._check_last(x, "x", "d_in", self.d_in)
         x = self.normalization(x).apply(x)
         if not self.apply_b_dec_to_input:
             return x @ self.W_enc + self.b_enc
@@ -151,15 +151,17 @@ class SparseAutoencoder(Pretrained):
             return (x - self.b_dec) @ self.W_enc + self.b_enc
         return _CentredLinear.apply(x, self.W_enc, self.b_enc, self.b_dec)
 
-    def _check_last(self, tensor: Tensor, name: str, size_name: str, size: int) -> None:
+    def _check_last(self, tensor: Tensor, name: str, size_name: str, size: int) -> Tensor:
+        """The tensor, if it fits; one of narrower numbers (a bfloat16 model's) in the dtype of the weights."""
         weights = self.W_dec
         check_tensor(name, tensor, weights.device)
         if tensor.dim() == 0 or tensor.shape[-1] != size:
             raise ShapeError(f"{name} has shape {tuple(tensor.shape)}; its last dimension must be {size_name}={size}")
-        if tensor.dtype != weights.dtype and not torch.is_autocast_enabled(weights.device.type):
-            raise ConfigError(
-                f"{name} is {tensor.dtype} but the SAE is {weights.dtype}; convert one of them with .to(...)"
-            )
+        if tensor.dtype == weights.dtype or torch.is_autocast_enabled(weights.device.type):
+            return tensor
+        if torch.promote_types(tensor.dtype, weights.dtype) == weights.dtype:
+            return tensor.to(weights.dtype)
+        raise ConfigError(f"{name} is {tensor.dtype} but the SAE is {weights.dtype}; convert one of them with .to(...)")
 
     def with_rounds(
         self,
@@ -177,6 +179,19 @@ class SparseAutoencoder(Pretrained):
         # Not an import statement: what adds rounds is built on this module.
         adding = importlib.import_module("rsae_triton.sae.adding")
         return adding.with_rounds(self, rounds, activations, target_l0=target_l0, n_tokens=n_tokens, seed=seed)
+
+    def extra_repr(self) -> str:
+        """Sizes, place, units and, where they are known, l0 and what the activations were scaled by."""
+        said = [f"d_in={self.d_in}, d_sae={self.d_sae}"]
+        said += [f"{key}={value}" for key in ("k",) if (value := getattr(self, key, None)) is not None]
+        for key in ("model_name", "hook_name"):
+            if self.metadata.get(key):
+                said.append(f"{key.removesuffix('_name')}={self.metadata[key]}")
+        if isinstance(stage := self.metadata.get("stage1"), Mapping) and isinstance(stage.get("l0"), int | float):
+            said.append(f"l0={stage['l0']:.1f}")
+        if self.units not in (None, 1.0):
+            said.append(f"units={self.units:.4g}")
+        return ", ".join(said)
 
     # -- weights
 

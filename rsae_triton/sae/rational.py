@@ -120,7 +120,7 @@ class FusedRationalSAE(SparseAutoencoder):
 
     def encode_with_sums(self, x: Tensor, *, hard: bool = True) -> Encoded:
         """As `encode`, with what a sparsity penalty needs: counts and the sums of |z|, [d_sae], differentiable."""
-        self._check_last(x, "x", "d_in", self.d_in)
+        x = self._check_last(x, "x", "d_in", self.d_in)
         x = self.normalization(x).apply(x)
         if self.refinement is not None:
             check_spec(self.gate.spec(hard))
@@ -133,7 +133,7 @@ class FusedRationalSAE(SparseAutoencoder):
         """Activations [..., d_in] -> reconstructions [..., d_in]."""
         if self.refinement is None or self.backend == "eager" or transformed():
             return super().forward(x)
-        self._check_last(x, "x", "d_in", self.d_in)
+        x = self._check_last(x, "x", "d_in", self.d_in)
         affine = self.normalization(x)
         return affine.undo(rounds_of.reconstruct(self, affine.apply(x)))
 
@@ -162,7 +162,7 @@ class FusedRationalSAE(SparseAutoencoder):
                 that has several rounds.
         """
         refuse_transforms("autoencode")
-        self._check_last(x, "x", "d_in", self.d_in)
+        x = self._check_last(x, "x", "d_in", self.d_in)
         normalized = self.normalize_activations != "none"
         if normalized and x.requires_grad:
             raise ConfigError("autoencode gives no gradient through a token's normalisation; detach x, or use encode")
@@ -270,7 +270,9 @@ class FusedRationalSAE(SparseAutoencoder):
         return sae
 
     def extra_repr(self) -> str:
-        return f"d_in={self.d_in}, backend={self.backend}" + (f", rounds={self.rounds}" if self.rounds > 1 else "")
+        return f"{super().extra_repr()}, backend={self.backend}" + (
+            f", rounds={self.rounds}" if self.rounds > 1 else ""
+        )
 
 
 def initial_gate(d_sae: int, degree: tuple[int, int] | None, form: str, options: dict[str, Any]) -> RationalGate:

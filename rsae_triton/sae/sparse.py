@@ -110,7 +110,7 @@ def _encode_sparse(sae: SparseAutoencoder, x: Tensor, capacity: int | None, k: i
     refuse_transforms("encode_sparse")
     if sae.architecture == "rational_topk":
         raise ConfigError("sparse encoding takes thresholds per feature; use upgrade(..., thresholds='feature')")
-    sae._check_last(x, "x", "d_in", sae.d_in)
+    x = sae._check_last(x, "x", "d_in", sae.d_in)
     _check_count("capacity", capacity)
     _check_count("k", k)
     if isinstance(sae, TopKSAE):

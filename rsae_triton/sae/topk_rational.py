@@ -52,7 +52,7 @@ class TopKRationalSAE(FusedRationalSAE):
 
     def encode_with_sums(self, x: Tensor, *, hard: bool = True) -> Encoded:
         """As `FusedRationalSAE.encode_with_sums`, with this batch's thresholds."""
-        self._check_last(x, "x", "d_in", self.d_in)
+        x = self._check_last(x, "x", "d_in", self.d_in)
         h = self.hidden_pre(x).reshape(-1, self.d_sae)
         wide = h.to(torch.promote_types(h.dtype, torch.float32))
         tau = self.token_thresholds(wide.detach())

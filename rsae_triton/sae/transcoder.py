@@ -68,7 +68,7 @@ class Transcoder(SparseAutoencoder):
         Raises:
             ConfigError: a W_skip, and no x.
         """
-        self._check_last(feature_acts, "feature_acts", "d_sae", self.d_sae)
+        feature_acts = self._check_last(feature_acts, "feature_acts", "d_sae", self.d_sae)
         return self.denormalize(feature_acts @ self.W_dec + self.b_dec, x)
 
     def denormalize(self, x_hat: Tensor, x: Tensor | None) -> Tensor:

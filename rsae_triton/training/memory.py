@@ -69,7 +69,7 @@ class MemoryPlan:
             "always": f"sparse ({', '.join([self.mode, *pieces])} where the support is too large)",
         }
         return (
-            f"memory: {ways[self.support]}. weights {_size(self.weights)}, gradients and optimiser "
+            f"  memory of a step (way: {ways[self.support]}): weights {_size(self.weights)}, gradients and optimiser "
             f"{_size(self.optimiser)}, activations {_size(self.need)}"
             + (f", the language model {_size(self.language)}" if self.language else "")
             + there

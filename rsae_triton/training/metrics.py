@@ -121,7 +121,12 @@ def _wandb(out: Path, settings: dict[str, Any]) -> Sink:
     if not mark.is_file():
         write_text(mark, secrets.token_hex(4))
     run: Any = wandb.init(
-        dir=str(out), name=out.name, id=mark.read_text().strip(), resume="allow", config=json.loads(_plain(settings))
+        project=settings.get("project") or "rsae-triton",
+        dir=str(out),
+        name=out.name,
+        id=mark.read_text().strip(),
+        resume="allow",
+        config=json.loads(_plain(settings)),
     )
     return lambda row: run.log(row, step=row["step"]), run.finish
 
@@ -145,7 +150,7 @@ def progress_bar(label: str, steps: int, done: int, batch_size: int, show: bool)
 
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=6),  # the whole line fits into 80 columns
         MofNCompleteColumn(),
         TextColumn("{task.fields[state]}"),
         TimeRemainingColumn(),
@@ -157,7 +162,7 @@ def progress_bar(label: str, steps: int, done: int, batch_size: int, show: bool)
 
         def advance(row: dict[str, Any]) -> None:
             rate = (bar.tasks[0].completed + 1 - done) * batch_size / max(time.perf_counter() - started, 1e-9)
-            state = f"{rate:,.0f} tok/s  mse {row['mse']:.1f}  l0 {row['l0']:.1f}  alive {row['alive']:.1%}"
+            state = f"{rate:,.0f} tok/s mse {row['mse']:.1f} l0 {row['l0']:.1f} alive {row['alive']:.0%}"
             bar.update(task, advance=1, state=state)
 
         yield advance

@@ -43,3 +43,4 @@ class TrainOptions(TypedDict, total=False):
     keep: int
     resume: bool
     track: tuple[Literal["tensorboard", "wandb"], ...]
+    project: str | None

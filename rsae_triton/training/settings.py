@@ -14,7 +14,7 @@ from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.training.recipes import Recipe
 
 # What may change between a run and its continuation: nothing of it touches a number.
-FREE = ("out", "resume", "checkpoint_every", "checkpoint_minutes", "keep", "memory", "exact", "track")
+FREE = ("out", "resume", "checkpoint_every", "checkpoint_minutes", "keep", "memory", "exact", "track", "project")
 
 # Of each choice of `trainable`, the parameters that stay as they are, bit for bit.
 KEPT_BY: dict[str, tuple[str, ...]] = {
@@ -109,6 +109,8 @@ class TrainSettings:
     """Go on from the latest checkpoint in `out`, or begin where there is none."""
     track: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where metrics go besides metrics.jsonl."""
+    project: str | None = None
+    """Project on Weights & Biases; rsae-triton when not given."""
 
     def __post_init__(self) -> None:
         counts = ("steps", "warmup", "sparsity_warmup", "dead_after")

@@ -109,6 +109,7 @@ def test_a_loaded_teacher_is_taken_to_the_units_of_the_store(activations):
         train = Train()
 
     raw = TopKSAE(16, 32, k=4)
+    raw.units = 1.0
     x = activations[:50]
     expected = raw.encode(x / 0.25)
     scaled, log = make_teacher(Demo(), raw, Splits(), x)

@@ -200,7 +200,7 @@ CODES = [
     ("x is sparse", lambda _: sae().encode(X.to_sparse()), ShapeError, "x is torch.sparse_coo"),
     ("x in float64", lambda _: sae().encode(X.double()), ConfigError, "x is torch.float64"),
     ("x in float64, ReLU", lambda _: RELU.encode(X.double()), ConfigError, "x is torch.float64"),
-    ("x in bfloat16", lambda _: sae()(X.bfloat16()), ConfigError, "x is torch.bfloat16"),
+    ("x in float64", lambda _: sae()(X.double()), ConfigError, "x is torch.float64"),
     ("x on another device", lambda _: sae().encode(X.to("meta")), ConfigError, "x is on meta"),
     ("x on another device, ReLU", lambda _: RELU.encode(X.to("meta")), ConfigError, "x is on meta"),
     ("x is a number", lambda _: sae().encode(torch.tensor(1.0)), ShapeError, "x has shape"),
