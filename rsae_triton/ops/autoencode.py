@@ -22,6 +22,7 @@ from rsae_triton.ops import backends, pieces, support, support_triton
 from rsae_triton.ops.across import Across
 from rsae_triton.ops.encode import GATE_SCHEMA, check_inputs, product_dtype, settings, unpack
 from rsae_triton.ops.reference import GateSpec, GateTensors
+from rsae_triton.ops.step import Step
 from rsae_triton.ops.tiles import wide
 
 N_RESULTS, N_GRADIENTS = 7, 11
@@ -132,7 +133,6 @@ def rational_autoencode(
     elif most_entries is None and across is None:
         most_entries = max(rows.shape[0] * W_enc.shape[1] // 4, 1024)
     most = -1 if most_entries is None or (across is not None and not on_gpu) else most_entries
-    sizes = [0 if one is None else one for one in (chunk_tokens, chunk_features)]
     if target is not None:
         check_tensor("target", target, x.device)
         if target.shape != x.shape:
@@ -145,67 +145,40 @@ def rational_autoencode(
                 f"residual_scale has shape {tuple(residual_scale.shape)}; one number for each token is wanted"
             )
         residual_scale = residual_scale.detach().reshape(-1, 1).to(wide(dtype))
-    options = (
-        l1_weight, l0_weight, *sizes, apply_b_dec_to_input, target, residual_scale, memory == "sparse", exact, most,
-        backend, dtype, wanted,
-    )  # fmt: skip
+    loss = (l1_weight, l0_weight, apply_b_dec_to_input, target, residual_scale, dtype, wanted)
+    way = Way(chunk_tokens or 0, chunk_features or 0, memory == "sparse", exact, most, backend)
     if across is None:
-        results = _autoencode(rows, W_enc, b_enc, W_dec, b_dec, *gate, *settings(spec), *options)
+        results = _autoencode(rows, W_enc, b_enc, W_dec, b_dec, *gate, *settings(spec), *way, *loss)
     else:
         # Not through the operator: what runs on several processes at once cannot be traced as one.
-        results = _Across.apply(across, gate, spec, options, *differentiable)
+        step = Step(rows, W_enc, b_enc, W_dec, b_dec, gate, spec, *loss, across)
+        results = _Across.apply(step, way, *differentiable)
     total, mse, l1, l0, counts, x_hat, entries, *_ = results
     return Autoencoded(total, mse, l1, l0, counts, x_hat if x.dim() == 2 else x_hat.reshape(x.shape), entries)
 
 
-def run(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor,
-    gate: GateTensors,
-    spec: GateSpec,
-    l1_weight: float,
-    l0_weight: float,
-    chunk_tokens: int,
-    chunk_features: int,
-    subtract: bool,
-    target: Tensor | None,
-    scale: Tensor | None,
-    sparse: bool,
-    exact: bool,
-    most: int,
-    backend: str,
-    dtype: torch.dtype,
-    wanted: list[bool],
-    across: Across | None = None,
-) -> tuple[Tensor, ...]:
+class Way(NamedTuple):
+    """How a step is computed: in chunks (0: all at once), or on its support, with at most so many entries (below 0:
+    any number)."""
+
+    chunk_tokens: int
+    chunk_features: int
+    sparse: bool
+    exact: bool
+    most: int
+    backend: str
+
+
+def run(step: Step, way: Way) -> tuple[Tensor, ...]:
     """What the operator does: -> the N_RESULTS fields of `Autoencoded` and the N_GRADIENTS gradients of total (of no
-    elements where not wanted). x [n_tokens, d_in]; chunks of 0 mean all at once; dtype is that of the products; most
-    below 0 means any number."""
-    weights = (x, W_enc, b_enc, W_dec, b_dec, gate, spec, l1_weight, l0_weight)
-    triton = sparse and backends.resolve_backend(backend, x.device, dtype).startswith("triton")
-    if triton and support_triton.can_run(spec, wanted):
-        room = None if most < 0 else most
-        return support_triton.run(*weights, subtract, target, scale, dtype, wanted, across=across, capacity=room)
-    if sparse:
-        found = support.run(
-            *weights,
-            subtract,
-            target,
-            scale,
-            dtype,
-            wanted,
-            across=across,
-            exact=exact,
-            most=None if most < 0 else most,
-        )
-        if found is not None:
-            return found
-    results = pieces.run(
-        *weights, chunk_tokens, chunk_features, subtract, target, scale, backend, dtype, wanted, across
-    )
+    elements where not wanted)."""
+    most = None if way.most < 0 else way.most
+    triton = way.sparse and backends.resolve_backend(way.backend, step.x.device, step.dtype).startswith("triton")
+    if triton and support_triton.can_run(step.spec, step.wanted):
+        return support_triton.run(step, most)
+    if way.sparse and (found := support.run(step, exact=way.exact, most=most)) is not None:
+        return found
+    results = pieces.run(step, way.chunk_tokens, way.chunk_features, way.backend)
     return *results[: N_RESULTS - 1], torch.tensor(-1), *results[N_RESULTS - 1 :]
 
 
@@ -213,14 +186,16 @@ def run(
     "rsae::autoencode",
     mutates_args=(),
     schema=f"(Tensor x, Tensor W_enc, Tensor b_enc, Tensor W_dec, Tensor b_dec, {GATE_SCHEMA}, "
-    "float l1_weight, float l0_weight, int chunk_tokens, int chunk_features, bool subtract, Tensor? target, "
-    "Tensor? scale, bool sparse, bool exact, int most, str backend, ScalarType dtype, bool[] wanted) -> "
+    "int chunk_tokens, int chunk_features, bool sparse, bool exact, int most, str backend, "
+    "float l1_weight, float l0_weight, bool subtract, Tensor? target, Tensor? scale, ScalarType dtype, "
+    "bool[] wanted) -> "
     f"({', '.join(['Tensor'] * (N_RESULTS + N_GRADIENTS))})",
 )
 def _autoencode(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, *rest: Any) -> Any:
     gate, spec, options = unpack(rest)
+    n_way = len(Way._fields)
     with torch.autocast(x.device.type, enabled=False):
-        return run(x, W_enc, b_enc, W_dec, b_dec, gate, spec, *options)
+        return run(Step(x, W_enc, b_enc, W_dec, b_dec, gate, spec, *options[n_way:]), Way(*options[:n_way]))
 
 
 @_autoencode.register_fake
@@ -282,26 +257,27 @@ class _Across(torch.autograd.Function):
     """`run` on one of several processes."""
 
     @staticmethod
-    def forward(
-        ctx: Any, across: Across, gate: GateTensors, spec: GateSpec, options: tuple[Any, ...], *inputs: Tensor
-    ) -> tuple[Tensor, ...]:
-        x, W_enc, b_enc, W_dec, b_dec = inputs[:5]
-        with torch.autocast(x.device.type, enabled=False):
-            results = run(x, W_enc, b_enc, W_dec, b_dec, gate, spec, *[*options, across])
-        _save(ctx, (options[-1],), results)
+    def forward(ctx: Any, step: Step, way: Way, *inputs: Tensor) -> tuple[Tensor, ...]:
+        # What is differentiable comes as `inputs`, in the order of step.likes.
+        x, W_enc, b_enc, W_dec, b_dec, a, b, centre, input_scale, output_scale, threshold = inputs
+        gate = GateTensors(a, b, centre, input_scale, output_scale, threshold, step.gate.activity_threshold)
+        own = Step(x, W_enc, b_enc, W_dec, b_dec, gate, *step[6:])
+        with torch.autocast(own.x.device.type, enabled=False):
+            results = run(own, way)
+        _save(ctx, (step.wanted,), results)
         return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        return None, None, None, None, *_derivative(ctx, *grads)[:N_GRADIENTS]
+        return None, None, *_derivative(ctx, *grads)[:N_GRADIENTS]
 
 
 @register_flop_formula(torch.ops.rsae.autoencode)
 def _flops(x: torch.Size, W_enc: torch.Size, *rest: Any, **_: Any) -> int:
     """FlopCounterMode's: matrix products alone, as it counts everything."""
-    (d_in, d_sae), wanted, chunk_features = W_enc, rest[-1], rest[-10]
-    if rest[-6]:  # sparse
+    (d_in, d_sae), wanted, way = W_enc, rest[-1], Way(*rest[-13:-7])
+    if way.sparse:
         return 2 * x[0] * d_in * d_sae
-    encodings = 2 if chunk_features and chunk_features < d_sae else 1
+    encodings = 2 if 0 < way.chunk_features < d_sae else 1
     backward = encodings + wanted[0] + wanted[1] + wanted[3] if any(wanted) else 0
     return 2 * x[0] * d_in * d_sae * (2 + backward)

@@ -8,37 +8,22 @@ import torch
 from torch import Tensor
 
 from rsae_triton.ops import backends
-from rsae_triton.ops.across import Across
 from rsae_triton.ops.backends import Codes
 from rsae_triton.ops.encode import centred
 from rsae_triton.ops.gradients import GrowingGradients, add_product
-from rsae_triton.ops.reference import GateSpec, GateTensors
+from rsae_triton.ops.reference import GateTensors
+from rsae_triton.ops.step import Step
 from rsae_triton.ops.tiles import wide
 from rsae_triton.ops.workspace import current
 
 
-def run(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor,
-    gate: GateTensors,
-    spec: GateSpec,
-    l1_weight: float,
-    l0_weight: float,
-    chunk_tokens: int,
-    chunk_features: int,
-    subtract: bool,
-    target: Tensor | None,
-    scale: Tensor | None,
-    backend: str,
-    dtype: torch.dtype,
-    wanted: list[bool],
-    across: Across | None = None,
-) -> tuple[Tensor, ...]:
-    """What the operator does: -> total, mse, l1, l0, counts, x_hat and the N_GRADIENTS gradients of total (of no
-    elements where not wanted). x [n_tokens, d_in]; chunks of 0 mean all at once; dtype is that of the products."""
+def run(step: Step, chunk_tokens: int, chunk_features: int, backend: str) -> tuple[Tensor, ...]:
+    """The dense way: -> total, mse, l1, l0, counts, x_hat and the gradients of total (of no elements where not wanted).
+
+    Chunks of 0 mean all at once.
+    """
+    x, W_enc, b_enc, W_dec, b_dec, gate, spec, l1_weight, l0_weight = step[:9]
+    subtract, target, scale, dtype, wanted, across = step[9:]
     n, d_sae, exact = len(x), W_enc.shape[1], wide(dtype)
     token_parts, feature_parts = _parts(n, chunk_tokens), _parts(d_sae, chunk_features)
     differentiate, whole = any(wanted), len(feature_parts) == 1
@@ -77,7 +62,7 @@ def run(
             counts[features] += codes.counts
             l1[features] += codes.l1
         out = out.to(exact)
-        if across is None or across.first:
+        if step.adds_b_dec:
             out.add_(b_dec)
         if across is not None:
             out = across.sum(out)
@@ -101,7 +86,7 @@ def run(
                 coefficients=any(wanted[5:8]), fused=backward, out=codes.z,
             )  # fmt: skip
             found.encoder(tokens, features, x_c, W_e, grads)
-        found.residual(tokens, residual, of_x=target is None, of_b_dec=across is None or across.first)
+        found.residual(tokens, residual, of_x=target is None, of_b_dec=step.adds_b_dec)
 
     mean = 1 / max(n, 1)
     mse, l1_mean, l0 = squares * mean, torch.dot(l1, norms) * mean, counts.sum() * mean

@@ -3,7 +3,7 @@
 Where the gate is gated, clamped and hard, and its coefficients are frozen, everything but h itself is exactly zero
 outside the support {h > theta - C_in}: the code, the gradients of h and of theta, the slope of the counts. So h alone
 is made densely, block by block (`find_entries`), and all else on the support's entries. The loss and its gradients
-are those of `autoencode.run` to rounding.
+are those of `pieces.run` to rounding.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from rsae_triton.ops import entry_loops as loops
 from rsae_triton.ops import explicit
-from rsae_triton.ops.across import Across
 from rsae_triton.ops.encode import through_encoder
 from rsae_triton.ops.entries import Entries
 from rsae_triton.ops.finding import find_entries
 from rsae_triton.ops.reference import GateSpec, GateTensors
+from rsae_triton.ops.step import Step
 from rsae_triton.ops.tiles import wide
 from rsae_triton.ops.workspace import current
 
@@ -37,28 +37,11 @@ def at_entries(gate: GateTensors, entries: Entries) -> GateTensors:
     return GateTensors(*(one[entries.features] if k >= 5 or len(one) > 1 else one for k, one in enumerate(gate)))
 
 
-def run(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor,
-    gate: GateTensors,
-    spec: GateSpec,
-    l1_weight: float,
-    l0_weight: float,
-    subtract: bool,
-    target: Tensor | None,
-    scale: Tensor | None,
-    dtype: torch.dtype,
-    wanted: list[bool],
-    *,
-    across: Across | None = None,
-    exact: bool = False,
-    most: int | None = None,
-) -> tuple[Tensor, ...] | None:
-    """As `autoencode.run`: total, mse, l1, l0, counts, x_hat, the number of entries, and the gradients of total; None
-    where there are more entries than `most`."""
+def run(step: Step, *, exact: bool = False, most: int | None = None) -> tuple[Tensor, ...] | None:
+    """The sparse way: total, mse, l1, l0, counts, x_hat, the number of entries, and the gradients of total; None where
+    there are more entries than `most`."""
+    x, W_enc, b_enc, W_dec, b_dec, gate, spec, l1_weight, l0_weight = step[:9]
+    subtract, target, scale, dtype, wanted, across = step[9:]
     accurate, memory = wide(dtype), current()
     x_c = (x - b_dec if subtract else x).to(accurate)
     entries = find_entries(x_c, W_enc, b_enc, lowest(gate), most=most, dtype=dtype, screened=not exact)
@@ -70,7 +53,7 @@ def run(
     counts = loops.sums(active, entries.offsets)
     z = z.squeeze(1)
     x_hat = loops.decode(z, entries.tokens, entries.features, len(x), W_dec).to(accurate)
-    if across is None or across.first:
+    if step.adds_b_dec:
         x_hat += b_dec
     if across is not None:
         x_hat = across.sum(x_hat)
@@ -111,7 +94,7 @@ def run(
         return made
 
     def db_dec() -> Tensor:
-        own = g.sum(0) if across is None or across.first else g.new_zeros(g.shape[1])
+        own = g.sum(0) if step.adds_b_dec else g.new_zeros(g.shape[1])
         return own - through_encoder(W_enc, db_enc) if subtract else own
 
     def folded(k: int) -> Tensor:
@@ -120,9 +103,8 @@ def run(
 
     nothing = [lambda k=k: torch.zeros_like(gate[k]) for k in range(3)]
     made = (dx, of_encoder, lambda: db_enc, of_decoder, db_dec, *nothing, *(lambda k=k: folded(k) for k in (3, 4, 5)))
-    likes = (x, W_enc, b_enc, W_dec, b_dec, *gate[:6])
     gradients = (
         make().to(like.dtype) if want else like.new_empty(0)
-        for make, like, want in zip(made, likes, wanted, strict=True)
+        for make, like, want in zip(made, step.likes, wanted, strict=True)
     )
     return total, mse, l1_mean, l0, counts, x_hat.to(x.dtype), size, *gradients

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rsae_triton.ops.across import Across
 from rsae_triton.ops.backends import kernels
 from rsae_triton.ops.encode import centred, through_encoder
-from rsae_triton.ops.reference import GateSpec, GateTensors
+from rsae_triton.ops.reference import GateSpec
+from rsae_triton.ops.step import Step
 from rsae_triton.ops.support import has_support
 from rsae_triton.ops.tiles import wide
 
@@ -38,26 +38,11 @@ def capacity_for(places: int) -> int:
     return max(1024, math.ceil(DENSITY * places / 1024) * 1024)
 
 
-def run(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor,
-    gate: GateTensors,
-    spec: GateSpec,
-    l1_weight: float,
-    l0_weight: float,
-    subtract: bool,
-    target: Tensor | None,
-    scale: Tensor | None,
-    dtype: torch.dtype,
-    wanted: list[bool],
-    across: Across | None = None,
-    capacity: int | None = None,
-) -> tuple[Tensor, ...]:
+def run(step: Step, capacity: int | None = None) -> tuple[Tensor, ...]:
     """As `support.run`: total, mse, l1, l0, counts, x_hat, the number of entries (a tensor on the GPU, more than the
     capacity where nothing of this is to be used), and the gradients of total."""
+    x, W_enc, b_enc, W_dec, b_dec, gate, spec, l1_weight, l0_weight = step[:9]
+    subtract, target, scale, dtype, _, across = step[9:]
     device = kernels()
     (n, _), d_sae, exact = x.shape, len(W_dec), wide(dtype)
     room = capacity_for(n * d_sae) if capacity is None else capacity
@@ -74,7 +59,7 @@ def run(
     del h
     size = entries.offsets[-1]
     # NaN where entries were left out, which would be wrong without a word: x_hat, and so the loss and its gradients.
-    bias = torch.where(size > room, torch.nan, b_dec if across is None or across.first else 0.0)
+    bias = torch.where(size > room, torch.nan, b_dec if step.adds_b_dec else 0.0)
     bias = bias.expand(b_dec.shape).to(b_dec.dtype)
     x_hat = device.support_decode(rows, W_d, bias)
     if across is not None:
@@ -96,34 +81,21 @@ def run(
     l1 = torch.dot(sums.l1, norms) * mean
     total = mse + l1_weight * l1 + l0_weight * l0
     outcome = (total, mse, l1, l0, counts, x_hat.to(x.dtype), size)
-    return *outcome, *_gradients(
-        (x, W_enc, b_enc, W_dec, b_dec, *gate[:6]), wanted, sums, g, norms, l1_weight * unit, mean / unit, subtract,
-        across,
-    )  # fmt: skip
+    return *outcome, *_gradients(step, sums, g, norms, l1_weight * unit, mean / unit)
 
 
-def _gradients(
-    likes: tuple[Tensor, ...],
-    wanted: list[bool],
-    sums: Any,
-    g: Tensor,
-    norms: Tensor,
-    l1_weight: float,
-    rescale: float,
-    subtract: bool,
-    across: Across | None,
-) -> list[Tensor]:
-    """In the order of `likes`, each in its tensor's dtype, of no elements where it is not wanted."""
-    W_enc, W_dec, input_scale = likes[1], likes[3], likes[8]
-    found: dict[int, Tensor] = {1: sums.encoder.t(), 2: sums.dh, 3: sums.decoder, 10: -sums.dt / input_scale}
+def _gradients(step: Step, sums: Any, g: Tensor, norms: Tensor, l1_weight: float, rescale: float) -> list[Tensor]:
+    """In the order of `step.likes`, each in its tensor's dtype, of no elements where it is not wanted."""
+    wanted, W_dec = step.wanted, step.W_dec
+    found: dict[int, Tensor] = {1: sums.encoder.t(), 2: sums.dh, 3: sums.decoder, 10: -sums.dt / step.gate.input_scale}
     if wanted[3] and l1_weight:
         sums.decoder.addcmul_(W_dec, (torch.where(norms > 0, sums.l1 / norms, 0) * l1_weight).unsqueeze(1))
     if wanted[4]:
-        found[4] = g.sum(0) if across is None or across.first else torch.zeros_like(g[0])
-        if subtract:
-            found[4] = found[4] - through_encoder(W_enc, sums.dh)
+        found[4] = g.sum(0) if step.adds_b_dec else torch.zeros_like(g[0])
+        if step.subtract:
+            found[4] = found[4] - through_encoder(step.W_enc, sums.dh)
     made = []
-    for place, (like, want) in enumerate(zip(likes, wanted, strict=True)):
+    for place, (like, want) in enumerate(zip(step.likes, wanted, strict=True)):
         if not want:
             made.append(like.new_empty(0))
         elif place not in found:  # of the output scale, which the gated form does not have

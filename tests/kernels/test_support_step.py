@@ -5,6 +5,7 @@ import torch
 
 from rsae_triton.ops import pieces, support, support_triton
 from rsae_triton.ops.reference import GateSpec, GateTensors
+from rsae_triton.ops.step import Step
 
 N, D_IN, D_SAE = 14, 6, 33
 NAMES = ("total", "mse", "l1", "l0", "counts", "x_hat", "dx", "dW_enc", "db_enc", "dW_dec", "db_dec", "da", "db",
@@ -60,7 +61,7 @@ def step(inputs, device, dtype=torch.float32, capacity=N * D_SAE, **options):
     ]
     spec, weights, subtract, target, scale = settings(**options)
     target, scale = (None if one is None else one.to(device) for one in (target, scale))
-    results = support_triton.run(*on, spec, *weights, subtract, target, scale, dtype, WANTED, capacity=capacity)
+    results = support_triton.run(Step(*on, spec, *weights, subtract, target, scale, dtype, WANTED), capacity)
     return [one.cpu() for one in results]
 
 
@@ -79,7 +80,7 @@ def test_it_is_the_dense_step(sets, dtype, device):
     double = [
         GateTensors(*(t.double() for t in one)) if isinstance(one, GateTensors) else one.double() for one in inputs
     ]
-    dense = pieces.run(*double, SPEC, 0.1, 0.2, 0, 0, True, None, None, "eager", torch.float64, WANTED)
+    dense = pieces.run(Step(*double, SPEC, 0.1, 0.2, True, None, None, torch.float64, WANTED), 0, 0, "eager")
     found = errors(without_size(step(inputs, device, dtype)), dense)
     assert max(found.values()) <= TOLERANCE[dtype], found
 
@@ -96,7 +97,7 @@ def test_it_is_its_sibling(options, device):
         options = {"target": inputs[0] * 2, "scale": torch.linspace(0.5, 2, N)[:, None]}
     results = step(inputs, device, **options)
     spec, weights, *rest = settings(**options)
-    sibling = support.run(*inputs, spec, *weights, *rest, torch.float32, WANTED)
+    sibling = support.run(Step(*inputs, spec, *weights, *rest, torch.float32, WANTED))
     assert results[6] == sibling[6] > 0
     close(without_size(results), without_size(sibling))
 

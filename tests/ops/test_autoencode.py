@@ -11,10 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rsae_triton.common.errors import ConfigError, ShapeError
 from rsae_triton.ops import reference
-from rsae_triton.ops.autoencode import rational_autoencode
+from rsae_triton.ops.autoencode import Way, rational_autoencode
 from rsae_triton.ops.encode import settings
 from rsae_triton.ops.pieces import run as autoencode_in_pieces
 from rsae_triton.ops.reference import GateSpec, GateTensors
+from rsae_triton.ops.step import Step
 from rsae_triton.ops.workspace import StepMemory
 
 WEIGHTS = {"l1_weight": 0.3, "l0_weight": 0.2}
@@ -141,7 +142,8 @@ def problem(n, d_in, d_sae, p=3, q=2):
 
 def run(arguments, tokens, features, differentiate=True):
     wanted = [False, *[differentiate] * 10]
-    return autoencode_in_pieces(*arguments, 0.1, 0.0, tokens, features, True, None, None, "cpu", torch.float32, wanted)
+    step = Step(*arguments, 0.1, 0.0, True, None, None, torch.float32, wanted)
+    return autoencode_in_pieces(step, tokens, features, "cpu")
 
 
 @ENGINE
@@ -195,7 +197,7 @@ def test_no_product_more_than_needed():
             run(arguments, tokens, features, differentiate)
         assert flops.get_total_flops() == expected * unit
     with FlopCounterMode(display=False) as flops, torch.no_grad():
-        autoencode_in_pieces(*arguments, 0.1, 0.0, 0, 0, True, None, None, "cpu", torch.float32, [True] * 11)
+        autoencode_in_pieces(Step(*arguments, 0.1, 0.0, True, None, None, torch.float32, [True] * 11), 0, 0, "cpu")
     assert flops.get_total_flops() == 12 * unit
 
 
@@ -312,19 +314,8 @@ def test_the_operator_passes_opcheck(sparse):
         *leaves,
         activity,
         *settings(spec),
-        0.1,
-        0.0,
-        16,
-        0,
-        True,
-        None,
-        None,
-        sparse,
-        True,
-        -1,
-        "cpu",
-        torch.float64,
-        [not sparse or k not in (5, 6, 7) for k in range(11)],
+        *Way(16, 0, sparse, True, -1, "cpu"),
+        *(0.1, 0.0, True, None, None, torch.float64, [not sparse or k not in (5, 6, 7) for k in range(11)]),
     )
     # "test_aot_dispatch_dynamic" would differentiate every output; only `total` may be.
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rsae_triton.common.errors import ConfigError
 from rsae_triton.ops import autoencode, reference
 from rsae_triton.ops import encode as ops
+from rsae_triton.ops import step as ops_step
 from rsae_triton.ops.cost import CEILINGS, STRATEGIES, Step, backward_instructions, cost, forward_instructions
 from rsae_triton.ops.pieces import run
 from rsae_triton.ops.reference import GateSpec, GateTensors
@@ -81,9 +82,12 @@ def test_products_are_as_counted():
 def pieces(n, d_in, d_sae, tokens, features, mode):
     x, (W_enc, b_enc, W_dec, b_dec, *gate), activity = leaves_of(n, d_in, d_sae, 3, 2, True, torch.float32)
     gate = GateTensors(*gate, activity)
-    options = (0.1, 0.0, tokens, features, True, None, None, "cpu", torch.float32, [False, *[True] * 10])
+    wanted = [False, *[True] * 10]
+    made = ops_step.Step(
+        x, W_enc, b_enc, W_dec, b_dec, gate, GateSpec(3, 2), 0.1, 0.0, True, None, None, torch.float32, wanted
+    )
     with torch.no_grad(), mode:
-        run(x, W_enc, b_enc, W_dec, b_dec, gate, GateSpec(3, 2), *options)
+        run(made, tokens, features, "cpu")
     return mode
 
 
