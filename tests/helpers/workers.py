@@ -29,6 +29,13 @@ def small_sae(kind: str, d_sae: int = 64):
     if kind == "token":
         gate = RationalGate(d_sae, (2, 2), *smooth_step(), form="gated", threshold=0.0)
         return TopKRationalSAE(16, d_sae, k=8, gate=gate, generator=generator)
+    if kind == "rounds":
+        options = {"form": "gated", "backward": "rational", "backend": "cpu", "generator": generator}
+        sae = FusedRationalSAE(16, d_sae, rounds=3, **options)
+        with torch.no_grad():
+            for one in (sae.gate.threshold, sae.refinement.threshold):
+                one.fill_(0.5)
+        return sae
     form, _, groups = kind.partition("-")
     backward = "rational" if form == "gated" else "soft"
     # The tiled engine, whatever the batch: Inductor's compiler would take longer than the test.

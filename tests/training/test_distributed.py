@@ -49,6 +49,7 @@ CASES = [
     ("direct-4", 4, 4, {"recipe": "paper", "memory": "saved"}),
     ("topk", 2, 1, {"recipe": "topk", "dead_after": 2000}),
     ("relu", 2, 2, {"recipe": "relu"}),
+    ("rounds", 4, 2, {**GATED, "rounds": "through", "steps": 25}),
 ]
 
 
