@@ -22,7 +22,7 @@ from typing import Any
 
 from rsae_triton.common.errors import ConfigError
 
-STRATEGIES = ("eager", "compiled", "split", "fused", "chunked", "streamed", "sparse")
+STRATEGIES = ("eager", "compiled", "split", "fused", "chunked", "streamed", "sparse", "rounds")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ TILES = {
 class Step:
     """One step: sizes, the gate, and the bytes of an element of x, W, h and z (the gate itself is float32).
 
-    active, support: shares of [n_tokens, d_sae] that are active, and in the support (the sparse way's entries).
+    active, support: shares of [n_tokens, d_sae] that are active, and in the support (the sparse way's entries). rounds:
+    how often the encoder looks (the way of "rounds").
     """
 
     n_tokens: int
@@ -95,6 +96,7 @@ class Step:
     itemsize: int = 2
     active: float = 0.002
     support: float = 0.0042
+    rounds: int = 1
 
     @property
     def codes(self) -> int:
@@ -172,8 +174,8 @@ def cost(step: Step, strategy: str, *, chunk_tokens: int = 0, chunk_features: in
     if strategy not in STRATEGIES:
         raise ConfigError(f"strategy is {strategy!r}; choose one of {', '.join(STRATEGIES)}")
     tokens, features = chunk_tokens or step.n_tokens, chunk_features or step.d_sae
-    if strategy == "sparse":
-        made = _sparse(step)
+    if strategy in ("sparse", "rounds"):
+        made = _sparse(step) if strategy == "sparse" else _rounds(step)
     elif strategy in ("eager", "compiled"):
         made = _eager(step) if strategy == "eager" else _compiled(step)
     else:
@@ -194,6 +196,9 @@ def peak_bytes(step: Step, strategy: str, chunk_tokens: int, chunk_features: int
     if strategy == "sparse":
         # h, bits along tokens and features, and some 36 bytes an entry of the lists' room.
         return step.codes * (e + 0.25 + 36 * 1.25 * max(step.support, 0.01)) + 4 * rows * max(e, 4)
+    if strategy == "rounds":
+        # What autograd keeps of every round: some 24 numbers an entry, and half a dozen [n_tokens, d_in] tensors.
+        return step.codes * step.support * (64 + 96 * step.rounds) + rows * 4 * (4 + 6 * step.rounds)
     piece = min(chunk_tokens, step.n_tokens) * min(chunk_features, step.d_sae)
     part = min(chunk_tokens, step.n_tokens) * step.d_in
     # h, and z whose memory dz and dh then take; x_c, x_hat and the residual in float32 and as factor of products.
@@ -277,6 +282,21 @@ def _sparse(step: Step) -> Iterable[Kernel]:
     gathered = (entries + active) * step.d_in
     yield Kernel("sums", 0, 2 * step.weights * 4 + 2 * rows * e, 2 * gathered, launches=7, l2_bytes=gathered * e)
     yield Kernel("db_dec", 0, step.weights * 4, step.weights, launches=3)
+
+
+def _rounds(step: Step) -> Iterable[Kernel]:
+    """The sparse way, and on top of it what every round decodes, and asks of the decoder, forward and backward.
+
+    A search decodes what is active twice and takes its dots once; a further round takes those of the whole support.
+    Each of them is undone by two of the kind on the way back, one of which makes rows of the decoder's gradient.
+    """
+    yield from _sparse(step)
+    e, rows, support, active = step.itemsize, step.n_tokens * step.d_in, step.support, step.active
+    passes = step.rounds * 3 * active + (step.rounds - 1) * support
+    gathered = 3 * step.codes * passes * step.d_in
+    launches = 12 * (4 * step.rounds - 1)
+    traffic = launches * rows * 4 + 3 * (step.weights * e) * (4 * step.rounds - 1)
+    yield Kernel("rounds", 0, traffic, 2 * gathered, launches=launches, l2_bytes=gathered * e)
 
 
 def optimizer_seconds(step: Step, on: Ceilings, *, rows: bool) -> float:

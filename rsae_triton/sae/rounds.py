@@ -219,8 +219,8 @@ def autoencode(
         )
     mean = 1 / max(len(rows), 1)
     mse, l0 = e.square().sum() * mean, counts.sum() * mean
-    norms = torch.linalg.vector_norm(sae.W_dec, dim=1, dtype=e.dtype)
-    l1 = torch.dot(l1_sums, norms) * mean
+    with torch.set_grad_enabled(torch.is_grad_enabled() and l1_weight > 0):  # else a pass over W_dec for nothing
+        l1 = torch.dot(l1_sums, torch.linalg.vector_norm(sae.W_dec, dim=1, dtype=e.dtype)) * mean
     total = mse + l1_weight * l1 + l0_weight * l0
     x_hat = (x - e.detach().reshape(x.shape)).to(x.dtype)
     return Autoencoded(total, mse.detach(), l1.detach(), l0.detach(), counts.detach(), x_hat, torch.tensor(size))

@@ -28,8 +28,9 @@ class MemoryPlan:
     """How a step is cut.
 
     Attributes:
-        mode: "saved" (autograd keeps h and z of the whole batch), "chunked" or "streamed" (`rational_autoencode`); of
-            one step also "sparse" (one dense product, all else on the support).
+        mode: "saved" (autograd keeps h and z of the whole batch), "chunked" or "streamed" (`rational_autoencode`), or
+            "entries" (an encoder with rounds, which knows no other way); of one step also "sparse" (one dense product,
+            all else on the support).
         chunk_tokens, chunk_features: of `rational_autoencode`; None for all at once.
         need: bytes the step takes at most, beside x, weights, gradients and optimiser state (predicted, `cost`).
         free: bytes there are before training, for all of the following; None where that cannot be known.
@@ -113,10 +114,13 @@ def plan_memory(
             f"memory={memory!r} is for Rational SAEs with thresholds per feature; {what} needs the whole code: "
             "use 'saved' or 'auto'"
         )
-    if memory == "sparse" and no_support is not None:
+    refined = isinstance(sae, FusedRationalSAE) and sae.refinement is not None and not aux_k
+    if refined and memory not in ("auto", "sparse"):
+        raise ConfigError(f"memory={memory!r} is for one round; an encoder with more works on entries: use 'auto'")
+    if memory == "sparse" and no_support is not None and not refined:
         raise ConfigError(f"memory='sparse' cannot train {no_support}; use memory='auto'")
     support = "never"
-    if no_support is None and memory in ("auto", "sparse"):
+    if no_support is None and memory in ("auto", "sparse") and not refined:
         fast = on_gpu or sae.W_dec.device.type == "cpu"
         support = "always" if memory == "sparse" else "auto" if fast else "never"
     memory = "auto" if memory == "sparse" else memory
@@ -126,7 +130,11 @@ def plan_memory(
     # On the eager backend autograd keeps what eager PyTorch does.
     eager = isinstance(sae, FusedRationalSAE) and sae.backend == "eager"
     budget = None if free is None else SHARE * (free - later - language)
-    plan = cut(_step(sae, batch_size), budget, "saved" if whole else memory, eager=eager)
+    step = _step(sae, batch_size)
+    if refined:
+        plan = MemoryPlan("entries", None, None, cost(step, "eager" if eager else "rounds").peak_bytes, None)
+    else:
+        plan = cut(step, budget, "saved" if whole else memory, eager=eager)
     weights = sum(one.numel() * one.element_size() for one in sae.state_dict().values())
     return replace(
         plan,
@@ -209,7 +217,11 @@ def _step(sae: SparseAutoencoder, batch_size: int) -> Step:
         return Step(batch_size, sae.d_in, sae.d_sae, itemsize=itemsize)
     gate = sae.gate
     p, q = gate.degree
-    return Step(batch_size, sae.d_in, sae.d_sae, p, q, gate.groups == 1, gate.form, itemsize)
+    # More than trained supports are, which nobody knows before the first step.
+    shares = {"active": 0.02, "support": 0.05} if sae.rounds > 1 else {}
+    return Step(
+        batch_size, sae.d_in, sae.d_sae, p, q, gate.groups == 1, gate.form, itemsize, rounds=sae.rounds, **shares
+    )
 
 
 def _later(sae: SparseAutoencoder) -> int:

@@ -9,8 +9,10 @@ import torch
 from rsae_triton import FusedRationalSAE, upgrade
 from rsae_triton.common.errors import ConfigError, NumericsError
 from rsae_triton.evaluation import reconstruction
+from rsae_triton.ops.cost import CEILINGS, Step, cost
 from rsae_triton.sae.architectures import JumpReluSAE
 from rsae_triton.training.loop import train
+from rsae_triton.training.memory import plan_memory
 from rsae_triton.training.recipes import recipe_for
 
 OPTIONS = {"steps": 30, "batch_size": 128, "progress": False}
@@ -99,3 +101,18 @@ def test_what_goes_wrong_leaves_the_rounds(two, activations):
     with pytest.raises(ConfigError, match="rounds is"):
         train(sae, activations, rounds="never", **OPTIONS)
     assert isinstance(sae, FusedRationalSAE)
+
+
+def test_the_plan_of_a_step_knows_of_rounds(two):
+    six = copy.deepcopy(two)
+    six.refinement = two.refinement.with_rounds(6)
+    plans = [plan_memory(one, 512, free=1e12) for one in (two, six)]
+    assert [one.mode for one in plans] == ["entries", "entries"]
+    assert plans[0].need < plans[1].need < 6 * plans[0].need
+    for memory in ("saved", "chunked", "streamed"):
+        with pytest.raises(ConfigError, match="works on entries"):
+            plan_memory(two, 512, memory)
+    step = Step(4096, 768, 24576, support=0.004, active=0.002, rounds=2)
+    wide, plain = (cost(step, name) for name in ("rounds", "sparse"))
+    assert wide.total("flops") == plain.total("flops")  # one dense product, as for one round
+    assert plain.seconds(CEILINGS["H200"]) < wide.seconds(CEILINGS["H200"]) < 3 * plain.seconds(CEILINGS["H200"])
