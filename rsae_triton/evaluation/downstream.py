@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rsae_triton.common.errors import NumericsError
 from rsae_triton.evaluation.paired import mean_interval
-from rsae_triton.evaluation.reconstruction import Codec
+from rsae_triton.evaluation.reconstruction import Codec, reconstruct
 
 
 @dataclass(frozen=True)
@@ -114,17 +114,13 @@ def splice_sequences(
     if counted is not None and not bool(counted.any(1).all()):
         raise NumericsError("a sequence has no prediction that counts; leave such sequences out")
 
-    def reconstruct(codec: Codec) -> Callable[[Tensor], Tensor]:
-        def through(x: Tensor) -> Tensor:
-            x = x.to(codec.W_dec.dtype)
-            return codec.decode(codec.encode(x), x).float()
-
-        return through
+    def through(codec: Codec) -> Callable[[Tensor], Tensor]:
+        return lambda x: reconstruct(codec, x.to(codec.W_dec.dtype)).float()
 
     functions: dict[str, Callable[[Tensor], Tensor]] = {
         "zero": torch.zeros_like,
         "mean": lambda x: mean.to(x).expand_as(x),
-        **{f"sae:{name}": reconstruct(codec) for name, codec in codecs.items()},
+        **{f"sae:{name}": through(codec) for name, codec in codecs.items()},
     }
     found: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in ("clean", *functions)}
     bos = getattr(host, "bos_token_id", None)

@@ -13,6 +13,9 @@ from torch import Tensor
 from rsae_triton.activations import ActivationStore
 from rsae_triton.common.checks import check_data, check_finite, check_number
 from rsae_triton.common.errors import ConfigError, ShapeError
+from rsae_triton.ops.sparse_ops import used
+from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.sae.sparse import SparseCode, decode_sparse, encode_sparse
 
 CHUNK = 2048
 # A feature active on more than this fraction of the tokens is called dense.
@@ -87,6 +90,71 @@ class Thresholded:
         return self.sae.decode(feature_acts, x)
 
 
+WIDE = 2048
+"""From this many features on a code is made and decoded as rows of its active features."""
+
+
+def rows_of(codec: Codec, x: Tensor) -> SparseCode | None:
+    """The code of x [..., d_in] as rows, without an [n_tokens, d_sae] tensor; None of narrow codecs, and of those that
+    are not from here."""
+    if isinstance(codec, Thresholded):
+        code = rows_of(codec.sae, x)
+        if code is None:
+            return None
+        size = code.values.abs() * codec.W_dec.norm(dim=1)[code.indices]
+        return only(code, size > codec.tau)
+    if not isinstance(codec, SparseAutoencoder) or codec.d_sae < WIDE or codec.architecture == "rational_topk":
+        return None
+    return encode_sparse(codec, x)
+
+
+def only(code: SparseCode, keep: Tensor) -> SparseCode:
+    """The places of a code in use where `keep` [..., width] is true, moved together."""
+    keep = keep & used(code.counts, code.values.shape[-1])
+    order = keep.int().argsort(dim=-1, descending=True, stable=True)
+    counts = keep.sum(-1)
+    width = max(int(counts.max()) if counts.numel() else 0, 1)
+    values, indices = (torch.where(keep, one, 0).gather(-1, order)[..., :width] for one in code[:2])
+    return SparseCode(values.contiguous(), indices.contiguous(), counts)
+
+
+def reconstruct(codec: Codec, x: Tensor) -> Tensor:
+    """x [..., d_in] encoded and decoded."""
+    code = rows_of(codec, x)
+    return codec.decode(codec.encode(x), x) if code is None else decode_sparse(_inmost(codec), code, x)
+
+
+def active_codes(codec: Codec, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What x [n_tokens, d_in] is encoded and decoded to, and its active codes: x_hat [n_tokens, d_in], values and
+    features [n_active]."""
+    code = rows_of(codec, x)
+    if code is None:
+        z = codec.encode(x)
+        tokens, features = (z != 0).nonzero(as_tuple=True)
+        return codec.decode(z, x), z[tokens, features], features
+    mask = used(code.counts, code.values.shape[-1])
+    return decode_sparse(_inmost(codec), code, x), code.values[mask], code.indices[mask]
+
+
+def codes_of(codec: Codec, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The active codes alone: values and features [n_active]."""
+    code = rows_of(codec, x)
+    if code is None:
+        z = codec.encode(x)
+        tokens, features = (z != 0).nonzero(as_tuple=True)
+        return z[tokens, features], features
+    mask = used(code.counts, code.values.shape[-1])
+    return code.values[mask], code.indices[mask]
+
+
+def _inmost(codec: Codec) -> SparseAutoencoder:
+    """The SAE behind thresholds."""
+    while isinstance(codec, Thresholded):
+        codec = codec.sae
+    assert isinstance(codec, SparseAutoencoder)
+    return codec
+
+
 def strength(z: Tensor, W_dec: Tensor) -> Tensor:
     """|z| * ||W_dec row||: how far a feature moves the reconstruction, whatever its decoder's norm."""
     return z.abs() * W_dec.norm(dim=1)
@@ -138,28 +206,26 @@ def measure(sae: Codec, x: Tensor | ActivationStore, progress: Callable[[int], N
     total = dict.fromkeys(("cosine", "l0", "l1", "negative"), 0.0)
     active = torch.zeros(sae.W_dec.shape[0], dtype=torch.long, device=sae.W_dec.device)
     squared_error, done = torch.empty(len(x), dtype=torch.float64), 0
-    sizes = _Numbers(most=1 << 23)
+    sizes, norms = _Numbers(most=1 << 23), sae.W_dec.norm(dim=1)
     pivot: Tensor | None = None
     squares, sums = 0.0, torch.zeros(sae.W_dec.shape[1], dtype=torch.float64, device=sae.W_dec.device)
     for rows in chunks_of(sae, x):
         pivot = rows.double().mean(0) if pivot is None else pivot
         around = rows.double() - pivot
         squares, sums = squares + float(around.square().sum()), sums + around.sum(0)
-        z = sae.encode(rows)
-        x_hat = sae.decode(z, rows)
-        nonzero = z != 0
-        active += nonzero.sum(0)
+        x_hat, values, features = active_codes(sae, rows)
+        active += torch.bincount(features, minlength=len(active))
         squared_error[done : done + len(rows)] = (rows - x_hat).double().square().sum(1)
         done += len(rows)
         total["cosine"] += float(torch.cosine_similarity(rows, x_hat, dim=1).double().sum())
-        total["l0"] += float(nonzero.sum())
-        size = strength(z, sae.W_dec)
+        total["l0"] += float(len(values))
+        size = values.abs() * norms[features]
         total["l1"] += float(size.double().sum())
-        total["negative"] += float((z < 0).sum())
-        sizes.add(size[nonzero].float().cpu())
+        total["negative"] += float((values < 0).sum())
+        sizes.add(size.float().cpu())
         if progress is not None:
             progress(len(rows))
-    active_codes = total.pop("negative") / max(total["l0"], 1), sizes.all().sort().values
+    negative, ranked = total.pop("negative") / max(total["l0"], 1), sizes.all().sort().values
     frequency = active.double().cpu() / len(x)
     mse = float(squared_error.mean())
     if not math.isfinite(mse) and isinstance(of := getattr(sae, "sae", sae), torch.nn.Module):
@@ -175,8 +241,8 @@ def measure(sae: Codec, x: Tensor | ActivationStore, progress: Callable[[int], N
         dead_features=int((frequency == 0).sum()),
         dense_features=int((frequency > DENSE).sum()),
         dense_features_half=int((frequency > DENSE_HALF).sum()),
-        negative=active_codes[0],
-        **{f"size_p{q}": _quantile(active_codes[1], q / 100) for q in (5, 50, 95)},
+        negative=negative,
+        **{f"size_p{q}": _quantile(ranked, q / 100) for q in (5, 50, 95)},
     )
     return Measured(scores, squared_error, frequency)
 
@@ -225,11 +291,11 @@ def at_l0(sae: Codec, x: Tensor | ActivationStore, l0: float) -> Thresholded:
 @torch.no_grad()
 def cut_to(sae: Codec, x: Tensor | ActivationStore, l0: float) -> Thresholded:
     """`at_l0`, of an l0 that was measured: a dead SAE has 0."""
-    strengths, active = _Numbers(), 0
+    strengths, active, norms = _Numbers(), 0, sae.W_dec.norm(dim=1)
     for rows in chunks_of(sae, x):
-        z = sae.encode(rows)
-        value = strength(z, sae.W_dec)
-        active += int((z != 0).sum())
+        values, features = codes_of(sae, rows)
+        value = values.abs() * norms[features]
+        active += len(values)
         strengths.add(value[value > 0])
     kept = round(l0 * len(x))
     if active <= kept:

@@ -12,6 +12,7 @@ from torch.nn.functional import embedding_bag
 
 from rsae_triton.common.errors import ConfigError, ShapeError
 from rsae_triton.ops import backends
+from rsae_triton.ops.finding import find_entries, find_largest
 from rsae_triton.ops.reference import GateSpec, GateTensors, rational_gate
 from rsae_triton.ops.tiles import wide
 from rsae_triton.ops.workspace import Workspace
@@ -41,10 +42,20 @@ def entries_of_gate(
 ) -> Iterator[Entries]:
     """Codes of x_c [n_tokens, d_in] for each run of tokens; dense are only [features, tokens] chunks of CHUNK.
 
-    Of a gated code nothing is computed but h where h <= theta.
+    Of a gated code nothing is computed but h where h <= theta, and h is searched block by block (`find_entries`).
     """
     space = Workspace()
     for n0, part in chunks(x_c, TOKENS):
+        if spec.form == "gated":
+            opened = find_entries(part, W_enc, b_enc, gate.threshold, dtype=x_c.dtype, screened=True)
+            assert opened is not None
+            each = _take(gate, opened.features)
+            values = rational_gate(opened.values[None], each, spec)[0][0].to(x_c.dtype)
+            kept = (values != 0).nonzero().squeeze(1)
+            tokens, order = opened.tokens[kept].sort(stable=True)
+            kept = kept[order]
+            yield Entries(tokens + n0, opened.features[kept], values[kept])
+            continue
         found = []
         step = max(CHUNK // max(len(part), 1), 1)
         for f0 in range(0, W_enc.shape[1], step):
@@ -52,19 +63,27 @@ def entries_of_gate(
             own = _take(gate, columns)
             h = space.take("h", (len(own.threshold), len(part)), x_c)
             torch.addmm(b_enc[columns, None], W_enc[:, columns].t(), part.t(), out=h)
-            if spec.form == "gated":
-                flat = (~(h <= own.threshold[:, None])).reshape(-1).nonzero().squeeze(1)  # NaN is let through
-                each = _take(own, flat // len(part))
-                values = rational_gate(h.reshape(1, -1)[:, flat].to(wide(h.dtype)), each, spec)[0][0].to(h.dtype)
-            else:
-                z = backends.gate_forward(backend, h, own, spec, h if backend == "cpu" else None)[0].reshape(-1)
-                flat = (z != 0).nonzero().squeeze(1)
-                values = z[flat]
-            flat, values = flat[values != 0], values[values != 0]
+            z = backends.gate_forward(backend, h, own, spec, h if backend == "cpu" else None)[0].reshape(-1)
+            flat = (z != 0).nonzero().squeeze(1)
+            values = z[flat]
             found.append(Entries(flat % len(part), flat // len(part) + f0, values))
         tokens, features, values = (torch.cat(one) for one in zip(*found, strict=True))
         tokens, order = tokens.sort(stable=True)
         yield Entries(tokens + n0, features[order], values[order])
+
+
+def entries_of_largest(x_c: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, least: float) -> Iterator[Entries] | None:
+    """The k largest h above `least` of every token of x_c, for each run of tokens; None where one is NaN."""
+    parts = []
+    for n0, part in chunks(x_c, TOKENS):
+        found = find_largest(part, W_enc, b_enc, k, least=least, dtype=x_c.dtype)
+        if found is None:
+            return None
+        kept = (found.values != 0).nonzero().squeeze(1)
+        tokens, order = found.tokens[kept].sort(stable=True)
+        kept = kept[order]
+        parts.append(Entries(tokens + n0, found.features[kept], found.values[kept].to(x_c.dtype)))
+    return iter(parts)
 
 
 def _take(gate: GateTensors, features: slice | Tensor) -> GateTensors:

@@ -7,6 +7,7 @@ the kernels of `kernels/sparse_*.py` write and read rows only; elsewhere `sparse
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +27,7 @@ from rsae_triton.ops.sparse_ops import (
     chunks,
     entries_of,
     entries_of_gate,
+    entries_of_largest,
     first_largest,
     sparse_decode,
     used,
@@ -34,6 +36,7 @@ from rsae_triton.ops.tiles import wide
 from rsae_triton.sae import rounds
 from rsae_triton.sae.architectures import JumpReluSAE, ReluSAE, TopKSAE
 from rsae_triton.sae.base import check_sae
+from rsae_triton.sae.batch_topk import BatchTopKSAE
 from rsae_triton.sae.gate import RationalGate
 
 if TYPE_CHECKING:
@@ -124,9 +127,10 @@ def _encode_sparse(sae: SparseAutoencoder, x: Tensor, capacity: int | None, k: i
     b_dec = sae.b_dec if sae.apply_b_dec_to_input else None
     if known is not None:
         ops.check_inputs(x, sae.W_enc, sae.b_enc, b_dec, None, *known)
-    # Without kernels the k largest codes of a token are looked for in all of its codes.
+    # Without kernels the k largest codes of a token are looked for in all of its codes, where they are not h.
     if known is None or (k is not None and backend != "triton"):
-        parts = _entries_of_codes(sae, rows, k)
+        parts = _entries_of_topk(sae, rows, k) if isinstance(sae, TopKSAE) else None
+        parts = _entries_of_codes(sae, rows, k) if parts is None else parts
         return _shaped(_rows(_without_nan(parts), len(rows), capacity), x.shape[:-1])
     gate, spec = known
     x_c = ops.centred(sae.normalization(rows).apply(rows), b_dec, dtype)
@@ -195,11 +199,14 @@ def _gate_of(sae: SparseAutoencoder) -> tuple[GateTensors, GateSpec] | None:
     gate = getattr(sae, "gate", None)
     if isinstance(gate, RationalGate):
         return gate.tensors(), gate.spec()
-    if type(sae) not in (ReluSAE, JumpReluSAE, TopKSAE) or not getattr(sae, "relu", True):
+    batch = sae if isinstance(sae, BatchTopKSAE) and not sae.training else None
+    if batch is None and (type(sae) not in (ReluSAE, JumpReluSAE, TopKSAE) or not getattr(sae, "relu", True)):
         return None
     # h where h > theta: a gated form whose rational multiplies nothing.
     zeros = torch.zeros_like(sae.b_enc, dtype=wide(sae.b_enc.dtype))
     threshold = sae.threshold.to(zeros.dtype) if isinstance(sae, JumpReluSAE) else zeros
+    if batch is not None:
+        threshold = zeros + batch.topk_threshold.to(zeros.dtype)
     one, zero = zeros.new_ones(1), zeros.new_zeros(1)
     neutral = GateTensors(one[None], zeros.new_empty(1, 0), zero, one, one, threshold, zeros)
     return neutral, GateSpec(0, 0, "gated", amplitude="identity")
@@ -280,6 +287,15 @@ def _check_code(code: SparseCode) -> None:
             f"values are {values.dtype}, indices {indices.dtype} and counts {counts.dtype}; give floats and int32 or "
             "int64"
         )
+
+
+def _entries_of_topk(sae: TopKSAE, rows: Tensor, k: int | None) -> Iterator[Entries] | None:
+    """Those of a TopK SAE, whose codes are its largest h; None where one is NaN, or on another device than the CPU."""
+    if type(sae) is not TopKSAE or rows.device.type != "cpu" or k is None:
+        return None
+    dtype = ops.product_dtype(rows)
+    x_c = ops.centred(sae.normalization(rows).apply(rows), sae.b_dec if sae.apply_b_dec_to_input else None, dtype)
+    return entries_of_largest(x_c, sae.W_enc.to(dtype), sae.b_enc.to(dtype), k, 0.0 if sae.relu else -math.inf)
 
 
 def _entries_of_codes(sae: SparseAutoencoder, rows: Tensor, k: int | None) -> Iterator[Entries]:

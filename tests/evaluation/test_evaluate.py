@@ -1,5 +1,6 @@
 """Scores against their definitions, equal l0, and splicing with a host whose answer is known."""
 
+import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,10 @@ import torch
 
 from rsae_triton.common.errors import ConfigError, NumericsError, ShapeError
 from rsae_triton.evaluation import Splice, at_l0, compare, mean_interval, measure, reconstruction, splice_loss
-from rsae_triton.teachers import ReluSAE
+from rsae_triton.sae.rational import FusedRationalSAE
+from rsae_triton.teachers import BatchTopKSAE, JumpReluSAE, ReluSAE, TopKSAE
+
+reconstructions = importlib.import_module("rsae_triton.evaluation.reconstruction")
 
 
 @pytest.fixture
@@ -227,3 +231,39 @@ def test_bad_input_is_named(sae, activations):
         splice_loss(Host(activations), {}, torch.zeros(1, 3), Splice("h"), torch.zeros(16))
     with pytest.raises(NumericsError, match="no prediction that counts"):
         splice_loss(Host(activations), {}, torch.zeros(2, 3), Splice("h"), torch.zeros(16), counted=torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize("kind", ["relu", "jumprelu", "topk", "batchtopk", "rational"])
+def test_a_wide_code_is_scored_as_rows_and_never_made_whole(kind, activations, monkeypatch):
+    """The same scores, thresholded or not, with no tensor of [n_tokens, d_sae]."""
+    x, d_sae = activations[:256], 2200
+    options = {"generator": torch.Generator().manual_seed(0)}
+    sae = {
+        "relu": lambda: ReluSAE(16, d_sae, **options),
+        "jumprelu": lambda: JumpReluSAE(16, d_sae, threshold=1.5, **options),
+        "topk": lambda: TopKSAE(16, d_sae, k=9, **options),
+        "batchtopk": lambda: BatchTopKSAE(16, d_sae, k=9, **options),
+        "rational": lambda: FusedRationalSAE(16, d_sae, form="gated", **options),
+    }[kind]()
+    with torch.no_grad():
+        sae.b_enc.fill_(-1.5 if kind == "relu" else 0.0)
+        if kind == "batchtopk":
+            sae.topk_threshold.fill_(1.8)
+        if kind == "rational":
+            sae.gate.threshold.fill_(1.5)
+    wide = {}
+    for name, least in (("rows", 2048), ("dense", 10**6)):
+        monkeypatch.setattr(reconstructions, "WIDE", least)
+        matched = at_l0(sae, x, 4.0)
+        wide[name] = [measure(sae, x), measure(matched, x), reconstructions.reconstruct(matched, x)]
+    for own, dense in zip(wide["rows"][:2], wide["dense"][:2], strict=True):
+        for name, value in vars(dense.scores).items():
+            assert getattr(own.scores, name) == pytest.approx(value, rel=1e-4, abs=1e-6), name
+        torch.testing.assert_close(own.frequency, dense.frequency)
+    assert wide["rows"][1].scores.l0 == pytest.approx(4.0, abs=0.01)
+    torch.testing.assert_close(wide["rows"][2], wide["dense"][2], rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(reconstructions, "WIDE", 2048)
+    encode = type(sae).encode
+    monkeypatch.setattr(type(sae), "encode", lambda *_, **__: pytest.fail("the dense code was made"))
+    measure(at_l0(sae, x, 4.0), x)
+    monkeypatch.setattr(type(sae), "encode", encode)

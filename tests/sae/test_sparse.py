@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rsae_triton import FusedRationalSAE, SparseCode, decode_sparse, encode_sparse
 from rsae_triton.common.errors import ConfigError, NumericsError, ShapeError
-from rsae_triton.ops import sparse_ops
+from rsae_triton.ops import finding, sparse_ops
 from rsae_triton.sae import sparse
 from rsae_triton.teachers import JumpReluSAE, ReluSAE, TopKSAE
 
@@ -102,6 +102,7 @@ def test_the_dense_code_never_exists_whole(kind, monkeypatch):
     whole = encode_sparse(sae, x)
     monkeypatch.setattr(sparse_ops, "CHUNK", 700)
     monkeypatch.setattr(sparse_ops, "TOKENS", 35)
+    monkeypatch.setattr(finding, "BLOCK", 20)
     with Largest() as largest:
         code = encode_sparse(sae, x)
         decode_sparse(sae, code)
