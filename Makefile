@@ -1,14 +1,16 @@
-# Two commands for a fresh machine with Python 3.11: `make demo` and `make test`.
-PYTHON ?= python3.11
+# Two commands for a fresh machine with Python 3.11, 3.12 or 3.13: `make demo` and `make test`.
+PYTHON ?= $(shell for one in python3.11 python3.12 python3.13 python3; do \
+	$$one -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$one && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DOCS := .venv-docs
+DIST := .venv-dist
 # SAELens needs transformer-lens < 4: an environment of its own, with version 4 beside it.
 INTEROP := .venv-interop
 LENS4 := $(INTEROP)/transformer-lens-4
 
-.PHONY: demo test test-fast test-cpus test-interop test-gpu gpu-check lint bench bench-demo bench-gpu peers experiments aot aot-record routes fuzz soak docs audit clean help
+.PHONY: demo test test-fast test-cpus test-interop test-gpu gpu-check lint bench bench-demo bench-gpu peers experiments aot aot-record routes fuzz soak docs docs-publish dist notebooks audit clean help
 
 help:
 	@echo "make demo   upgrade an SAE of SmolLM2-135M, beside a fair control -> out/demo/report.html"
@@ -22,12 +24,14 @@ help:
 	@echo "make aot    compile every kernel configuration for sm_80, sm_90, sm_100; the table goes into docs/machine-code.md"
 	@echo "make fuzz   coverage-guided fuzzing of every file reader, ten minutes (FUZZ_SECONDS)"
 	@echo "make soak   20,000 training steps with stressed coefficients; make audit asks pip-audit about the dependencies"
+	@echo "make dist  wheel and sdist, checked by twine and installed in a clean environment; make notebooks runs the notebooks"
 	@echo "make docs   the documentation as a site, warnings are errors -> site/"
 	@echo "make gpu-check  ten minutes on a CUDA device with nothing installed: right, and how fast -> out/gpu-check"
 	@echo "make test-gpu  the kernels on a CUDA device: tests, sanitizer, graphs, timings"
 
 # constraints.txt pins what was tested; torch first, so that nothing else can pull another build of it.
 $(INSTALLED): pyproject.toml setup.py constraints.txt
+	@test -n "$(PYTHON)" || { echo "no Python 3.11, 3.12 or 3.13 found; give PYTHON=/path/to/python"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[host,test]'
@@ -81,6 +85,30 @@ $(DOCS)/.installed: pyproject.toml constraints.txt
 # The sources are parsed, not imported: torch is not needed.
 docs: $(DOCS)/.installed
 	$(DOCS)/bin/mkdocs build --strict
+
+# The site under a version, on the branch gh-pages.
+DOCS_VERSION ?= dev
+DOCS_ALIAS ?=
+
+docs-publish: $(DOCS)/.installed
+	$(DOCS)/bin/pip install --quiet --disable-pip-version-check 'mike>=2,<3'
+	$(DOCS)/bin/mike deploy --push --update-aliases $(DOCS_VERSION) $(DOCS_ALIAS)
+
+# Wheel and sdist; the wheel is installed and asked for its version where nothing else is.
+dist:
+	@test -n "$(PYTHON)" || { echo "no Python 3.11, 3.12 or 3.13 found; give PYTHON=/path/to/python"; exit 2; }
+	rm -rf dist $(DIST)
+	$(PYTHON) -m venv $(DIST)
+	$(DIST)/bin/pip install --quiet --disable-pip-version-check 'build>=1.2' 'twine>=6'
+	$(DIST)/bin/python -m build --outdir dist .
+	$(DIST)/bin/twine check --strict dist/*
+	$(DIST)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	cd /tmp && $(CURDIR)/$(DIST)/bin/rsae --version
+
+# The notebooks again, with their outputs: after a change to what they show.
+notebooks: $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check nbconvert ipykernel
+	$(BIN)/python -m nbconvert --to notebook --execute --inplace docs/notebooks/*.ipynb
 
 # --strict: a package that no database knows fails, where pip-audit would skip it and find "no known vulnerabilities".
 audit: $(INSTALLED)
@@ -139,4 +167,4 @@ test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu
 
 clean:
-	rm -rf $(VENV) $(INTEROP) $(DOCS) site build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(INTEROP) $(DOCS) $(DIST) site build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -21,7 +21,7 @@ from rsae_triton.training.loop import train
 from rsae_triton.training.settings import TrainSettings
 from rsae_triton.upgrading.stage_one import upgrade
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ActivationStore",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib.metadata
 import os
 import re
 import sys
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from tyro.extras import SubcommandApp
 
+from rsae_triton import __version__
 from rsae_triton.commands import gates
 from rsae_triton.commands.bench import Bench, run_bench
 from rsae_triton.commands.doctor import Doctor
@@ -182,7 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command; 0 when it worked, 2 after an error that its one line explains."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments == ["--version"]:
-        print(f"rsae-triton {importlib.metadata.version('rsae-triton')}")
+        print(f"rsae-triton {__version__}")
         return 0
     if problem := misspelt(arguments):
         Console(stderr=True, soft_wrap=True).print(f"[red]rsae:[/red] {escape(problem)}", highlight=False)

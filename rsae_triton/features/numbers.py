@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from scipy import sparse
 from torch import Tensor
 
 from rsae_triton.features.source import Source, logits_of
@@ -16,6 +16,9 @@ from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.rational import FusedRationalSAE
 from rsae_triton.sae.topk_rational import TopKRationalSAE
 from rsae_triton.sae.units import reading
+
+if TYPE_CHECKING:  # a second to import, and only needed where codes are looked at
+    from scipy import sparse
 
 BINS = 40
 LENS = 8
@@ -69,6 +72,8 @@ class Numbers:
 @torch.no_grad()
 def numbers_of(sae: SparseAutoencoder, source: Source, indices: np.ndarray, *, lens: bool = True) -> Numbers:
     """Measures the features `indices` of `sae` on a text; lens: with the logit lens, where there is a host."""
+    from scipy import sparse
+
     with reading(sae, source.store):
         z = sparse.csc_array(codes_of(sae, source.x).z[:, indices])
         z.eliminate_zeros()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from scipy import sparse
 from torch import Tensor
 
 from rsae_triton.common.errors import ShapeError
 from rsae_triton.evaluation.reconstruction import CHUNK
 from rsae_triton.sae.base import SparseAutoencoder
+
+if TYPE_CHECKING:  # a second to import, and only needed where codes are looked at
+    from scipy import sparse
 
 MAX_TOKENS = 20_000
 CURVE = np.linspace(0.25, 1.0, 10)
@@ -63,6 +66,8 @@ def codes_of(sae: SparseAutoencoder, x: Tensor) -> Codes:
     """
     if x.dim() != 2 or x.shape[1] != sae.d_in or len(x) == 0:
         raise ShapeError(f"x has shape {tuple(x.shape)}; give held-out activations [n_tokens, d_in={sae.d_in}]")
+    from scipy import sparse
+
     parts, empty, scale = [], [], []
     for chunk in x.split(CHUNK):
         rows = chunk.to(device=sae.W_dec.device, dtype=sae.W_dec.dtype)
@@ -80,6 +85,8 @@ def mse_against_l0(codes: Codes, x: Tensor, fractions: np.ndarray = CURVE) -> tu
     The threshold is on |z| * ||W_dec row||, as everywhere. Entries are added from the strongest to the weakest, so
     that all points together cost one sparse decoding.
     """
+    from scipy import sparse
+
     entries = codes.z.tocoo()
     order = np.argsort(-np.abs(entries.data) * np.linalg.norm(codes.W_dec, axis=1)[entries.col], kind="stable")
     residual = x.float().cpu().numpy() - codes.empty

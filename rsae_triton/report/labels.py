@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import sparse
 
 from rsae_triton.evaluation.matching import KEPT
 from rsae_triton.report.codes import Codes
@@ -41,6 +40,8 @@ def survival(
     teacher: SparseAutoencoder, saes: Mapping[str, SparseAutoencoder], codes: Mapping[str, Codes]
 ) -> dict[str, Survival]:
     """`Survival` of each of `saes`; codes: theirs and the teacher's, on the same tokens."""
+    from scipy import sparse
+
     found = {}
     for name, sae in saes.items():
         partner, cosine = partners(teacher, sae, np.arange(sae.d_sae))
@@ -64,6 +65,8 @@ def partners(teacher: SparseAutoencoder, sae: SparseAutoencoder, indices: np.nda
 
 def correlations(ours: Any, theirs: Any) -> np.ndarray:
     """Pearson's, of column f of one sparse code with column f of the other; NaN where one never changes."""
+    from scipy import sparse
+
     a, b = (sparse.csc_array(one).astype(np.float64) for one in (ours, theirs))
     n = a.shape[0]
     mean_a, mean_b = a.sum(axis=0) / n, b.sum(axis=0) / n

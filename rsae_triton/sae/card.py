@@ -47,10 +47,14 @@ def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any] | None = No
     metadata = config.get("metadata") or {}
     loads = _RATIONAL.get(config["architecture"])
     rational = loads is not None
-    front = {
-        "library_name": "rsae-triton",
-        "tags": ["sparse-autoencoder", "mechanistic-interpretability", "saelens"] + ["rational-sae"] * rational,
+    front: dict[str, Any] = {
+        # What the hub counts and filters by: SAELens reads these files (a rational one with our module imported).
+        "library_name": "saelens",
+        "tags": ["sparse-autoencoder", "mechanistic-interpretability", "saelens", "rsae-triton"]
+        + ["rational-sae"] * rational,
     }
+    if metadata.get("license"):
+        front["license"] = str(metadata["license"])
     if "/" in str(metadata.get("model_name")):
         front["base_model"] = metadata["model_name"]
     kind = "Rational sparse autoencoder" if rational else f"Sparse autoencoder ({config['architecture']})"

@@ -75,3 +75,14 @@ def test_editable_install_maps_kernels():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd="/")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "rsae_triton.kernels"
+
+
+def test_one_version_everywhere():
+    import tomllib
+
+    import rsae_triton
+
+    stated = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert rsae_triton.__version__ == stated
+    assert f"version: {stated}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"## {stated}" in (ROOT / "CHANGELOG.md").read_text()
