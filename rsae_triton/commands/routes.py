@@ -34,25 +34,33 @@ def name_in_table(device_name: str) -> str:
     return next((name for name in CEILINGS if name.lower() in device_name.lower()), device_name)
 
 
-def measure(
+def measure(device: torch.device, timer: Timer = median_ms, **sizes: int) -> Iterator[dict[str, Any]]:
+    """The table's rows for this device, of source "measured"."""
+    return (run() for _, run in rows(device, timer, **sizes))
+
+
+def rows(
     device: torch.device,
     timer: Timer = median_ms,
     n_tokens: int = routing.N_TOKENS,
     d_sae: int = routing.D_SAE,
-) -> Iterator[dict[str, Any]]:
-    """The table's rows for this device, of source "measured"."""
+) -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
+    """What tells the table's rows apart, and what measures each."""
     name = name_in_table(routing.device_name(device))
     for itemsize, dtype in DTYPES.items():
         for p, q in routing.DEGREES:
             for shared in (True, False):
                 for d_in in routing.WIDTHS:
                     key = {"device": name, "itemsize": itemsize, "d_in": d_in, "p": p, "q": q, "shared": shared}
-                    yield _row(key, _calls(device, dtype, n_tokens, d_in, d_sae, GateSpec(p, q), shared), timer)
+                    made = partial(_calls, device, dtype, n_tokens, d_in, d_sae, GateSpec(p, q), shared)
+                    yield key, partial(_row, key, made, timer)
 
 
-def _row(key: dict[str, Any], calls: dict[str, dict[str, Callable[[], object]]], timer: Timer) -> dict[str, Any]:
+def _row(
+    key: dict[str, Any], calls: Callable[[], dict[str, dict[str, Callable[[], object]]]], timer: Timer
+) -> dict[str, Any]:
     row = {**key, "source": "measured"}
-    for name, ways in calls.items():
+    for name, ways in calls().items():
         ms = {way: timer(call) for way, call in ways.items()}
         row[name] = min(ms, key=ms.__getitem__)
         row |= {f"{name}_{way}_ms": round(one, 3) for way, one in ms.items()}
@@ -89,12 +97,12 @@ def main() -> int:
     if not torch.cuda.is_available():
         raise ConfigError("routes are measured on a CUDA device, and there is none; the table keeps its predictions")
     device = torch.device("cuda")
-    rows = []
+    found = []
     for row in measure(device):
         print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
-        rows.append(row)
-    routing.write(measured=rows)
-    print(f"{len(rows)} rows of {rows[0]['device']} in {routing.TABLE}")
+        found.append(row)
+    routing.write(measured=found)
+    print(f"{len(found)} rows of {found[0]['device']} in {routing.TABLE}")
     return 0
 
 

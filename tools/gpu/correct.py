@@ -37,7 +37,7 @@ def items(device: torch.device, tiny: bool) -> Iterator[tuple[str, Callable[[], 
         case = Case(n, d_in, d_sae)
         yield f"rows {case}", partial(rows, case, device)
         yield f"adam {case}", partial(adam, case, device)
-    case = Case(16, 8, 33) if tiny else Case(2048, 256, 4096)
+    case = Case(16, 8, 33) if tiny else Case(2048, 256, 32768)  # wide, so that the entries have room
     yield "train", partial(trajectories, case, device, 2 if tiny else 50)
     if device.type == "cuda":
         yield "graph", partial(graph, Case(512, 256, 4096), device)
@@ -121,7 +121,7 @@ def adam(case: Case, device: torch.device) -> Row:
 
 def trajectories(case: Case, device: torch.device, steps: int) -> Row:
     """`train()` of the default recipe: eager, dense kernels and sparse kernels must lose alike."""
-    lost = {}
+    lost, share = {}, 0.0
     for name, backend, memory in (("eager", "eager", "saved"), ("dense", "triton:split", "saved"),
                                   ("sparse", "triton:split", "sparse")):  # fmt: skip
         sae, x = make(case, device)
@@ -132,13 +132,15 @@ def trajectories(case: Case, device: torch.device, steps: int) -> Row:
                 recipe="hard",
             )  # fmt: skip
         lost[name] = log.mse
+    with torch.no_grad(), matmul_precision("highest"):  # the last one's, which trained sparsely
+        share = int(sae.autoencode(x, memory="sparse").entries) / (len(x) * sae.d_sae)
     apart = {
         name: max(abs(one / other - 1) for one, other in zip(lost[name], lost["eager"], strict=True))
         for name in ("dense", "sparse")
     }
     worst = max(apart.values())
     return {"status": "ok" if worst < 1e-3 else f"wrong: losses differ by {worst:.2g}", "error": worst, **apart,
-            "last_mse": lost["sparse"][-1]}  # fmt: skip
+            "last_mse": lost["sparse"][-1], "support": share}  # fmt: skip
 
 
 def graph(case: Case, device: torch.device) -> Row:

@@ -14,7 +14,7 @@ import numpy
 import torch
 import triton
 
-from gpu.correct import differentiated
+from gpu.correct import differentiated, smallest
 from gpu.made import GATES, SHAPES, TINY, Case, freeze, make
 from gpu.speed import ceilings
 from rsae_triton.commands import routes as measuring
@@ -58,9 +58,12 @@ def compiled(device: torch.device, tiny: bool) -> Iterator[tuple[str, Callable[[
     """Every kernel that the timed steps launch, specialised as there, on few tokens and features."""
     for shape in TINY if tiny else SHAPES:
         for degree, groups in GATES[:1] if tiny else GATES:
-            small = Case(16 if tiny else 64, shape[1], 40 if tiny else 512, degree, groups)
+            # 512 tokens, so that their words of bits are a multiple of 16 too: Triton compiles anew where they are not.
+            small = Case(16 if tiny else 512, shape[1], 40 if tiny else 512, degree, groups)
             for way in ("sparse",) if tiny else ("sparse", "triton:split", "triton:fused"):
                 yield f"{way} {small}", partial(_step, small, way, device)
+    if not tiny:  # what compute-sanitizer looks at: compiling under it takes too long
+        yield from smallest(device)
 
 
 def _step(case: Case, way: str, device: torch.device) -> Row:
@@ -73,15 +76,14 @@ def _step(case: Case, way: str, device: torch.device) -> Row:
 
 def routes(device: torch.device, tiny: bool) -> Iterator[tuple[str, Callable[[], Row]]]:
     """Rows of rsae_triton/ops/routes.json, measured; the widths of the timed shapes first."""
-    if tiny:
-        rows = measuring.measure(device, lambda call: (call(), 1.0)[1], n_tokens=16, d_sae=32)
-        for place in range(2):
-            yield f"row {place}", lambda: {"status": "ok", "route": replace_name(next(rows))}
-        return
-    rows = measuring.measure(device)
-    for place in range(40):
-        yield f"row {place}", lambda: {"status": "ok", "route": next(rows)}
+    timer = (lambda call: (call(), 1.0)[1]) if tiny else measuring.median_ms
+    sizes = {"n_tokens": 16, "d_sae": 32} if tiny else {}
+    for place, (key, run) in enumerate(measuring.rows(device, timer, **sizes)):
+        if tiny and place == 2:
+            return
+        name = f"{key['itemsize']} bytes, d_in {key['d_in']}, ({key['p']}, {key['q']}), shared {key['shared']}"
+        yield name, partial(_route, run)
 
 
-def replace_name(row: Row) -> Row:
-    return {**row, "device": "interpreter"}
+def _route(run: Callable[[], Row]) -> Row:
+    return {"status": "ok", "route": run()}

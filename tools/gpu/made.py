@@ -68,13 +68,20 @@ def make(case: Case, device: torch.device, *, form: str = "gated", seed: int = 0
     active = min(L0, d_sae / 16) / d_sae
     level, low = (float(torch.quantile(h, 1 - share)) for share in (active, SUPPORT * active))
     options: dict[str, Any] = {"groups": case.groups or d_sae, "input_scale": max(level - low, 1e-3)}
-    if form == "gated":
+    if case.degree == (12, 12):
+        # No table has it, and fitting needs scipy: the (9, 8) gate with more coefficients, all of them zero.
+        fit = fit_gate("step", (9, 8), margin=0.1)
+        more = {"form": "gated", "backward": "rational", "threshold": level, "centre": fit.centre}
+        gate = RationalGate(
+            d_sae, case.degree, [*fit.a, 0.0, 0.0, 0.0], [*fit.b, 0.0, 0.0, 0.0, 0.0], **options, **more
+        )
+    elif form == "gated":
         fit = fit_gate("step", case.degree, margin=0.1)
         options |= {"form": "gated", "backward": "rational", "thresholds": torch.full((d_sae,), level)}
+        gate = RationalGate.from_fit(fit, d_sae, **options)
     else:
-        fit = fit_gate("relu", case.degree)
         options |= {"output_scale": options["input_scale"], "activity_threshold": 0.1 * options["input_scale"]}
-    gate = RationalGate.from_fit(fit, d_sae, **options)
+        gate = RationalGate.from_fit(fit_gate("relu", case.degree), d_sae, **options)
     sae = FusedRationalSAE(d_in, d_sae, gate=gate, dtype=torch.float32, initialise=False).to(device)
     with torch.no_grad():
         sae.W_dec.copy_(directions)

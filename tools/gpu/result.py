@@ -17,9 +17,6 @@ Row = dict[str, Any]
 def result_of(rows: list[Row], tiny: bool, minutes: float, root: Path) -> Row:
     """Schema 1 of `rsae_triton.report.speed`, and beside it every row as it was written."""
     machine = next((row for row in rows if row["part"] == "machine" and row.get("status") == "ok"), {})
-    head = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=root
-    )
     cases: dict[str, Row] = {}
     for row in rows:
         if row["part"] == "speed" and "case" in row:
@@ -39,7 +36,7 @@ def result_of(rows: list[Row], tiny: bool, minutes: float, root: Path) -> Row:
         "load_average_before": machine.get("load_average_before", 0.0),
         "load_average_after": os.getloadavg()[0],
         "versions": machine.get("versions", {}),
-        "commit": head.stdout.strip() or "unknown",
+        "commit": _commit(root),
         "minutes": round(minutes, 2),
         "tiny": tiny,
         "ceilings": machine.get(
@@ -56,6 +53,15 @@ def result_of(rows: list[Row], tiny: bool, minutes: float, root: Path) -> Row:
         "routes": [row["route"] for row in rows if row.get("route")],
         "rows": rows,
     }
+
+
+def _commit(root: Path) -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root).stdout.strip()
+    except OSError:
+        found = ""
+    return found or "unknown"
 
 
 def summary(rows: list[Row]) -> Row:

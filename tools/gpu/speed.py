@@ -163,6 +163,8 @@ def _loss(sae: FusedRationalSAE, x: Tensor, sparse: bool) -> Tensor:
     with torch.autocast(x.device.type, torch.bfloat16):
         if sparse:
             return sae.autoencode(x, l0_weight=WEIGHT, memory="sparse").total
+        if sae.backend != "eager":
+            return sae.autoencode(x, l0_weight=WEIGHT).total
         z, counts, _ = sae.encode_with_sums(x)
         residual = x - sae.decode(z, x)
         return residual.square().sum(-1).mean() + WEIGHT * counts.sum() / len(x)
