@@ -6,12 +6,15 @@ from rsae_triton.activations.downloads import cache_dir, fetch
 from rsae_triton.activations.extract import Splits, extract, extract_hooks, extract_splits, split_three_ways
 from rsae_triton.activations.from_tensor import store_tensor
 from rsae_triton.activations.host import HostModel, SpliceLoss, load_host
+from rsae_triton.activations.pairs import PairedSplits, PairedStore, extract_pair_splits, extract_pairs
 from rsae_triton.activations.store import ActivationStore, Sequences
 
 __all__ = [
     "ActivationStore",
     "Document",
     "HostModel",
+    "PairedSplits",
+    "PairedStore",
     "Sequences",
     "SpliceLoss",
     "Splits",
@@ -20,6 +23,8 @@ __all__ = [
     "corpus_sha256",
     "extract",
     "extract_hooks",
+    "extract_pair_splits",
+    "extract_pairs",
     "extract_splits",
     "fetch",
     "load_corpus",

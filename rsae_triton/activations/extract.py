@@ -59,6 +59,7 @@ def extract_hooks(
     keep_bos: bool = False,
     split: str = "train",
     like: Sequence[ActivationStore] | None = None,
+    rows_as: str | None = None,
     root: str | Path | None = None,
     progress: bool = True,
 ) -> list[ActivationStore]:
@@ -69,7 +70,9 @@ def extract_hooks(
     times the median (None keeps them): under one in a thousand, with several times the power of all the rest. Rows
     are kept in host units as `dtype`; the store's scale takes those that are not BOS to mean norm sqrt(d_in). `like`:
     take scale and outlier limit from these stores instead, one per place (held-out text must be in the training
-    text's units). `root` is the folder that stores lie in, by default in the cache. A run that is killed goes on at
+    text's units). `rows_as`: one of the places, by whose norms outliers are dropped at all of them, so that their rows
+    are of the same tokens (`extract_pairs`). `root` is the folder that stores lie in, by default in the cache. A run
+    that is killed goes on at
     the next shard.
 
     Raises FormatError for text too short or a corrupt store, NumericsError for activations that are not finite,
@@ -110,6 +113,8 @@ def extract_hooks(
             if like is not None:
                 units = {"scale": like[place].scale, "norm_limit": like[place].manifest["norm_limit"]}
             identity = common | {"hook_name": name, "units": units}
+            if rows_as is not None:
+                identity |= {"rows_as": rows_as, "rows_of": names}
             key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
             stem = re.sub(r"[^\w.-]+", "_", f"{Path(host.name).name}-{name}-{split}")
             folder = Path(root or cache_dir() / "activations") / f"{stem}-{key[:12]}"

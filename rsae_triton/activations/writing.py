@@ -28,15 +28,18 @@ from rsae_triton.common.files import file_sha256, write_atomically, write_text
 
 _PROGRESS = "progress.json"
 _SHARD_BYTES = 64 << 20  # half a minute of extraction on two cores: what a killed run loses at most
+_PAIRED_ROWS = 1 << 15
 _MEDIAN_CONTEXTS = 64  # the median norm is taken on the first 64 contexts
 _KEPT_SEQUENCES = 2048
 
 
 class _Block(NamedTuple):
-    """A batch of contexts with the residuals [B, T, d] read from them; `norms` float32, `is_bos` [B, T]."""
+    """A batch of contexts with the residuals [B, T, d] read from them; `is_bos` [B, T]. `norms` are the residuals', and
+    `lengths` what outliers are told by: the same, but where rows are kept as at another place."""
 
     residual: torch.Tensor
     norms: torch.Tensor
+    lengths: torch.Tensor
     tokens: torch.Tensor
     documents: torch.Tensor
     is_bos: torch.Tensor
@@ -53,7 +56,7 @@ class _Pending:
 
     def add(self, block: _Block, limit: float | None, dtype: torch.dtype, room: int, keep_bos: bool) -> int:
         """Take at most `room` rows of `block`; returns how many were kept."""
-        outlier = torch.zeros_like(block.is_bos) if limit is None else (block.norms > limit) & ~block.is_bos
+        outlier = torch.zeros_like(block.is_bos) if limit is None else (block.lengths > limit) & ~block.is_bos
         keep = (~outlier if keep_bos else ~block.is_bos & ~outlier).nonzero()[:room]
         row, position = keep.unbind(1)
         is_bos = block.is_bos[row, position]
@@ -130,15 +133,20 @@ class Extraction:
         """Contexts that need not be read again."""
         return self._pending.contexts + sum(len(block.tokens) for block in self._head)
 
-    def take(self, tokens: torch.Tensor, documents: torch.Tensor, residual: torch.Tensor) -> int:
-        """The next contexts [B, T] and their activations; returns how many rows were kept."""
+    def take(
+        self, tokens: torch.Tensor, documents: torch.Tensor, residual: torch.Tensor, leading: torch.Tensor | None = None
+    ) -> int:
+        """The next contexts [B, T] and their activations; returns how many rows were kept. leading: the activations by
+        whose norms outliers are told, where these are of another place."""
         norms = residual.float().norm(dim=-1)
         if not torch.isfinite(norms).all():
             raise NumericsError(
                 f"{self.identity['hook_name']} holds NaN or infinity in {self.host.dtype}; "
                 "load the host with dtype='float32' or 'bfloat16'"
             )
-        self._head.append(_Block(residual, norms.cpu(), tokens, documents, tokens == self.host.bos_token_id))
+        lengths = norms if leading is None else leading.float().norm(dim=-1)
+        is_bos = tokens == self.host.bos_token_id
+        self._head.append(_Block(residual, norms.cpu(), lengths.cpu(), tokens, documents, is_bos))
         if self.state["median_norm"] is None and sum(len(one.tokens) for one in self._head) < _MEDIAN_CONTEXTS:
             return 0
         return self._keep()
@@ -152,7 +160,9 @@ class Extraction:
         for block in blocks:
             room = self.wanted - self.done
             self.done += self._pending.add(block, self.state["norm_limit"], self.dtype, room, keep_bos)
-            if self._pending.bytes >= _SHARD_BYTES or self.complete:
+            # Stores whose rows are of the same tokens have the same shards, whatever their widths.
+            paired = self._pending.rows >= _PAIRED_ROWS and "rows_as" in self.identity
+            if paired or (self._pending.bytes >= _SHARD_BYTES and "rows_as" not in self.identity) or self.complete:
                 self._save(self.state, self._pending)
                 self._pending = _Pending(self._pending.contexts)
             if self.complete:
@@ -238,7 +248,7 @@ class Extraction:
 
     def _norm_limit(self, head: list[_Block]) -> tuple[float | None, float]:
         """`(limit, median)` of the norms on `head`; the limit of the given units, if there are any."""
-        norms = torch.cat([block.norms for block in head])[:_MEDIAN_CONTEXTS]
+        norms = torch.cat([block.lengths for block in head])[:_MEDIAN_CONTEXTS]
         is_bos = torch.cat([block.is_bos for block in head])[:_MEDIAN_CONTEXTS]
         median = float(norms[~is_bos].median())
         factor = self.identity["drop_outliers"]
@@ -293,10 +303,14 @@ def write_shards(extractions: Sequence[Extraction], progress: bool) -> None:
                 continue
             start, first = max(start, min(one.read for one in waiting)), start
             tokens, documents = (torch.from_numpy(column[start - first :]) for column in contexts)
-            residuals = some.host.residuals(tokens, [one.identity["hook_name"] for one in waiting])
-            for one, residual in zip(waiting, residuals, strict=True):
+            names = [one.identity["hook_name"] for one in waiting]
+            lead = some.identity.get("rows_as")
+            read = list(dict.fromkeys([*names, *([lead] if lead else [])]))
+            residuals = dict(zip(read, some.host.residuals(tokens, read), strict=True))
+            for one, name in zip(waiting, names, strict=True):
                 new = slice(max(0, one.read - start), None)
-                advance(one.take(tokens[new], documents[new], residual[new]))
+                leading = residuals[lead][new] if lead and lead != name else None
+                advance(one.take(tokens[new], documents[new], residuals[name][new], leading))
             missing = [one for one in missing if not one.complete]
     for one in extractions:
         one.end()

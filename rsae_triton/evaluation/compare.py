@@ -10,19 +10,20 @@ from typing import Any
 
 from torch import Tensor
 
-from rsae_triton.activations import ActivationStore
+from rsae_triton.activations import ActivationStore, PairedStore
 from rsae_triton.common.checks import check_integer, check_number
 from rsae_triton.common.errors import ConfigError, ShapeError
 from rsae_triton.evaluation.downstream import Splice, Spliced, downstream, splice_sequences
 from rsae_triton.evaluation.paired import mean_interval
 from rsae_triton.evaluation.reconstruction import Codec, Measured, Thresholded, cut_to, measure
 from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.sae.sides import side_by_side
 from rsae_triton.sae.units import check_place, check_same_units, reading, warn_of_units
 
 
 def compare(
     saes: Mapping[str, SparseAutoencoder],
-    x: Tensor | ActivationStore,
+    x: Tensor | ActivationStore | PairedStore,
     *,
     l0: float | None = None,
     measured: Mapping[str, Measured] | None = None,
@@ -41,7 +42,7 @@ def compare(
     Args:
         saes: by name; the first sets the matched l0 (the teacher).
         x: held-out activations: an `ActivationStore` (whose contexts are then taken too), or [n_tokens, d_in] in
-            the units that all of `saes` read.
+            the units that all of `saes` read. Of transcoders a `PairedStore`, or what they read beside what they write.
         measured: what `measure` gave for each of the SAEs on x; measured here when None.
         contexts: int [n_tokens], the context each row of x was read in (`ActivationStore.contexts`), for paired
             intervals of mse; without it there are none, for the tokens of one context are not independent.
@@ -61,12 +62,13 @@ def compare(
         raise ConfigError(f"measured is a {type(measured).__name__}; give a dictionary of what measure returned")
     if measured is not None and set(measured) != set(saes):
         raise ConfigError(f"measured is of {', '.join(measured) or 'nothing'}, not of {', '.join(saes)}")
-    if isinstance(x, ActivationStore):
+    if isinstance(x, ActivationStore | PairedStore):
         given: dict[str, Any] = {"l0": l0, "measured": measured, "host": host, "tokens": tokens, "counted": counted}
         given |= {"spliced_names": spliced_names, "shipped": shipped}
         with ExitStack() as stack:
             for name, sae in saes.items():
                 check_place(sae, x, name)
+                side_by_side(sae, x, None)
                 stack.enter_context(reading(sae, x))
             if contexts is None and x.manifest["documents_file"] is not None:
                 contexts = x.contexts
@@ -157,20 +159,21 @@ def differences(
 
 
 def evaluate(
-    sae: SparseAutoencoder, host: Any, activations: ActivationStore, *, n_sequences: int = 32
+    sae: SparseAutoencoder, host: Any, activations: ActivationStore | PairedStore, *, n_sequences: int = 32
 ) -> dict[str, Any]:
     """Scores one SAE on a store of held-out text and its host model.
 
     Args:
         sae: any SAE of the package; scores are in the store's units.
         host: a `HostModel`, or None for reconstruction only.
-        activations: a store of text no training has seen. n_sequences: how many of its contexts to splice into.
+        activations: a store of text no training has seen, of a transcoder a `PairedStore`. n_sequences: how many of its
+            contexts to splice into.
 
     Returns:
         The fields of `Reconstruction` (mse, fvu, cosine, l0, l1, alive_fraction, dead_features, ...) and with a host
         those of `Downstream` (ce, delta_ce with its interval, loss_recovered, kl, ...).
     """
-    if not isinstance(activations, ActivationStore):
+    if not isinstance(activations, ActivationStore | PairedStore):
         raise ConfigError(
             f"activations is a {type(activations).__name__}; give an ActivationStore (of a tensor: reconstruction)"
         )
@@ -186,7 +189,11 @@ def evaluate(
     return compare({"sae": sae}, activations, **options)["sae"]
 
 
-def splice_of(activations: ActivationStore) -> Splice:
+def splice_of(activations: ActivationStore | PairedStore) -> Splice:
     """The hook, scale and outlier limit that a store was made with."""
     manifest = activations.manifest
+    if isinstance(activations, PairedStore):
+        inside, outside = activations.scales
+        places = {"hook_name": manifest["hook_name_out"], "read_at": manifest["hook_name"]}
+        return Splice(**places, scale=inside, scale_out=outside, norm_limit=manifest.get("norm_limit"))
     return Splice(manifest["hook_name"], activations.scale, manifest.get("norm_limit"))

@@ -19,23 +19,25 @@ class Splice:
     """How host activations become SAE inputs: x = scale * residual, at the positions an SAE can have seen.
 
     BOS tokens, wherever they stand, and positions with a norm above `norm_limit` (host units; None: no limit) are
-    left as they are, for SAEs and ablations alike: training dropped them.
+    left as they are, for SAEs and ablations alike: training dropped them. Of a transcoder `read_at` is
+    where it reads, `hook_name` where it writes, in units of `scale_out`.
     """
 
     hook_name: str
     scale: float = 1.0
     norm_limit: float | None = None
+    read_at: str | None = None
+    scale_out: float | None = None
 
-    def replacement(
-        self, function: Callable[[Tensor], Tensor], is_bos: Tensor | None = None
-    ) -> Callable[[Tensor], Tensor]:
-        """What to hand the host as `replace`: function maps [n, d_in] in SAE units to the same.
+    def replacement(self, function: Callable[[Tensor], Tensor], is_bos: Tensor | None = None) -> Callable[..., Tensor]:
+        """What to hand the host as `replace`: function maps [n, d_in] in SAE units to the same, or to [n, d_out].
 
         is_bos: bool [B, T], where BOS tokens stand; the first of every row when None.
         """
 
-        def replace(resid: Tensor) -> Tensor:
-            norms = resid.float().norm(dim=-1)
+        def replace(resid: Tensor, read: Tensor | None = None) -> Tensor:
+            source = resid if read is None else read
+            norms = source.float().norm(dim=-1)
             seen = torch.ones_like(norms, dtype=torch.bool)
             if is_bos is None:
                 seen[:, 0] = False
@@ -44,7 +46,8 @@ class Splice:
             if self.norm_limit is not None:
                 seen &= norms <= self.norm_limit
             out = resid.clone()
-            out[seen] = (function(resid[seen].float() * self.scale) / self.scale).to(out.dtype)
+            scale_out = self.scale if self.scale_out is None else self.scale_out
+            out[seen] = (function(source[seen].float() * self.scale) / scale_out).to(out.dtype)
             return out
 
         return replace
@@ -118,12 +121,13 @@ def splice_sequences(
         return lambda x: reconstruct(codec, x.to(codec.W_dec.dtype)).float()
 
     functions: dict[str, Callable[[Tensor], Tensor]] = {
-        "zero": torch.zeros_like,
-        "mean": lambda x: mean.to(x).expand_as(x),
+        "zero": lambda x: x.new_zeros(len(x), len(mean)),
+        "mean": lambda x: mean.to(x).expand(len(x), len(mean)),
         **{f"sae:{name}": through(codec) for name, codec in codecs.items()},
     }
     found: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in ("clean", *functions)}
     bos = getattr(host, "bos_token_id", None)
+    places: dict[str, Any] = {} if splice.read_at is None else {"read_at": splice.read_at}
     for start in range(0, len(tokens), batch):
         part = tokens[start : start + batch]
         is_bos = None if bos is None else part == bos
@@ -132,7 +136,7 @@ def splice_sequences(
             **{name: splice.replacement(one, is_bos) for name, one in functions.items()},
         }
         use = torch.ones(part.shape[0], part.shape[1] - 1) if counted is None else counted[start : start + batch]
-        for name, result in host.splice(part, splice.hook_name, replacements, kl=True).items():
+        for name, result in host.splice(part, splice.hook_name, replacements, kl=True, **places).items():
             for values, per_token in zip(found[name], (result.nll, result.kl), strict=True):
                 weights = use.to(per_token)
                 values.append(((per_token * weights).sum(1) / weights.sum(1)).double().cpu())

@@ -14,8 +14,10 @@ import torch
 from rsae_triton.activations import (
     ActivationStore,
     HostModel,
+    PairedStore,
     check_corpus,
     extract,
+    extract_pairs,
     load_corpus,
     load_host,
     split_three_ways,
@@ -26,11 +28,14 @@ from rsae_triton.common.errors import ConfigError, FormatError, ShapeError, Sour
 from rsae_triton.common.files import read_json
 from rsae_triton.common.hub import local_path
 from rsae_triton.common.names import EMBEDDED, hub_model
+from rsae_triton.evaluation.compare import splice_of
 from rsae_triton.evaluation.downstream import Splice
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.making import making_of, warn_of_making
 from rsae_triton.sae.pretrained import CONFIG_FILE
+from rsae_triton.sae.rational import FusedRationalSAE
 from rsae_triton.sae.topk_rational import RATIONAL
+from rsae_triton.sae.transcoder import RationalTranscoder, Transcoder
 from rsae_triton.teachers import load_teacher
 
 
@@ -85,8 +90,9 @@ def load_sae(source: str | Path) -> SparseAutoencoder:
             return load_teacher(str(source))  # which knows more names, and says what is wrong
     config = folder / CONFIG_FILE
     architecture = read_json(config).get("architecture") if config.is_file() else None
-    for kind in RATIONAL:
-        if architecture == kind.architecture:
+    kinds: tuple[type[FusedRationalSAE], ...] = (*RATIONAL, RationalTranscoder)
+    for kind in kinds:
+        if architecture in kind.architectures():
             return kind.from_pretrained(folder)
     return load_teacher(str(source))
 
@@ -118,7 +124,7 @@ def agreed(saes: Mapping[str, SparseAutoencoder], key: str, given: str | None) -
     if given is not None:
         return given
     said = {name: str(sae.metadata[key]) for name, sae in saes.items() if sae.metadata.get(key)}
-    one_name = {"model_name": hub_model, "hook_name": canonical}.get(key, str)
+    one_name = {"model_name": hub_model, "hook_name": canonical, "hook_name_out": canonical}.get(key, str)
     if len(set(map(one_name, said.values()))) > 1:
         option = {"model_name": "--model", "hook_name": "--hook"}.get(key, key)
         what = ", ".join(f"{name}: {value}" for name, value in said.items())
@@ -178,7 +184,7 @@ class HeldOut(NamedTuple):
     host's activations come to these units."""
 
     x: torch.Tensor
-    store: ActivationStore
+    store: ActivationStore | PairedStore
     splice: Splice
     mean: torch.Tensor
 
@@ -201,6 +207,19 @@ def open_held_out(options: TextOptions, saes: Mapping[str, SparseAutoencoder], h
     if not options.whole_text:
         documents = split_three_ways(documents, seed=seed)[2]
     context = min(_context(saes), host.max_context)
+    outside = agreed(saes, "hook_name_out", None)
+    if len({isinstance(sae, Transcoder) for sae in saes.values()}) > 1:
+        raise ConfigError("SAEs and transcoders are scored on other things; evaluate them apart")
+    if isinstance(next(iter(saes.values())), Transcoder):
+        if outside is None:
+            raise ConfigError("the transcoder does not say where it writes: set hook_name_out in its metadata")
+        pairs = extract_pairs(
+            host, documents, host.default_hook, outside, options.tokens, split="eval", seed=seed, context=context
+        )
+        for sae in saes.values():
+            assert isinstance(sae, Transcoder)
+            sae.to(host.device).to_units_(*pairs.scales)
+        return HeldOut(pairs.tensor().to(host.device), pairs, splice_of(pairs), pairs.mean)
     store = extract(host, documents, n_tokens=options.tokens, split="eval", seed=seed, context=context)
     first = next(iter(saes.values())).metadata
     scale = float(first.get("activation_scale") or store.scale)

@@ -10,7 +10,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from rsae_triton.activations import ActivationStore
+from rsae_triton.activations import ActivationStore, PairedStore
+from rsae_triton.activations.pairs import row_width
 from rsae_triton.common.checks import check_data, check_finite, check_number
 from rsae_triton.common.errors import ConfigError, ShapeError
 from rsae_triton.ops.sparse_ops import used
@@ -165,7 +166,7 @@ def check_activations(sae: Codec, x: Tensor) -> Tensor:
     if not isinstance(getattr(sae, "W_dec", None), Tensor) or not hasattr(sae, "encode"):
         raise ConfigError(f"sae is a {type(sae).__name__}; give an SAE of this package, such as load_teacher returns")
     check_data("activations", x)
-    d_in = sae.W_dec.shape[1]
+    d_in = getattr(getattr(sae, "sae", sae), "row_width", sae.W_dec.shape[1])
     if x.dim() != 2 or x.shape[1] != d_in:
         raise ShapeError(f"activations have shape {tuple(x.shape)}; give [n_tokens, d_in={d_in}]")
     if len(x) == 0:
@@ -174,21 +175,27 @@ def check_activations(sae: Codec, x: Tensor) -> Tensor:
     return x
 
 
-def chunks_of(sae: Codec, x: Tensor | ActivationStore) -> Iterator[Tensor]:
+def sides(sae: Codec, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """What an SAE reads and what it is to reconstruct, of rows of activations; see `SparseAutoencoder.sides`."""
+    of = getattr(sae, "sae", sae)
+    return of.sides(rows) if isinstance(of, SparseAutoencoder) else (rows, rows)
+
+
+def chunks_of(sae: Codec, x: Tensor | ActivationStore | PairedStore) -> Iterator[Tensor]:
     """Rows for the SAE, a few at a time, looked at as `check_activations` does; a store's come from the disk."""
-    if isinstance(x, ActivationStore):
-        check_activations(sae, torch.zeros(1, x.d_in))
+    if isinstance(x, ActivationStore | PairedStore):
+        check_activations(sae, torch.zeros(1, row_width(x)))
         parts: Iterable[Tensor] = x.chunks(CHUNK)
     else:
         parts = check_activations(sae, x).detach().split(CHUNK)
     for rows in parts:
-        if isinstance(x, ActivationStore):
+        if isinstance(x, ActivationStore | PairedStore):
             check_finite("activations", rows, "extract them again")
         yield rows.to(device=sae.W_dec.device, dtype=sae.W_dec.dtype)
 
 
-def reconstruction(sae: Codec, x: Tensor | ActivationStore) -> Reconstruction:
-    """Scores the code of x [n_tokens, d_in]; sums in float64.
+def reconstruction(sae: Codec, x: Tensor | ActivationStore | PairedStore) -> Reconstruction:
+    """Scores the code of x [n_tokens, d_in] (of a transcoder: what it reads beside what it writes); sums in float64.
 
     Raises:
         ShapeError, NumericsError: activations that do not fit or are not finite.
@@ -210,14 +217,15 @@ def measure(sae: Codec, x: Tensor | ActivationStore, progress: Callable[[int], N
     pivot: Tensor | None = None
     squares, sums = 0.0, torch.zeros(sae.W_dec.shape[1], dtype=torch.float64, device=sae.W_dec.device)
     for rows in chunks_of(sae, x):
-        pivot = rows.double().mean(0) if pivot is None else pivot
-        around = rows.double() - pivot
+        own, target = sides(sae, rows)
+        pivot = target.double().mean(0) if pivot is None else pivot
+        around = target.double() - pivot
         squares, sums = squares + float(around.square().sum()), sums + around.sum(0)
-        x_hat, values, features = active_codes(sae, rows)
+        x_hat, values, features = active_codes(sae, own)
         active += torch.bincount(features, minlength=len(active))
-        squared_error[done : done + len(rows)] = (rows - x_hat).double().square().sum(1)
+        squared_error[done : done + len(rows)] = (target - x_hat).double().square().sum(1)
         done += len(rows)
-        total["cosine"] += float(torch.cosine_similarity(rows, x_hat, dim=1).double().sum())
+        total["cosine"] += float(torch.cosine_similarity(target, x_hat, dim=1).double().sum())
         total["l0"] += float(len(values))
         size = values.abs() * norms[features]
         total["l1"] += float(size.double().sum())
@@ -293,7 +301,7 @@ def cut_to(sae: Codec, x: Tensor | ActivationStore, l0: float) -> Thresholded:
     """`at_l0`, of an l0 that was measured: a dead SAE has 0."""
     strengths, active, norms = _Numbers(), 0, sae.W_dec.norm(dim=1)
     for rows in chunks_of(sae, x):
-        values, features = codes_of(sae, rows)
+        values, features = codes_of(sae, sides(sae, rows)[0])
         value = values.abs() * norms[features]
         active += len(values)
         strengths.add(value[value > 0])

@@ -18,7 +18,17 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
-from rsae_triton.activations import HostModel, Splits, check_corpus, corpus_sha256, load_corpus, load_host
+from rsae_triton.activations import (
+    ActivationStore,
+    HostModel,
+    PairedSplits,
+    PairedStore,
+    Splits,
+    check_corpus,
+    corpus_sha256,
+    load_corpus,
+    load_host,
+)
 from rsae_triton.common.checks import check_seed
 from rsae_triton.common.errors import ConfigError, ShapeError
 from rsae_triton.common.files import check_folder, write_text
@@ -26,13 +36,23 @@ from rsae_triton.common.names import EMBEDDED, EMBEDDED_NOTE, model_metadata
 from rsae_triton.common.progress import LoggedProgress
 from rsae_triton.evaluation import compare
 from rsae_triton.evaluation.compare import splice_of
-from rsae_triton.experiments.teach import FAMILIES, L0, TeacherPlan, objective_of, saved_teacher, splits_for
+from rsae_triton.experiments.teach import (
+    FAMILIES,
+    L0,
+    TeacherPlan,
+    objective_of,
+    pair_splits_for,
+    saved_teacher,
+    splits_for,
+)
 from rsae_triton.experiments.teach import make_teacher as train_or_load
 from rsae_triton.features import write_features
 from rsae_triton.ops.runtime import matmul_precision
 from rsae_triton.report import summary_table, write_report
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.making import making_of, warn_of_making
+from rsae_triton.sae.transcoder import Transcoder
+from rsae_triton.sae.units import scales_of, take_note
 from rsae_triton.training.loop import TrainLog, train
 from rsae_triton.training.settings import KEPT_BY, trains
 from rsae_triton.upgrading.stage_one import parse_degree, upgrade
@@ -50,6 +70,7 @@ class Demo:
         rsae demo --teacher topk --out out/topk
         rsae demo --model gpt2 --text my_texts/ --d-sae 24576
         rsae demo --teacher path/to/sae
+        rsae demo --teacher transcoder
     """
 
     model: str | None = None
@@ -61,7 +82,8 @@ class Demo:
     """Where to read, in TransformerLens' names; where a saved teacher says it reads when not given, else the middle of
     the model."""
     teacher: str = "relu"
-    """relu, jumprelu, topk or batchtopk to train one here, or a saved SAE: a folder, a file or a hub id."""
+    """relu, jumprelu, topk or batchtopk to train an SAE here; transcoder (JumpReLU), relu_transcoder or topk_transcoder to
+    train one of an MLP; or a saved SAE or transcoder: a folder, a file or a hub id."""
     recipe: Literal["auto", "hard", "hard-trained", "paper"] = "auto"
     """Stage 2: hard trains the code that is shipped, paper is mse + l1 on the dense code."""
     trainable: Literal["all", "encoder", "gate"] = "all"
@@ -146,7 +168,12 @@ def run(demo: Demo) -> Path:
         check_width(loaded, host, demo.teacher)
     with stages.stage("Text and activations"):
         documents = load_corpus(list(demo.text))
-        splits = splits_for(host, documents, demo.tokens, demo.seed)
+        places = pair_of(demo, loaded, host)
+        splits = (
+            splits_for(host, documents, demo.tokens, demo.seed)
+            if places is None
+            else pair_splits_for(host, documents, places, demo.tokens, demo.seed)
+        )
     x, test = splits.train.tensor().to(host.device), splits.test.tensor().to(host.device)
     with stages.stage(f"Teacher {demo.teacher}"):
         teacher, teacher_log = make_teacher(demo, loaded, splits, x)
@@ -180,18 +207,19 @@ def run(demo: Demo) -> Path:
     with stages.stage("Evaluation on held-out text"):
         metrics = score(demo, host, splits, saes, test)
     with stages.stage("Report"):
-        bit_equal = all(torch.equal(getattr(init, name), getattr(teacher, name)) for name in SHARED)
+        shared = [*SHARED, *["W_skip"] * (getattr(teacher, "W_skip", None) is not None)]
+        bit_equal = all(torch.equal(getattr(init, name), getattr(teacher, name)) for name in shared)
         metrics["stage1"] = {**init.metadata["stage1"], "weights_bit_equal": bit_equal}
         metrics["meta"] = facts(demo, host, splits, corpus_sha256(documents), stages)
         logs = {"teacher": teacher_log, "rsae": rsae_log, "control": control_log}
-        save(demo.out, saes, splits.train.scale, metrics)
+        save(demo.out, saes, splits.train, metrics)
         page = write_features(
             demo.out / "features.html", rsae, splits.test, teacher=teacher, host=host,
             title=f"Features of the Rational SAE of {host.name}, {splits.train.manifest['hook_name']}",
         )  # fmt: skip
         report = write_report(
             demo.out / "report.html",
-            title=f"Rational SAE of {host.name}, {splits.train.manifest['hook_name']}",
+            title=f"Rational {'SAE' if places is None else 'transcoder'} of {host.name}, {metrics['meta']['hook']}",
             facts={name: str(value) for name, value in metrics["meta"].items() if not isinstance(value, dict)},
             metrics=metrics,
             logs=logs,
@@ -260,12 +288,30 @@ def check_width(teacher: SparseAutoencoder | None, host: HostModel, source: str)
         )
 
 
+def pair_of(demo: Demo, teacher: SparseAutoencoder | None, host: HostModel) -> tuple[str, str] | None:
+    """Where a transcoder reads and writes: a saved one says so, one that is trained here is of the MLP of the layer
+    behind the middle; None for an SAE."""
+    if isinstance(teacher, Transcoder):
+        outside = teacher.metadata.get("hook_name_out")
+        if not outside:
+            raise ConfigError(
+                f"the transcoder {demo.teacher} does not say where it writes (hook_name_out in its metadata)"
+            )
+        return host.default_hook, str(outside)
+    if teacher is not None or not demo.teacher.endswith("transcoder"):
+        return None
+    layer = host.default_hook.split(".")[1]
+    if demo.hook is not None and ".mlp." not in host.default_hook:
+        raise ConfigError(f"--hook {demo.hook} is not where an MLP reads; give one such as blocks.{layer}.mlp.hook_in")
+    return f"blocks.{layer}.mlp.hook_in", f"blocks.{layer}.hook_mlp_out"
+
+
 def make_teacher(
-    demo: Demo, loaded: SparseAutoencoder | None, splits: Splits, x: torch.Tensor
+    demo: Demo, loaded: SparseAutoencoder | None, splits: Splits | PairedSplits, x: torch.Tensor
 ) -> tuple[SparseAutoencoder, TrainLog | None]:
     """The loaded teacher in the store's units, or one trained here, or the same trained in an earlier run."""
     if loaded is not None:
-        return loaded.to(x.device).to_units_(splits.train.scale), None
+        return loaded.to(x.device).to_units_(*(scales_of(splits.train) or ())), None
     held = min(L0, demo.d_sae / 4) if demo.teacher in ("relu", "jumprelu") else None
     plan = TeacherPlan(
         demo.teacher, demo.d_sae, steps=demo.teacher_steps, batch_size=demo.batch_size, seed=demo.seed, l0=held
@@ -274,7 +320,7 @@ def make_teacher(
 
 
 def score(
-    demo: Demo, host: HostModel, splits: Splits, saes: dict[str, SparseAutoencoder], test: torch.Tensor
+    demo: Demo, host: HostModel, splits: Splits | PairedSplits, saes: dict[str, SparseAutoencoder], test: torch.Tensor
 ) -> dict[str, Any]:
     sequences = splits.test.sequences
     count = min(demo.sequences, len(sequences.tokens))
@@ -293,7 +339,7 @@ def score(
         )
 
 
-def facts(demo: Demo, host: HostModel, splits: Splits, corpus: str, stages: Stages) -> dict[str, Any]:
+def facts(demo: Demo, host: HostModel, splits: Splits | PairedSplits, corpus: str, stages: Stages) -> dict[str, Any]:
     """Where the numbers come from: command, data, machine, versions."""
     manifest = splits.train.manifest
     return {
@@ -302,6 +348,7 @@ def facts(demo: Demo, host: HostModel, splits: Splits, corpus: str, stages: Stag
         **({"model_is": EMBEDDED_NOTE} if host.name == EMBEDDED else {}),
         "library": host.library,
         "hook": manifest["hook_name"],
+        **({"hook_out": manifest["hook_name_out"]} if "hook_name_out" in manifest else {}),
         "teacher": demo.teacher,
         "d_in": splits.train.d_in,
         "text": ", ".join(demo.text),
@@ -319,15 +366,16 @@ def facts(demo: Demo, host: HostModel, splits: Splits, corpus: str, stages: Stag
     }
 
 
-def save(out: Path, saes: dict[str, SparseAutoencoder], scale: float, metrics: dict[str, Any]) -> None:
+def save(
+    out: Path, saes: dict[str, SparseAutoencoder], store: ActivationStore | PairedStore, metrics: dict[str, Any]
+) -> None:
     """Writes every SAE but the untrained one of one round in the model's own units, and metrics.json."""
     out.mkdir(parents=True, exist_ok=True)
     for name in saes.keys() - {"init"}:
         own = copy.deepcopy(saes[name])
         meta = metrics["meta"]
-        own.metadata.update(
-            model_metadata(meta["model"]), hook_name=meta["hook"], activation_scale=scale, split_seed=meta["seed"]
-        )
+        own.metadata.update(model_metadata(meta["model"]), hook_name=meta["hook"], split_seed=meta["seed"])
+        take_note(own, store)
         own.save_pretrained(out / name, metrics=metrics)
     text = json.dumps(metrics, indent=2)
     write_text(out / "metrics.json", text + "\n")

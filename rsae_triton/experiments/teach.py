@@ -13,7 +13,18 @@ import tyro
 from rich.console import Console
 from torch import Tensor
 
-from rsae_triton.activations import Splits, cache_dir, check_corpus, extract_splits, load_corpus, load_host
+from rsae_triton.activations import (
+    ActivationStore,
+    PairedSplits,
+    PairedStore,
+    Splits,
+    cache_dir,
+    check_corpus,
+    extract_pair_splits,
+    extract_splits,
+    load_corpus,
+    load_host,
+)
 from rsae_triton.common.checks import check_number, check_seed
 from rsae_triton.common.errors import ConfigError, FormatError, SourceError
 from rsae_triton.common.files import check_folder, write_text
@@ -21,6 +32,8 @@ from rsae_triton.common.names import model_metadata
 from rsae_triton.evaluation import reconstruction
 from rsae_triton.ops.runtime import matmul_precision
 from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.sae.transcoder import JumpReluTranscoder, ReluTranscoder, TopKTranscoder, Transcoder
+from rsae_triton.sae.units import scales_of
 from rsae_triton.teachers import BatchTopKSAE, JumpReluSAE, ReluSAE, TopKSAE, load_teacher
 from rsae_triton.training.loop import TrainLog, train
 from rsae_triton.training.recipes import RECIPES, Recipe, recipe_for
@@ -30,6 +43,9 @@ FAMILIES: dict[str, type[SparseAutoencoder]] = {
     "jumprelu": JumpReluSAE,
     "topk": TopKSAE,
     "batchtopk": BatchTopKSAE,
+    "transcoder": JumpReluTranscoder,
+    "relu_transcoder": ReluTranscoder,
+    "topk_transcoder": TopKTranscoder,
 }
 LR = 1e-3
 L0 = 32.0
@@ -45,7 +61,8 @@ class TeacherPlan:
     """What decides a teacher's weights, besides the activations.
 
     Attributes:
-        family: one of FAMILIES. d_sae: features. k: active features per token (topk, batchtopk).
+        family: one of FAMILIES; a "transcoder" is a JumpReLU one. d_sae: features. k: active features per token (topk,
+            batchtopk).
         weight: of the sparsity term in units of the activations' norm (relu, jumprelu), the recipe's when None.
         penalty: "l0" or "tanh" (jumprelu). steps, batch_size, seed: of its training.
         l0: hold the mean number of active features here (relu, jumprelu) by steering the weight, on any model, and
@@ -67,12 +84,21 @@ class TeacherPlan:
             check_number("l0", self.l0, above=0, most=self.d_sae)
         if self.family not in FAMILIES:
             raise ConfigError(f"teacher is {self.family!r}; choose one of {', '.join(FAMILIES)}")
-        if self.penalty != "l0" and self.family != "jumprelu":
+        if self.penalty != "l0" and self.nonlinearity != "jumprelu":
             raise ConfigError(f"penalty={self.penalty!r} is for jumprelu; a {self.family} teacher has its own")
+
+    @property
+    def transcodes(self) -> bool:
+        return self.family.endswith("transcoder")
+
+    @property
+    def nonlinearity(self) -> str:
+        """relu, jumprelu, topk or batchtopk."""
+        return (self.family.removesuffix("transcoder").rstrip("_") or "jumprelu") if self.transcodes else self.family
 
     def recipe(self) -> Recipe:
         """The family's objective at this plan's weight; the control takes the same."""
-        recipe = RECIPES["jumprelu-tanh" if self.penalty == "tanh" else self.family]
+        recipe = RECIPES["jumprelu-tanh" if self.penalty == "tanh" else self.nonlinearity]
         if recipe.sparsity == "none":
             return recipe
         recipe = recipe if self.weight is None else replace(recipe, weight=self.weight)
@@ -82,13 +108,16 @@ class TeacherPlan:
         """What decides the weights; a setting that older plans do not know is left out where it is not used."""
         return {name: value for name, value in asdict(self).items() if name != "l0" or value is not None}
 
-    def untrained(self, d_in: int) -> SparseAutoencoder:
-        options: dict[str, Any] = {"k": self.k} if self.family in ("topk", "batchtopk") else {}
+    def untrained(self, d_in: int, d_out: int | None = None) -> SparseAutoencoder:
+        options: dict[str, Any] = {"k": self.k} if self.nonlinearity in ("topk", "batchtopk") else {}
+        options |= {"d_out": d_out} if self.transcodes else {}
         generator = torch.Generator().manual_seed(self.seed)
         return FAMILIES[self.family](d_in, self.d_sae, generator=generator, **options)
 
 
-def make_teacher(plan: TeacherPlan, splits: Splits, x: Tensor, label: str = "") -> tuple[SparseAutoencoder, TrainLog]:
+def make_teacher(
+    plan: TeacherPlan, splits: Splits | PairedSplits, x: Tensor, label: str = ""
+) -> tuple[SparseAutoencoder, TrainLog]:
     """Trains `plan` on x (the training split, in the store's units), or loads what an earlier run trained."""
     identity = {"data": splits.train.manifest["key"], **plan.identity(), "version": 2}
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
@@ -96,9 +125,9 @@ def make_teacher(plan: TeacherPlan, splits: Splits, x: Tensor, label: str = "") 
     log_path = folder / "log.json"
     if log_path.is_file():  # written last: what it lies in is complete
         teacher = FAMILIES[plan.family].from_pretrained(folder, x.device)
-        teacher.units = splits.train.scale
+        _said(teacher, splits.train)
         return teacher, TrainLog(**json.loads(log_path.read_text()))
-    teacher = plan.untrained(x.shape[1]).to(x.device)
+    teacher = plan.untrained(splits.train.d_in, getattr(splits.train, "d_out", None)).to(x.device)
     with torch.no_grad():
         teacher.b_dec.copy_(splits.train.mean)
     log = train(
@@ -115,8 +144,17 @@ def make_teacher(plan: TeacherPlan, splits: Splits, x: Tensor, label: str = "") 
     teacher.metadata["objective"] = {name: value for name, value in plan.identity().items() if name != "d_sae"}
     teacher.save_pretrained(folder)  # before its units are known: in the cache weights stay as they were trained
     write_text(log_path, json.dumps(log.as_dict()))
-    teacher.units = splits.train.scale
+    _said(teacher, splits.train)
     return teacher, log
+
+
+def _said(teacher: SparseAutoencoder, store: ActivationStore | PairedStore) -> None:
+    """Notes the units that a teacher was trained in, of a transcoder both."""
+    scales = scales_of(store)
+    assert scales is not None
+    teacher.units = scales[0]
+    if isinstance(teacher, Transcoder):
+        teacher.units_out = scales[1]
 
 
 @dataclass(frozen=True)
@@ -208,6 +246,14 @@ def splits_for(host: Any, documents: list[Any], tokens: int, seed: int = 0) -> S
     """The three splits in the sizes that every command uses, so that they share one cache."""
     held = max(1000, min(10_000, tokens // 10))
     return extract_splits(host, documents, n_train=tokens, n_validation=held, n_test=held, seed=seed)
+
+
+def pair_splits_for(
+    host: Any, documents: list[Any], places: tuple[str, str], tokens: int, seed: int = 0
+) -> PairedSplits:
+    """As `splits_for`, of the two places of a transcoder."""
+    held = max(1000, min(10_000, tokens // 10))
+    return extract_pair_splits(host, documents, *places, n_train=tokens, n_validation=held, n_test=held, seed=seed)
 
 
 def objective_of(sae: SparseAutoencoder) -> Recipe:

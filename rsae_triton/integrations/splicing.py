@@ -23,6 +23,7 @@ from rsae_triton.common.checks import check_number
 from rsae_triton.common.errors import ConfigError, ShapeError
 from rsae_triton.sae.base import SparseAutoencoder, check_sae
 from rsae_triton.sae.making import making_of
+from rsae_triton.sae.transcoder import Transcoder
 
 _RESIDUAL = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
 
@@ -48,7 +49,7 @@ def splice(
         sae: any SAE of the package; one that reads other units than the model's own (`sae.units`) is given these.
         hook_name: the place, by any of its names (`rsae_triton.activations.places`); what the SAE's metadata says when
             None. In a Hugging Face model those of residual streams and MLPs are known, or the path of a module whose
-            output is replaced. Attention heads [batch, token, head, d_head] are flattened for the SAE.
+            output is replaced. A transcoder reads there, and writes at its metadata's hook_name_out. Attention heads [batch, token, head, d_head] are flattened for the SAE.
         use_error_term: add what the SAE did not reconstruct, without its gradient: the model's output is
             unchanged, and gradients go through the code.
         norm_limit: activations with a larger norm are left as they are (attention sinks such as BOS are a
@@ -61,6 +62,10 @@ def splice(
     check_sae("sae", sae)
     if norm_limit is not None:
         check_number("norm_limit", norm_limit, least=0)
+    if isinstance(sae, Transcoder):
+        with _transcoded(model, sae, hook_name, use_error_term=use_error_term, norm_limit=norm_limit):
+            yield
+        return
     count = [0]
     replace = replacement(sae, use_error_term=use_error_term, norm_limit=norm_limit, count=count)
     with replaced(model, sae, hook_name, replace, count):
@@ -120,6 +125,50 @@ def _check_centred(model: Any, sae: SparseAutoencoder) -> None:
             "center_writing_weights=True).model)",
             stacklevel=4,
         )
+
+
+@contextmanager
+def _transcoded(
+    model: Any, sae: Transcoder, hook_name: str | None, *, use_error_term: bool, norm_limit: float | None
+) -> Iterator[None]:
+    """Reads at one place and writes at the other, in units of the model's activations."""
+    place, outside = hook_name or sae.metadata.get("hook_name"), sae.metadata.get("hook_name_out")
+    if not place:
+        raise ConfigError("the transcoder's metadata names no hook_name; pass it: where in the model does it read?")
+    if not outside:
+        raise ConfigError("the transcoder's metadata names no hook_name_out: where in the model does it write?")
+    units, units_out = sae.all_units or (1.0, 1.0)
+    read: list[Tensor] = []
+    count = [0]
+
+    def take(x: Tensor) -> Tensor:
+        if x.shape[-1] != sae.d_in:
+            raise ShapeError(f"activations at {place} have shape {tuple(x.shape)}, but d_in={sae.d_in}")
+        read[:] = [x]
+        return x
+
+    def put(y: Tensor) -> Tensor:
+        count[0] += 1
+        if not read:
+            raise ConfigError(f"{outside} is computed before {place}; the transcoder has nothing to read yet")
+        x = read[0].to(device=sae.W_dec.device, dtype=sae.W_dec.dtype)
+        new = (sae(x * units) / units_out).to(device=y.device, dtype=y.dtype)
+        if new.shape != y.shape:
+            raise ShapeError(
+                f"activations at {outside} have shape {tuple(y.shape)}, the transcoder gives {tuple(new.shape)}"
+            )
+        if use_error_term:
+            new = new + (y - new).detach()
+        if norm_limit is not None:
+            new = torch.where(read[0].float().norm(dim=-1, keepdim=True) > norm_limit, y, new)
+        return new
+
+    def reader(x: Tensor) -> Tensor:
+        count[0] += 1
+        return take(x)
+
+    with replaced(model, sae, str(outside), put, count), replaced(model, sae, str(place), reader, count):
+        yield
 
 
 def replacement(

@@ -59,21 +59,21 @@ def subset(n_tokens: int, seed: int, limit: int = MAX_TOKENS) -> Tensor:
 
 @torch.no_grad()
 def codes_of(sae: SparseAutoencoder, x: Tensor) -> Codes:
-    """The shipped code of x [n_tokens, d_in].
+    """The shipped code of x [n_tokens, d_in] (of a transcoder: what it reads beside what it writes).
 
     Raises:
         ShapeError: x is not two-dimensional, of another width, or empty.
     """
-    if x.dim() != 2 or x.shape[1] != sae.d_in or len(x) == 0:
-        raise ShapeError(f"x has shape {tuple(x.shape)}; give held-out activations [n_tokens, d_in={sae.d_in}]")
+    if x.dim() != 2 or x.shape[1] != sae.row_width or len(x) == 0:
+        raise ShapeError(f"x has shape {tuple(x.shape)}; give held-out activations [n_tokens, d_in={sae.row_width}]")
     from scipy import sparse
 
     parts, empty, scale = [], [], []
     for chunk in x.split(CHUNK):
-        rows = chunk.to(device=sae.W_dec.device, dtype=sae.W_dec.dtype)
+        rows = sae.sides(chunk.to(device=sae.W_dec.device, dtype=sae.W_dec.dtype))[0]
         parts.append(sparse.csr_array(sae.encode(rows).float().cpu().numpy()))
         affine = sae.normalization(rows)
-        empty.append(affine.undo(sae.b_dec.expand_as(rows)).float().cpu().numpy())
+        empty.append(sae.denormalize(sae.b_dec.expand(len(rows), -1), rows).float().cpu().numpy())
         scale.append(torch.as_tensor(affine.scale).float().cpu().expand(len(rows), 1).numpy())
     decoder = sae.W_dec.detach().float().cpu().numpy()
     return Codes(sparse.csr_array(sparse.vstack(parts)), decoder, np.concatenate(empty), np.concatenate(scale))

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rsae_triton.activations import ActivationStore
+from rsae_triton.activations import ActivationStore, PairedStore
 from rsae_triton.common.errors import ConfigError, ShapeError
 from rsae_triton.common.files import make_folder, write_atomically
 from rsae_triton.report import plots, scores
@@ -41,7 +41,7 @@ def write_report(
     logs: Mapping[str, Any],
     saes: Mapping[str, SparseAutoencoder],
     x: Tensor,
-    store: ActivationStore | None = None,
+    store: ActivationStore | PairedStore | None = None,
     tokenizer: Tokenizer | None = None,
     seed: int = 0,
     features_page: str | None = None,
@@ -55,7 +55,8 @@ def write_report(
         logs: a `TrainLog` or its `as_dict()` by role; None or absent where nothing was trained.
         saes: "teacher", "init" (after stage 1), "rsae", "control"; init and rsae are `FusedRationalSAE`. "rounds" and
             "rsae-rounds", teacher and RSAE with another round and nothing trained for it, may be there too.
-        x: held-out activations [n_tokens, d_in] in the units of the SAEs; plots use at most 20 000 rows.
+        x: held-out activations [n_tokens, d_in] in the units of the SAEs (of transcoders what they read beside what
+            they write); plots use at most 20 000 rows.
         store, tokenizer: what the rows of x are (its first len(x) rows) and how its tokens read, for snippets;
             without either the snippets are left out.
         features_page: name of the page of all features beside this one, for a link.
@@ -91,12 +92,17 @@ def write_report(
         context=CONTEXT,
         n_rows=N_ROWS,
         d_in=saes["rsae"].d_in,
-        hook=saes["rsae"].metadata.get("hook_name") or facts.get("hook"),
+        hook=_place(saes["rsae"]) or facts.get("hook"),
     )
     return _replace(Path(path), page)
 
 
-def _check(saes: Mapping[str, SparseAutoencoder], x: Tensor, store: ActivationStore | None) -> None:
+def _place(sae: SparseAutoencoder) -> str | None:
+    inside, outside = (sae.metadata.get(name) for name in ("hook_name", "hook_name_out"))
+    return f"{inside} to {outside}" if inside and outside else inside
+
+
+def _check(saes: Mapping[str, SparseAutoencoder], x: Tensor, store: ActivationStore | PairedStore | None) -> None:
     from rsae_triton.sae.rational import FusedRationalSAE
 
     missing = [role for role in ROLES if role not in saes]
@@ -146,7 +152,7 @@ def _plots(
 ) -> list[Plot]:
     picture = plots.picture_of(saes, codes, x)
     target = plots.matched_l0(metrics, codes)
-    curves = {role: mse_against_l0(codes[role], x) for role in roles_in(codes)}
+    curves = {role: mse_against_l0(codes[role], saes[role].sides(x)[1]) for role in roles_in(codes)}
     frequencies = {role: codes[role].firing_frequency() for role in ("teacher", "rsae", "control")}
     gate = (
         "Lines are medians over features, the band holds 80 % of them (thresholds differ per feature). Grey: how many "

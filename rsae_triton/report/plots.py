@@ -97,7 +97,9 @@ def readme_figure(
     left, right = figure.subfigures(1, 2)
     _draw_gates(left, picture_of(saes, codes, x), zoom=True)
     _draw_trade_off(
-        right.subplots(), {role: mse_against_l0(codes[role], x) for role in roles_in(codes)}, matched_l0(metrics, codes)
+        right.subplots(),
+        {role: mse_against_l0(codes[role], saes[role].sides(x)[1]) for role in roles_in(codes)},
+        matched_l0(metrics, codes),
     )
     return figure
 
@@ -108,7 +110,7 @@ def picture_of(saes: Mapping[str, SparseAutoencoder], codes: Mapping[str, Codes]
     assert isinstance(init, FusedRationalSAE)
     assert isinstance(rsae, FusedRationalSAE)
     alive = (codes["teacher"].firing_frequency() > 0) & (codes["rsae"].firing_frequency() > 0)
-    return gate_picture(saes["teacher"], init, rsae, x, alive)
+    return gate_picture(saes["teacher"], init, rsae, rsae.sides(x)[0], alive)
 
 
 def matched_l0(metrics: Mapping[str, Any], codes: Mapping[str, Codes]) -> float:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rsae_triton.activations import ActivationStore
+from rsae_triton.activations import ActivationStore, PairedStore
 from rsae_triton.report.codes import Codes
 from rsae_triton.report.gates import thresholds
 from rsae_triton.sae.base import SparseAutoencoder
@@ -88,7 +88,7 @@ def feature_snippets(
     saes: Mapping[str, SparseAutoencoder],
     codes: Mapping[str, Codes],
     rows: np.ndarray,
-    store: ActivationStore,
+    store: ActivationStore | PairedStore,
     tokenizer: Tokenizer,
 ) -> list[Feature]:
     """The chosen features with their top snippets in teacher and RSAE.
@@ -120,7 +120,13 @@ class Text:
     """Finds the text around rows of a store."""
 
     def __init__(
-        self, store: ActivationStore, tokenizer: Tokenizer, rows: np.ndarray, *, n: int = N_ROWS, around: int = CONTEXT
+        self,
+        store: ActivationStore | PairedStore,
+        tokenizer: Tokenizer,
+        rows: np.ndarray,
+        *,
+        n: int = N_ROWS,
+        around: int = CONTEXT,
     ) -> None:
         self.n, self.around = n, around
         self.tokenizer = tokenizer

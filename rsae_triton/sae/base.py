@@ -205,6 +205,15 @@ class SparseAutoencoder(Pretrained):
         """Projects onto the feasible set after an optimiser step; nothing to do for most SAEs."""
 
     @property
+    def row_width(self) -> int:
+        """Width of the rows of activations that it is trained and scored on: d_in, for a transcoder d_in + d_out."""
+        return self.d_in
+
+    def sides(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """What it reads and what it is to reconstruct, of such rows: the same, but for a transcoder."""
+        return rows, rows
+
+    @property
     def units(self) -> float | None:
         """What the model's activations are multiplied by before this SAE reads them; None where nobody has said.
 
@@ -221,6 +230,11 @@ class SparseAutoencoder(Pretrained):
             return
         check_number("units", value, above=0)
         self.metadata[UNITS] = float(value)
+
+    @property
+    def all_units(self) -> tuple[float, ...] | None:
+        """What `to_units_` takes to come back here: one number, for a transcoder two; None where nobody has said."""
+        return None if self.units is None else (self.units,)
 
     @torch.no_grad()
     def to_units_(self, units: float) -> Self:

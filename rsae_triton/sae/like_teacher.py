@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rsae_triton.activations.pairs import row_width
 from rsae_triton.common.checks import check_data, check_finite
 from rsae_triton.common.errors import ShapeError
 from rsae_triton.sae.architectures import JumpReluSAE, ReluSAE
@@ -27,9 +28,9 @@ def sample(activations: Tensor | Any, teacher: SparseAutoencoder, n_tokens: int,
     x: Any = activations if isinstance(activations, Tensor) or stored else activations.tensor()
     if not stored:
         check_data("activations", x)
-    shape = (len(x), x.d_in) if stored else tuple(x.shape)
-    if len(shape) != 2 or shape[1] != teacher.d_in:
-        raise ShapeError(f"activations have shape {shape}; the teacher takes [n, d_in={teacher.d_in}]")
+    shape = (len(x), row_width(x)) if stored else tuple(x.shape)
+    if len(shape) != 2 or shape[1] != teacher.row_width:
+        raise ShapeError(f"activations have shape {shape}; the teacher takes [n, d_in={teacher.row_width}]")
     if shape[0] == 0:
         raise ShapeError("there are no activations to calibrate on; give at least a few hundred tokens")
     chosen = torch.randperm(shape[0], generator=torch.Generator().manual_seed(seed))[:n_tokens]

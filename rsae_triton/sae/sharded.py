@@ -18,9 +18,12 @@ from rsae_triton.sae.architectures import JumpReluSAE, ReluSAE, TopKSAE
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.batch_topk import BatchTopKSAE
 from rsae_triton.sae.topk_rational import RATIONAL
+from rsae_triton.sae.transcoder import KINDS
 
 _TEACHERS: tuple[type[SparseAutoencoder], ...] = (ReluSAE, JumpReluSAE, TopKSAE, BatchTopKSAE)
-_KINDS: dict[str, type[SparseAutoencoder]] = {kind.architecture: kind for kind in (*RATIONAL, *_TEACHERS)}
+_KINDS: dict[str, type[SparseAutoencoder]] = {
+    name: kind for kind in (*RATIONAL, *_TEACHERS, *KINDS.values()) for name in kind.architectures()
+}
 
 
 def write_parts(folder: Path, tensors: dict[str, Tensor]) -> None:

@@ -87,16 +87,63 @@ class Transcoder(SparseAutoencoder):
         check_tensor("x", x, self.W_skip.device)
         return x @ self.W_skip.t()
 
-    def pair(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def row_width(self) -> int:
+        return self.d_in + self.d_out
+
+    def sides(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """x and y of rows [n, d_in + d_out] that hold both side by side, as batches of pairs do."""
-        if rows.shape[-1] != self.d_in + self.d_out:
+        if rows.shape[-1] != self.row_width:
             raise ShapeError(
-                f"rows have shape {tuple(rows.shape)}; a transcoder trains on x beside y, "
-                f"[n, d_in + d_out = {self.d_in + self.d_out}]"
+                f"rows have shape {tuple(rows.shape)}; a transcoder takes x beside y, [n, d_in + d_out = "
+                f"{self.row_width}]: give inputs and targets=, or a PairedStore"
             )
         return rows[..., : self.d_in], rows[..., self.d_in :]
 
     # -- scales
+
+    @property
+    def units_out(self) -> float | None:
+        """As `units`, of what is written."""
+        value = self.metadata.get(UNITS_OUT)
+        return None if value is None else float(value)
+
+    @units_out.setter
+    def units_out(self, value: float | None) -> None:
+        if value is None:
+            self.metadata.pop(UNITS_OUT, None)
+            return
+        check_number("units_out", value, above=0)
+        self.metadata[UNITS_OUT] = float(value)
+
+    @property
+    def all_units(self) -> tuple[float, ...] | None:
+        return None if self.units is None else (self.units, self.units if self.units_out is None else self.units_out)
+
+    @torch.no_grad()
+    def to_units_(self, units: float, units_out: float | None = None) -> Self:
+        """The same transcoder, reading the model's activations times `units` and writing them times `units_out`.
+
+        Raises:
+            ConfigError: nobody has said which units it has now, or units other than 1.0 (the model's own) without
+                units_out.
+        """
+        if units_out is None and units != 1.0:
+            raise ConfigError("a transcoder has two units; give to_units_(units, units_out), such as *store.scales")
+        units_out = 1.0 if units_out is None else units_out
+        for name, value in (("units", units), ("units_out", units_out)):
+            check_number(name, value, above=0)
+        before = self.all_units
+        if before is None:
+            raise ConfigError(
+                "nobody has said which units this transcoder has; set .units and .units_out (1.0: the model's)"
+            )
+        if (units, units_out) != before:
+            self.fold_activation_scale_(before[0] / units, before[1] / units_out)
+        self.units, self.units_out = units, units_out  # and not what rounding makes of them
+        if units == units_out == 1.0:
+            self.units_out = None
+        return self
 
     @torch.no_grad()
     def fold_activation_scale_(self, scale: float, scale_out: float | None = None) -> Self:
@@ -114,9 +161,9 @@ class Transcoder(SparseAutoencoder):
                 raise NumericsError(str(error)) from error
         factors = torch.tensor([scale, 1 / scale_out, scale / scale_out], dtype=self.W_enc.dtype)
         if not bool(((factors > 0) & factors.isfinite()).all()):
-            raise NumericsError(
-                f"scales are {scale:g} and {scale_out:g}; weights of {self.W_enc.dtype} cannot take them"
-            )
+            raise NumericsError(f"scales are {scale:g}, {scale_out:g}; weights of {self.W_enc.dtype} cannot take them")
+        if (known := self.all_units) is not None:
+            self.units, self.units_out = known[0] / scale, known[1] / scale_out
         self.W_enc.mul_(scale)
         self.W_dec.div_(scale_out)
         self.b_dec.div_(scale_out)
@@ -148,6 +195,7 @@ class Transcoder(SparseAutoencoder):
         return f"d_in={self.d_in}, d_sae={self.d_sae}, d_out={self.d_out}{skip}"
 
 
+UNITS_OUT = "units_out"
 _NO_ROUNDS = (
     "rounds are for SAEs: a further round encodes what the first left of its target, and where a transcoder encodes it "
     "does not have its target; gate, thresholds and training are the same as an SAE's"

@@ -37,6 +37,13 @@ def scale_of(activations: Any) -> float | None:
     return float(scale) if isinstance(scale, int | float) else None
 
 
+def scales_of(activations: Any) -> tuple[float, ...] | None:
+    """As `scale_of`; a store of pairs has two."""
+    scales = getattr(activations, "scales", None)
+    scale = scale_of(activations)
+    return tuple(scales) if isinstance(scales, tuple) else None if scale is None else (scale,)
+
+
 @contextmanager
 def reading(sae: Any, activations: Any, *, trains: bool = False) -> Iterator[None]:
     """While the context is open, `sae` reads rows of `activations` (a store, or its scale); then its own units again.
@@ -44,38 +51,41 @@ def reading(sae: Any, activations: Any, *, trains: bool = False) -> Iterator[Non
     Parameters come back bit for bit; with `trains`, those that are frozen do, and the others with what they have
     learned. An SAE whose units are not known is taken to read these.
     """
-    scale = activations if isinstance(activations, float) else scale_of(activations)
-    before = getattr(sae, "units", None)
-    if scale is None or before is None or scale == before:
+    scales = (activations,) if isinstance(activations, float) else scales_of(activations)
+    before = getattr(sae, "all_units", None)
+    if scales is None or before is None or scales == before:
         yield
         return
     kept = {one: one.data for one in sae.parameters() if not (trains and one.requires_grad)}
     kept |= {} if trains else {one: one.data for one in sae.buffers()}
     for tensor, data in kept.items():
         tensor.data = data.clone()
-    sae.to_units_(scale)
+    sae.to_units_(*scales)
     for tensor, data in list(kept.items()):
         if torch.equal(tensor.data, data):  # not in units of x: what happens to it inside shall last
             tensor.data = kept.pop(tensor)
     try:
         yield
     finally:
-        sae.to_units_(before)
+        sae.to_units_(*before)
         for tensor, data in kept.items():
             tensor.data = data
 
 
 def take_note(sae: Any, activations: Any) -> None:
     """Writes into the metadata what a store knows and the SAE did not: units, model, place, the scale of its scores."""
-    scale, manifest = scale_of(activations), getattr(activations, "manifest", None)
-    if scale is None or not isinstance(manifest, Mapping):
+    scales, manifest = scales_of(activations), getattr(activations, "manifest", None)
+    if scales is None or not isinstance(manifest, Mapping):
         return
     if sae.units is None:
-        sae.units = scale
-    sae.metadata["activation_scale"] = scale
+        sae.units = scales[0]
+        if len(scales) > 1:
+            sae.units_out = scales[1]
+    sae.metadata["activation_scale"] = scales[0]
+    if len(scales) > 1:
+        sae.metadata["activation_scale_out"] = scales[1]
     said = model_metadata(manifest["model"]) if isinstance(manifest.get("model"), str) else {}
-    if isinstance(manifest.get("hook_name"), str):
-        said["hook_name"] = manifest["hook_name"]
+    said |= {key: manifest[key] for key in ("hook_name", "hook_name_out") if isinstance(manifest.get(key), str)}
     if said.get("model_name") != hub_model(str(sae.metadata.get("model_name", said.get("model_name")))):
         said = {name: one for name, one in said.items() if not name.startswith("host")}  # the SAE names another model
     sae.metadata.update({name: one for name, one in said.items() if name not in sae.metadata})
@@ -106,8 +116,8 @@ def in_store_units(make: Making) -> Making:
             rsae = make(*args, **options)
             mine, theirs = dict(rsae.named_parameters()), dict(teacher.named_parameters())
             copied = [one for one in mine.keys() & theirs.keys() if torch.equal(mine[one], theirs[one])]
-        if teacher.units is not None:
-            rsae.to_units_(teacher.units)
+        if teacher.all_units is not None:
+            rsae.to_units_(*teacher.all_units)
         with torch.no_grad():
             for one in copied:
                 mine[one].copy_(theirs[one])
@@ -119,9 +129,9 @@ def in_store_units(make: Making) -> Making:
 
 def check_same_units(saes: Mapping[str, Any]) -> None:
     """ConfigError where SAEs that are to read one plain tensor are known to read different units."""
-    known = {name: units for name, sae in saes.items() if (units := getattr(sae, "units", None)) is not None}
+    known = {name: units for name, sae in saes.items() if (units := getattr(sae, "all_units", None)) is not None}
     if len(set(known.values())) > 1:
-        what = ", ".join(f"{name}: {value:g} times the model's activations" for name, value in known.items())
+        what = ", ".join(f"{name}: {value[0]:g} times the model's activations" for name, value in known.items())
         raise ConfigError(f"the SAEs read different units ({what}); give an ActivationStore, or use sae.to_units_(...)")
 
 
@@ -143,7 +153,11 @@ def check_place(sae: Any, activations: Any, name: str = "the SAE", stacklevel: i
             "load_host(..., center_writing_weights=True)",
             stacklevel=stacklevel,
         )
-    for key, entry, same in (("hook_name", "hook_name", same_hook), ("model_name", "model", same_model)):
+    for key, entry, same in (
+        ("hook_name", "hook_name", same_hook),
+        ("hook_name_out", "hook_name_out", same_hook),
+        ("model_name", "model", same_model),
+    ):
         ours, theirs = sae.metadata.get(key), manifest.get(entry)
         if not isinstance(ours, str) or not isinstance(theirs, str):
             continue
@@ -211,6 +225,7 @@ def warn_of_units(sae: Any, x: Tensor, name: str = "the SAE", stacklevel: int = 
 
 
 def _fvu(sae: Any, x: Tensor) -> float:
-    error = (x - sae.decode(sae.encode(x), x)).double().square().sum()
-    variance = (x.double() - x.double().mean(0)).square().sum()
+    x, y = sae.sides(x)
+    error = (y - sae.decode(sae.encode(x), x)).double().square().sum()
+    variance = (y.double() - y.double().mean(0)).square().sum()
     return float(error / variance) if float(variance) > 0 else float("nan")

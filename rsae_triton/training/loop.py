@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any, Protocol, Unpack
 import torch
 from torch import Tensor
 
+from rsae_triton.activations.pairs import row_width
 from rsae_triton.common.checks import check_data, check_names
 from rsae_triton.common.errors import ConfigError, ShapeError, Stopped
 from rsae_triton.ops.runtime import deterministic, only_writer, stop_signal
 from rsae_triton.sae.base import SparseAutoencoder, check_sae
+from rsae_triton.sae.sides import side_by_side
 from rsae_triton.sae.units import check_place, reading, take_note, warn_of_units
 from rsae_triton.training.checkpoints import Checkpoints
 from rsae_triton.training.language import LanguageLoss, language_memory, only_the_sae
@@ -54,6 +56,7 @@ def train(
     activations: Tensor | Activations,
     settings: TrainSettings | None = None,
     *,
+    targets: Tensor | None = None,
     label: str | None = None,
     progress: bool = True,
     mesh: Mesh | None = None,
@@ -66,6 +69,8 @@ def train(
     Args:
         sae: a teacher, a control or a Rational SAE; with a mesh, this process's part of it (`Mesh.shard`).
         activations: an `ActivationStore`, or [n_tokens, d_in] in the units that `sae` reads; the same on every process.
+        targets: of a transcoder, what it writes, [n_tokens, d_out], row by row beside the activations that it reads; or
+            give a `PairedStore`, which holds both.
         settings: how it goes; `changes` are fields of `TrainSettings` (steps=400, target_l0=20, out="run", ...)
             in place of or on top of it.
         label: shown beside the progress bar. progress: whether it and the memory plan are shown.
@@ -117,16 +122,19 @@ def _train(
     recipe = holding(recipe, sae, settings.target_l0)
     together: Alone = Alone() if mesh is None else mesh
     together.check(sae, recipe, settings)
+    if together.features[1] > 1 and sae.row_width != sae.d_in:
+        raise ConfigError("the features of a transcoder are not split over processes; give each process all of them")
+    activations = side_by_side(sae, activations, targets)
     if isinstance(activations, Tensor):
         check_data("activations", activations)
         if activations.dim() != 2:
             raise ShapeError(f"activations have shape {tuple(activations.shape)}; give [n_tokens, d_in={sae.d_in}]")
     elif not callable(getattr(activations, "batches", None)) or not hasattr(activations, "d_in"):
         raise ShapeError(f"activations is a {type(activations).__name__}; give a torch.Tensor or an ActivationStore")
-    width = activations.shape[-1] if isinstance(activations, Tensor) else activations.d_in
-    if width != sae.d_in:
+    width = activations.shape[-1] if isinstance(activations, Tensor) else row_width(activations)
+    if width != sae.row_width:
         raise ShapeError(
-            f"the activations have d_in={width}, the SAE has d_in={sae.d_in}; they must come from one hook"
+            f"the activations have d_in={width}, the SAE has d_in={sae.row_width}; they must come from one hook"
         )
     check_place(sae, activations)
     if isinstance(activations, Tensor) and sae.units is not None:

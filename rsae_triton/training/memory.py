@@ -107,6 +107,7 @@ def plan_memory(
     if memory not in MODES:
         raise ConfigError(f"memory is {memory!r}; choose one of {', '.join(MODES)}")
     rational = isinstance(sae, FusedRationalSAE) and not sae.compares_features
+    rational = rational and getattr(sae, "d_out", sae.d_in) == sae.d_in  # pieces have one width
     whole = not rational or aux_k > 0
     if whole and memory in ("chunked", "streamed"):
         what = "a recipe with an auxiliary loss" if rational else f"a {sae.architecture} SAE"

@@ -48,6 +48,8 @@ def reason_against(sae: SparseAutoencoder, *, soft: bool, aux_k: int, frozen: se
         return None
     if not isinstance(sae, FusedRationalSAE) or sae.compares_features:
         return f"a {sae.architecture} SAE"
+    if getattr(sae, "d_out", sae.d_in) != sae.d_in:
+        return "a transcoder whose d_out is not d_in"
     if sae.backend == "eager":
         return "backend='eager', which computes everything"
     if soft or sae.gate.form != "gated" or sae.gate.domain != "clamp":
@@ -80,7 +82,7 @@ def support_share(sae: SparseAutoencoder, x: Tensor) -> float:
     """How much of [n_tokens, d_sae] the entries are, by some tokens of x."""
     if isinstance(sae, TopKSAE | BatchTopKSAE):
         return sae.k / sae.d_sae
-    x = x[:PROBED]
+    x = sae.sides(x[:PROBED])[0]
     entries = find_entries(_centred(sae, sae.normalization(x).apply(x)), sae.W_enc, sae.b_enc, _low(sae))
     assert entries is not None
     return len(entries.tokens) / max(len(x) * sae.d_sae, 1)

@@ -97,8 +97,7 @@ def recipe_for(sae: SparseAutoencoder, name: str = "auto") -> Recipe:
         elif isinstance(sae, JumpReluSAE):
             name = "jumprelu"
         else:
-            kept = {TopKSAE: "topk", BatchTopKSAE: "batchtopk"}
-            name = kept.get(type(sae), "relu")
+            name = "topk" if isinstance(sae, TopKSAE) else "batchtopk" if isinstance(sae, BatchTopKSAE) else "relu"
     if name not in RECIPES:
         raise ConfigError(f"recipe is {name!r}; choose one of auto, {', '.join(RECIPES)}")
     recipe = RECIPES[name]
@@ -222,7 +221,7 @@ class Losses:
 
 def losses(
     sae: SparseAutoencoder,
-    x: Tensor,
+    rows: Tensor,
     recipe: Recipe,
     weight: float,
     dead: Tensor | None = None,
@@ -232,12 +231,14 @@ def losses(
     """mse (mean over tokens of ||x - x_hat||^2) + weight * sparsity (mean over tokens).
 
     Args:
-        x: [n_tokens, d_in]. weight: of the sparsity term. dead: [d_sae] bool, features for the auxiliary loss.
+        rows: [n_tokens, d_in], of a transcoder what it reads beside what it writes. weight: of the sparsity term.
+        dead: [d_sae] bool, features for the auxiliary loss.
         plan: how the step is cut to fit into memory; whole when None. across: the other processes that hold
             features of this SAE; mse is then of the whole, sparsity, l0 and counts of the features here.
     """
     if isinstance(sae, FusedRationalSAE) and sae.refinement is not None and not recipe.aux_k:
-        return _losses_of_rounds(sae, x, recipe, weight, across)
+        return _losses_of_rounds(sae, rows, recipe, weight, across)
+    x, y = sae.sides(rows)
     sparse = plan is not None and plan.mode == "sparse"
     places = max(len(x) * sae.d_sae, 1)
     most = plan.most_entries(places) if plan is not None and (across is None or plan.on_gpu) else None
@@ -262,6 +263,7 @@ def losses(
             exact=plan.exact,
             most_entries=most if sparse else None,
             across=across,
+            target=None if y is x else y,
         )
         if sparse and cut.entries.device.type == "cuda":  # nobody waits for it
             share = torch.where(cut.entries > (places if most is None else most), torch.inf, cut.entries / places)
@@ -277,7 +279,7 @@ def losses(
         x_hat = sae.decode(z, x)
     else:
         x_hat = sae.normalization(x).undo(decode_across(z, sae.W_dec, sae.b_dec, across))
-    residual = x - x_hat
+    residual = y - x_hat
     mse = residual.square().sum(-1).mean()
     total = mse
     l0 = counts.sum() / len(x)

@@ -77,7 +77,7 @@ class Run:
         sae, settings = self.sae, self.settings
         x = batch.detach().to(device=sae.W_dec.device, dtype=sae.W_dec.dtype)
         if self.controller is None:
-            norm = self.together.mean(x.float().norm(dim=1).mean())
+            norm = self.together.mean(sae.sides(x)[1].float().norm(dim=1).mean())
             if not bool(norm.isfinite()):
                 raise NumericsError(self._explain(x, None, checkpoints))
             self.controller = SparsityController(self.recipe, float(norm))

@@ -30,12 +30,12 @@ def gated(
     Above the threshold r is 1 to the fit's error, so that the code is the teacher's; its slope lies below, where
     it tells pre-activations that are not active yet what they would be worth (docs/experiments.md: why this side).
     """
-    x, h = seen.x[:HISTOGRAM_TOKENS], seen.h[:HISTOGRAM_TOKENS]
+    x, y, h = (one[:HISTOGRAM_TOKENS] for one in (seen.x, seen.y, seen.h))
     input_scale = ramp_width(teacher, x, h - seen.thresholds, width)
     # Against the code with thresholds and no ramp: a TopK teacher's own code differs already in which fire.
     exact = h * (h > seen.thresholds)
     with torch.no_grad():
-        mse = (x - teacher.decode(exact, x)).square().sum()
+        mse = (y - teacher.decode(exact, x)).square().sum()
     error = np.inf
     for candidate in LADDER if degree is None else (degree,):
         fit = fit_gate("ramp", candidate)
@@ -50,7 +50,7 @@ def gated(
         ).to(h.device)
         with torch.no_grad():
             code = gate(h)
-            change = (x - teacher.decode(code, x)).square().sum() / mse - 1
+            change = (y - teacher.decode(code, x)).square().sum() / mse - 1
             error = max(float((code - exact).norm() / exact.norm().clamp_min(1e-12)), abs(float(change)))
         if error <= tolerance:
             return gate, {"error": fit.error, "lower_bound": fit.lower_bound, "initial_relative_error": None}

@@ -8,9 +8,11 @@ from torch import Tensor
 
 
 class Sample(NamedTuple):
-    """What stage 1 looks at: activations x [n, d_in], the teacher's h and z [n, d_sae], its thresholds [d_sae]."""
+    """What stage 1 looks at: activations x [n, d_in], the teacher's h and z [n, d_sae], its thresholds [d_sae], and y
+    [n, d_out], what is to be reconstructed: x, but for a transcoder."""
 
     x: Tensor
     h: Tensor
     z: Tensor
     thresholds: Tensor
+    y: Tensor

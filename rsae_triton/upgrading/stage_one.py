@@ -24,7 +24,9 @@ from rsae_triton.sae.batch_topk import BatchTopKSAE
 from rsae_triton.sae.like_teacher import sample, teacher_thresholds
 from rsae_triton.sae.rational import FusedRationalSAE
 from rsae_triton.sae.rounds import MOST_ROUNDS
+from rsae_triton.sae.sides import side_by_side
 from rsae_triton.sae.topk_rational import TopKRationalSAE
+from rsae_triton.sae.transcoder import RationalTranscoder, Transcoder
 from rsae_triton.sae.units import in_store_units, scale_of, warn_of_units
 from rsae_triton.teachers import objects
 from rsae_triton.training.recipes import training_l0
@@ -102,6 +104,7 @@ def upgrade(
     teacher: SparseAutoencoder,
     activations: Tensor | Any,
     *,
+    targets: Tensor | None = None,
     form: str = "auto",
     degree: str | tuple[int, int] = "auto",
     coefficients: str | int = "shared",
@@ -117,9 +120,11 @@ def upgrade(
     """Turns a teacher into a Rational SAE: weights copied bit for bit, the gate fitted and calibrated.
 
     Args:
-        teacher: a ReLU, JumpReLU, TopK or BatchTopK SAE, also as SAELens holds it in memory.
+        teacher: a ReLU, JumpReLU, TopK or BatchTopK SAE, or a transcoder; also as SAELens holds it in memory.
         activations: an `ActivationStore`, or [n, d_in] in the teacher's units (a teacher that reconstructs it worse
             than its mean does gets a warning that says why).
+        targets: of a transcoder, what it writes, [n, d_out], row by row beside the activations that it reads; or give
+            a `PairedStore`, which holds both.
         form: "gated" (z = h * r, zeros by thresholds; "auto") or "direct" (the paper's z = r).
         degree: (p, q), "p,q", or "auto": the smallest of the ladder whose code is within `tolerance`.
         coefficients: "shared", "per_feature", or a number of groups: features whose active pre-activations are
@@ -141,7 +146,8 @@ def upgrade(
         n_tokens: how many activations to calibrate on. backend: of the result. seed: of the sample.
 
     Returns:
-        The Rational SAE, reading the units that the teacher reads. metadata["stage1"] says how well it reproduces its
+        The Rational SAE (`RationalTranscoder` of a transcoder), reading the units that the teacher reads.
+        metadata["stage1"] says how well it reproduces its
         teacher (`StageOne`), and at what l0 `train` holds it: the teacher's, and 4 % for a margin (a code can be
         thresholded down to an l0, never up to it; not so for TopK).
 
@@ -154,14 +160,14 @@ def upgrade(
             f"a {type(teacher).__name__} cannot be upgraded; teachers are ReLU, JumpReLU, TopK and BatchTopK SAEs"
         )
     check_data("the teacher's W_enc", teacher.W_enc)
-    if teacher.metadata.get("transcoder"):
-        raise ConfigError("the teacher is a transcoder; stage 1 calibrates against the activations that go in")
     if form not in ("auto", "gated", "direct"):
         raise ConfigError(f"form is {form!r}; choose auto, gated or direct")
     if thresholds not in ("feature", "token"):
         raise ConfigError(f"thresholds is {thresholds!r}; choose feature or token")
     if thresholds == "token" and (not isinstance(teacher, TopKSAE) or form == "direct"):
         raise ConfigError("thresholds='token' is for the gated form of a TopK teacher; use thresholds='feature'")
+    if thresholds == "token" and isinstance(teacher, Transcoder):
+        raise ConfigError("thresholds='token' is for SAEs; use thresholds='feature' for a transcoder")
     check_integer("n_tokens", n_tokens, 1)
     check_seed(seed)
     check_number("tolerance", tolerance, least=0)
@@ -175,7 +181,8 @@ def upgrade(
     resolve_backend(backend, teacher.W_enc.device, teacher.W_enc.dtype)
     for name, tensor in teacher.state_dict().items():
         check_finite(f"the teacher's {name}", tensor, "fetch or train it again")
-    x = sample(activations, teacher, n_tokens, seed)
+    rows = sample(side_by_side(teacher, activations, targets), teacher, n_tokens, seed)
+    x, y = teacher.sides(rows)
     with torch.no_grad():
         h, z = teacher.hidden_pre(x), teacher.encode(x)
     if not bool(torch.isfinite(h).all()):
@@ -184,7 +191,7 @@ def upgrade(
         )
     if not bool(x.any()) or not bool(h.any()):
         raise NumericsError("the activations, or the teacher's pre-activations of them, are all zero; give other ones")
-    warn_of_units(teacher, x, "the teacher", stacklevel=5)
+    warn_of_units(teacher, rows, "the teacher", stacklevel=5)
     given = parse_coefficients(coefficients)
     groups = given if isinstance(given, int) else {"shared": 1, "per_feature": teacher.d_sae}[given]
     if not 1 <= groups <= teacher.d_sae:
@@ -197,14 +204,19 @@ def upgrade(
             "opens above a threshold of its own drops those; thresholds='token' keeps them",
             stacklevel=2,
         )
-    seen = Sample(x, h, z, teacher_thresholds(teacher, h, z))
+    seen = Sample(x, h, z, teacher_thresholds(teacher, h, z), y)
     grouping = Grouping(groups, None if groups in (1, teacher.d_sae) else strength_groups(h, z, groups))
     gate, facts = kind(teacher, seen, pair, grouping, tolerance)
     options: dict[str, Any] = {}
     if thresholds == "token" and isinstance(teacher, TopKSAE):
         # Whatever is below tau is replaced, not added: a slope there would pull at features that cannot all open.
         gate.backward, options = "soft", {"k": teacher.k, "relu": teacher.relu}
-    rsae = (TopKRationalSAE if options else FusedRationalSAE)(
+    kind_of_sae: type[FusedRationalSAE] = TopKRationalSAE if options else FusedRationalSAE
+    copied = ["W_enc", "b_enc", "W_dec", "b_dec"]
+    if isinstance(teacher, Transcoder):
+        kind_of_sae, options = RationalTranscoder, {"d_out": teacher.d_out, "skip": teacher.W_skip is not None}
+        copied += ["W_skip"] * (teacher.W_skip is not None)
+    rsae = kind_of_sae(
         teacher.d_in,
         teacher.d_sae,
         gate=gate,
@@ -217,7 +229,7 @@ def upgrade(
         **options,
     )
     with torch.no_grad():
-        for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        for name in copied:
             getattr(rsae, name).copy_(getattr(teacher, name))
         code = rsae.encode(x)
         teacher_l0 = float((z != 0).sum(1).float().mean())
