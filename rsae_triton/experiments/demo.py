@@ -82,8 +82,8 @@ class Demo:
     """Where to read, in TransformerLens' names; where a saved teacher says it reads when not given, else the middle of
     the model."""
     teacher: str = "relu"
-    """relu, jumprelu, topk or batchtopk to train an SAE here; transcoder (JumpReLU), relu_transcoder or topk_transcoder to
-    train one of an MLP; or a saved SAE or transcoder: a folder, a file or a hub id."""
+    """relu, jumprelu, topk or batchtopk to train an SAE here; transcoder (JumpReLU), relu_transcoder or topk_transcoder
+    to train one of an MLP; or a saved SAE or transcoder: a folder, a file or a hub id."""
     recipe: Literal["auto", "hard", "hard-trained", "paper"] = "auto"
     """Stage 2: hard trains the code that is shipped, paper is mse + l1 on the dense code."""
     trainable: Literal["all", "encoder", "gate"] = "all"

@@ -49,7 +49,8 @@ def splice(
         sae: any SAE of the package; one that reads other units than the model's own (`sae.units`) is given these.
         hook_name: the place, by any of its names (`rsae_triton.activations.places`); what the SAE's metadata says when
             None. In a Hugging Face model those of residual streams and MLPs are known, or the path of a module whose
-            output is replaced. A transcoder reads there, and writes at its metadata's hook_name_out. Attention heads [batch, token, head, d_head] are flattened for the SAE.
+            output is replaced. A transcoder reads there, and writes at its metadata's hook_name_out. Attention heads
+            [batch, token, head, d_head] are flattened for the SAE.
         use_error_term: add what the SAE did not reconstruct, without its gradient: the model's output is
             unchanged, and gradients go through the code.
         norm_limit: activations with a larger norm are left as they are (attention sinks such as BOS are a
