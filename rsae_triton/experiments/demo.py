@@ -197,7 +197,7 @@ def run(demo: Demo) -> Path:
             options |= {"recipe": objective_of(control), "label": "  control"}
             control_log = train(control, x, target_l0=target_l0, **options)
     saes: dict[str, SparseAutoencoder] = {"teacher": teacher, "init": init, "rsae": rsae, "control": control}
-    if form != "direct":
+    if form != "direct" and places is None:  # a transcoder has no rounds
         with stages.stage("One more round, nothing trained for it"):
             # On text that nobody was trained on: there the teacher's l0 is what it is elsewhere.
             unseen = splits.validation.tensor().to(host.device)
@@ -213,10 +213,12 @@ def run(demo: Demo) -> Path:
         metrics["meta"] = facts(demo, host, splits, corpus_sha256(documents), stages)
         logs = {"teacher": teacher_log, "rsae": rsae_log, "control": control_log}
         save(demo.out, saes, splits.train, metrics)
-        page = write_features(
-            demo.out / "features.html", rsae, splits.test, teacher=teacher, host=host,
-            title=f"Features of the Rational SAE of {host.name}, {splits.train.manifest['hook_name']}",
-        )  # fmt: skip
+        page = None
+        if isinstance(splits.test, ActivationStore):
+            page = write_features(
+                demo.out / "features.html", rsae, splits.test, teacher=teacher, host=host,
+                title=f"Features of the Rational SAE of {host.name}, {splits.train.manifest['hook_name']}",
+            )  # fmt: skip
         report = write_report(
             demo.out / "report.html",
             title=f"Rational {'SAE' if places is None else 'transcoder'} of {host.name}, {metrics['meta']['hook']}",
@@ -228,7 +230,7 @@ def run(demo: Demo) -> Path:
             store=splits.test,
             tokenizer=host.tokenizer,
             seed=demo.seed,
-            features_page=page.name,
+            features_page=None if page is None else page.name,
         )
         if demo.figure is not None:
             from rsae_triton.report.plots import readme_figure
@@ -312,7 +314,8 @@ def make_teacher(
     """The loaded teacher in the store's units, or one trained here, or the same trained in an earlier run."""
     if loaded is not None:
         return loaded.to(x.device).to_units_(*(scales_of(splits.train) or ())), None
-    held = min(L0, demo.d_sae / 4) if demo.teacher in ("relu", "jumprelu") else None
+    sparse = ("relu", "jumprelu", "transcoder", "relu_transcoder")
+    held = min(L0, demo.d_sae / 4) if demo.teacher in sparse else None
     plan = TeacherPlan(
         demo.teacher, demo.d_sae, steps=demo.teacher_steps, batch_size=demo.batch_size, seed=demo.seed, l0=held
     )

@@ -158,7 +158,7 @@ def hold_l0(sae: FusedRationalSAE, activations: Tensor | Any, target_l0: float, 
     check_number("target_l0", target_l0, above=0, most=sae.d_sae)
     check_place(sae, activations)
     with reading(sae, activations):
-        x = sample(activations, sae, n_tokens, 0)
+        x = sae.sides(sample(activations, sae, n_tokens, 0))[0]
         _hold_rounds(sae, sae.rounds, x, target_l0)
         l0 = _l0(sae.encode(x))
     if abs(l0 / target_l0 - 1) > 0.02:

@@ -165,7 +165,7 @@ def decode_sparse(sae: SparseAutoencoder, code: SparseCode, x: Tensor | None = N
         code.values.reshape(n_tokens, width), code.indices.reshape(n_tokens, width), code.counts.reshape(n_tokens),
         sae.W_dec, sae.b_dec, _backend_of(sae),
     )  # fmt: skip
-    return sae.denormalize(x_hat.reshape(*code.values.shape[:-1], sae.d_in), x)
+    return sae.denormalize(x_hat.reshape(*code.values.shape[:-1], sae.W_dec.shape[1]), x)
 
 
 def _entries_of_rounds(sae: Any, rows: Tensor, k: int | None) -> Iterator[Entries]:

@@ -43,7 +43,7 @@ class Transcoder(SparseAutoencoder):
                 "a transcoder does not normalise tokens: what it reads and writes have scales of their own"
             )
         if options.get("rounds", 1) != 1:
-            raise ConfigError(_NO_ROUNDS)
+            raise ConfigError(NO_ROUNDS)
         check_flag("skip", skip)
         super().__init__(d_in, d_sae, apply_b_dec_to_input=False, **options)
         self.d_out = d_in if d_out is None else d_out
@@ -173,7 +173,7 @@ class Transcoder(SparseAutoencoder):
 
     def with_rounds(self, *_: Any, **__: Any) -> Any:
         """Not for a transcoder (ConfigError): a further round looks at what the first left of its own target."""
-        raise ConfigError(_NO_ROUNDS)
+        raise ConfigError(NO_ROUNDS)
 
     # -- files
 
@@ -196,7 +196,7 @@ class Transcoder(SparseAutoencoder):
 
 
 UNITS_OUT = "units_out"
-_NO_ROUNDS = (
+NO_ROUNDS = (
     "rounds are for SAEs: a further round encodes what the first left of its target, and where a transcoder encodes it "
     "does not have its target; gate, thresholds and training are the same as an SAE's"
 )

@@ -98,6 +98,9 @@ def train(
     values: dict[str, Any] = dict(changes)
     settings = TrainSettings(**values) if settings is None else replace(settings, **values)
     check_sae("sae", sae)
+    activations = side_by_side(sae, activations, targets)
+    if settings.objective != "mse" and sae.row_width != sae.d_in:
+        raise ConfigError("objective='mse+kl' is for SAEs; a transcoder trains with objective='mse'")
     with rounds_aside(sae, settings, activations, validation, mesh) as finish:
         log = _train(sae, activations, settings, label, progress, mesh, host)
         finish()
@@ -124,7 +127,6 @@ def _train(
     together.check(sae, recipe, settings)
     if together.features[1] > 1 and sae.row_width != sae.d_in:
         raise ConfigError("the features of a transcoder are not split over processes; give each process all of them")
-    activations = side_by_side(sae, activations, targets)
     if isinstance(activations, Tensor):
         check_data("activations", activations)
         if activations.dim() != 2:

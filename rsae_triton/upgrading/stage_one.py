@@ -26,7 +26,7 @@ from rsae_triton.sae.rational import FusedRationalSAE
 from rsae_triton.sae.rounds import MOST_ROUNDS
 from rsae_triton.sae.sides import side_by_side
 from rsae_triton.sae.topk_rational import TopKRationalSAE
-from rsae_triton.sae.transcoder import RationalTranscoder, Transcoder
+from rsae_triton.sae.transcoder import NO_ROUNDS, RationalTranscoder, Transcoder
 from rsae_triton.sae.units import in_store_units, scale_of, warn_of_units
 from rsae_triton.teachers import objects
 from rsae_triton.training.recipes import training_l0
@@ -176,6 +176,8 @@ def upgrade(
         raise ConfigError(f"width is {width}; the direct form has no ramp: leave it at 'auto', or use form='gated'")
     pair = parse_degree(degree)
     wanted = parse_rounds(rounds)
+    if wanted not in (None, 1) and isinstance(teacher, Transcoder):
+        raise ConfigError(NO_ROUNDS)
     if wanted not in (None, 1) and (form == "direct" or thresholds == "token"):
         raise ConfigError("rounds need form='gated' and thresholds='feature'; use rounds=1")
     resolve_backend(backend, teacher.W_enc.device, teacher.W_enc.dtype)
