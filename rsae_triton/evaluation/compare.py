@@ -84,7 +84,7 @@ def compare(
 
 def _compare(
     saes: Mapping[str, SparseAutoencoder],
-    x: Tensor | ActivationStore,
+    x: Tensor | ActivationStore | PairedStore,
     *,
     l0: float | None,
     measured: Mapping[str, Measured] | None,

@@ -204,7 +204,9 @@ def reconstruction(sae: Codec, x: Tensor | ActivationStore | PairedStore) -> Rec
 
 
 @torch.no_grad()
-def measure(sae: Codec, x: Tensor | ActivationStore, progress: Callable[[int], None] | None = None) -> Measured:
+def measure(
+    sae: Codec, x: Tensor | ActivationStore | PairedStore, progress: Callable[[int], None] | None = None
+) -> Measured:
     """As `reconstruction`, with the error of every token and the frequency of every feature.
 
     Args:
@@ -287,7 +289,7 @@ def _quantile(ranked: Tensor, q: float) -> float:
 
 
 @torch.no_grad()
-def at_l0(sae: Codec, x: Tensor | ActivationStore, l0: float) -> Thresholded:
+def at_l0(sae: Codec, x: Tensor | ActivationStore | PairedStore, l0: float) -> Thresholded:
     """The code with its threshold raised until its mean l0 on x is `l0` (exactly, up to ties).
 
     A code that is sparser than that already is returned as it is (tau = 0, cut = False): nothing can be added to it.
@@ -297,7 +299,7 @@ def at_l0(sae: Codec, x: Tensor | ActivationStore, l0: float) -> Thresholded:
 
 
 @torch.no_grad()
-def cut_to(sae: Codec, x: Tensor | ActivationStore, l0: float) -> Thresholded:
+def cut_to(sae: Codec, x: Tensor | ActivationStore | PairedStore, l0: float) -> Thresholded:
     """`at_l0`, of an l0 that was measured: a dead SAE has 0."""
     strengths, active, norms = _Numbers(), 0, sae.W_dec.norm(dim=1)
     for rows in chunks_of(sae, x):
