@@ -10,11 +10,12 @@ DIST := .venv-dist
 INTEROP := .venv-interop
 LENS4 := $(INTEROP)/transformer-lens-4
 
-.PHONY: demo test test-fast test-cpus test-interop test-gpu gpu-check lint bench bench-demo bench-gpu peers experiments aot aot-record routes fuzz soak docs docs-publish dist notebooks audit clean help
+.PHONY: demo test test-all test-fast test-cpus test-interop test-gpu gpu-check lint bench bench-demo bench-gpu peers experiments aot aot-record routes fuzz soak docs docs-publish dist notebooks audit clean help
 
 help:
 	@echo "make demo   upgrade an SAE of SmolLM2-135M, beside a fair control -> out/demo/report.html"
 	@echo "make test   lint, types, documentation, every test that needs no GPU, and how many lines they cover"
+	@echo "make test-all  the tests with every set of parameters"
 	@echo "make test-cpus  the numeric tests as four kinds of processor compute them"
 	@echo "make test-interop  SAELens, dictionary_learning, sparsify, SAEBench, TransformerLens 3 and 4, run as they are"
 	@echo "make bench  speed on the CPU: a training step and its parts, all contenders, under ten minutes on two cores"
@@ -46,15 +47,20 @@ WORKERS ?= auto
 SPREAD := -n $(WORKERS) --maxprocesses 4 --dist loadgroup
 PYTEST := $(BIN)/python -m pytest $(SPREAD)
 
-test: $(INSTALLED) lint docs
-	$(PYTEST) --cov --cov-report=term
+# Both environments are made, and lint and docs run, side by side. `whole`: what `make test-all` alone runs.
+test:
+	$(MAKE) --no-print-directory --jobs 2 lint docs
+	$(PYTEST) -m "not whole" --cov --cov-report=term
 	$(BIN)/python tests/processors.py --short -- $(SPREAD)
+
+test-all: $(INSTALLED)
+	$(PYTEST)
 
 test-cpus: $(INSTALLED)
 	$(BIN)/python tests/processors.py -- $(SPREAD)
 
 test-fast: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow and not network"
+	$(PYTEST) -m "not slow and not whole and not network"
 
 $(INTEROP)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(INTEROP)

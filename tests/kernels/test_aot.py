@@ -30,7 +30,8 @@ VARIANT = Variant("encode_forward", 90, torch.bfloat16, 3, 2, shared=True)
 REPORT = Report(VARIANT, "tile", Usage(200, 0, 0, 100_000, 4, 1000), 255, 20.0)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+# Hopper in `make test`; `make aot` compiles more of each generation than this test does.
+@pytest.mark.parametrize("arch", [pytest.param(one, marks=[] if one == 90 else pytest.mark.whole) for one in ARCHS])
 def test_machine_code_is_clean(arch, tmp_path):
     """No spills, no stack, shared memory and registers in bounds, tensor cores in the products, no new arithmetic."""
     # A process of its own, with the compiler instead of the interpreter, and nothing cached.
