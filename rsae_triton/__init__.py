@@ -3,6 +3,7 @@
 Every public name is here; `rsae_triton.activations`, `.teachers`, `.integrations.saelens` and `.kernels` have the rest.
 """
 
+import rsae_triton.common.starting  # noqa: F401  (before torch)
 from rsae_triton.activations import ActivationStore, extract, extract_splits, load_corpus, load_host
 from rsae_triton.common.errors import RsaeError
 from rsae_triton.evaluation import compare, evaluate

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import tempfile
 import zipfile
 from importlib import metadata
@@ -16,7 +14,7 @@ from filelock import FileLock
 
 from rsae_triton.activations.downloads import DOWNLOADS, cache_dir, fetch
 from rsae_triton.common.errors import FormatError, SourceError, first_line
-from rsae_triton.common.files import make_folder
+from rsae_triton.common.files import make_folder, whole_folder
 from rsae_triton.common.install import advice
 
 
@@ -63,12 +61,8 @@ def _dequantise(gguf: Path, folder: Path) -> Path:
     with FileLock(folder.parent / f"{folder.name}.lock"):
         if folder.is_dir():
             return folder
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        try:
+        with whole_folder(folder) as temporary:
             _write_folder(gguf, temporary)
-            os.replace(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -39,6 +40,12 @@ class Document:
     group: str = ""
 
     def __post_init__(self) -> None:
+        try:
+            self.text.encode()
+        except UnicodeEncodeError:  # half a character, as scraped JSON has it (\\ud800): no tokenizer takes that
+            whole = self.text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            object.__setattr__(self, "text", whole)
+            warnings.warn("a text holds half characters; they are replaced by U+FFFD", stacklevel=3)
         self.labels.setdefault("source", self.source)
         if not self.group:
             object.__setattr__(self, "group", f"{self.source}/{self.title}")

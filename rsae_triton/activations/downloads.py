@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from rsae_triton.common.errors import SourceError
-from rsae_triton.common.files import file_sha256
+from rsae_triton.common.files import file_sha256, to_disk
 
 _TIMEOUT_S = 60
 _CHUNK = 1 << 14  # what of it has arrived when a connection breaks is lost
@@ -112,7 +112,9 @@ def _fetch_locked(pinned: Download, folder: Path) -> Path:
             part.unlink()
             _download(pinned, part)
         if file_sha256(part) == pinned.sha256:
+            to_disk(part)
             os.replace(part, path)
+            to_disk(folder)
             return path
         part.unlink()
         reason = "what arrived there has another SHA-256 than the pinned one"
@@ -179,5 +181,7 @@ def _pip_download(pinned: Download, folder: Path) -> bool:
         arrived = Path(temporary, pinned.filename)
         if done.returncode != 0 or not arrived.is_file():
             return False
+        to_disk(arrived)
         os.replace(arrived, folder / pinned.filename)
+        to_disk(folder)
         return True

@@ -70,7 +70,7 @@ def run_bench(options: Bench, root: Path = Path()) -> None:
         raise ConfigError(f"{folder} has no speed-NAME.json; run `make bench`, then `rsae bench --new FILE --keep`")
     if options.render:
         for path in render(results, root):
-            console.print(str(path))
+            console.print(str(path), markup=False)
     elif options.new is None or not options.keep:
         shown = {"new": read_result(options.new)} if options.new is not None else results
         console.print(tables.page(shown, {}), markup=False, highlight=False)

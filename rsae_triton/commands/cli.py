@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -13,7 +12,6 @@ from typing import Annotated, Any
 import torch
 import tyro
 from rich.console import Console
-from rich.markup import escape
 from tyro.extras import SubcommandApp
 
 from rsae_triton import __version__
@@ -30,6 +28,7 @@ from rsae_triton.commands.plan import Plan, run_plan
 from rsae_triton.commands.probe import Probe, run_probe
 from rsae_triton.commands.train import Export, Train, Upgrade, export, run_train, run_upgrade
 from rsae_triton.common.errors import RsaeError, Stopped
+from rsae_triton.common.terminal import plain, steady_output
 from rsae_triton.experiments.demo import Demo, run
 from rsae_triton.experiments.known import Known
 from rsae_triton.experiments.known import known as run_known
@@ -180,12 +179,16 @@ def misspelt(arguments: list[str]) -> str | None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; 0 when it worked, 2 after an error that its one line explains."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    with steady_output():
+        return _main(sys.argv[1:] if arguments is None else arguments)
+
+
+def _main(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         print(f"rsae-triton {__version__}")
         return 0
     if problem := misspelt(arguments):
-        Console(stderr=True, soft_wrap=True).print(f"[red]rsae:[/red] {escape(problem)}", highlight=False)
+        Console(stderr=True, soft_wrap=True).print(f"[red]rsae:[/red] {plain(problem)}", highlight=False)
         return 2
     debug = "--debug" in arguments
     app, gate_app = SubcommandApp(), SubcommandApp()
@@ -198,16 +201,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         status = app.cli(args=[one for one in arguments if one != "--debug"], prog="rsae", description=ABOUT)
     except Stopped as stopped:
-        Console(stderr=True, soft_wrap=True).print(escape(str(stopped)), highlight=False)
+        Console(stderr=True, soft_wrap=True).print(plain(stopped), highlight=False)
         return 0
     except SystemExit as end:  # tyro's, after the help, in which docstrings have no examples
         if not end.code and {"-h", "--help"} & set(arguments):
             print(examples(arguments))
         raise
-    except BrokenPipeError:
-        # Whoever read our output (head, a pager) has seen enough; a flush at exit must not complain either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (RsaeError, OSError, MemoryError, RuntimeError) as error:
         # Out of memory is a RuntimeError of torch, on the CPU without a class of its own; any other is a bug of ours.
         bug = isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError | RsaeError)
@@ -216,7 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
         message = " ".join(str(error).split()) or type(error).__name__
         if not isinstance(error, RsaeError):
             message += " (the machine, not the input: room on the disk, leave to write, or memory; --debug says where)"
-        Console(stderr=True, soft_wrap=True).print(f"[red]rsae:[/red] {escape(message)}", highlight=False)
+        Console(stderr=True, soft_wrap=True).print(f"[red]rsae:[/red] {plain(message)}", highlight=False)
         return 2
     except KeyboardInterrupt:
         said = "interrupted; what was finished is kept, run the same command (train: with --resume) to go on"

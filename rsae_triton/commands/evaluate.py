@@ -23,6 +23,7 @@ from rsae_triton.activations import HostModel
 from rsae_triton.common.errors import ConfigError, StorageError
 from rsae_triton.common.files import check_folder, make_folder, write_text
 from rsae_triton.common.progress import LoggedProgress
+from rsae_triton.common.terminal import plain
 from rsae_triton.evaluation.compare import compare
 from rsae_triton.evaluation.held_out import TextOptions, check_text, load_saes, open_held_out, open_host
 from rsae_triton.evaluation.reconstruction import DENSE, measure
@@ -137,15 +138,15 @@ def show(result: Mapping[str, Any], console: Console | None = None) -> None:
     for ours, others in result["paired"]["matched_l0"].items():
         for theirs, metrics in others.items():
             cells = [_difference(metrics.get(key)) for key in columns]
-            table.add_row(f"{ours} − {theirs}", *cells)
+            table.add_row(plain(f"{ours} − {theirs}"), *cells)
     console.print(table)
 
 
 def _scores(title: str, saes: Mapping[str, Mapping[str, Any]]) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=plain(title), title_justify="left")
     table.add_column("")
     for name in saes:
-        table.add_column(name, justify="right", overflow="fold")
+        table.add_column(plain(name), justify="right", overflow="fold")
     for key, label, digits in _ROWS:
         if all(key in scores for scores in saes.values()):
             cells = [format(scores[key], digits) for scores in saes.values()]

@@ -8,7 +8,7 @@ import numpy as np
 import tyro
 
 from rsae_triton.common.errors import ConfigError, FormatError
-from rsae_triton.common.files import make_folder, write_text
+from rsae_triton.common.files import check_figure, make_folder, write_text
 from rsae_triton.remez import table
 from rsae_triton.remez.fit import fit_gate
 from rsae_triton.remez.gatefit import GateFit
@@ -80,8 +80,8 @@ def fit(
         plot: write the figure of gate and error here (.png, .svg, .pdf).
         out: write the fit here as JSON.
     """
-    if plot is not None and not plot.suffix:  # matplotlib would add one, and write to another file
-        raise ConfigError(f"--plot is {plot}; give a name that ends in .png, .svg or .pdf")
+    if plot is not None:
+        check_figure("--plot", plot)
     values = None if samples is None else _read_samples(samples)
     fitted = fit_gate(
         target,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rsae_triton.commands.evaluate import bar, check_writable, provenance, write_json
 from rsae_triton.common.errors import ConfigError
+from rsae_triton.common.terminal import plain
 from rsae_triton.evaluation.held_out import TextOptions, check_text, load_saes, open_held_out, open_host
 from rsae_triton.evaluation.matching import match_features, passes
 
@@ -89,7 +90,8 @@ def show(result: Mapping[str, Any], console: Console | None = None) -> None:
     console = console or Console()
     summary, meta = result["summary"], result["meta"]
     n = summary["n_features"]
-    table = Table(title=f"{meta['sae']} against {meta['teacher']}: {meta['n_tokens']} tokens", title_justify="left")
+    title = plain(f"{meta['sae']} against {meta['teacher']}: {meta['n_tokens']} tokens")
+    table = Table(title=title, title_justify="left")
     table.add_column("features")
     table.add_column("", justify="right")
     measured = n - summary["never_active"]

@@ -19,6 +19,7 @@ from rsae_triton.activations.demo_corpus import demo_documents
 from rsae_triton.commands.evaluate import bar, check_writable, provenance, write_json
 from rsae_triton.common.checks import check_seed
 from rsae_triton.common.errors import ConfigError
+from rsae_triton.common.terminal import plain
 from rsae_triton.evaluation.held_out import HostOptions, load_saes, open_host
 from rsae_triton.evaluation.probe_items import Items, make_items, read_rows, representations
 from rsae_triton.evaluation.probe_tasks import TASKS, Task, labelled
@@ -195,12 +196,14 @@ def show(result: Mapping[str, Any], console: Console | None = None) -> None:
     names = list(result["mean"]["scores"][str(KS[0])])
     meta = result["meta"]
     ks = ", ".join(map(str, KS))
-    table = Table(title=f"{meta['model']}, {meta['hook']}: accuracy with k = {ks} features", title_justify="left")
+    table = Table(
+        title=plain(f"{meta['model']}, {meta['hook']}: accuracy with k = {ks} features"), title_justify="left"
+    )
     for label in ("task", "items", *names, "all raw"):
-        table.add_column(label, justify="left" if label == "task" else "right")
+        table.add_column(plain(label), justify="left" if label == "task" else "right")
     for task, found in result["tasks"].items():
         cells = [_accuracies(found["scores"], name) for name in names]
-        table.add_row(task, str(found["n_items"]), *cells, f"{found['all_raw_dimensions']['accuracy'][0]:.2f}")
+        table.add_row(plain(task), str(found["n_items"]), *cells, f"{found['all_raw_dimensions']['accuracy'][0]:.2f}")
     table.add_section()
     table.add_row("mean", "", *(_accuracies(result["mean"]["scores"], name) for name in names), "")
     console.print(table)
@@ -213,7 +216,7 @@ def show(result: Mapping[str, Any], console: Console | None = None) -> None:
             mean, low, high = result["mean"]["paired"][str(k)][ours][theirs]["accuracy"]
             text = f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
             cells.append(f"[bold]{text}[/]" if low > 0 or high < 0 else text)
-        table.add_row(f"{ours} − {theirs}", *cells)
+        table.add_row(plain(f"{ours} − {theirs}"), *cells)
     console.print(table)
     for name, by_k in result["raw_wins"].items():
         for k, tasks in by_k.items():

@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -157,6 +158,35 @@ def check_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise StorageError(f"{folder} cannot be written to ({error.strerror}); choose another place") from error
+
+
+FIGURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp", ".eps", ".ps", ".tif", ".tiff")
+"""Suffixes of pictures that matplotlib writes."""
+
+
+def check_figure(name: str, path: Path) -> None:
+    """Raises ConfigError or StorageError unless a picture can be written to `path`; asked before it is made."""
+    if path.suffix.lower() not in FIGURES:
+        raise ConfigError(f"{name} is {shown(str(path))}; give a file with one of the suffixes {', '.join(FIGURES)}")
+    if path.is_dir():
+        raise ConfigError(f"{name} is the folder {path}; give a file in it")
+    check_folder(path.parent)
+
+
+def read_finished(path: Path, *keys: str) -> dict[str, Any] | None:
+    """What a finished part of a study wrote, None where it is not there; with a warning where it is not whole."""
+    if not path.is_file():
+        return None
+    try:
+        found = read_json(path)
+    except FormatError as error:
+        warnings.warn(f"{error}; it is computed again", stacklevel=2)
+        return None
+    missing = [key for key in keys if key not in found]
+    if missing:
+        warnings.warn(f"{path} lacks {', '.join(missing)}; it is computed again", stacklevel=2)
+        return None
+    return found
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:

@@ -31,9 +31,10 @@ from rsae_triton.activations import (
 )
 from rsae_triton.common.checks import check_seed
 from rsae_triton.common.errors import ConfigError, ShapeError
-from rsae_triton.common.files import check_folder, write_text
+from rsae_triton.common.files import check_figure, check_folder, make_folder, write_atomically, write_text
 from rsae_triton.common.names import EMBEDDED, EMBEDDED_NOTE, model_metadata
 from rsae_triton.common.progress import LoggedProgress
+from rsae_triton.common.terminal import plain
 from rsae_triton.evaluation import compare
 from rsae_triton.evaluation.compare import splice_of
 from rsae_triton.experiments.teach import (
@@ -135,7 +136,7 @@ class Stages:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        self.console.print(f"[bold]{name}[/bold]")
+        self.console.print(f"[bold]{plain(name)}[/bold]")
         started = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - started
@@ -180,7 +181,7 @@ def run(demo: Demo) -> Path:
     with stages.stage("Stage 1: upgrade"):
         form = "direct" if demo.recipe == "paper" else "auto"
         init = upgrade(teacher, x, degree=demo.degree, form=form, rounds=1)
-        console.print(f"  {init.metadata['stage1']['summary']}")
+        console.print(f"  {init.metadata['stage1']['summary']}", markup=False)
     target_l0 = init.metadata["stage1"]["train_l0"]
     rsae, control = copy.deepcopy(init), copy.deepcopy(teacher)
     options: dict[str, Any] = {
@@ -203,7 +204,7 @@ def run(demo: Demo) -> Path:
             unseen = splits.validation.tensor().to(host.device)
             saes["rounds"] = teacher.with_rounds(2, unseen)
             saes["rsae-rounds"] = rsae.with_rounds(2, unseen)
-            console.print(f"  teacher: {saes['rounds'].metadata['rounds']['summary']}")
+            console.print(f"  teacher: {saes['rounds'].metadata['rounds']['summary']}", markup=False)
     with stages.stage("Evaluation on held-out text"):
         metrics = score(demo, host, splits, saes, test)
     with stages.stage("Report"):
@@ -235,10 +236,11 @@ def run(demo: Demo) -> Path:
         if demo.figure is not None:
             from rsae_triton.report.plots import readme_figure
 
-            demo.figure.parent.mkdir(parents=True, exist_ok=True)
-            readme_figure(metrics, logs, saes, test).savefig(demo.figure, dpi=150)
+            drawn = readme_figure(metrics, logs, saes, test)
+            make_folder(demo.figure.parent)
+            write_atomically(demo.figure, lambda path: drawn.savefig(path, dpi=150))
     console.print(summary_table(metrics))
-    console.print(f"{report} ({sum(stages.seconds.values()):.0f} s)")
+    console.print(f"{plain(report)} ({sum(stages.seconds.values()):.0f} s)", soft_wrap=True)
     return report
 
 
@@ -255,6 +257,8 @@ def check(demo: Demo) -> None:
     check_corpus(demo.text)
     check_folder(demo.out)
     check_settings(demo)
+    if demo.figure is not None:
+        check_figure("--figure", demo.figure)
     if demo.sequences < 2:
         raise ConfigError(f"--sequences is {demo.sequences}; an interval takes at least 2, better 48")
     if demo.tokens < demo.batch_size:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from rsae_triton.common.checks import check_integer, check_number, check_seed
 from rsae_triton.common.errors import ConfigError
-from rsae_triton.common.files import check_folder, write_text
+from rsae_triton.common.files import check_folder, read_finished, write_text
+from rsae_triton.common.terminal import plain
 from rsae_triton.evaluation.ground_truth import KnownFeatures, detect, planted_features, saelens_model
 from rsae_triton.evaluation.reconstruction import at_l0
 from rsae_triton.experiments.contenders import contender, more_rounds, parse_contender, steps_for
@@ -172,15 +173,17 @@ def known(config: Known) -> Path:
     config.check()
     console = Console()
     cells = list(config.cells())
-    waiting = [cell for cell in cells if not cell.path.is_file()]
+    waiting = [cell for cell in cells if read_finished(cell.path, "scores", "seconds") is None]
     console.print(f"{len(cells)} cells, {len(cells) - len(waiting)} of them done before")
     for done, cell in enumerate(waiting):
         result = run_known(cell)
         cell.path.parent.mkdir(parents=True, exist_ok=True)
         write_text(cell.path, json.dumps(result, indent=1) + "\n")
         scores = ", ".join(f"{name} {one['f1']:.3f}" for name, one in result["scores"].items())
-        console.print(f"{cell.path.stem}: F1 {scores}  [dim]({done + 1}/{len(waiting)}, {result['seconds']:.0f} s)[/]")
-    results = [json.loads(cell.path.read_text()) for cell in cells]
+        console.print(
+            f"{plain(cell.path.stem)}: F1 {scores}  [dim]({done + 1}/{len(waiting)}, {result['seconds']:.0f} s)[/]"
+        )
+    results = [found for cell in cells if (found := read_finished(cell.path, "scores")) is not None]
     rows = summarise_known(results)
     write_text(
         config.out / "known.json",

@@ -9,9 +9,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from rsae_triton.common.checks import check_number, shown
 from rsae_triton.common.errors import ConfigError, FormatError
 from rsae_triton.common.files import read_json, write_text
-from rsae_triton.experiments.sweep import Cell, Sweep, key_of, run_cells, write_cell
+from rsae_triton.experiments.sweep import Cell, Sweep, key_of, read_cell, run_cells, write_cell
 from rsae_triton.report.fronts import METRICS, summarise, write_sweep_report
 from rsae_triton.report.paper_tables import paper_tables
 
@@ -62,30 +63,56 @@ def sweeps_of(config: Reproduce) -> tuple[tuple[Sweep, ...], Mapping[str, Any]]:
         known = tomllib.loads(config.hosts.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise FormatError(f"--hosts {config.hosts} cannot be read: {error}") from error
+    where = f"{config.hosts}, host {config.host}"
     if config.host not in known:
         raise ConfigError(f"--host is {config.host!r}; {config.hosts.name} has {', '.join(known)}")
+    if not isinstance(known[config.host], dict):
+        raise FormatError(f"{where} is {shown(known[config.host])}; give a table")
     section = dict(known[config.host])
-    published = section.pop("published", {})
+    published, own_sweeps = section.pop("published", {}), section.pop("sweeps", [])
+    if not isinstance(own_sweeps, list) or not all(isinstance(own, dict) for own in own_sweeps):
+        raise FormatError(f"{where}: sweeps is {shown(own_sweeps)}; give tables, [[{config.host}.sweeps]]")
+    if not isinstance(published, dict) or not all(isinstance(one, dict) for one in published.values()):
+        raise FormatError(f"{where}: published is {shown(published)}; give tables by teacher family")
     options = {field.name for field in fields(Sweep)} - {"out", "device"}
     sweeps = []
-    for own in section.pop("sweeps", []):
+    for own in own_sweeps:
         settings = {**section, **own}
         strange = sorted(set(settings) - options)
         if strange:
             raise FormatError(
-                f"{config.hosts}, host {config.host}: {', '.join(strange)} is no option of a sweep; "
-                f"there are {', '.join(sorted(options))}"
+                f"{where}: {', '.join(strange)} is no option of a sweep; there are {', '.join(sorted(options))}"
             )
         values: dict[str, Any] = {
             n: tuple(value) if isinstance(value, list) else value for n, value in settings.items()
         }
+        for name, value in values.items():
+            _check_kind(f"{where}: {name}", value, getattr(Sweep, name))
         one = Sweep(**values, out=config.out, device=config.device)
+        for factor in one.sparsities:
+            check_number(f"{where}: sparsities", factor, above=0)
         seeds = tuple(seed for seed in one.seeds if seed in config.seeds) if config.seeds else one.seeds
         if seeds:
             sweeps.append(replace(one, seeds=seeds))
     if not sweeps:
         raise ConfigError(f"{config.hosts}, host {config.host}: no sweep with seeds {config.seeds or 'of any kind'}")
     return tuple(sweeps), published
+
+
+def _check_kind(name: str, value: Any, default: Any) -> None:
+    """Raises FormatError unless `value` is of the kind that a sweep's default is."""
+
+    def fits(one: Any, like: Any) -> bool:
+        if isinstance(one, bool) or isinstance(like, bool):
+            return isinstance(one, bool) and isinstance(like, bool)
+        return isinstance(one, int | float) if isinstance(like, float) else isinstance(one, type(like))
+
+    if isinstance(default, tuple):
+        like = default[0] if default else ""
+        if not isinstance(value, tuple) or not all(fits(one, like) for one in value):
+            raise FormatError(f"{name} is {shown(value)}; give a list such as {list(default) or ['...']}")
+    elif not fits(value, default):
+        raise FormatError(f"{name} is {shown(value)}; give a value such as {default!r}")
 
 
 def reproduce(config: Reproduce) -> Path:
@@ -99,12 +126,15 @@ def reproduce(config: Reproduce) -> Path:
     known = {} if config.known is None else known_cells(config.known)
     if config.list:
         for cell in cells:
-            print("done   " if cell.path.is_file() or key_of(cell.identity()) in known else "waiting", cell.label)
+            print(
+                "done   " if read_cell(cell.path) is not None or key_of(cell.identity()) in known else "waiting",
+                cell.label,
+            )
         return config.out
     for one in sweeps:
         one.check()
     for cell in cells:
-        if not cell.path.is_file() and (result := known.get(key_of(cell.identity()))) is not None:
+        if read_cell(cell.path) is None and (result := known.get(key_of(cell.identity()))) is not None:
             write_cell(cell.path, result)
     results = run_cells(cells)
     write_sweep_report(config.out, results)

@@ -20,7 +20,8 @@ from rich.console import Console
 from rsae_triton.activations import HostModel, Splits, check_corpus, load_corpus, load_host
 from rsae_triton.common.checks import check_integer, check_number, check_seed
 from rsae_triton.common.errors import ConfigError
-from rsae_triton.common.files import check_folder, write_text
+from rsae_triton.common.files import check_folder, read_finished, write_text
+from rsae_triton.common.terminal import plain
 from rsae_triton.evaluation import compare
 from rsae_triton.evaluation.compare import splice_of
 from rsae_triton.evaluation.pursuit import Pursuit
@@ -219,6 +220,11 @@ def key_of(identity: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
+def read_cell(path: Path) -> dict[str, Any] | None:
+    """A finished cell; None where there is none, or none that is whole."""
+    return read_finished(path, "cell", "scores", "stage1")
+
+
 def write_cell(path: Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(result, indent=1) + "\n")
@@ -238,13 +244,13 @@ def sweep(config: Sweep) -> Path:
 def run_cells(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """Computes the cells that are not on disk yet, and returns all of them. Cells of one place should be neighbours."""
     console = Console()
-    waiting = [cell for cell in cells if not cell.path.is_file()]
+    waiting = [cell for cell in cells if read_cell(cell.path) is None]
     console.print(f"{len(cells)} cells, {len(cells) - len(waiting)} of them done before")
     host: HostModel | None = None
     splits: Splits | None = None
     started = time.perf_counter()
     for done, cell in enumerate(waiting):
-        if cell.path.is_file():  # a second process works on the same folder
+        if read_cell(cell.path) is not None:  # a second process works on the same folder
             continue
         config = cell.sweep
         if host is None or splits is None or cell.place != waiting[done - 1].place:
@@ -258,10 +264,9 @@ def run_cells(cells: Sequence[Cell]) -> list[dict[str, Any]]:
         result = run_cell(cell, host, splits)
         write_cell(cell.path, result)
         left = (time.perf_counter() - started) / (done + 1) * (len(waiting) - done - 1)
-        console.print(
-            f"{cell.label}: {one_line(result)}  [dim]({done + 1}/{len(waiting)}, {left / 60:.0f} min left)[/]"
-        )
-    return [json.loads(cell.path.read_text()) for cell in cells]
+        progress = f"[dim]({done + 1}/{len(waiting)}, {left / 60:.0f} min left)[/]"
+        console.print(f"{plain(cell.label)}: {plain(one_line(result))}  {progress}")
+    return [found for cell in cells if (found := read_cell(cell.path)) is not None]
 
 
 def run_cell(cell: Cell, host: HostModel, splits: Splits) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from rsae_triton.activations import (
 )
 from rsae_triton.common.checks import check_number, check_seed
 from rsae_triton.common.errors import ConfigError, FormatError, SourceError
-from rsae_triton.common.files import check_folder, write_text
+from rsae_triton.common.files import check_folder, read_finished, write_text
 from rsae_triton.common.names import model_metadata
 from rsae_triton.evaluation import reconstruction
 from rsae_triton.ops.runtime import matmul_precision
@@ -123,14 +123,15 @@ def make_teacher(
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     folder = cache_dir() / "teachers" / f"{plan.family}-{key}"
     log_path = folder / "log.json"
-    if log_path.is_file():  # written last: what it lies in is complete
+    log = read_finished(log_path, *(one.name for one in fields(TrainLog)))
+    if log is not None:  # written last: what it lies in is complete
         teacher = FAMILIES[plan.family].from_pretrained(folder, x.device)
         _said(teacher, splits.train)
-        return teacher, TrainLog(**json.loads(log_path.read_text()))
+        return teacher, TrainLog(**{one.name: log[one.name] for one in fields(TrainLog)})
     teacher = plan.untrained(splits.train.d_in, getattr(splits.train, "d_out", None)).to(x.device)
     with torch.no_grad():
         teacher.b_dec.copy_(splits.train.mean)
-    log = train(
+    trained = train(
         teacher,
         x,
         steps=plan.steps,
@@ -143,9 +144,9 @@ def make_teacher(
     )
     teacher.metadata["objective"] = {name: value for name, value in plan.identity().items() if name != "d_sae"}
     teacher.save_pretrained(folder)  # before its units are known: in the cache weights stay as they were trained
-    write_text(log_path, json.dumps(log.as_dict()))
+    write_text(log_path, json.dumps(trained.as_dict()))
     _said(teacher, splits.train)
-    return teacher, log
+    return teacher, trained
 
 
 def _said(teacher: SparseAutoencoder, store: ActivationStore | PairedStore) -> None:

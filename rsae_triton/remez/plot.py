@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 from matplotlib.figure import Figure
 
+from rsae_triton.common.files import make_folder, write_atomically
 from rsae_triton.remez.problem import TARGETS, Problem, make_problem
 from rsae_triton.remez.rational import Rational
 
@@ -90,6 +91,6 @@ def plot_fit(fit: Fit, path: str | Path | None = None) -> Figure:
     above.set(title=title, ylabel="gate")
     below.set(xlabel="t", ylabel="target − r", xlim=(-1, 1))
     if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
+        make_folder(Path(path).parent)
+        write_atomically(Path(path), lambda one: figure.savefig(one, dpi=150))
     return figure

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from rsae_triton.common.errors import FormatError, RsaeError
-from rsae_triton.common.files import read_json
+from rsae_triton.common.files import make_folder, read_json, write_text
 from rsae_triton.remez.gatefit import GateFit
 from rsae_triton.remez.problem import parse_degree
 
@@ -70,7 +70,5 @@ def write_table(fits: Sequence[GateFit], path: str | Path = PATH) -> None:
     """Writes a table file, one fit a line. Raises OSError where it cannot be written."""
     lines = ",\n".join(json.dumps(fit.to_dict()) for fit in fits)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")  # an interrupted rebuild must not leave half a table
-    partial.write_text(f'{{"format": {FORMAT}, "fits": [\n{lines}\n]}}\n', encoding="utf-8")
-    partial.replace(path)
+    make_folder(path.parent)
+    write_text(path, f'{{"format": {FORMAT}, "fits": [\n{lines}\n]}}\n')

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rsae_triton.common.files import write_text
+from rsae_triton.common.terminal import printable
 
 CARD_FILE = "README.md"
 _MARK = "<!-- written by rsae_triton.save_pretrained; replaced when the SAE is saved again -->"
@@ -53,13 +55,13 @@ def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any] | None = No
         "tags": ["sparse-autoencoder", "mechanistic-interpretability", "saelens", "rsae-triton"]
         + ["rational-sae"] * rational,
     }
-    if metadata.get("license"):
+    if re.fullmatch(r"[\w.-]{1,64}", str(metadata.get("license"))) and metadata.get("license"):
         front["license"] = str(metadata["license"])
-    if "/" in str(metadata.get("model_name")):
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(metadata.get("model_name"))):
         front["base_model"] = metadata["model_name"]
     kind = "Rational sparse autoencoder" if rational else f"Sparse autoencoder ({config['architecture']})"
-    place = f" at `{metadata['hook_name']}`" if metadata.get("hook_name") else ""
-    model = f" of {metadata['model_name']}" if metadata.get("model_name") else ""
+    place = f" at `{_cell(metadata['hook_name']).replace('`', '')}`" if metadata.get("hook_name") else ""
+    model = f" of {_cell(metadata['model_name'])}" if metadata.get("model_name") else ""
     facts = [("d_in, d_sae", f"{config['d_in']}, {config['d_sae']}"), ("dtype", config["dtype"])]
     if rational:
         p, q = config["degree"]
@@ -149,4 +151,6 @@ def _number(value: Any, form: str) -> str:
 
 
 def _cell(value: Any) -> str:
-    return " ".join(str(value).replace("|", "\\|").replace("<", "&lt;").split())
+    """A value as text: a stranger's name is no markup, no link and no heading of its own."""
+    text = " ".join(printable(str(value)).split())
+    return re.sub(r"([\\`*\[\]|#!])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rsae_triton.common.files import write_atomically
 from rsae_triton.report.speed.results import SWEEPS, series
 
 LABELS = {
@@ -51,5 +52,6 @@ def draw(result: dict[str, Any], what: str, path: Path) -> bool:
     figure.legend(seen.values(), seen.keys(), loc="outside upper center", ncols=min(len(seen), 4), frameon=False)
     # The same file from the same numbers.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": what}):
-        figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+        options: dict[str, Any] = {"format": "svg", "metadata": {"Date": None, "Creator": None}}
+        write_atomically(path, lambda one: figure.savefig(one, **options))
     return True
