@@ -41,7 +41,7 @@ def test_wrong_input_is_one_of_our_errors(tmp_path):
         run("fit", "relu", "--samples", str(tmp_path / "t.npy"))
     with pytest.raises(ConfigError, match="margin"):
         run("fit", "step")
-    with pytest.raises(ConfigError, match="figure"):
+    with pytest.raises(ConfigError, match="suffixes"):
         run("fit", "relu", "--degree", "3,2", "--plot", str(tmp_path / "gate.nonsense"))
 
 
