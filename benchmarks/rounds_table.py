@@ -1,0 +1,228 @@
+"""Tables and the picture of rounds in README.md and docs/experiments.md, from committed results; and their time.
+
+rsae reproduce --host smollm2-rounds --out out/rounds && cp out/rounds/table.json benchmarks/results/reproduce-smollm2-rounds.json
+rsae known --data saelens --l0s 5 --out out/known && cp out/known/known.json benchmarks/results/known-features.json
+python benchmarks/rounds_table.py --time       # measures, and writes benchmarks/results/rounds-time.json
+python benchmarks/readme_table.py
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import platform
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+
+from rsae_triton.common.files import write_text
+from rsae_triton.report.fronts import interval, with_sd
+from rsae_triton.teachers import JumpReluSAE
+
+RESULTS = Path("benchmarks/results")
+ROUNDS, KNOWN, TIME = (
+    RESULTS / f"{name}.json" for name in ("reproduce-smollm2-rounds", "known-features", "rounds-time")
+)
+PICTURE = Path("docs/rounds.svg")
+COUNTS = (2, 3, 4, 6)
+FAMILIES = {"jumprelu": "JumpReLU", "topk": "TopK", "relu": "ReLU"}
+COLOURS = {"jumprelu": "#0b63ce", "topk": "#2d8a4e", "relu": "#c4361c"}
+TRAINED = {
+    "control": "control: the teacher, same steps",
+    "control-compute": "control, as many seconds as two rounds trained",
+    "control@2": "control + a round",
+    "rectangle": "rectangle, one round",
+    "rectangle@2": "rectangle's weights + a round",
+    "rectangle-refined": "rectangle, two rounds trained",
+    "rsae": "RSAE, one round",
+    "rsae@2": "**RSAE + a round**",
+    "refined": "RSAE, two rounds trained",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    time: bool = False
+    """Measure how long encoding takes by the number of rounds, on this machine."""
+
+
+def ordered(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return sorted(result["rows"], key=lambda row: list(FAMILIES).index(row["teacher"]))
+
+
+def untrained_table(result: dict[str, Any]) -> str:
+    """What rounds do to a teacher with nothing trained: error, cost in the language model, both paired over seeds."""
+    lines = [
+        "| teacher | l0 | seeds | mse | **+ 1 round** | + 2 | + 3 | + 5 | Δ CE | **+ 1 round** | difference (95 %) | KL |"
+    ]
+    lines.append("|" + "---|" * 12)
+    for row in ordered(result):
+        scores = {name: kinds["matched"] for name, kinds in row["scores"].items()}
+        if "teacher@2" not in scores:
+            continue
+        mse, nats, kl = (row["pairs"].get(metric, {}) for metric in ("mse", "delta_ce", "kl"))
+        line = [FAMILIES[row["teacher"]], f"{row['l0']['mean']:.1f}", f"{len(row['seeds'])}"]
+        line.append(with_sd(scores["teacher"]["mse"], ".2f"))
+        line += [interval(mse.get(f"teacher@{n}", {}).get("teacher"), relative=True) for n in COUNTS]
+        line += [with_sd(scores[name]["delta_ce"], ".3f") for name in ("teacher", "teacher@2")]
+        line.append(interval(nats.get("teacher@2", {}).get("teacher"), relative=False))
+        line.append(interval(kl.get("teacher@2", {}).get("teacher"), relative=False))
+        lines.append("| " + " | ".join(line) + " |")
+    return "\n".join([*lines, "", source(result)])
+
+
+def trained_table(result: dict[str, Any]) -> str:
+    """What training adds: every contender at the teacher's l0, by family, where it was computed."""
+    rows = {row["teacher"]: row for row in ordered(result)}
+    header = ["", *(f"{FAMILIES[name]}: mse | against control | Δ CE" for name in rows)]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * (1 + 3 * len(rows))]
+    for name, label in {"teacher": "teacher", "teacher@2": "teacher + a round, nothing trained", **TRAINED}.items():
+        line = [label]
+        for row in rows.values():
+            score = row["scores"].get(name, {}).get("matched")
+            if score is None:
+                line += ["", "", ""]
+                continue
+            line += [with_sd(score["mse"], ".2f"), interval(row["pairs"]["mse"][name].get("control"), relative=True)]
+            line.append(with_sd(score["delta_ce"], ".3f") if "delta_ce" in score else "")
+        lines.append("| " + " | ".join(line) + " |")
+    return "\n".join([*lines, "", source(result)])
+
+
+def bound_table(result: dict[str, Any]) -> str:
+    """How far from matching pursuit on the same dictionary."""
+    cells = [cell for cell in result["cells"] if "pursuit" in cell]
+    names = {"teacher": "teacher", **{f"teacher@{n}": f"+ {n - 1}" for n in COUNTS}, "pursuit": "matching pursuit"}
+    lines = ["| teacher | l0 | " + " | ".join(names.values()) + " | negative codes of the pursuit |", "|" + "---|" * 8]
+    for cell in sorted(cells, key=lambda one: list(FAMILIES).index(one["cell"]["teacher"])):
+        found = cell["pursuit"]
+        line = [FAMILIES[cell["cell"]["teacher"]], f"{found['l0']:.1f}"]
+        line += [f"{found['mse'][name]:.2f}" if name in found["mse"] else "" for name in names]
+        lines.append("| " + " | ".join([*line, f"{100 * found['negative']:.0f} %"]) + " |")
+    tokens = cells[0]["pursuit"]["n_tokens"] if cells else 0
+    return "\n".join([*lines, "", f"mse on the first {tokens:,} test tokens, seed 0; nothing trained."])
+
+
+def known_table(result: dict[str, Any]) -> str:
+    """F1 and MCC of detecting known features, and their differences to the teacher, paired over seeds."""
+    lines = ["| teacher | l0 | SAE | F1 | F1 − teacher (95 %) | MCC − teacher | precision | recall | mse − teacher |"]
+    lines.append("|" + "---|" * 9)
+    rows = sorted(result["rows"], key=lambda row: (list(FAMILIES).index(row["teacher"]), row["l0"]))
+    for row in rows:
+        for name, scores in row["scores"].items():
+            differences = row["to_teacher"].get(name, {})
+            line = [FAMILIES[row["teacher"]], f"{row['l0']:g}", known_name(name), with_sd(scores["f1"], ".3f")]
+            line += [interval(differences.get(metric), relative=False, better=1) for metric in ("f1", "mcc")]
+            line += [f"{scores[metric]['mean']:.3f}" for metric in ("precision", "recall")]
+            line.append(interval(differences.get("mse"), relative=True))
+            lines.append("| " + " | ".join(line) + " |")
+    one = result["cells"][0]["cell"]
+    seeds = max(len(row["seeds"]) for row in rows)
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"`{result['command']}`: d_in {one['d_in']}, {one['n_features']} true features, {one['d_sae']} features; "
+            f"{one['tokens']:,} tokens, teachers of {one['teacher_steps']:,} steps; data of "
+            f"{'sae_lens.synthetic' if one['data'] == 'saelens' else 'our own'}; all at the teacher's l0, {seeds} seeds.",
+        ]
+    )
+
+
+def known_name(name: str) -> str:
+    base, _, rounds = name.partition("@")
+    base, _, trainable = base.partition("/")
+    said = {"teacher": "teacher", "refined": "RSAE, two rounds trained", "rsae": "RSAE, one round"}.get(base, base)
+    said += f", {trainable} only" if trainable else ""
+    return said + (f" + {int(rounds) - 1} untrained" if rounds else "")
+
+
+def source(result: dict[str, Any]) -> str:
+    one = result["cells"][0]["cell"]
+    return (
+        f"`{result['command']}`: layer 16, 2,304 features, {one['tokens']:,} training tokens, teachers of "
+        f"{one['plan']['steps']:,} steps, contenders of {one['steps']}; test split, at the teacher's l0, mean ± standard "
+        "deviation over seeds, differences paired by seed with a Student interval (bold: better). "
+        f"{', '.join(result['machine'])}, torch {', '.join(result['torch'])}, {' and '.join(result['date'])}."
+    )
+
+
+def picture() -> None:
+    """docs/rounds.svg: error, F1 and time against the number of rounds."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.2, 3.1), layout="constrained", facecolor="white")
+    error, features, seconds = figure.subplots(1, 3)
+    for row in ordered(json.loads(ROUNDS.read_text())):
+        found = [(1, 0.0)] + [(n, 100 * row["pairs"]["mse"][f"teacher@{n}"]["teacher"]["mean"]) for n in COUNTS]
+        draw(error, found, row["teacher"])
+    for row in sorted(json.loads(KNOWN.read_text())["rows"], key=lambda row: list(FAMILIES).index(row["teacher"])):
+        if row["l0"] == 5:
+            found = [(1, 0.0)] + [(n, row["to_teacher"][f"teacher@{n}"]["f1"]["mean"]) for n in COUNTS]
+            draw(features, found, row["teacher"])
+    if TIME.is_file():
+        measured = json.loads(TIME.read_text())
+        for place, (d_sae, values) in enumerate(measured["relative"].items()):
+            x, y = [int(n) for n in values], list(values.values())
+            seconds.plot(
+                x, y, "o-", color=("#5b3fd0", "#a87500")[place], markersize=4, label=f"{int(d_sae):,} features"
+            )
+        seconds.legend(fontsize="small", frameon=False)
+    error.set(title="error at the teacher's l0", ylabel="% of the teacher's", xlabel="rounds")
+    features.set(title="F1 on known features", ylabel="difference to the teacher", xlabel="rounds")
+    seconds.set(title="time to encode", ylabel="times one round", xlabel="rounds", ylim=(0, None))
+    error.legend(fontsize="small", frameon=False)
+    for axes in (error, features, seconds):
+        axes.grid(color="#d5d9de", linewidth=0.5)
+        axes.set_xticks((1, *COUNTS))
+    features.axhline(0, color="#24292e", linewidth=0.8)
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": "rounds"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    write_text(PICTURE, buffer.getvalue())
+
+
+def draw(axes: Any, points: list[tuple[int, float]], family: str) -> None:
+    x, y = zip(*points, strict=True)
+    axes.plot(x, y, "o-", color=COLOURS[family], markersize=4, linewidth=1.4, label=FAMILIES[family])
+
+
+def measure(repeats: int = 9) -> None:
+    """Seconds to encode 1,024 tokens at d_in 576, one thread, in turns: a JumpReLU SAE with rounds on top, l0 about 32."""
+    torch.set_num_threads(1)
+    relative: dict[str, dict[str, float]] = {}
+    for d_sae in (2304, 18432):
+        generator = torch.Generator().manual_seed(0)
+        sae = JumpReluSAE(576, d_sae, generator=generator)
+        codes = torch.zeros(1024, d_sae)
+        codes.scatter_(1, torch.randint(d_sae, (1024, 48), generator=generator), 1.0)
+        x = (codes * (1 + torch.rand(codes.shape, generator=generator))) @ sae.W_dec.detach()
+        with torch.no_grad():
+            sae.threshold.fill_(float(sae.hidden_pre(x).flatten().kthvalue(codes.numel() - 32 * 1024).values))
+        contenders: dict[int, Any] = {1: sae} | {n: sae.with_rounds(n, x) for n in COUNTS}
+        seconds: dict[int, list[float]] = {n: [] for n in contenders}
+        with torch.no_grad():
+            for _ in range(repeats):
+                for n, one in contenders.items():
+                    started = time.perf_counter()
+                    one.encode(x)
+                    seconds[n].append(time.perf_counter() - started)
+        best = {n: statistics.median(values[1:]) for n, values in seconds.items()}
+        relative[str(d_sae)] = {str(n): value / best[1] for n, value in best.items()}
+    facts = {"machine": platform.machine(), "threads": 1, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
+    note = "median of 8 in turns, on a machine that did other work too: ratios, not seconds"
+    write_text(TIME, json.dumps({"command": "python benchmarks/rounds_table.py --time", "note": note, **facts,
+                                 "relative": relative}, indent=1) + "\n")  # fmt: skip
+    print({size: {n: round(float(np.round(v, 2)), 2) for n, v in values.items()} for size, values in relative.items()})
+
+
+if __name__ == "__main__":
+    if tyro.cli(Options).time:
+        measure()
