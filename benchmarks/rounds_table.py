@@ -1,7 +1,7 @@
 """Tables and the picture of rounds in README.md and docs/experiments.md, from committed results; and their time.
 
-rsae reproduce --host smollm2-rounds --out out/rounds && cp out/rounds/table.json benchmarks/results/reproduce-smollm2-rounds.json
-rsae known --data saelens --l0s 5 --out out/known && cp out/known/known.json benchmarks/results/known-features.json
+rsae reproduce --host smollm2-rounds --out out/rounds   # its table.json is results/reproduce-smollm2-rounds.json
+rsae known --data saelens --l0s 5 --out out/known       # its known.json is results/known-features.json
 python benchmarks/rounds_table.py --time       # measures, and writes benchmarks/results/rounds-time.json
 python benchmarks/readme_table.py
 """
@@ -58,10 +58,9 @@ def ordered(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def untrained_table(result: dict[str, Any]) -> str:
     """What rounds do to a teacher with nothing trained: error, cost in the language model, both paired over seeds."""
-    lines = [
-        "| teacher | l0 | seeds | mse | **+ 1 round** | + 2 | + 3 | + 5 | Δ CE | **+ 1 round** | difference (95 %) | KL |"
-    ]
-    lines.append("|" + "---|" * 12)
+    titles = ("teacher", "l0", "seeds", "mse", "**+ 1 round**", "+ 2", "+ 3", "+ 5", "Δ CE", "**+ 1 round**")
+    titles += ("difference (95 %)", "KL")
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for row in ordered(result):
         scores = {name: kinds["matched"] for name, kinds in row["scores"].items()}
         if "teacher@2" not in scores:
@@ -111,8 +110,9 @@ def bound_table(result: dict[str, Any]) -> str:
 
 def known_table(result: dict[str, Any]) -> str:
     """F1 and MCC of detecting known features, and their differences to the teacher, paired over seeds."""
-    lines = ["| teacher | l0 | SAE | F1 | F1 − teacher (95 %) | MCC − teacher | precision | recall | mse − teacher |"]
-    lines.append("|" + "---|" * 9)
+    titles = ("teacher", "l0", "SAE", "F1", "F1 − teacher (95 %)", "MCC − teacher", "precision", "recall")
+    titles += ("mse − teacher",)
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     rows = sorted(result["rows"], key=lambda row: (list(FAMILIES).index(row["teacher"]), row["l0"]))
     for row in rows:
         for name, scores in row["scores"].items():
@@ -130,7 +130,7 @@ def known_table(result: dict[str, Any]) -> str:
             "",
             f"`{result['command']}`: d_in {one['d_in']}, {one['n_features']} true features, {one['d_sae']} features; "
             f"{one['tokens']:,} tokens, teachers of {one['teacher_steps']:,} steps; data of "
-            f"{'sae_lens.synthetic' if one['data'] == 'saelens' else 'our own'}; all at the teacher's l0, {seeds} seeds.",
+            f"{'sae_lens.synthetic' if one['data'] == 'saelens' else 'our own'}; at the teacher's l0, {seeds} seeds.",
         ]
     )
 
@@ -147,8 +147,8 @@ def source(result: dict[str, Any]) -> str:
     one = result["cells"][0]["cell"]
     return (
         f"`{result['command']}`: layer 16, 2,304 features, {one['tokens']:,} training tokens, teachers of "
-        f"{one['plan']['steps']:,} steps, contenders of {one['steps']}; test split, at the teacher's l0, mean ± standard "
-        "deviation over seeds, differences paired by seed with a Student interval (bold: better). "
+        f"{one['plan']['steps']:,} steps, contenders of {one['steps']}; test split, at the teacher's l0, mean ± "
+        "standard deviation over seeds, differences paired by seed with a Student interval (bold: better). "
         f"{', '.join(result['machine'])}, torch {', '.join(result['torch'])}, {' and '.join(result['date'])}."
     )
 
@@ -195,7 +195,7 @@ def draw(axes: Any, points: list[tuple[int, float]], family: str) -> None:
 
 
 def measure(repeats: int = 9) -> None:
-    """Seconds to encode 1,024 tokens at d_in 576, one thread, in turns: a JumpReLU SAE with rounds on top, l0 about 32."""
+    """Seconds to encode 1,024 tokens at d_in 576, one thread, in turns: a JumpReLU SAE, l0 32, with rounds."""
     torch.set_num_threads(1)
     relative: dict[str, dict[str, float]] = {}
     for d_sae in (2304, 18432):
