@@ -16,6 +16,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
+import rounds_table
 import tyro
 
 from rsae_triton.report.fronts import interval, paired, spread, with_sd, write_front
@@ -248,7 +249,12 @@ def place(path: Path, name: str, text: str) -> None:
 def tables() -> list[tuple[Path, str, str]]:
     """(page, name, text) of every table, from what is committed."""
     grid = json.loads(GRID.read_text())
+    rounds, known = (json.loads(path.read_text()) for path in (rounds_table.ROUNDS, rounds_table.KNOWN))
     return [
+        (README, "untrained", rounds_table.brief_table(rounds)),
+        (EXPERIMENTS, "untrained", rounds_table.untrained_table(rounds)),
+        (EXPERIMENTS, "known", rounds_table.known_table(known)),
+        (EXPERIMENTS, "bound", rounds_table.bound_table(rounds)),
         (README, "demo", table(json.loads(COMMITTED.read_text()))),
         (README, "grid", grid_table(grid, sparsities=(1.0,))),
         (EXPERIMENTS, "grid", grid_table(grid)),
@@ -268,6 +274,7 @@ def main(options: Options) -> None:
     for page, name, text in tables():
         place(page, name, text)
     fronts(json.loads(GRID.read_text()))
+    rounds_table.picture()
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def ordered(result: dict[str, Any]) -> list[dict[str, Any]]:
 def untrained_table(result: dict[str, Any]) -> str:
     """What rounds do to a teacher with nothing trained: error, cost in the language model, both paired over seeds."""
     titles = ("teacher", "l0", "seeds", "mse", "**+ 1 round**", "+ 2", "+ 3", "+ 5", "Δ CE", "**+ 1 round**")
-    titles += ("difference (95 %)", "KL")
+    titles += ("difference (95 %)", "of each seed, by sequence", "KL")
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for row in ordered(result):
         scores = {name: kinds["matched"] for name, kinds in row["scores"].items()}
@@ -71,9 +71,33 @@ def untrained_table(result: dict[str, Any]) -> str:
         line += [interval(mse.get(f"teacher@{n}", {}).get("teacher"), relative=True) for n in COUNTS]
         line += [with_sd(scores[name]["delta_ce"], ".3f") for name in ("teacher", "teacher@2")]
         line.append(interval(nats.get("teacher@2", {}).get("teacher"), relative=False))
+        line.append("; ".join(by_sequence(result, row["teacher"])))
         line.append(interval(kl.get("teacher@2", {}).get("teacher"), relative=False))
         lines.append("| " + " | ".join(line) + " |")
     return "\n".join([*lines, "", source(result)])
+
+
+def brief_table(result: dict[str, Any]) -> str:
+    """The same in a few columns, for the README."""
+    lines = ["| teacher | l0 | mse | with one round | with five | Δ CE | with one round |", "|" + "---|" * 7]
+    for row in ordered(result):
+        scores = {name: kinds["matched"] for name, kinds in row["scores"].items()}
+        line = [FAMILIES[row["teacher"]], f"{row['l0']['mean']:.1f}", f"{scores['teacher']['mse']['mean']:.1f}"]
+        for name in ("teacher@2", "teacher@6"):
+            change = 100 * row["pairs"]["mse"][name]["teacher"]["mean"]
+            line.append(f"**{scores[name]['mse']['mean']:.1f}** ({change:+.0f} %)")
+        before, after = (scores[name]["delta_ce"]["mean"] for name in ("teacher", "teacher@2"))
+        line += [f"{before:.3f}", f"**{after:.3f}** ({100 * (after / before - 1):+.0f} %)"]
+        lines.append("| " + " | ".join(line) + " |")
+    seeds = max(len(row["seeds"]) for row in result["rows"])
+    return "\n".join([*lines, "", f"Means over {seeds} seeds; intervals and the rest: docs/experiments.md."])
+
+
+def by_sequence(result: dict[str, Any], teacher: str) -> list[str]:
+    """Of every seed the difference in Δ CE that one round makes, with its interval over the spliced sequences."""
+    cells = [cell for cell in result["cells"] if cell["cell"]["teacher"] == teacher]
+    found = [cell["scores"].get("to_teacher", {}).get("teacher@2", {}).get("delta_ce") for cell in cells]
+    return [f"{mean:+.3f} ({low:+.3f} to {high:+.3f})" for mean, low, high in filter(None, found)]
 
 
 def trained_table(result: dict[str, Any]) -> str:
@@ -177,7 +201,7 @@ def picture() -> None:
         seconds.legend(fontsize="small", frameon=False)
     error.set(title="error at the teacher's l0", ylabel="% of the teacher's", xlabel="rounds")
     features.set(title="F1 on known features", ylabel="difference to the teacher", xlabel="rounds")
-    seconds.set(title="time to encode", ylabel="times one round", xlabel="rounds", ylim=(0, None))
+    seconds.set(title="time to encode", ylabel="times the teacher's encoder", xlabel="rounds", ylim=(0, None))
     error.legend(fontsize="small", frameon=False)
     for axes in (error, features, seconds):
         axes.grid(color="#d5d9de", linewidth=0.5)

@@ -171,11 +171,22 @@ def compact(host: str, cells: list[dict[str, Any]]) -> dict[str, Any]:
                 "scores": {
                     **{name: _numbers(cell["scores"][name]) for name in cell["scores"]["matched_l0"]},
                     "matched_l0": {name: _numbers(score) for name, score in cell["scores"]["matched_l0"].items()},
+                    **_to_the_teacher(cell["scores"]),
                 },
             }
             for cell in cells
         ],
     }
+
+
+def _to_the_teacher(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Every contender's differences to the teacher at equal l0, paired by sequence, where there are any."""
+    found = {
+        name: pairs["teacher"]
+        for name, pairs in scores.get("paired", {}).get("matched_l0", {}).items()
+        if pairs.get("teacher")
+    }
+    return {"to_teacher": found} if found else {}
 
 
 def _numbers(score: Mapping[str, Any]) -> dict[str, Any]:
