@@ -199,9 +199,7 @@ def representative(arch: int) -> list[Variant]:
         Variant("gather_rows", arch, bf16, ranked=True),
         Variant("sparse_decode", arch, bf16),
         Variant("support_mark", arch, bf16),
-        Variant("entry_gate_backward", arch, torch.float32, 9, 8, shared=False, gated=True),
         Variant("feature_sums", arch, bf16),
-        Variant("adam_rows", arch, bf16),
     ]
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rsae_triton.ops import pieces, support, support_triton
+from rsae_triton.ops.across import Across
 from rsae_triton.ops.reference import GateSpec, GateTensors
 from rsae_triton.ops.step import Step
 
@@ -54,14 +55,15 @@ def close(found, truth):
     assert max(errors(found, truth).values()) <= 1e-5
 
 
-def step(inputs, device, dtype=torch.float32, capacity=N * D_SAE, **options):
+def step(inputs, device, dtype=torch.float32, capacity=N * D_SAE, across=None, **options):
     """All results, on the CPU."""
     on = [
         GateTensors(*(t.to(device) for t in one)) if isinstance(one, GateTensors) else one.to(device) for one in inputs
     ]
     spec, weights, subtract, target, scale = settings(**options)
     target, scale = (None if one is None else one.to(device) for one in (target, scale))
-    results = support_triton.run(Step(*on, spec, *weights, subtract, target, scale, dtype, WANTED), capacity)
+    made = Step(*on, spec, *weights, subtract, target, scale, dtype, WANTED, across)
+    results = support_triton.run(made, capacity)
     return [one.cpu() for one in results]
 
 
@@ -129,3 +131,24 @@ def test_what_it_cannot_make_is_known():
         assert not support_triton.can_run(SPEC, [k == place or want for k, want in enumerate(WANTED)])
     for other in ({}, {"form": "gated", "domain": "free"}, {"form": "gated", "hard": False}):
         assert not support_triton.can_run(GateSpec(3, 2, **other), WANTED)
+
+
+def test_two_processes_that_share_the_features_make_the_whole_step(device):
+    """What crosses is x_hat alone."""
+    x, W_enc, b_enc, W_dec, b_dec, gate = inputs = given(D_SAE)
+    whole = dict(zip(NAMES, without_size(step(inputs, device)), strict=True))
+    sums, parts = [], []
+    for together in (lambda part: sums.append(part.clone()) or part, lambda part: sums[0] + sums[1]):
+        for first, own in ((True, slice(0, 20)), (False, slice(20, D_SAE))):
+            half = (x, W_enc[:, own], b_enc[own], W_dec[own], b_dec, GateTensors(*(one[own] for one in gate)))
+            results = step(half, device, across=Across(together, first))
+            parts.append(dict(zip(NAMES, without_size(results), strict=True)))
+    one, other = parts[2:]
+    for name in ("mse", "x_hat"):
+        torch.testing.assert_close(one[name], other[name])
+        torch.testing.assert_close(one[name], whole[name])
+    for name in ("l1", "l0", "db_dec"):
+        torch.testing.assert_close(one[name] + other[name], whole[name])
+    for name in ("counts", "db_enc", "dW_dec", "dthreshold"):
+        torch.testing.assert_close(torch.cat([one[name], other[name]]), whole[name])
+    torch.testing.assert_close(torch.cat([one["dW_enc"], other["dW_enc"]], 1), whole["dW_enc"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpu.bare import ROOT
 from gpu.made import GATES, SHAPES, TINY, WEIGHT, Case, freeze, make
 from rsae_triton import FusedRationalSAE, kernels
 from rsae_triton.ops.cost import CEILINGS, Ceilings, cost, optimizer_seconds
@@ -19,7 +21,12 @@ from rsae_triton.training.optimizer import remove_radial_gradient
 
 FIVE, ONE = "bare products", "one product"
 WAYS = ("sparse, row optimiser", "sparse", "split", "fused", "eager")
-PEERS = ("sae_lens", "sparsify", "dictionary_learning")
+PEERS = {
+    "SAELens JumpReLU": ("sae_lens", "saelens"),
+    "SAELens TopK": ("sae_lens", "saelens"),
+    "sparsify TopK": ("sparsify", "sparsify"),
+}
+"""Name -> the library, and what builds it in benchmarks/peers.py."""
 Row = dict[str, Any]
 _held: dict[str, Any] = {}
 """The last case's SAE and input: contenders of one case share them."""
@@ -128,11 +135,24 @@ def measured(case: Case, name: str, device: torch.device, on: Ceilings) -> Row:
 
 
 def peer(case: Case, name: str, device: torch.device) -> Row:
-    """Other libraries' steps, where they are installed (`benchmarks/peers.py` knows them)."""
-    row: Row = {"case": case.fields(), "contender": name}
-    if importlib.util.find_spec(name) is None:
+    """Another library's step in bfloat16, where it is installed. It computes another function at the same shape."""
+    row: Row = {"case": case.fields(), "contender": name, "status": "ok"}
+    library, builder = PEERS[name]
+    if importlib.util.find_spec(library) is None:
         return row | {"status": "not run: not installed"}
-    return row | {"status": "not run: `make bench-gpu` has it, in turns with ours"}
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import peers
+    from cases import Case as BenchCase
+
+    sae, x = make(case, device)
+    with torch.no_grad():
+        sae.b_enc.sub_(sae.gate.threshold)  # where theirs have their thresholds
+    whole = BenchCase("step", case.n_tokens, case.d_in, case.d_sae, dtype="bf16")
+    made = getattr(peers, builder)(whole, sae.bfloat16(), x.bfloat16())
+    contender = next(one for one in made if one.name == name)
+    contender.run()
+    contender.found()
+    return row | timed(contender.run, device)
 
 
 def _case(case: Case, device: torch.device) -> tuple[FusedRationalSAE, Tensor]:
