@@ -176,11 +176,13 @@ def run(demo: Demo) -> Path:
             else pair_splits_for(host, documents, places, demo.tokens, demo.seed)
         )
     x, test = splits.train.tensor().to(host.device), splits.test.tensor().to(host.device)
+    # Text that nobody is trained on: there the teacher's l0 is what it is elsewhere. (A transcoder has no rounds.)
+    unseen = splits.validation.tensor().to(host.device) if places is None else None
     with stages.stage(f"Teacher {demo.teacher}"):
         teacher, teacher_log = make_teacher(demo, loaded, splits, x)
     with stages.stage("Stage 1: upgrade"):
         form = "direct" if demo.recipe == "paper" else "auto"
-        init = upgrade(teacher, x, degree=demo.degree, form=form, rounds=1)
+        init = upgrade(teacher, x, degree=demo.degree, form=form, rounds=1, validation=unseen)
         console.print(f"  {init.metadata['stage1']['summary']}", markup=False)
     target_l0 = init.metadata["stage1"]["train_l0"]
     rsae, control = copy.deepcopy(init), copy.deepcopy(teacher)
@@ -191,17 +193,17 @@ def run(demo: Demo) -> Path:
         "trainable": demo.trainable,
     }
     with stages.stage("Stage 2: Rational SAE"):
-        rsae_log = train(rsae, x, recipe=demo.recipe, target_l0=target_l0, label="  Rational SAE", **options)
+        rsae_log = train(
+            rsae, x, recipe=demo.recipe, target_l0=target_l0, validation=unseen, label="  Rational SAE", **options
+        )
     with stages.stage("Control: the teacher, same steps, same batches"):
         control_log = None
         if trains(control, demo.trainable):
             options |= {"recipe": objective_of(control), "label": "  control"}
             control_log = train(control, x, target_l0=target_l0, **options)
     saes: dict[str, SparseAutoencoder] = {"teacher": teacher, "init": init, "rsae": rsae, "control": control}
-    if form != "direct" and places is None:  # a transcoder has no rounds
+    if form != "direct" and unseen is not None:
         with stages.stage("One more round, nothing trained for it"):
-            # On text that nobody was trained on: there the teacher's l0 is what it is elsewhere.
-            unseen = splits.validation.tensor().to(host.device)
             saes["rounds"] = teacher.with_rounds(2, unseen)
             saes["rsae-rounds"] = rsae.with_rounds(2, unseen)
             console.print(f"  teacher: {saes['rounds'].metadata['rounds']['summary']}", markup=False)

@@ -72,7 +72,7 @@ def put_back(sae: FusedRationalSAE, rounds: int, activations: Any) -> None:
 
 def noted_l0(sae: SparseAutoencoder) -> float | None:
     """The l0 that stage 1 found in the teacher, on validation text where there was any."""
-    for name, key in (("rounds", "target_l0"), ("stage1", "teacher_l0")):
+    for name, key in (("rounds", "target_l0"), ("stage1", "validation_l0"), ("stage1", "teacher_l0")):
         facts = sae.metadata.get(name)
         value = facts.get(key) if isinstance(facts, Mapping) else None
         if isinstance(value, int | float) and 0 < value <= sae.d_sae:

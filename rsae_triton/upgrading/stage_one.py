@@ -45,8 +45,9 @@ class StageOne:
     form, degree: of the gate. error, lower_bound: the minimax fit and its certificate (on [-1, 1]).
     relative_error: ||z - z_teacher|| / ||z_teacher|| over the sample's codes. initial_relative_error: before the
     calibration. activity_threshold: of the direct form. teacher_l0, l0: on the sample of n_tokens. train_l0: what
-    stage 2 holds (`recipes.training_l0`). All of these are of an encoder of one round; what more rounds did is `rounds`
-    (None where there is one round), and also the SAE's metadata["rounds"].
+    stage 2 holds (`recipes.training_l0`). validation_l0: the teacher's on validation text, where there was any. All of
+    these are of an encoder of one round; what more rounds did is `rounds` (None where there is one round), and also
+    the SAE's metadata["rounds"].
     """
 
     form: str
@@ -60,6 +61,7 @@ class StageOne:
     l0: float
     train_l0: float
     n_tokens: int
+    validation_l0: float | None = None
     rounds: AddedRounds | None = None
 
     @property
@@ -141,8 +143,9 @@ def upgrade(
             it, and every weight stays. "auto": 2 where that lowers the error at the teacher's l0, which it has always
             done; 1: the teacher's own encoder. More go on helping, at their cost. Only in the gated form, with
             thresholds per feature.
-        validation: [n, d_in] or a store that the thresholds of the last round are set on, best text that the teacher
-            has not seen; `activations` when None.
+        validation: [n, d_in] or a store of text that the teacher has not seen, best some 10,000 tokens: there the
+            thresholds of the last round are set, and its l0 is what `train(validation=...)` returns to. `activations`
+            when None, on which a teacher that was trained on them is sparser than elsewhere.
         n_tokens: how many activations to calibrate on. backend: of the result. seed: of the sample.
 
     Returns:
@@ -253,13 +256,17 @@ def upgrade(
         )
     if teacher_l0 == 0:
         warnings.warn("no feature of the teacher was active on these activations; nothing was compared", stacklevel=4)
-    added = None
-    if wanted != 1 and form != "direct" and not options:
-        rows = x if validation is None else sample(validation, teacher, n_tokens, seed)
+    added, rows, z_rows = None, x, z
+    if validation is not None:
+        rows = sample(validation, teacher, n_tokens, seed)
         ours, theirs = scale_of(activations), scale_of(validation)
         if ours is not None and theirs is not None:
             rows = rows * (ours / theirs)
-        added = refine(rsae, teacher, rows, z if validation is None else None, wanted)
+        with torch.no_grad():
+            z_rows = teacher.encode(rows)
+        report = replace(report, validation_l0=float((z_rows != 0).sum(1).float().mean()))
+    if wanted != 1 and form != "direct" and not options:
+        added = refine(rsae, teacher, rows, z_rows, wanted)
     report = replace(report, rounds=added)
     rsae.metadata["stage1"] = {**asdict(report), "summary": report.summary}
     if added is not None:
@@ -269,13 +276,9 @@ def upgrade(
 
 @torch.no_grad()
 def refine(
-    rsae: FusedRationalSAE, teacher: SparseAutoencoder, x: Tensor, z: Tensor | None, rounds: int | None
+    rsae: FusedRationalSAE, teacher: SparseAutoencoder, x: Tensor, z: Tensor, rounds: int | None
 ) -> AddedRounds | None:
-    """Gives `rsae` rounds at its teacher's l0 on x, in place; None asks for two, if they lower the error.
-
-    z: the teacher's code of x, where it is known.
-    """
-    z = teacher.encode(x) if z is None else z
+    """Gives `rsae` rounds at the l0 of z, its teacher's code of x, in place; None asks for two, if that helps."""
     l0 = float((z != 0).sum(1).float().mean())
     mse = float((x - teacher.decode(z, x)).double().square().sum(1).mean())
     if l0 == 0 and rounds is None:
