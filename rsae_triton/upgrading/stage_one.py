@@ -256,17 +256,17 @@ def upgrade(
         )
     if teacher_l0 == 0:
         warnings.warn("no feature of the teacher was active on these activations; nothing was compared", stacklevel=4)
-    added, rows, z_rows = None, x, z
+    added, held, z_held = None, x, z
     if validation is not None:
-        rows = sample(validation, teacher, n_tokens, seed)
+        held = teacher.sides(sample(validation, teacher, n_tokens, seed))[0]
         ours, theirs = scale_of(activations), scale_of(validation)
         if ours is not None and theirs is not None:
-            rows = rows * (ours / theirs)
+            held = held * (ours / theirs)
         with torch.no_grad():
-            z_rows = teacher.encode(rows)
-        report = replace(report, validation_l0=float((z_rows != 0).sum(1).float().mean()))
+            z_held = teacher.encode(held)
+        report = replace(report, validation_l0=float((z_held != 0).sum(1).float().mean()))
     if wanted != 1 and form != "direct" and not options:
-        added = refine(rsae, teacher, rows, z_rows, wanted)
+        added = refine(rsae, teacher, held, z_held, wanted)
     report = replace(report, rounds=added)
     rsae.metadata["stage1"] = {**asdict(report), "summary": report.summary}
     if added is not None:

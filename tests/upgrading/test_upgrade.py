@@ -350,7 +350,10 @@ def test_rounds_lower_the_error_at_the_teachers_l0_and_nothing_is_trained(teache
 def test_rounds_are_set_on_validation_text_where_there_is_any(teachers, activations):
     held = activations[1::2] * 1.02
     rsae = upgrade(teachers["jumprelu"], activations[0::2], rounds=3, validation=held)
-    assert reconstruction(rsae, held).l0 == pytest.approx(reconstruction(teachers["jumprelu"], held).l0, rel=0.01)
+    wanted = reconstruction(teachers["jumprelu"], held).l0
+    assert reconstruction(rsae, held).l0 == pytest.approx(wanted, rel=0.01)
+    one = upgrade(teachers["jumprelu"], activations[0::2], rounds=1, validation=held)
+    assert one.metadata["stage1"]["validation_l0"] == pytest.approx(wanted, rel=1e-5)
 
 
 def test_what_has_no_rounds(teachers, activations):
