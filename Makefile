@@ -9,8 +9,11 @@ DIST := .venv-dist
 # SAELens needs transformer-lens < 4: an environment of its own, with version 4 beside it.
 INTEROP := .venv-interop
 LENS4 := $(INTEROP)/transformer-lens-4
+PEERS := .venv-peers
+# With the peers where they are installed.
+BENCH_BIN = $(if $(wildcard $(PEERS)/.installed),$(PEERS)/bin,$(BIN))
 
-.PHONY: demo test test-all test-fast test-cpus test-interop test-gpu gpu-check lint bench bench-demo bench-gpu peers experiments aot aot-record routes fuzz soak docs docs-publish dist notebooks audit clean help
+.PHONY: demo test test-all test-fast test-cpus test-interop test-gpu gpu-check lint bench bench-demo bench-gpu bench-steps peers experiments aot aot-record routes fuzz soak docs docs-publish dist notebooks audit clean help
 
 help:
 	@echo "make demo   upgrade an SAE of SmolLM2-135M, beside a fair control -> out/demo/report.html"
@@ -20,6 +23,7 @@ help:
 	@echo "make test-interop  SAELens, dictionary_learning, sparsify, SAEBench, TransformerLens 3 and 4, run as they are"
 	@echo "make bench  speed on the CPU: a training step and its parts, all contenders, under ten minutes on two cores"
 	@echo "make bench-demo  the demo end to end, timed, into the same result"
+	@echo "make bench-steps  whole training steps on the CPU beside other libraries' (make peers installs them)"
 	@echo "make bench-gpu  the same on a CUDA device, under eight minutes; make peers adds SAELens and sparsify"
 	@echo "make experiments  gate fits against other methods; which gate and recipe beats the control"
 	@echo "make aot    compile every kernel configuration for sm_80, sm_90, sm_100; the table goes into docs/machine-code.md"
@@ -133,21 +137,32 @@ lint: $(INSTALLED)
 BENCH ?= --bench-tokens 1024
 
 bench: $(INSTALLED)
-	$(BIN)/python -m pytest benchmarks -q --bench-out out/bench/cpu.json $(BENCH)
+	$(BENCH_BIN)/python -m pytest benchmarks -q --bench-out out/bench/cpu.json $(BENCH)
 	$(BIN)/rsae bench --new out/bench/cpu.json
 
 bench-gpu: $(INSTALLED)
-	$(BIN)/python -m pytest benchmarks -q --bench-device cuda --bench-minutes 7 --bench-out out/bench/gpu.json
+	$(BENCH_BIN)/python -m pytest benchmarks -q --bench-device cuda --bench-minutes 7 --bench-out out/bench/gpu.json
 	$(BIN)/rsae bench --new out/bench/gpu.json
+
+# Whole training steps beside other libraries' (`make peers` first), a quarter of an hour; docs/steps.md and README.
+bench-steps: $(INSTALLED)
+	$(BENCH_BIN)/python benchmarks/bench_steps.py
 
 # The demo end to end, minutes; added to the result of `make bench`.
 bench-demo: $(INSTALLED)
-	$(BIN)/python -m pytest benchmarks/test_usage.py -k test_demo -q --bench-out out/bench/cpu.json --bench-resume \
+	$(BENCH_BIN)/python -m pytest benchmarks/test_usage.py -k test_demo -q --bench-out out/bench/cpu.json --bench-resume \
 	--bench-minutes 20
 
-# Other libraries' SAEs as contenders.
-peers: $(INSTALLED)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]'
+# Other libraries' SAEs as contenders, in an environment of their own: some ask for versions that clash with ours.
+peers: $(PEERS)/.installed
+
+$(PEERS)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(PEERS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[host,test,peers]'
+	$(PEERS)/bin/pip install --quiet --disable-pip-version-check nnsight
+	$(PEERS)/bin/pip install --quiet --disable-pip-version-check --no-deps dictionary-learning==0.1.0
+	touch $@
 
 experiments: $(INSTALLED)
 	$(BIN)/python benchmarks/bench_gates.py
@@ -173,4 +188,4 @@ test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu
 
 clean:
-	rm -rf $(VENV) $(INTEROP) $(DOCS) $(DIST) site build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(INTEROP) $(PEERS) $(DOCS) $(DIST) site build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache

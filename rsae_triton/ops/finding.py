@@ -21,6 +21,8 @@ from rsae_triton.ops.products import bfloat16_products, rows_by_tokens
 
 BLOCK = 1024
 """Features of a block."""
+MANY = 1 / 16
+"""Of the places so far, the candidates from which on the product in bfloat16 saves nothing."""
 WORTH = 2**17
 """Places of a block that are worth a thread of their own."""
 
@@ -40,7 +42,7 @@ def find_entries(
 
     Args:
         x_c: [n_tokens, d_in]. W_enc: [d_in, d_sae], best with its columns contiguous.
-        most: give up (None) as soon as there are more entries than this, or candidates for one.
+        most: give up (None) as soon as there are more entries than this.
         dtype: of the product; that of x_c, or of autocast, when None.
         screened: make the product in bfloat16 and h again in float32 wherever rounding may hide an entry: the same
             entries as without, to rounding. Ignored where `can_screen` says no.
@@ -101,12 +103,14 @@ def _scanned(
             own = slice(first + rows.start, first + rows.stop)
             before = growing[k].used
             if rows.start < rows.stop:
-                screen = None if screens is None else screens.of(rows)
+                screen = screens.of(rows) if screens is not None and screens.on else None
                 growing[k].scan(h[rows], b_enc[own], low[own], own.start, counts[own], screen)
             return growing[k], before, growing[k].used
 
         taken += native.each(threads, scan)
-        if most is not None and sum(max(one.used, one.candidates) for one in growing) > most:
+        if screens is not None and screens.on:
+            screens.on = sum(one.candidates for one in growing) <= MANY * (first + len(h)) * len(x_c)
+        if most is not None and sum(one.used for one in growing) > most:
             return None
     return [one.taken(start, stop) for one, start, stop in taken], counts
 
@@ -185,12 +189,15 @@ def _blocks(
     for first in range(0, len(weights), BLOCK):
         with torch.autocast(x.device.type, enabled=False):
             block = weights[first : first + BLOCK].to(dtype)
-            h = rows_by_tokens(block, x, space[: len(block)]) if screens is None else screens.product(block)
+            screened = screens is not None and screens.on
+            h = screens.product(block) if screened else rows_by_tokens(block, x, space[: len(block)])  # type: ignore[union-attr]
         yield first, h
 
 
 class _Screens:
-    """The product in bfloat16, and a bound of what that takes from it."""
+    """The product in bfloat16, and a bound of what that takes from it; `on` until there are too many candidates."""
+
+    on = True
 
     def __init__(self, x: Tensor) -> None:
         self._x = x.contiguous()

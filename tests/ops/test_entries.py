@@ -157,12 +157,17 @@ def test_screening_finds_the_same(scale, contiguous):
     assert float(off[~near].max()) < 1e-5
 
 
-def test_a_screen_gives_up_where_it_cannot_pay():
-    x, W_enc, b_enc, _, low = tensors(130, 40, 2100, 1.2, torch.float32)
+def test_a_screen_is_left_out_where_it_cannot_pay(monkeypatch):
+    x, W_enc, b_enc, _, low = tensors(130, 40, 4200, 0.0, torch.float32)
     if not can_screen(x, x.dtype):
         pytest.skip("no bfloat16 in hardware, or no compiler")
-    count = len(find_entries(x, W_enc, b_enc, low).tokens)
-    assert find_entries(x, W_enc, b_enc, low, screened=True, most=count) is None  # its candidates are more
+    made, product = [], finding._Screens.product
+    monkeypatch.setattr(finding._Screens, "product", lambda self, weights: made.append(1) or product(self, weights))
+    found, exact = (find_entries(x, W_enc, b_enc, low, screened=one) for one in (True, False))
+    assert len(made) == 1
+    assert len(found.tokens) == pytest.approx(len(exact.tokens), rel=1e-4)
+    assert find_entries(x, W_enc, b_enc, low + 3.5, screened=True) is not None
+    assert len(made) == 6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
