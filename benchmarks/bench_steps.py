@@ -270,7 +270,8 @@ def main(options: Options) -> None:
         clock = time.process_time if options.threads == 1 else time.perf_counter
         about = environment(torch.device("cpu"), options.threads, "CPU" if options.threads == 1 else "wall")
         result = {
-            "command": "make bench-steps" if len(sys.argv) == 1 else "python " + " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"), "repeat": options.repeat,
+            "command": "make bench-steps" if len(sys.argv) == 1 else " ".join(["python", *sys.argv]),
+            "date": time.strftime("%Y-%m-%d"), "repeat": options.repeat,
             "bfloat16": products.bfloat16_products(), "onednn": products.onednn(),
             "compiled": native.library() is not None, "peers": peer_steps.versions(), **about,
             "cases": [measured(size, options, clock) for size in options.sizes],

@@ -12,7 +12,7 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from rsae_triton.common.checks import check_integer
+from rsae_triton.common.checks import check_integer, check_number
 from rsae_triton.common.errors import ConfigError
 from rsae_triton.ops.cost import CEILINGS, Step, cost
 from rsae_triton.remez.problem import parse_degree
@@ -37,7 +37,9 @@ LINKS = {
     "H100": Links(79e9, 0.75 * 450e9, 0.8 * 50e9),
     "H200": Links(139e9, 0.75 * 450e9, 0.8 * 50e9),
 }
-STRATEGIES = ("saved", "chunked", "streamed", "eager")
+STRATEGIES = ("sparse", "saved", "chunked", "streamed", "eager")
+ENTRIES = 2.1
+"""Entries of the support for every active code, as in trained SAEs (docs/steps.md)."""
 _MOST, _MOST_GPUS = 2**40, 2**16
 
 
@@ -70,6 +72,8 @@ class Plan:
     """Form of the gate."""
     precision: Literal["bf16", "float32"] = "bf16"
     """Precision of the matrix products; weights and optimiser are float32 either way."""
+    l0: float = 64.0
+    """Active features a token, for sparse steps (of a gated form)."""
     rows: int = 12
     """Rows of the table: the fastest that fit."""
 
@@ -122,7 +126,9 @@ def estimates(plan: Plan) -> list[Estimate]:
     for name in ("d_in", "d_sae", "tokens", "gpus", "gpus_per_node", "rows"):
         most = _MOST_GPUS if name.startswith("gpus") else _MOST
         check_integer(f"--{name.replace('_', '-')}", getattr(plan, name), 1, most)
+    check_number("--l0", plan.l0, above=0)
     p, q = parse_degree(plan.degree)
+    active = min(plan.l0 / plan.d_sae, 1.0)
     layouts = [(plan.gpus // share, share) for share in range(1, plan.gpus + 1) if plan.gpus % share == 0]
     layouts = [(data, share) for data, share in layouts if plan.tokens % data == 0 and plan.d_sae % share == 0]
     if not layouts:
@@ -130,9 +136,10 @@ def estimates(plan: Plan) -> list[Estimate]:
     itemsize = 2 if plan.precision == "bf16" else 4
     found = [
         _estimate(plan, Step(plan.tokens // data, plan.d_in, plan.d_sae // share, p, q, not plan.per_feature, plan.form,
-                             itemsize), data, share, strategy)
+                             itemsize, active, min(ENTRIES * active, 1.0)), data, share, strategy)
         for data, share in layouts
         for strategy in STRATEGIES
+        if strategy != "sparse" or plan.form == "gated"
     ]  # fmt: skip
     return sorted(found, key=lambda one: (not one.fits, one.seconds))
 
@@ -144,16 +151,16 @@ def _estimate(plan: Plan, step: Step, data: int, share: int, strategy: str) -> E
     held = 4.0 * parameters
     copies = 2.0 * step.weights * step.itemsize if step.itemsize < 4 and strategy != "streamed" else 0.0
     budget = SHARE * (links.memory - 4 * held - copies)
-    if strategy == "eager":
-        priced, pieces = cost(step, "eager"), ""
+    if strategy in ("eager", "sparse"):
+        priced, pieces = cost(step, strategy), ""
     else:
         way = cut(step, budget, strategy)
         sizes = {"chunk_tokens": way.chunk_tokens or 0, "chunk_features": way.chunk_features or 0}
         priced = cost(step, "split" if strategy == "saved" else strategy, **sizes)
         pieces = ", ".join(f"{value} {name[6:]}" for name, value in sizes.items() if value)
-    # Adam reads parameter, gradient and both moments and writes three of them; the norm and the clipping of the
-    # gradient; the decoder's projection and its rows' norms; the copies.
-    traffic = held * (7 + 3) + 4.0 * step.weights * (6 + 3) + 1.5 * 2 * copies
+    # One pass over each row: Adam reads parameter, gradient and both moments and writes three of them. Before it the
+    # gradient's norm, and with it the decoder's rows; the copies, read and written.
+    traffic = held * (7 + 1) + 4.0 * step.weights + 1.5 * 2 * copies
     sent, seconds = _communication(plan, step, data, share, parameters, priced.strategy == "streamed", pieces, links)
     return Estimate(
         tokens_over=data,
@@ -235,9 +242,10 @@ def run_plan(plan: Plan, console: Console | None = None) -> list[Estimate]:
         many = f"--nnodes {nodes} " if nodes > 1 else ""
         launch = f"torchrun {many}--nproc-per-node {min(plan.gpus, plan.gpus_per_node)} -m rsae_triton train"
         command = launch if plan.gpus > 1 else "rsae train"
+        memory = {"eager": "saved", "sparse": "auto"}  # auto begins densely where a run does
         console.print(
             f"best: {command} ... --batch-size {plan.tokens} --features-over {best.features_over} --memory "
-            f"{best.strategy if best.strategy != 'eager' else 'saved'} --precision {plan.precision}",
+            f"{memory.get(best.strategy, best.strategy)} --precision {plan.precision}",
             highlight=False,
             soft_wrap=True,
         )

@@ -18,9 +18,13 @@ def pick(found, layout, strategy):
 
 def test_a_million_features_on_eight_gpus():
     found = estimates(MILLION)
-    assert len(found) == 4 * 4
-    best = found[0]
-    assert (best.tokens_over, best.features_over, best.strategy) == (1, 8, "saved")
+    assert len(found) == 4 * 5
+    sparse, best = found[0], pick(found, (1, 8), "saved")
+    assert (sparse.tokens_over, sparse.features_over, sparse.strategy) == (1, 8, "sparse")
+    assert sparse.flops == best.flops / 5
+    assert sparse.compute < 0.3 * best.compute
+    assert estimates(Plan(d_in=64, d_sae=4096, l0=4000))[0].strategy != "sparse"
+    assert all(one.strategy != "sparse" for one in estimates(Plan(d_in=64, d_sae=4096, form="direct")))
     matrix = 4096 * 2**20
     assert best.weights == pytest.approx(4 * 2 * matrix / 8, rel=1e-3)
     assert best.optimiser == 3 * best.weights
@@ -75,12 +79,14 @@ def test_the_command_prints_what_fits_first(capsys, monkeypatch):
     assert "yes" in rows[0]
     assert "eager" in rows[-1]
     assert "no" in rows[-1]
-    assert "--features-over 8 --memory saved" in shown
+    assert "--features-over 8 --memory auto" in shown
     assert main(["plan", "--d-in", "4096", "--d-sae", "16777216", "--gpus", "2"]) == 0
     assert "nothing fits" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options", [{"d_sae": 0}, {"degree": "three"}, {"gpus": 7, "tokens": 100, "d_sae": 100}])
+@pytest.mark.parametrize(
+    "options", [{"d_sae": 0}, {"degree": "three"}, {"gpus": 7, "tokens": 100, "d_sae": 100}, {"l0": 0}]
+)
 def test_bad_sizes_are_named(options):
     with pytest.raises(ConfigError):
         estimates(Plan(**{"d_in": 64, "d_sae": 64, **options}))
