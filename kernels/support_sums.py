@@ -1,6 +1,6 @@
 """Gradients of the weights from the entries of a support: sums over each feature's entries, one program a feature.
 
-A feature with more than RUN entries (one that is active on every token, say) has a program for every RUN of them;
+A feature with more entries than a run (one that is active on every token, say) has a program for every run of them;
 what they add up is added by the feature's own program, in order. No atomics: two calls agree to the last bit.
 """
 
@@ -17,7 +17,8 @@ from .configs import decode_tile
 from .launch import launching_on
 from .support_list import Entries
 
-RUN = 256
+RUN, MOST_RUNS = 256, 8192
+"""Entries of a run, or more of them where there is room for so many that the runs' sums would take much memory."""
 
 
 class FeatureSums(NamedTuple):
@@ -134,12 +135,13 @@ def feature_sums(
     sums = g.new_zeros((3, n_features), dtype=torch.float32)
     if n_features == 0 or d_in == 0:
         return FeatureSums(*found, *sums)
-    # Runs beyond each feature's first, of which there can be capacity / RUN at most (what is left out has none).
+    # Runs beyond each feature's first, of which there can be capacity / run at most (what is left out has none).
+    run = max(RUN, triton.next_power_of_2(triton.cdiv(capacity, MOST_RUNS)))
     bounds = entries.offsets.clamp(max=capacity)
-    runs = (bounds.diff() - 1).div(RUN, rounding_mode="floor").clamp(min=0)
+    runs = (bounds.diff() - 1).div(run, rounding_mode="floor").clamp(min=0)
     longer = bounds.new_zeros(n_features + 1)
     torch.cumsum(runs, 0, out=longer[1:])
-    most = max(1, capacity // RUN)
+    most = max(1, capacity // run)
     features = torch.searchsorted(longer, torch.arange(most, device=g.device), right=True) - 1
     matrices, numbers = (g.new_empty((most, *shape), dtype=torch.float32) for shape in ((2, d_in), (3,)))
     tile = decode_tile(d_in)
@@ -147,11 +149,11 @@ def feature_sums(
     shape = {"BLOCK_J": tile.rows, "BLOCK_D": tile.columns, "num_warps": tile.warps}
     given = (g, x_c, entries.tokens, z, dh, dt, bounds)
     with launching_on(g):
-        if capacity > RUN:
+        if capacity > run:
             long_runs_kernel[(most, columns)](
-                *given, features, longer, matrices, numbers, n_features, d_in, capacity, RUN, **shape
+                *given, features, longer, matrices, numbers, n_features, d_in, capacity, run, **shape
             )
         feature_sums_kernel[(n_features, columns)](
-            *given, longer, matrices, numbers, *found, sums, n_features, d_in, capacity, RUN, **shape
+            *given, longer, matrices, numbers, *found, sums, n_features, d_in, capacity, run, **shape
         )
     return FeatureSums(*found, *sums)
