@@ -131,7 +131,9 @@ def _histograms(
 
 
 def _gate(sae: SparseAutoencoder, indices: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray | None:
-    """The scalar gate at the edges of the bins, [k, BINS + 1]."""
+    """The scalar gate at the edges of the bins, [k, BINS + 1]; None where a code is no function of h alone."""
+    if isinstance(sae, FusedRationalSAE) and sae.rounds > 1:
+        return None
     grid = torch.from_numpy(np.linspace(low, high, BINS + 1)).float().to(sae.W_enc.device)
     if isinstance(sae, FusedRationalSAE) and not isinstance(sae, TopKRationalSAE):
         whole = torch.zeros(len(grid), sae.d_sae, device=grid.device)

@@ -71,6 +71,9 @@ def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any] | None = No
     facts += [("normalisation of activations", config["normalize_activations"])]
     if (metadata.get("stage1") or {}).get("summary"):
         facts += [("stage 1", metadata["stage1"]["summary"])]
+    if config.get("rounds", 1) != 1:
+        said = (metadata.get("rounds") or {}).get("summary")
+        facts += [("rounds of the encoder", said if isinstance(said, str) else str(config["rounds"]))]
     if metadata.get("host_note"):
         facts += [("the model's weights", metadata["host_note"])]
     if metadata.get("loaded_from"):

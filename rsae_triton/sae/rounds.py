@@ -97,8 +97,11 @@ class Refinement(Precise):
 
     def check_values(self) -> None:
         """Refuses numbers that no rounds can have (NumericsError)."""
-        if not bool((self.unit >= 0).all()) or not bool(self.epsilon > 0):
-            raise NumericsError("unit must not be negative, and epsilon must be positive")
+        for name, values in (("unit", self.unit), ("threshold", self.threshold)):
+            if bool((values < 0).any()):
+                raise NumericsError(f"refinement.{name} must not be negative; got {float(values.min()):g}")
+        if not bool(self.epsilon > 0):
+            raise NumericsError(f"refinement.epsilon must be positive; got {float(self.epsilon):g}")
 
     def extra_repr(self) -> str:
         return f"rounds={self.rounds}"

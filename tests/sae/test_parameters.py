@@ -21,7 +21,8 @@ KINDS = {
     "jumprelu": lambda: teacher(JumpReluSAE),
     "topk": lambda: teacher(TopKSAE, k=6),
     "batchtopk": lambda: teacher(BatchTopKSAE, k=6),
-    "gated, cpu": lambda: upgrade(teacher(JumpReluSAE, threshold=0.8), X),
+    "gated, cpu": lambda: upgrade(teacher(JumpReluSAE, threshold=0.8), X),  # of two rounds
+    "one round": lambda: upgrade(teacher(JumpReluSAE, threshold=0.8), X, rounds=1),
     "gated, eager": lambda: upgrade(teacher(JumpReluSAE, threshold=0.8), X, backend="eager"),
     "gated, per feature": lambda: upgrade(teacher(ReluSAE), X, coefficients="per_feature", backend="eager"),
     "direct, cpu": lambda: upgrade(teacher(ReluSAE), X, form="direct"),
@@ -37,7 +38,7 @@ def test_every_parameter_has_a_gradient(kind):
     assert [name for name, one in sae.named_parameters() if one.requires_grad and one.grad is None] == []
 
 
-@pytest.mark.parametrize("kind", ["gated, eager", "by token"])
+@pytest.mark.parametrize("kind", ["gated, eager", "gated, cpu", "by token"])
 def test_wrapped_by_ddp_a_second_step_is_taken(kind, tmp_path):
     """Without find_unused_parameters the second step of a module with idle parameters raises."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)

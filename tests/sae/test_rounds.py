@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rsae_triton import FusedRationalSAE, upgrade
-from rsae_triton.common.errors import ConfigError, FormatError, ShapeError
+from rsae_triton.common.errors import ConfigError, FormatError, NumericsError, ShapeError
 from rsae_triton.sae.adding import hold_l0
 from rsae_triton.teachers import BatchTopKSAE, JumpReluSAE, ReluSAE, TopKSAE
 
@@ -122,6 +122,17 @@ def test_any_leading_shape(two, lead):
         two.encode(x.new_zeros(4, 15))
 
 
+def test_the_k_largest_as_rows(two):
+    with torch.no_grad():
+        z = two.encode(X[:300])
+        rows = two.encode_sparse(X[:300], k=3)
+    values, places = z.topk(3)
+    wanted = torch.zeros_like(z).scatter(1, places, values)
+    assert int(rows.counts.max()) == 3
+    assert torch.allclose(rows.to_dense(96), wanted, atol=1e-6)
+    assert bool((rows.indices.diff(dim=1)[rows.counts == 3] > 0).all())
+
+
 def test_backends_agree(two):
     eager = copy.deepcopy(two)
     eager.backend = "eager"
@@ -220,6 +231,13 @@ def test_files(two, tmp_path):
     assert loaded.metadata["rounds"] == two.metadata["rounds"]
     config = json.loads((tmp_path / "two/cfg.json").read_text())
     assert config["rounds"] == 2
+    assert "2 rounds, untrained" in (tmp_path / "two/README.md").read_text()
+    for name, value in (("unit", -1.0), ("threshold", -0.1), ("epsilon", 0.0)):
+        wrong = copy.deepcopy(two)
+        getattr(wrong.refinement, name).data.fill_(value)
+        wrong.save_pretrained(tmp_path / name)
+        with pytest.raises(NumericsError, match=f"refinement.{name}"):
+            FusedRationalSAE.from_pretrained(tmp_path / name)
     for bad in (1, 3, 10**9, 0, "2", True, None):
         (tmp_path / "two/cfg.json").write_text(json.dumps({**config, "rounds": bad}))
         with pytest.raises(FormatError):
