@@ -22,6 +22,7 @@ from rsae_triton.common.errors import ConfigError
 from rsae_triton.common.terminal import plain
 from rsae_triton.evaluation.held_out import HostOptions, load_saes, open_host
 from rsae_triton.evaluation.probe_items import Items, make_items, read_rows, representations
+from rsae_triton.evaluation.probe_sets import KIND, probe_set, set_names
 from rsae_triton.evaluation.probe_tasks import TASKS, Task, labelled
 from rsae_triton.evaluation.probing import KS, Probed, average, sparse_probe
 from rsae_triton.sae.base import SparseAutoencoder
@@ -37,6 +38,7 @@ class Probe(HostOptions):
         rsae probe out/demo/teacher out/demo/control out/demo/rsae --out probing.json
         rsae probe my_sae --model gpt2 --tasks president "part of speech"
         rsae probe my_sae --text reviews.jsonl --label sentiment
+        rsae probe out/demo/teacher out/demo/rounds --sets 67_social-security 69_blood-pressure
     """
 
     paths: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="SAE [SAE ...]")]]
@@ -47,6 +49,8 @@ class Probe(HostOptions):
     """Your own labelled text instead: .jsonl files with a "text" field and the label's, or a hub dataset."""
     label: str | None = None
     """The field of your own text that holds the label; it must take two values."""
+    sets: tuple[str, ...] = ()
+    """Data sets of the package sae-probes instead, such as 67_social-security; all its sets with two labels: all."""
     items: int = 250
     """Windows of text of each label, at most."""
     context: int = 64
@@ -68,9 +72,10 @@ def run_probe(options: Probe) -> dict[str, Any]:
     check_seed(options.seed)
     check_writable(options.out)
     saes = load_saes(options.paths)
-    tasks, documents = choose(options)
+    names = sets_of(options)
+    tasks, documents = ([], []) if names else choose(options)
     host = open_host(options, saes)
-    items = windows(options, tasks, documents, host)
+    items = from_sets(options, names, host) if names else windows(options, tasks, documents, host)
     probed, ceilings = probe(saes, host, items, seed=options.seed)
     result = {
         "tasks": {task.name: _task(task, items[task], probed[task], ceilings[task]) for task in items},
@@ -79,7 +84,7 @@ def run_probe(options: Probe) -> dict[str, Any]:
         "meta": {
             **provenance(host),
             "paths": {name: str(path) for name, path in zip(saes, options.paths, strict=True)},
-            "text": ", ".join(options.text) or "demo",
+            "text": KIND if names else ", ".join(options.text) or "demo",
             "items_per_label": options.items,
             "context": options.context,
             "seed": options.seed,
@@ -88,6 +93,34 @@ def run_probe(options: Probe) -> dict[str, Any]:
     write_json(options.out, result)
     show(result)
     return result
+
+
+def sets_of(options: Probe) -> list[str]:
+    """The data sets of sae-probes that are asked for.
+
+    Raises:
+        ConfigError: together with other text or tasks. SourceError: the package is not installed.
+    """
+    if not options.sets:
+        return []
+    if options.text or options.label or options.tasks:
+        raise ConfigError("--sets stands for itself; leave --text, --label and --tasks out")
+    return set_names() if options.sets == ("all",) else list(dict.fromkeys(options.sets))
+
+
+def from_sets(options: Probe, names: Sequence[str], host: HostModel) -> dict[Task, Items]:
+    """The items of every data set; of all sets, those with more than two labels are left out."""
+    found: dict[Task, Items] = {}
+    with bar("reading data sets", len(names)) as advance:
+        for name in names:
+            try:
+                task, items = probe_set(name, host, per_label=options.items, context=options.context, seed=options.seed)
+                found[task] = items
+            except ConfigError:
+                if options.sets != ("all",):
+                    raise
+            advance(1)
+    return found
 
 
 def choose(options: Probe) -> tuple[list[Task], list[Document]]:
