@@ -17,6 +17,7 @@ from rsae_triton.sae.gate import RationalGate
 from rsae_triton.sae.rational import FusedRationalSAE
 from rsae_triton.sae.sparse import SparseCode, decode_sparse, encode_sparse
 from rsae_triton.sae.topk_rational import TopKRationalSAE
+from rsae_triton.sae.transcoder import RationalTranscoder, Transcoder
 from rsae_triton.teachers import load_teacher
 from rsae_triton.training.loop import train
 from rsae_triton.training.settings import TrainSettings
@@ -31,6 +32,7 @@ __all__ = [
     "GateFit",
     "JumpReluSAE",
     "RationalGate",
+    "RationalTranscoder",
     "ReluSAE",
     "RsaeError",
     "SparseAutoencoder",
@@ -38,6 +40,7 @@ __all__ = [
     "TopKRationalSAE",
     "TopKSAE",
     "TrainSettings",
+    "Transcoder",
     "compare",
     "decode_sparse",
     "encode_sparse",

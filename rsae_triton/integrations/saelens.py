@@ -24,8 +24,9 @@ from rsae_triton.ops.reference import rational_gate
 from rsae_triton.sae import rounds
 from rsae_triton.sae.gate import RationalGate
 from rsae_triton.sae.rational import FusedRationalSAE, initial_gate
+from rsae_triton.sae.transcoder import Transcoder
 
-__all__ = ["RationalSAE", "RationalTrainingSAE", "from_saelens", "to_saelens"]
+__all__ = ["RationalSAE", "RationalTrainingSAE", "from_saelens", "to_saelens", "transcoder_to_saelens"]
 
 ARCHITECTURE = FusedRationalSAE.architecture
 TESTED = "6.54"
@@ -255,6 +256,23 @@ class RationalTrainingSAE(_Rational, TrainingSAE):
             "l0_loss": step_input.coefficients["l0"] * active.sum(-1).mean(),
             "l1_loss": step_input.coefficients["l1"] * l1,
         }
+
+
+def transcoder_to_saelens(sae: Transcoder) -> Any:
+    """A ReLU or JumpReLU transcoder as SAELens' own class for it, with copied weights, in the model's units.
+
+    Raises:
+        ConfigError: a kind that SAELens does not have; a Rational one goes through `to_jumprelu`.
+    """
+    config = sae.config()
+    if config["architecture"] not in SAE_CLASS_REGISTRY:
+        hint = "use to_jumprelu(...) first" if hasattr(sae, "gate") else "it has ReLU and JumpReLU ones"
+        raise ConfigError(f"SAELens has no architecture {config['architecture']!r}; {hint}")
+    if sae.all_units not in (None, (1.0, 1.0)):
+        sae = copy.deepcopy(sae).to_units_(1.0)
+    made = SAE.from_dict({**config, "device": "cpu"})
+    made.load_state_dict({name: one.detach().clone() for name, one in sae.state_dict().items()})
+    return made.to(device=str(sae.W_enc.device), dtype=sae.W_enc.dtype)
 
 
 def to_saelens(sae: FusedRationalSAE) -> RationalSAE:

@@ -11,6 +11,7 @@ from typing import Any
 
 from rsae_triton.common.files import write_text
 from rsae_triton.common.terminal import printable
+from rsae_triton.sae.licences import licence_of, notices
 
 CARD_FILE = "README.md"
 _MARK = "<!-- written by rsae_triton.save_pretrained; replaced when the SAE is saved again -->"
@@ -21,7 +22,12 @@ _ROWS = {
     "control": "control: teacher, same steps",
 }
 # Architectures of Rational SAEs and the class that loads them; the classes' module imports this one.
-_RATIONAL = {"rational": "FusedRationalSAE", "rational_topk": "TopKRationalSAE"}
+_RATIONAL = {
+    "rational": "FusedRationalSAE",
+    "rational_topk": "TopKRationalSAE",
+    "rational_transcoder": "RationalTranscoder",
+    "rational_skip_transcoder": "RationalTranscoder",
+}
 _COLUMNS = (
     ("mse", "mse", "{:.2f}"),
     ("l0", "l0", "{:.2f}"),
@@ -55,14 +61,21 @@ def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any] | None = No
         "tags": ["sparse-autoencoder", "mechanistic-interpretability", "saelens", "rsae-triton"]
         + ["rational-sae"] * rational,
     }
-    if re.fullmatch(r"[\w.-]{1,64}", str(metadata.get("license"))) and metadata.get("license"):
-        front["license"] = str(metadata["license"])
+    if (licence := licence_of(metadata)) and re.fullmatch(r"[\w.-]{1,64}", licence):
+        front["license"] = licence
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(metadata.get("model_name"))):
         front["base_model"] = metadata["model_name"]
-    kind = "Rational sparse autoencoder" if rational else f"Sparse autoencoder ({config['architecture']})"
-    place = f" at `{_cell(metadata['hook_name']).replace('`', '')}`" if metadata.get("hook_name") else ""
+    transcoder = "transcoder" in config["architecture"]
+    what = "transcoder" if transcoder else "sparse autoencoder"
+    kind = f"Rational {what}" if rational else f"{what.capitalize()} ({config['architecture']})"
+    hooks = [_cell(metadata.get(name) or "").replace("`", "") for name in ("hook_name", "hook_name_out")]
+    place = f" at `{hooks[0]}`" if hooks[0] else ""
+    if transcoder and all(hooks):
+        place = f" from `{hooks[0]}` to `{hooks[1]}`"
     model = f" of {_cell(metadata['model_name'])}" if metadata.get("model_name") else ""
     facts = [("d_in, d_sae", f"{config['d_in']}, {config['d_sae']}"), ("dtype", config["dtype"])]
+    if transcoder:
+        facts[0] = ("d_in, d_sae, d_out", f"{config['d_in']}, {config['d_sae']}, {config['d_out']}")
     if rational:
         p, q = config["degree"]
         facts += [("gate", f"{config['form']}, degree ({p}, {q}), {config['groups']} coefficient set(s)")]
@@ -93,6 +106,7 @@ def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any] | None = No
         *(f"| {name} | {_cell(value)} |" for name, value in facts),
         "",
         *_scores(metrics),
+        *_licence(metadata),
         "## Loading",
         "",
         "```python",
@@ -100,7 +114,7 @@ def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any] | None = No
         "",
         f"sae = {call}",
         "feature_acts = sae.encode(x)  # x: [..., d_in], the model's own activations",
-        "x_hat = sae(x)",
+        "y_hat = sae(x)  # what the MLP would have given out" if transcoder else "x_hat = sae(x)",
         "```",
         "",
     ]
@@ -111,6 +125,11 @@ def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any] | None = No
             "",
         ]
     return "\n".join(lines)
+
+
+def _licence(metadata: Mapping[str, Any]) -> list[str]:
+    owed = notices(metadata)
+    return ["## Licence and attribution", "", *(f"- {_cell(one)}" for one in owed), ""] if owed else []
 
 
 def _scores(metrics: Mapping[str, Any] | None) -> list[str]:

@@ -13,7 +13,9 @@ from rsae_triton.common.errors import ConfigError, ShapeError
 from rsae_triton.sae.architectures import JumpReluSAE
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.gate import RationalGate
-from rsae_triton.sae.units import check_place, reading, scale_of
+from rsae_triton.sae.sides import side_by_side
+from rsae_triton.sae.transcoder import JumpReluTranscoder, Transcoder
+from rsae_triton.sae.units import check_place, reading, scales_of
 
 _FEATURES = 512  # fitted at once: a sorted column of the sample is held for each
 
@@ -41,7 +43,9 @@ class DenseExport:
         )
 
 
-def to_jumprelu(sae: SparseAutoencoder, activations: Any) -> tuple[JumpReluSAE, DenseExport]:
+def to_jumprelu(
+    sae: SparseAutoencoder, activations: Any, targets: Tensor | None = None
+) -> tuple[JumpReluSAE, DenseExport]:
     """The JumpReLU SAE whose codes are nearest to `sae`'s in least squares, feature by feature.
 
     A JumpReLU computes g * h + c where that exceeds a threshold. For each feature g and c are the regression of its
@@ -52,9 +56,10 @@ def to_jumprelu(sae: SparseAutoencoder, activations: Any) -> tuple[JumpReluSAE, 
     Args:
         activations: an `ActivationStore`, or [n_tokens, d_in] in the SAE's units, a few thousand or more. Half are
             fitted to, half measured on.
+        targets: of a transcoder, what it writes; see `upgrade`.
 
     Returns:
-        The JumpReLU SAE in float32, and what it loses.
+        The JumpReLU SAE (`JumpReluTranscoder` of a transcoder) in float32, and what it loses.
 
     Raises:
         ShapeError, NumericsError: activations that do not fit, are fewer than two or are not finite.
@@ -64,32 +69,37 @@ def to_jumprelu(sae: SparseAutoencoder, activations: Any) -> tuple[JumpReluSAE, 
         raise ConfigError(f"sae is a {type(sae).__name__}; give a FusedRationalSAE")
     if sae.architecture == "rational_topk":
         raise ConfigError("a JumpReLU SAE has thresholds per feature; use upgrade(..., thresholds='feature')")
+    activations = side_by_side(sae, activations, targets)
     check_place(sae, activations)
     with reading(sae, activations), torch.no_grad():
-        rows = activations.tensor() if scale_of(activations) is not None else activations
+        rows = activations.tensor() if scales_of(activations) is not None else activations
         jumprelu, loss = _fit_all(sae, gate, rows)
-    if sae.units is not None:
-        jumprelu.to_units_(sae.units)
+    if sae.all_units is not None:
+        jumprelu.to_units_(*sae.all_units)
     return jumprelu, loss
 
 
 def _fit_all(sae: SparseAutoencoder, gate: RationalGate, activations: Tensor) -> tuple[JumpReluSAE, DenseExport]:
     check_data("activations", activations)
-    if activations.dim() != 2 or activations.shape[1] != sae.d_in or len(activations) < 2:
-        raise ShapeError(f"activations have shape {tuple(activations.shape)}; give [n_tokens >= 2, d_in={sae.d_in}]")
+    if activations.dim() != 2 or activations.shape[1] != sae.row_width or len(activations) < 2:
+        raise ShapeError(
+            f"activations have shape {tuple(activations.shape)}; give [n_tokens >= 2, d_in={sae.row_width}]"
+        )
     x = activations.to(device=sae.W_enc.device, dtype=sae.W_enc.dtype)
     check_finite("activations", x, "drop those tokens first")
-    fitted, held = x[0::2], x[1::2]
+    fitted, held = sae.sides(x[0::2])[0], x[1::2]
     h, z = sae.hidden_pre(fitted).float(), sae.encode(fitted).float()
     theta = gate.threshold.double()
     parts = [
         _fit(h[:, part], z[:, part], theta[part]) for part in torch.arange(sae.d_sae, device=h.device).split(_FEATURES)
     ]
     gain, offset, threshold = (torch.cat(one) for one in zip(*parts, strict=True))
-    jumprelu = JumpReluSAE(
+    plain = {"apply_b_dec_to_input": sae.apply_b_dec_to_input}
+    other = {"d_out": sae.d_out, "skip": sae.W_skip is not None} if isinstance(sae, Transcoder) else plain
+    jumprelu = (JumpReluTranscoder if isinstance(sae, Transcoder) else JumpReluSAE)(
         sae.d_in,
         sae.d_sae,
-        apply_b_dec_to_input=sae.apply_b_dec_to_input,
+        **other,
         normalize_activations=sae.normalize_activations,
         device=sae.W_enc.device,
         metadata={name: value for name, value in sae.metadata.items() if name != "stage1"},
@@ -100,6 +110,9 @@ def _fit_all(sae: SparseAutoencoder, gate: RationalGate, activations: Tensor) ->
     jumprelu.threshold.copy_(threshold)
     jumprelu.W_dec.copy_(sae.W_dec)
     jumprelu.b_dec.copy_(sae.b_dec)
+    if isinstance(jumprelu, Transcoder) and isinstance(sae, Transcoder) and jumprelu.W_skip is not None:
+        assert sae.W_skip is not None
+        jumprelu.W_skip.copy_(sae.W_skip)
     loss = _loss(sae, jumprelu, held)
     jumprelu.metadata["exported_from"] = {"architecture": sae.architecture, "form": gate.form, **asdict(loss)}
     return jumprelu, loss
@@ -143,9 +156,10 @@ def _cut(h: Tensor, z: Tensor, gain: Tensor, offset: Tensor, theta: Tensor) -> t
 
 def _loss(sae: SparseAutoencoder, jumprelu: JumpReluSAE, x: Tensor) -> DenseExport:
     sums = torch.zeros(6, dtype=torch.float64)
-    for rows in x.split(2048):
+    for both in x.split(2048):
+        rows, y = sae.sides(both)
         z, dense = sae.encode(rows), jumprelu.encode(rows.float())
-        error, dense_error = rows - sae.decode(z, rows), rows.float() - jumprelu.decode(dense, rows.float())
+        error, dense_error = y - sae.decode(z, rows), y.float() - jumprelu.decode(dense, rows.float())
         parts = (dense - z, z, error, dense_error)
         sums[:4] += torch.stack([one.double().square().sum() for one in parts]).cpu()
         sums[4:] += torch.stack([(one != 0).double().sum() for one in (z, dense)]).cpu()

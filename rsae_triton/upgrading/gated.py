@@ -35,7 +35,9 @@ def gated(
     # Against the code with thresholds and no ramp: a TopK teacher's own code differs already in which fire.
     exact = h * (h > seen.thresholds)
     with torch.no_grad():
+        # A teacher that leaves next to nothing has no error that another could be compared with.
         mse = (y - teacher.decode(exact, x)).square().sum()
+        least = torch.maximum(mse, 0.01 * y.square().sum())
     error = np.inf
     for candidate in LADDER if degree is None else (degree,):
         fit = fit_gate("ramp", candidate)
@@ -50,7 +52,7 @@ def gated(
         ).to(h.device)
         with torch.no_grad():
             code = gate(h)
-            change = (y - teacher.decode(code, x)).square().sum() / mse - 1
+            change = ((y - teacher.decode(code, x)).square().sum() - mse) / least
             error = max(float((code - exact).norm() / exact.norm().clamp_min(1e-12)), abs(float(change)))
         if error <= tolerance:
             return gate, {"error": fit.error, "lower_bound": fit.lower_bound, "initial_relative_error": None}

@@ -1,0 +1,115 @@
+"""circuit-tracer: transcoders in the layout that it traces circuits with, one file per layer and config.yaml.
+
+    write_transcoders({0: first, 1: second}, "out/transcoders")
+
+Its activation functions are ReLU and JumpReLU: a Rational transcoder goes in as the nearest JumpReLU one
+(`to_jumprelu`, which says what that costs). `load_teacher` reads the files back.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rsae_triton.common.checks import check_finite
+from rsae_triton.common.errors import ConfigError
+from rsae_triton.common.files import as_path, make_folder, write_together
+from rsae_triton.sae.transcoder import JumpReluTranscoder, ReluTranscoder, Transcoder
+from rsae_triton.teachers.circuit_tracer import CONFIG, THRESHOLD
+
+
+def write_transcoders(
+    transcoders: Mapping[int, Transcoder], folder: str | Path, *, scan: str | None = None, repo: str | None = None
+) -> Path:
+    """Writes layer_N.safetensors for every layer, in the model's own units, and config.yaml.
+
+    Args:
+        transcoders: by layer. circuit-tracer itself wants every layer from 0 on, of one d_sae.
+        scan: its name for a set of feature pictures. repo: the hub repository the folder is going to; the paths in
+            config.yaml are then those there, else those of this folder.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: a kind that circuit-tracer does not have, widths that differ, or places that do.
+    """
+    folder = as_path("folder", folder)
+    if not isinstance(transcoders, Mapping) or not transcoders:
+        raise ConfigError("transcoders is empty or no dictionary; give them by layer, {0: ..., 1: ...}")
+    weights = {layer: tensors(one) for layer, one in transcoders.items()}
+    places = {_places(layer, one) for layer, one in transcoders.items()}
+    models = {str(one.metadata.get("model_name")) for one in transcoders.values()}
+    if len(places) > 1 or len(models) > 1:
+        raise ConfigError(
+            f"the transcoders are of different places or models ({', '.join(map(str, sorted(places)))}; "
+            f"{', '.join(sorted(models))}); write each set apart"
+        )
+    inside, outside = next(iter(places))
+    names = {layer: f"layer_{layer}.safetensors" for layer in sorted(transcoders)}
+    at = f"hf://{repo}" if repo else str(folder.absolute())
+    lines = {
+        "model_name": next(iter(models)),
+        "model_kind": "transcoder_set",
+        "feature_input_hook": inside,
+        "feature_output_hook": outside,
+        "scan": scan or "",
+    }
+    text = "".join(f"{name}: {json.dumps(value)}\n" for name, value in lines.items())
+    text += "transcoders:\n" + "".join(f"  - {json.dumps(f'{at}/{name}')}\n" for name in names.values())
+    make_folder(folder)
+    files = {name: _writer(weights[layer]) for layer, name in names.items()}
+    write_together(folder, {**files, CONFIG: lambda path: path.write_text(text, encoding="utf-8")})
+    return folder
+
+
+def tensors(transcoder: Transcoder) -> dict[str, Tensor]:
+    """The weights of one transcoder as circuit-tracer has them: W_enc and W_dec [d_transcoder, d_model].
+
+    Raises:
+        ConfigError: a kind that it does not have.
+    """
+    if not isinstance(transcoder, ReluTranscoder | JumpReluTranscoder):
+        hint = "; use to_jumprelu(inputs, targets=...) first" if hasattr(transcoder, "gate") else ""
+        raise ConfigError(f"circuit-tracer knows ReLU and JumpReLU transcoders, no {type(transcoder).__name__}{hint}")
+    if transcoder.d_out != transcoder.d_in:
+        raise ConfigError(
+            f"circuit-tracer's transcoders have one width, not d_in={transcoder.d_in}, d_out={transcoder.d_out}"
+        )
+    if transcoder.all_units not in (None, (1.0, 1.0)):
+        raise ConfigError("the transcoder reads a store's units; use to_units_(1.0), the model's own")
+    found = {
+        "W_enc": transcoder.W_enc.t(),
+        "W_dec": transcoder.W_dec,
+        "b_enc": transcoder.b_enc,
+        "b_dec": transcoder.b_dec,
+        **({} if transcoder.W_skip is None else {"W_skip": transcoder.W_skip}),
+        **({THRESHOLD: transcoder.threshold} if isinstance(transcoder, JumpReluTranscoder) else {}),
+    }
+    found = {name: one.detach().cpu().contiguous() for name, one in found.items()}
+    for name, one in found.items():
+        check_finite(name, one, "nothing was written")
+    return found
+
+
+def _places(layer: int, transcoder: Transcoder) -> tuple[str, str]:
+    """Its two hooks without the layer, which must be the one it is written for."""
+    names = []
+    for key in ("hook_name", "hook_name_out"):
+        found = re.fullmatch(r"blocks\.(\d+)\.(.+)", str(transcoder.metadata.get(key)))
+        if found is None or int(found[1]) != layer:
+            raise ConfigError(
+                f"the transcoder for layer {layer} says {key}={transcoder.metadata.get(key)!r}; give one of that layer"
+            )
+        names.append(found[2])
+    return names[0], names[1]
+
+
+def _writer(weights: dict[str, Tensor]) -> Callable[[Path], Any]:
+    return lambda path: save_file(weights, path)
