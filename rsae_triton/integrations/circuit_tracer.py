@@ -21,7 +21,8 @@ from rsae_triton.common.checks import check_finite
 from rsae_triton.common.errors import ConfigError
 from rsae_triton.common.files import as_path, make_folder, write_together
 from rsae_triton.sae.transcoder import JumpReluTranscoder, ReluTranscoder, Transcoder
-from rsae_triton.teachers.circuit_tracer import CONFIG, THRESHOLD
+
+CONFIG, THRESHOLD = "config.yaml", "activation_function.threshold"
 
 
 def write_transcoders(

@@ -14,7 +14,6 @@ from rsae_triton.sae.architectures import JumpReluSAE
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.gate import RationalGate
 from rsae_triton.sae.sides import side_by_side
-from rsae_triton.sae.transcoder import JumpReluTranscoder, Transcoder
 from rsae_triton.sae.units import check_place, reading, scales_of
 
 _FEATURES = 512  # fitted at once: a sorted column of the sample is held for each
@@ -94,13 +93,7 @@ def _fit_all(sae: SparseAutoencoder, gate: RationalGate, activations: Tensor) ->
         _fit(h[:, part], z[:, part], theta[part]) for part in torch.arange(sae.d_sae, device=h.device).split(_FEATURES)
     ]
     gain, offset, threshold = (torch.cat(one) for one in zip(*parts, strict=True))
-    plain = {"apply_b_dec_to_input": sae.apply_b_dec_to_input}
-    other = {"d_out": sae.d_out, "skip": sae.W_skip is not None} if isinstance(sae, Transcoder) else plain
-    jumprelu = (JumpReluTranscoder if isinstance(sae, Transcoder) else JumpReluSAE)(
-        sae.d_in,
-        sae.d_sae,
-        **other,
-        normalize_activations=sae.normalize_activations,
+    jumprelu: JumpReluSAE = sae.empty_jumprelu(  # type: ignore[operator]  # whoever has a gate has it
         device=sae.W_enc.device,
         metadata={name: value for name, value in sae.metadata.items() if name != "stage1"},
         initialise=False,
@@ -110,9 +103,8 @@ def _fit_all(sae: SparseAutoencoder, gate: RationalGate, activations: Tensor) ->
     jumprelu.threshold.copy_(threshold)
     jumprelu.W_dec.copy_(sae.W_dec)
     jumprelu.b_dec.copy_(sae.b_dec)
-    if isinstance(jumprelu, Transcoder) and isinstance(sae, Transcoder) and jumprelu.W_skip is not None:
-        assert sae.W_skip is not None
-        jumprelu.W_skip.copy_(sae.W_skip)
+    if (skip := getattr(sae, "W_skip", None)) is not None:
+        jumprelu.get_parameter("W_skip").copy_(skip)
     loss = _loss(sae, jumprelu, held)
     jumprelu.metadata["exported_from"] = {"architecture": sae.architecture, "form": gate.form, **asdict(loss)}
     return jumprelu, loss

@@ -17,13 +17,13 @@ from rsae_triton.ops.reference import Encoded, refuse_transforms, transformed
 from rsae_triton.ops.rounds import check_spec
 from rsae_triton.remez import fit_gate
 from rsae_triton.sae import rounds as rounds_of
+from rsae_triton.sae.architectures import JumpReluSAE
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.gate import RationalGate
 from rsae_triton.sae.rounds import EPSILON, Refinement, check_rounds
 from rsae_triton.sae.sparse import SparseCode, decode_sparse, encode_sparse
 
 if TYPE_CHECKING:
-    from rsae_triton.sae.architectures import JumpReluSAE
     from rsae_triton.sae.export import DenseExport
 
 
@@ -224,11 +224,24 @@ class FusedRationalSAE(SparseAutoencoder):
         if self.refinement is not None:
             self.refinement.scale_activations_(scale)
 
-    def to_jumprelu(self, activations: Any) -> tuple[JumpReluSAE, DenseExport]:
-        """The nearest JumpReLU SAE, for tools that know nothing else, and how much it loses; see `export.py`."""
+    def to_jumprelu(self, activations: Any, targets: Tensor | None = None) -> tuple[JumpReluSAE, DenseExport]:
+        """The nearest JumpReLU SAE, for tools that know nothing else, and how much it loses; see `export.py`.
+
+        Of a transcoder, with `targets` as in `upgrade`, the nearest JumpReLU transcoder.
+        """
         from rsae_triton.sae.export import to_jumprelu
 
-        return to_jumprelu(self, activations)
+        return to_jumprelu(self, activations, targets)
+
+    def empty_jumprelu(self, **options: Any) -> JumpReluSAE:
+        """A JumpReLU SAE of this one's sizes, for weights to be put into."""
+        return JumpReluSAE(
+            self.d_in,
+            self.d_sae,
+            apply_b_dec_to_input=self.apply_b_dec_to_input,
+            normalize_activations=self.normalize_activations,
+            **options,
+        )
 
     def config(self) -> dict[str, Any]:
         rounds = {"rounds": self.rounds} if self.rounds > 1 else {}  # files of one round stay what they were

@@ -79,7 +79,7 @@ class TopKRationalSAE(FusedRationalSAE):
         """Not for thresholds by token (ConfigError); use upgrade(..., thresholds="feature")."""
         raise ConfigError("sparse encoding takes thresholds per feature; use upgrade(..., thresholds='feature')")
 
-    def to_jumprelu(self, activations: Any) -> Any:
+    def to_jumprelu(self, activations: Any, targets: Tensor | None = None) -> Any:
         """Not for thresholds by token (ConfigError); use upgrade(..., thresholds="feature")."""
         raise ConfigError("a JumpReLU SAE has thresholds per feature; use upgrade(..., thresholds='feature')")
 

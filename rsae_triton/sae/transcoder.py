@@ -8,7 +8,7 @@ Each kind is the SAE of that nonlinearity with another decoder, under SAELens' n
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,6 @@ from rsae_triton.ops.autoencode import Autoencoded
 from rsae_triton.sae.architectures import JumpReluSAE, ReluSAE, TopKSAE
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.rational import FusedRationalSAE
-
-if TYPE_CHECKING:
-    from rsae_triton.sae.export import DenseExport
 
 
 class Transcoder(SparseAutoencoder):
@@ -254,13 +251,9 @@ class RationalTranscoder(Transcoder, FusedRationalSAE):
         y_hat = cut.x_hat + self.skipped(x).detach()
         return cut._replace(total=cut.total + (error - error.detach()), x_hat=y_hat)
 
-    def to_jumprelu(self, activations: Any, targets: Tensor | None = None) -> tuple[JumpReluTranscoder, DenseExport]:
-        """The nearest JumpReLU transcoder, for tools that know nothing else, and how much it loses; see `export.py`."""
-        from rsae_triton.sae.export import to_jumprelu
-
-        found, loss = to_jumprelu(self, activations, targets)
-        assert isinstance(found, JumpReluTranscoder)
-        return found, loss
+    def empty_jumprelu(self, **options: Any) -> JumpReluTranscoder:
+        skip = self.W_skip is not None
+        return JumpReluTranscoder(self.d_in, self.d_sae, d_out=self.d_out, skip=skip, **options)
 
 
 KINDS: dict[str, type[Transcoder]] = {
