@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -185,13 +186,14 @@ def chunks_of(sae: Codec, x: Tensor | ActivationStore | PairedStore) -> Iterator
     """Rows for the SAE, a few at a time, looked at as `check_activations` does; a store's come from the disk."""
     if isinstance(x, ActivationStore | PairedStore):
         check_activations(sae, torch.zeros(1, row_width(x)))
-        parts: Iterable[Tensor] = x.chunks(CHUNK)
-    else:
-        parts = check_activations(sae, x).detach().split(CHUNK)
-    for rows in parts:
-        if isinstance(x, ActivationStore | PairedStore):
-            check_finite("activations", rows, "extract them again")
-        yield rows.to(device=sae.W_dec.device, dtype=sae.W_dec.dtype)
+        return map(partial(_ready, sae, "extract them again"), x.chunks(CHUNK))
+    return map(partial(_ready, sae, None), check_activations(sae, x).detach().split(CHUNK))
+
+
+def _ready(sae: Codec, advice: str | None, rows: Tensor) -> Tensor:
+    if advice is not None:  # rows of the disk, which nobody has looked at yet
+        check_finite("activations", rows, advice)
+    return rows.to(device=sae.W_dec.device, dtype=sae.W_dec.dtype)
 
 
 def reconstruction(sae: Codec, x: Tensor | ActivationStore | PairedStore) -> Reconstruction:
@@ -212,13 +214,14 @@ def measure(
     Args:
         progress: called with the number of tokens done.
     """
+    pieces = chunks_of(sae, x)
     total = dict.fromkeys(("cosine", "l0", "l1", "negative"), 0.0)
     active = torch.zeros(sae.W_dec.shape[0], dtype=torch.long, device=sae.W_dec.device)
     squared_error, done = torch.empty(len(x), dtype=torch.float64), 0
     sizes, norms = _Numbers(most=1 << 23), sae.W_dec.norm(dim=1)
     pivot: Tensor | None = None
     squares, sums = 0.0, torch.zeros(sae.W_dec.shape[1], dtype=torch.float64, device=sae.W_dec.device)
-    for rows in chunks_of(sae, x):
+    for rows in pieces:
         own, target = sides(sae, rows)
         pivot = target.double().mean(0) if pivot is None else pivot
         around = target.double() - pivot

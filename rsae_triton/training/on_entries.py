@@ -73,8 +73,7 @@ def by_triton(sae: SparseAutoencoder, frozen: set[str]) -> bool:
 @torch.no_grad()
 def probed_share(sae: SparseAutoencoder, x: Tensor) -> Tensor:
     """`support_share` as a tensor that nobody waits for."""
-    x = x[:PROBED]
-    h = torch.addmm(sae.b_enc, _centred(sae, sae.normalization(x).apply(x)), sae.W_enc)
+    h = torch.addmm(sae.b_enc, _probe(sae, x), sae.W_enc)
     return (~(h <= _low(sae))).double().mean()
 
 
@@ -82,10 +81,16 @@ def support_share(sae: SparseAutoencoder, x: Tensor) -> float:
     """How much of [n_tokens, d_sae] the entries are, by some tokens of x."""
     if isinstance(sae, TopKSAE | BatchTopKSAE):
         return sae.k / sae.d_sae
-    x = sae.sides(x[:PROBED])[0]
-    entries = find_entries(_centred(sae, sae.normalization(x).apply(x)), sae.W_enc, sae.b_enc, _low(sae))
+    x_c = _probe(sae, sae.sides(x)[0])
+    entries = find_entries(x_c, sae.W_enc, sae.b_enc, _low(sae))
     assert entries is not None
-    return len(entries.tokens) / max(len(x) * sae.d_sae, 1)
+    return len(entries.tokens) / max(len(x_c) * sae.d_sae, 1)
+
+
+def _probe(sae: SparseAutoencoder, x: Tensor) -> Tensor:
+    """What the product reads of some tokens. ShapeError where they are no tokens for this SAE."""
+    x = sae._check_last(x[:PROBED], "x", "d_in", sae.d_in)
+    return _centred(sae, sae.normalization(x).apply(x))
 
 
 def losses_on_entries(

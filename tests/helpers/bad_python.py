@@ -393,7 +393,7 @@ FITS = [
 ]
 
 FILES = [
-    ("a source of None", lambda _: load_teacher(None), FormatError, "source is None"),
+    ("a source of None", lambda _: load_teacher(None), ConfigError, "name an SAE by source"),
     ("a source of nothing", lambda _: load_teacher(""), FormatError, "source is ''"),
     ("no such folder", lambda at: load_teacher(at / "nowhere"), FormatError, "nowhere does not exist"),
     ("a path too long", lambda _: load_teacher("/" + "a" * 5000), FormatError, "cannot be a path"),

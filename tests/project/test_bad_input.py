@@ -111,7 +111,7 @@ COMMANDS = [
     ("teach relu --out {at}/text.json/x", "text.json"),
     ("sweep --out {new} --teachers", "--teachers is empty"),
     ("sweep --out {new} --teachers x", "--teachers x"),
-    ("sweep --out {new} --contenders x", "--contenders x"),
+    ("sweep --out {new} --contenders x", "contender is 'x'; choose from rsae"),
     ("sweep --out {new} --tokens 0", "--tokens is 0"),
     ("sweep --out {new} --batch-size 0", "--batch-size is 0"),
     ("sweep --out {new} --split x", "--split"),
