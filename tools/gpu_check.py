@@ -66,6 +66,7 @@ def parent(options: argparse.Namespace) -> int:
             print(f"{time.time() - began:4.0f} s: {part}, until {until - began:.0f} s", flush=True)
             run_part(part, options, until, began)
     result = collect(options, began)
+    tidy(options)
     print(table(result))
     bad = [row for row in result["rows"] if str(row.get("status", "ok")).startswith(("wrong", "failed", "crashed"))]
     for row in bad:
@@ -209,6 +210,21 @@ def collect(options: argparse.Namespace, began: float) -> Row:
         write(path, result)
     collect.seen = len(found)  # type: ignore[attr-defined]
     return result
+
+
+def tidy(options: argparse.Namespace) -> None:
+    """All rows in one file and all logs in another: what is left is three files."""
+    found = rows(options)
+    parts, logs = sorted(options.out.glob("rows-*.jsonl")), sorted(options.out.glob("*.log"))
+    whole = options.out / "rows.tmp"
+    whole.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+    with open(options.out / "log.txt", "a", encoding="utf-8") as out:
+        for log in logs:
+            out.write(f"== {log.name}\n{log.read_text(encoding='utf-8', errors='replace')}")
+    whole.replace(options.out / "rows-all.jsonl")
+    for part in (*parts, *logs):
+        if part.name != "rows-all.jsonl":
+            part.unlink()
 
 
 def table(result: Row) -> str:
