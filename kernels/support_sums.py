@@ -118,13 +118,17 @@ def feature_sums(
     decoder: Tensor | None = None,
     encoder: Tensor | None = None,
 ) -> FeatureSums:
-    """z, dh, dt [capacity] float32 of the entries; g, x_c [n_tokens, d_in] of one dtype.
+    """z, dh, dt [capacity] float32 of the entries; g, x_c [n_tokens, d_in] of one dtype (g of a transcoder may be of
+    another width, and the entries are gone through twice then).
 
     decoder, encoder [n_features, d_in], contiguous: where the matrices' sums go; new float32 memory unless given.
     """
     n_features, d_in, capacity = len(entries.offsets) - 1, g.shape[1], len(z)
+    if len(x_c) != len(g):
+        raise ValueError(f"g {tuple(g.shape)} and x_c {tuple(x_c.shape)} are of different numbers of tokens")
     if x_c.shape != g.shape:
-        raise ValueError(f"g {tuple(g.shape)} and x_c {tuple(x_c.shape)} must have one shape, [n_tokens, d_in]")
+        written = feature_sums(entries, z, dh, dt, g, g, decoder=decoder)
+        return written._replace(encoder=feature_sums(entries, z, dh, dt, x_c, x_c, encoder=encoder).encoder)
     g, x_c = g.contiguous(), x_c.contiguous()
     found = []
     for name, out in (("decoder", decoder), ("encoder", encoder)):

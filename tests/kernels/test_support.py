@@ -226,7 +226,7 @@ def test_what_does_not_fit_is_refused(device):
     narrow = gate._replace(threshold=gate.threshold[1:], activity_threshold=bias[1:])
     with pytest.raises(ValueError, match="32 features"):
         entry_gate_forward(entries, narrow, raw, p=3, q=2, identity=False)
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="numbers of tokens"):
         feature_sums(entries, entries.values, entries.values, entries.values, g, x[1:])
     with pytest.raises(ValueError, match="contiguous memory"):
         feature_sums(entries, entries.values, entries.values, entries.values, g, x, decoder=W_dec.T)

@@ -152,3 +152,14 @@ def test_two_processes_that_share_the_features_make_the_whole_step(device):
     for name in ("counts", "db_enc", "dW_dec", "dthreshold"):
         torch.testing.assert_close(torch.cat([one[name], other[name]]), whole[name])
     torch.testing.assert_close(torch.cat([one["dW_enc"], other["dW_enc"]], 1), whole["dW_enc"])
+
+
+def test_a_transcoder_writes_in_another_width_than_it_reads(device):
+    x, W_enc, b_enc, W_dec, b_dec, gate = given()
+    target = torch.linspace(-1, 1, N * 4).reshape(N, 4)
+    inputs = (x, W_enc, b_enc, W_dec[:, :4].contiguous(), b_dec[:4], gate)
+    options = {"target": target, "subtract": False}
+    results = step(inputs, device, **options)
+    spec, weights, *rest = settings(**options)
+    sibling = support.run(Step(*inputs, spec, *weights, *rest, torch.float32, WANTED))
+    close(without_size(results), without_size(sibling))

@@ -11,7 +11,7 @@ from rsae_triton.teachers import BatchTopKSAE, JumpReluSAE, ReluSAE, TopKSAE
 from rsae_triton.training import memory, route
 from rsae_triton.training.loop import train
 from rsae_triton.training.memory import MemoryPlan
-from rsae_triton.training.on_entries import losses_on_entries
+from rsae_triton.training.on_entries import losses_on_entries, probed_share, support_share
 from rsae_triton.training.recipes import RECIPES, losses
 from rsae_triton.training.route import Route
 
@@ -206,3 +206,10 @@ def test_nan_stops_a_sparse_run_as_it_does_a_dense_one(activations):
     for kind in ("rational", "topk", "batchtopk", "relu"):
         with pytest.raises(NumericsError, match="the batch holds"):
             train(made(kind), x, steps=2, memory="sparse", progress=False)
+
+
+@pytest.mark.parametrize("kind", ["rational", "relu", "jumprelu"])
+def test_the_share_that_nobody_waits_for_is_the_share(kind, activations):
+    sae = made(kind)
+    assert float(probed_share(sae, activations)) == pytest.approx(support_share(sae, activations), abs=2e-4)
+    assert 0 < support_share(sae, activations) < 1
