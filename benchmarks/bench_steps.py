@@ -247,6 +247,15 @@ def growth_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def tables() -> list[tuple[Path, str, str]]:
+    """(page, name, text) of every table, from what is committed."""
+    result = json.loads(RESULTS.read_text())
+    return [
+        (PAGE, "steps", table(result)), (PAGE, "growth", growth_table(result)),
+        (README, "steps", table(result, least=10_000)),
+    ]  # fmt: skip
+
+
 def slope(sizes: list[float], values: list[float]) -> float:
     """The exponent of a power law, fitted in logarithms."""
     a, b = ([math.log(one) for one in some] for some in (sizes, values))
@@ -281,10 +290,8 @@ def main(options: Options) -> None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=1) + "\n")
     if options.out == RESULTS:
-        result = json.loads(RESULTS.read_text())
-        place(PAGE, "steps", table(result))
-        place(PAGE, "growth", growth_table(result))
-        place(README, "steps", table(result, least=10_000))
+        for page, name, text in tables():
+            place(page, name, text)
 
 
 if __name__ == "__main__":
