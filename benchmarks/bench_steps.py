@@ -273,13 +273,19 @@ def place(path: Path, name: str, text: str) -> None:
     path.write_text(f"{head}{start}{marker}\n{text}\n{end}{rest.split(end)[1]}")
 
 
+def command() -> str:
+    """What was asked for, but for where the result goes."""
+    words = sys.argv[: sys.argv.index("--out")] if "--out" in sys.argv else sys.argv
+    return "make bench-steps" if len(words) == 1 else " ".join(["python", *words])
+
+
 def main(options: Options) -> None:
     if not options.render:
         torch.set_num_threads(options.threads)
         clock = time.process_time if options.threads == 1 else time.perf_counter
         about = environment(torch.device("cpu"), options.threads, "CPU" if options.threads == 1 else "wall")
         result = {
-            "command": "make bench-steps" if len(sys.argv) == 1 else " ".join(["python", *sys.argv]),
+            "command": command(),
             "date": time.strftime("%Y-%m-%d"), "repeat": options.repeat,
             "bfloat16": products.bfloat16_products(), "onednn": products.onednn(),
             "compiled": native.library() is not None, "peers": peer_steps.versions(), **about,
