@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from hub_stub import Hub, serve
 
 from rsae_triton import FusedRationalSAE, load_teacher
 from rsae_triton.common.errors import FormatError, SourceError
+from rsae_triton.evaluation.held_out import load_sae, load_saes
+from rsae_triton.sae.transcoder import RationalTranscoder
 from rsae_triton.teachers import ReluSAE
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
@@ -60,6 +63,25 @@ def test_push_and_load_again(hub):
     again = FusedRationalSAE.from_pretrained("someone/rsae")
     assert torch.equal(again.encode(x), sae.encode(x))
     assert again.metadata["hook_name"] == "blocks.1.hook_mlp_out"
+
+
+def test_commands_take_hub_ids_and_addresses_of_ones_own_saes(hub):
+    """What `rsae eval`, `match`, `probe` and `train` are given goes through `load_sae`, as a path."""
+    sae, x = rsae(), torch.randn(5, 8)
+    transcoder = RationalTranscoder(8, 16, skip=True, generator=torch.Generator().manual_seed(1))
+    sae.push_to_hub("someone/rsae", token=hub.token)
+    transcoder.push_to_hub("someone/transcoder", token=hub.token)
+    ReluSAE(8, 16).push_to_hub("someone/teacher", token=hub.token)
+    for name in ("someone/rsae", "someone/rsae/", "hf://someone/rsae", "someone/rsae@main",
+                 "https://huggingface.co/someone/rsae/tree/main"):  # fmt: skip
+        found = load_sae(Path(name))
+        assert type(found) is FusedRationalSAE
+        assert torch.equal(found.encode(x), sae.encode(x))
+    loaded = load_saes([Path("someone/rsae"), Path("someone/teacher"), Path("someone/transcoder")])
+    assert {name: type(one) for name, one in loaded.items()} == {
+        "rsae": FusedRationalSAE, "teacher": ReluSAE, "transcoder": RationalTranscoder,
+    }  # fmt: skip
+    assert torch.equal(loaded["transcoder"](x), transcoder(x))
 
 
 def test_revisions_are_kept_apart(hub):
