@@ -73,7 +73,7 @@ def by_triton(sae: SparseAutoencoder, frozen: set[str]) -> bool:
 @torch.no_grad()
 def probed_share(sae: SparseAutoencoder, x: Tensor) -> Tensor:
     """`support_share` as a tensor that nobody waits for."""
-    h = torch.addmm(sae.b_enc, _probe(sae, x), sae.W_enc)
+    h = torch.addmm(sae.b_enc, _probe(sae, sae.sides(x)[0]), sae.W_enc)
     return (~(h <= _low(sae))).double().mean()
 
 

@@ -13,6 +13,7 @@ from rsae_triton.common.errors import ConfigError, ShapeError
 from rsae_triton.evaluation.held_out import load_sae
 from rsae_triton.sae.transcoder import JumpReluTranscoder, RationalTranscoder, ReluTranscoder, TopKTranscoder
 from rsae_triton.teachers import JumpReluSAE, load_teacher
+from rsae_triton.training.on_entries import probed_share, support_share
 from rsae_triton.training.recipes import losses, recipe_for
 
 INSIDE, OUTSIDE = "blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"
@@ -296,3 +297,10 @@ def test_units_of_both_sides_travel_along(splits, teacher, tmp_path):
     with pytest.raises(ConfigError, match="two units"):
         saved.to_units_(2.0)
     assert isinstance(splits.train.inputs, ActivationStore)
+
+
+def test_the_share_of_the_support_is_of_what_it_reads(splits):
+    """On a GPU it is found beside a dense step's other numbers."""
+    sae, x, y = made(), splits.train.inputs.tensor()[:64], splits.train.targets.tensor()[:64]
+    rows = torch.cat([x, y], dim=1)
+    assert float(probed_share(sae, rows)) == pytest.approx(support_share(sae, rows), abs=1e-3)
