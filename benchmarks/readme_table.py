@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/experiments.md from the committed results.
+"""Writes the tables of README.md, docs/demo.md and docs/experiments.md from the committed results.
 
     rsae demo --figure docs/demo.svg && python benchmarks/readme_table.py --metrics out/demo/metrics.json
 
@@ -19,7 +19,7 @@ import numpy as np
 import rounds_table
 import tyro
 
-from rsae_triton.report.fronts import interval, paired, spread, with_sd, write_front
+from rsae_triton.report.fronts import interval, paired, spread, student, with_sd, write_front
 from rsae_triton.report.scores import paired_difference
 
 COMMITTED = Path("benchmarks/results/demo-smollm2.json")
@@ -30,7 +30,15 @@ FORMS = {
     "gate-forms": ("relu", "jumprelu", "topk"),
     "gate-forms-sparsity": ("relu-x2", "jumprelu-x2", "topk-x2"),
 }
-README, EXPERIMENTS = Path("README.md"), Path("docs/experiments.md")
+README, EXPERIMENTS, DEMO = Path("README.md"), Path("docs/experiments.md"), Path("docs/demo.md")
+FORMATS = Path("docs/formats.md")
+# Families of the layouts in docs/formats.md, as far as a layout has one; the rest are sweeps over several.
+LAYOUTS = {
+    "jumprelu": ("gemma_2", "gemma_3", "llama_scope", "llama_scope_r1_distill"),
+    "topk": ("qwen_scope",),
+    "relu": (),
+}
+FAMILY_NAMES = {"jumprelu": "JumpReLU", "topk": "TopK", "relu": "ReLU"}
 NAMES = {
     "teacher": "teacher",
     "rounds": "**teacher + a round, nothing trained**",
@@ -104,6 +112,57 @@ def grid_table(result: dict[str, Any], sparsities: tuple[float, ...] | None = No
     sparser = "@: the l0 of a code more than 1 % sparser than the teacher, which stays as it is. "
     sparser *= any(" @ " in line for line in lines)
     return "\n".join([*lines, "", sparser + origin(result)])
+
+
+def families_table(rounds: dict[str, Any] | None, grid: dict[str, Any], formats: str) -> str:
+    """Three rows: what one more round, with nothing trained, does to a teacher of each family, and training on top."""
+    lines = [
+        "| teacher | share of public SAEs | error (mse) | loss added to the model (Δ CE, nats) | trained too |",
+        "|---|---|---|---|---|",
+    ]
+    for name, label in FAMILY_NAMES.items():
+        trained = [
+            row
+            for row in grid["rows"]
+            if row["teacher"] == name and row["sparsity"] == 1.0 and row["hook_name"] == "blocks.16.hook_resid_pre"
+        ]
+        row = max(trained, key=lambda one: one["d_sae"])
+        cells = [f"{label}", share(name, formats), "not measured yet", "not measured yet"]
+        own = [] if rounds is None else [one for one in rounds["rows"] if one["teacher"] == name]
+        if rounds is not None and own:
+            scores = {code: kinds["matched"] for code, kinds in own[0]["scores"].items()}
+            members = [cell for cell in rounds["cells"] if is_of(cell, own[0])]
+            for place, (metric, digits) in enumerate((("mse", ".1f"), ("delta_ce", ".3f")), start=2):
+                before, after = (scores[code][metric]["mean"] for code in ("teacher", "teacher@2"))
+                found = student([relative(one, metric) for one in members])
+                reach = "" if found["low"] is None else f" ({100 * found['low']:+.0f} to {100 * found['high']:+.0f})"
+                cells[place] = f"{before:{digits}} → {after:{digits}}, **{100 * found['mean']:+.0f} %**{reach}"
+        cells.append(f"{100 * row['against']['mse']['control']['mean']:+.1f} %")
+        lines.append("| " + " | ".join(cells) + " |")
+    note = "Error and Δ CE: the teacher's → with one more round, **nothing trained**, at the teacher's l0"
+    if rounds is not None:
+        seeds = max(len(one["seeds"]) for one in rounds["rows"])
+        note += f"; {seeds} seeds, 95 % intervals (`{rounds['command']}`)"
+    note += (
+        ". Trained too: the error of a one-round RSAE against the *control*, the same teacher trained as long. "
+        "SmolLM2-135M, layer 16, 2,304 features, test split. Shares: [docs/formats.md](docs/formats.md); the rest are "
+        "sweeps over several families."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def relative(cell: dict[str, Any], metric: str) -> float:
+    """The relative change that one more round makes to the teacher's score at equal l0."""
+    scores = cell["scores"]["matched_l0"]
+    return float(scores["teacher@2"][metric] / scores["teacher"][metric] - 1)
+
+
+def share(family: str, formats: str) -> str:
+    """Of the SAEs in SAELens' registry, those whose layout has this family alone, as docs/formats.md counts them."""
+    rows = re.findall(r"^\| (\w+) \| [\d,]+ \| ([\d,]+) \| sae \|", formats, re.MULTILINE)
+    counts = {name: int(number.replace(",", "")) for name, number in rows}
+    own = sum(counts.get(layout, 0) for layout in LAYOUTS[family])
+    return f"{100 * own / sum(counts.values()):.0f} %" if own else "most older ones"
 
 
 def origin(result: dict[str, Any]) -> str:
@@ -251,12 +310,11 @@ def tables() -> list[tuple[Path, str, str]]:
     grid = json.loads(GRID.read_text())
     rounds, known = (json.loads(path.read_text()) for path in (rounds_table.ROUNDS, rounds_table.KNOWN))
     return [
-        (README, "untrained", rounds_table.brief_table(rounds)),
+        (README, "families", families_table(rounds, grid, FORMATS.read_text())),
+        (DEMO, "demo", table(json.loads(COMMITTED.read_text()))),
         (EXPERIMENTS, "untrained", rounds_table.untrained_table(rounds)),
         (EXPERIMENTS, "known", rounds_table.known_table(known)),
         (EXPERIMENTS, "bound", rounds_table.bound_table(rounds)),
-        (README, "demo", table(json.loads(COMMITTED.read_text()))),
-        (README, "grid", grid_table(grid, sparsities=(1.0,))),
         (EXPERIMENTS, "grid", grid_table(grid)),
         (EXPERIMENTS, "controls", controls_table(grid)),
         (EXPERIMENTS, "long", grid_table(json.loads(LONG.read_text()))),

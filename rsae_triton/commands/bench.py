@@ -28,7 +28,7 @@ class Bench:
         new: a result to compare with the committed one of the same kind of device, by ratios: warns, never fails.
         keep: put `new` into the folder, in the place of that device's.
         note: a line about how `new` was measured, kept with it.
-        render: write docs/benchmarks.md, its plots and the README's table.
+        render: write docs/benchmarks.md, its plots and the table of docs/index.md.
     """
 
     results: Path = Path("benchmarks/results")
@@ -77,12 +77,12 @@ def run_bench(options: Bench, root: Path = Path()) -> None:
 
 
 def render(results: dict[str, dict[str, Any]], root: Path = Path()) -> list[Path]:
-    """Writes docs/benchmarks.md, two plots for each device, and the README's table; returns the files.
+    """Writes docs/benchmarks.md, two plots for each device, and the table of docs/index.md; returns the files.
 
     Raises:
-        ConfigError: there is no docs folder, or README.md has not exactly one place for the table.
+        ConfigError: there is no docs folder, or index.md has not exactly one place for the table.
     """
-    docs, readme = root / "docs", root / "README.md"
+    docs, readme = root / "docs", root / "docs" / "index.md"
     if not docs.is_dir() or not readme.is_file():
         raise ConfigError(f"{docs} or {readme} is missing; run this in a checkout of the repository")
     text, pattern = readme.read_text(), r"(<!-- speed table:.*?-->\n).*?(<!-- /speed table -->)"

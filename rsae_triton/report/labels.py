@@ -90,7 +90,7 @@ def labels_figure(found: Mapping[str, Survival]) -> Any:
     """The share of features above each similarity to their partner: of decoder rows, and of activations."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.8, 3.6), layout="constrained")
+    figure = Figure(figsize=(4.8, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, key, label in ((left, "cosine", "cosine of rows"), (right, "correlation", "correlation of codes")):
         for name, one in found.items():
@@ -100,6 +100,10 @@ def labels_figure(found: Mapping[str, Survival]) -> Any:
         axes.axvline(KEPT, color=COLOURS["ink"], linewidth=0.8, linestyle=":")
         axes.set(xlabel=label, xlim=(0, 1.02), ylim=(0, 1.02))
     left.set_ylabel("share of features above")
-    left.legend(fontsize="small", frameon=False, loc="lower left")
+    legend = figure.legend(
+        *left.get_legend_handles_labels(), fontsize="small", frameon=False, loc="outside lower center", ncols=2
+    )
+    for entry in legend.get_texts():
+        entry.set_color(COLOURS["ink"])
     finish(left, right)
     return figure

@@ -31,7 +31,7 @@ def summary_table(metrics: Mapping[str, Any]) -> Table:
         title_justify="left",
         caption_justify="left",
     )
-    table.add_column("code", no_wrap=True)
+    table.add_column("code", overflow="fold")  # this one gives way where the terminal is narrow
     parts = list(zip((metrics, matched), _SHOWN, ("", "="), strict=True))
     for _, keys, mark in parts:
         for key in keys:

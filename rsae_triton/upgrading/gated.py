@@ -25,7 +25,7 @@ def gated(
     tolerance: float,
     width: float | None,
 ) -> tuple[RationalGate, dict[str, Any]]:
-    """z = h * r where h > theta_f, r the minimax fit of a ramp that is complete at theta.
+    """z = h * r where h > theta_f, r the minimax fit of a ramp: a smooth step that reaches 1 at theta.
 
     Above the threshold r is 1 to the fit's error, so that the code is the teacher's; its slope lies below, where
     it tells pre-activations that are not active yet what they would be worth (docs/experiments.md: why this side).

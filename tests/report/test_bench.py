@@ -109,12 +109,12 @@ def test_a_single_turn_is_no_verdict():
 
 def test_render_writes_page_plots_and_readme(tmp_path):
     (tmp_path / "docs").mkdir()
-    (tmp_path / "README.md").write_text(README)
+    (tmp_path / "docs" / "index.md").write_text(README)
     sweep = [case(d_sae=d, sweep="d_sae", scale=d / 512) for d in (512, 1024, 2048)]
     sweep += [case(n_tokens=n, sweep="n_tokens", scale=n / 512) for n in (512, 1024, 2048)]
     write_result(tmp_path / "benchmarks" / "results" / "speed-cpu.json", result(case(), *sweep))
     run_bench(Bench(render=True), tmp_path)
-    page, readme = ((tmp_path / name).read_text() for name in ("docs/benchmarks.md", "README.md"))
+    page, readme = ((tmp_path / name).read_text() for name in ("docs/benchmarks.md", "docs/index.md"))
     for name in ("benchmarks-cpu-time.svg", "benchmarks-cpu-memory.svg"):
         assert name in page
         assert "ours, streamed" in (tmp_path / "docs" / name).read_text()
@@ -162,7 +162,7 @@ def test_committed_pages_are_those_of_the_committed_results():
         name: sorted(one.name for one in (ROOT / "docs").glob(f"benchmarks-{name}-*.svg"))[::-1] for name in results
     }
     assert page == tables.page(results, plots)
-    assert tables.readme_table(results) in (ROOT / "README.md").read_text()
+    assert tables.readme_table(results) in (ROOT / "docs" / "index.md").read_text()
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""docs/benchmarks.md and the README's table, as Markdown."""
+"""docs/benchmarks.md and the table of docs/index.md, as Markdown."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def readme_table(results: dict[str, dict[str, Any]]) -> str:
     lines += [
         "",
         "Loss, backward and Adam; median time and transient memory (beyond weights, gradients and optimiser state). "
-        "All contenders, sizes and settings, also where we lose: [docs/benchmarks.md](docs/benchmarks.md).",
+        "All contenders, sizes and settings, also where we lose: [benchmarks](benchmarks.md).",
     ]
     return "\n".join(lines)
 
