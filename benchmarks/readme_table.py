@@ -135,7 +135,11 @@ def families_table(rounds: dict[str, Any] | None, grid: dict[str, Any], formats:
             for place, (metric, digits) in enumerate((("mse", ".1f"), ("delta_ce", ".3f")), start=2):
                 before, after = (scores[code][metric]["mean"] for code in ("teacher", "teacher@2"))
                 found = student([relative(one, metric) for one in members])
-                reach = "" if found["low"] is None or found["n"] < 3 else f" ({100 * found['low']:+.0f} to {100 * found['high']:+.0f})"
+                reach = (
+                    ""
+                    if found["low"] is None or found["n"] < 3
+                    else f" ({100 * found['low']:+.0f} to {100 * found['high']:+.0f})"
+                )
                 cells[place] = f"{before:{digits}} → {after:{digits}}, **{100 * found['mean']:+.0f} %**{reach}"
         cells.append(f"{100 * row['against']['mse']['control']['mean']:+.1f} %")
         lines.append("| " + " | ".join(cells) + " |")

@@ -108,7 +108,11 @@ def as_path(name: str, value: Any) -> Path:
     safetensors writes to and does not read from."""
     try:
         path = Path(value)
-        if b"\0" in str(path).encode() or value == "" or max(len(one.encode()) for one in path.parts) > 255:
+        if (
+            b"\0" in str(path).encode()
+            or value == ""
+            or max((len(one.encode()) for one in path.parts), default=0) > 255
+        ):
             raise ValueError
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{name} is {shown(value)}; give a path, in UTF-8 and of names up to 255 bytes") from error

@@ -115,7 +115,7 @@ def test_training_in_pieces_follows_training_whole(activations, capsys):
     for memory in ("chunked", "streamed"):
         assert logs[memory].mse == pytest.approx(logs["saved"].mse, rel=1e-3)
         assert torch.allclose(weights[memory], weights["saved"], atol=2e-3)
-    assert "memory: chunked, 256 tokens at a time" in capsys.readouterr().out
+    assert "chunked, 256 tokens at a time" in capsys.readouterr().out
 
 
 def test_a_streamed_run_takes_no_more_memory_for_more_features_than_their_weights():
