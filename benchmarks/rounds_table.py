@@ -2,6 +2,7 @@
 
 rsae reproduce --host smollm2-rounds --out out/rounds   # its table.json is results/reproduce-smollm2-rounds.json
 rsae known --data saelens --l0s 5 --out out/known       # its known.json is results/known-features.json
+    (with --contenders rsae rsae@2 ... it is results/known-features-trained.json)
 python benchmarks/rounds_table.py --time       # measures, and writes benchmarks/results/rounds-time.json
 python benchmarks/readme_table.py
 """
@@ -29,6 +30,7 @@ RESULTS = Path("benchmarks/results")
 ROUNDS, KNOWN, TIME = (
     RESULTS / f"{name}.json" for name in ("reproduce-smollm2-rounds", "known-features", "rounds-time")
 )
+KNOWN_TRAINED = RESULTS / "known-features-trained.json"
 PICTURE = Path("docs/rounds.svg")
 COUNTS = (2, 3, 4, 6)
 FAMILIES = {"jumprelu": "JumpReLU", "topk": "TopK", "relu": "ReLU"}
