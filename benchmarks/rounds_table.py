@@ -79,22 +79,6 @@ def untrained_table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", source(result)])
 
 
-def brief_table(result: dict[str, Any]) -> str:
-    """The same in a few columns, for the README."""
-    lines = ["| teacher | l0 | mse | with one round | with five | Δ CE | with one round |", "|" + "---|" * 7]
-    for row in ordered(result):
-        scores = {name: kinds["matched"] for name, kinds in row["scores"].items()}
-        line = [FAMILIES[row["teacher"]], f"{row['l0']['mean']:.1f}", f"{scores['teacher']['mse']['mean']:.1f}"]
-        for name in ("teacher@2", "teacher@6"):
-            change = 100 * row["pairs"]["mse"][name]["teacher"]["mean"]
-            line.append(f"**{scores[name]['mse']['mean']:.1f}** ({change:+.0f} %)")
-        before, after = (scores[name]["delta_ce"]["mean"] for name in ("teacher", "teacher@2"))
-        line += [f"{before:.3f}", f"**{after:.3f}** ({100 * (after / before - 1):+.0f} %)"]
-        lines.append("| " + " | ".join(line) + " |")
-    seeds = max(len(row["seeds"]) for row in result["rows"])
-    return "\n".join([*lines, "", f"Means over {seeds} seeds; intervals and the rest: docs/experiments.md."])
-
-
 def by_sequence(result: dict[str, Any], teacher: str) -> list[str]:
     """Of every seed the difference in Δ CE that one round makes, with its interval over the spliced sequences."""
     cells = [cell for cell in result["cells"] if cell["cell"]["teacher"] == teacher]

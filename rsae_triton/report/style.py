@@ -11,8 +11,8 @@ MORE = {"rounds": "teacher", "rsae-rounds": "rsae"}
 """What may be there besides, and behind whom it stands."""
 NAMES = {
     "teacher": "teacher",
-    "rounds": "teacher + a round, untrained",
-    "rsae-rounds": "RSAE + a round, untrained",
+    "rounds": "teacher + a round",
+    "rsae-rounds": "RSAE + a round",
     "init": "RSAE, stage 1",
     "rsae": "RSAE",
     "control": "control",
