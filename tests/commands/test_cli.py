@@ -85,7 +85,7 @@ def test_a_teacher_is_trained_once_and_then_read(tmp_path, monkeypatch, activati
 
     class Train:
         manifest = {"key": "k"}  # noqa: RUF012
-        scale, mean = 1.0, activations.mean(0)
+        scale, mean, d_in = 1.0, activations.mean(0), 16
 
     class Splits:
         train = Train()

@@ -1,6 +1,7 @@
 """Teachers trained here: every family and penalty, the plan that identifies them, and BatchTopK's two modes."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +17,13 @@ QUIET = {"progress": False, "batch_size": 128}
 
 
 class Splits:
-    """As much of the real splits as training a teacher reads."""
+    """As much of the real splits as training a teacher reads; of pairs, 8 numbers that are read and 8 to write."""
 
-    class train:  # noqa: N801
-        manifest = {"key": "k"}  # noqa: RUF012
-        scale, mean = 1.0, torch.zeros(16)
+    def __init__(self, pairs=False):
+        d_in = 8 if pairs else 16
+        self.train = SimpleNamespace(manifest={"key": "k"}, scale=1.0, mean=torch.zeros(d_in), d_in=d_in)
+        if pairs:
+            self.train.d_out, self.train.scales = 8, (1.0, 1.0)
 
 
 @pytest.fixture(autouse=True)
@@ -78,18 +81,19 @@ def test_batch_topk_refuses_a_bad_k(k):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_control_goes_on_with_its_teachers_objective(family, activations, tmp_path):
-    weight = None if family.endswith("topk") else 0.03
+    weight = None if "topk" in family else 0.03
     plan = TeacherPlan(family, 64, k=5, weight=weight, steps=3, batch_size=64)
-    teacher, log = make_teacher(plan, Splits(), activations)
-    again, log_again = make_teacher(plan, Splits(), activations)
+    splits = Splits(pairs=plan.transcodes)
+    teacher, log = make_teacher(plan, splits, activations)
+    again, log_again = make_teacher(plan, splits, activations)
     assert torch.equal(teacher.W_enc, again.W_enc)
     assert log == log_again
     kind = type(teacher)
     recipe = objective_of(kind.from_pretrained(again.save_pretrained(tmp_path / "saved")))
-    assert recipe.name == family
+    assert recipe.name == plan.nonlinearity
     assert recipe.weight == (weight or 0.0)
     # Another plan is another teacher.
-    other, _ = make_teacher(TeacherPlan(family, 64, k=5, weight=weight, steps=4, batch_size=64), Splits(), activations)
+    other, _ = make_teacher(TeacherPlan(family, 64, k=5, weight=weight, steps=4, batch_size=64), splits, activations)
     assert not torch.equal(other.W_enc, teacher.W_enc)
 
 

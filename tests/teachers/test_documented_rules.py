@@ -418,7 +418,7 @@ def test_layer_normed_teacher_can_be_upgraded(tmp_path):
 
     teacher = TopKSAE(16, 64, k=6, normalize_activations="layer_norm", generator=torch.Generator().manual_seed(0))
     x = torch.randn(2000, 16, generator=torch.Generator().manual_seed(1)) * 7 + 3
-    rsae = upgrade(teacher, x)
+    rsae = upgrade(teacher, x, rounds=1)
     assert rsae.normalize_activations == "layer_norm"
     kept = rsae.encode(x)
     wanted = teacher.hidden_pre(x)
