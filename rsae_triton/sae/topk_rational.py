@@ -68,7 +68,9 @@ class TopKRationalSAE(FusedRationalSAE):
         if self.k == self.d_sae:
             return h.new_zeros(len(h), 1) if self.relu else h.new_full((len(h), 1), torch.finfo(h.dtype).min / 2)
         last, following = h.topk(self.k + 1, dim=1).values[:, -2:].split(1, dim=1)
-        between = torch.where(last > following, (last + following) / 2, last.nextafter(torch.full_like(last, -torch.inf)))
+        between = torch.where(
+            last > following, (last + following) / 2, last.nextafter(torch.full_like(last, -torch.inf))
+        )
         return between.clamp_min(0) if self.relu else between
 
     def autoencode(self, x: Tensor, **options: Any) -> Any:
