@@ -13,7 +13,7 @@ PEERS := .venv-peers
 # With the peers where they are installed.
 BENCH_BIN = $(if $(wildcard $(PEERS)/.installed),$(PEERS)/bin,$(BIN))
 
-.PHONY: demo test test-all test-fast test-cpus test-interop test-gpu gpu-check lint bench bench-demo bench-gpu bench-steps peers experiments aot aot-record routes fuzz soak docs docs-publish dist notebooks audit clean help
+.PHONY: demo test test-all test-fast test-cpus test-interop test-gpu gpu-check lint bench bench-demo bench-gpu bench-steps peers experiments aot aot-record routes fuzz faults soak docs docs-publish dist notebooks audit clean help
 
 help:
 	@echo "make demo   upgrade an SAE of SmolLM2-135M, beside a fair control -> out/demo/report.html"
@@ -28,6 +28,7 @@ help:
 	@echo "make experiments  gate fits against other methods; which gate and recipe beats the control"
 	@echo "make aot    compile every kernel configuration for sm_80, sm_90, sm_100; the table goes into docs/machine-code.md"
 	@echo "make fuzz   coverage-guided fuzzing of every file reader, ten minutes (FUZZ_SECONDS)"
+	@echo "make faults every writer, killed and refused at every call to the file system"
 	@echo "make soak   20,000 training steps with stressed coefficients; make audit asks pip-audit about the dependencies"
 	@echo "make dist  wheel and sdist, checked by twine and installed in a clean environment; make notebooks runs the notebooks"
 	@echo "make docs   the documentation as a site, warnings are errors -> site/"
@@ -82,6 +83,10 @@ test-interop: $(INTEROP)/.installed
 fuzz: $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check 'atheris>=2.3'
 	TRITON_INTERPRET=1 $(BIN)/python fuzz/readers.py
+
+# Every writer, killed and refused at every call to the file system; `make test` takes a sample.
+faults: $(INSTALLED)
+	FAULTS=all $(BIN)/python -m pytest -q -s tests/common/test_injector.py
 
 soak: $(INSTALLED)
 	SOAK_STEPS=20000 $(BIN)/python -m pytest -q tests/training/test_soak.py

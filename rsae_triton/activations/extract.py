@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,8 +106,9 @@ def extract_hooks(
     }
     # Contexts of 128 in batches of 8 are the fastest on CPU: more overflow its cache.
     contexts = batch or (max(1, 1024 // context) if host.device.type == "cpu" else 64)
-    folders, runs = [], []
-    with ExitStack() as locks:
+    folders: list[Path] = []
+    runs = []
+    with _refusals(folders), ExitStack() as locks:
         for place, name in enumerate(names):
             units = None
             if like is not None:
@@ -131,20 +132,26 @@ def extract_hooks(
             for folder, key, identity in runs
             if not folder.exists()
         ]
-        try:
-            if missing:
-                write_shards([one for one, _ in missing], progress)
-            for one, key in missing:
-                one.finish(key)
-                publish(one.partial, one.partial.with_name(one.partial.name[1:].removesuffix(".partial")))
-        except (OSError, SafetensorError) as error:
-            if isinstance(error, RsaeError):
-                raise
-            raise StorageError(
-                f"activations cannot be written to {folders[0].parent} ({first_line(error)}); make room and run the "
-                "same again: it goes on at the next shard"
-            ) from error
+        if missing:
+            write_shards([one for one, _ in missing], progress)
+        for one, key in missing:
+            one.finish(key)
+            publish(one.partial, one.partial.with_name(one.partial.name[1:].removesuffix(".partial")))
     return [ActivationStore(folder) for folder in folders]
+
+
+@contextmanager
+def _refusals(folders: list[Path]) -> Iterator[None]:
+    """What the system refuses, as a StorageError that says how to go on."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, RsaeError):
+            raise
+        raise StorageError(
+            f"activations cannot be written to {folders[0].parent} ({first_line(error)}); make room and run the same "
+            "again: it goes on at the next shard"
+        ) from error
 
 
 def extract_splits(

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from rsae_triton.activations.order import EpochOrder, mix_seed
 from rsae_triton.activations.prefetch import prefetched
 from rsae_triton.common.checks import check_integer, check_seed, parse_device, shown
-from rsae_triton.common.errors import ConfigError, FormatError
+from rsae_triton.common.errors import ConfigError, FormatError, StorageError
 from rsae_triton.common.files import as_path, check_inside, file_sha256, read_json
 
 SCHEMA = 1
@@ -76,6 +76,8 @@ class ActivationStore:
             if isinstance(error, FormatError | ConfigError):
                 raise
             raise self._broken(MANIFEST, f"lacks or garbles {error}") from error
+        except OSError as error:
+            raise StorageError(f"{self.folder} cannot be read ({error.strerror or error})") from error
         self._check_unchanged(MANIFEST)
 
     def __repr__(self) -> str:

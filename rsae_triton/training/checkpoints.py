@@ -15,6 +15,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,10 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps there are checkpoints of, ascending."""
-        names = (path.name for path in self.folder.glob("step-*") if path.is_dir())
+        try:
+            names = [path.name for path in self.folder.glob("step-*") if path.is_dir()]
+        except OSError as error:
+            raise StorageError(f"{self.folder} cannot be read ({error.strerror or error})") from error
         return sorted(int(name.removeprefix("step-")) for name in names if name.removeprefix("step-").isdigit())
 
     def path(self, step: int) -> Path:
@@ -73,7 +77,8 @@ class Checkpoints:
             publish(temporary, final)
         except OSError as error:
             raise self.refused(step, error) from error
-        self._forget(step)
+        with suppress(OSError):  # the checkpoint is there; what is left over goes with the next one
+            self._forget(step)
         return final
 
     def _forget(self, newest: int) -> None:
@@ -87,8 +92,9 @@ class Checkpoints:
                 break
         else:
             return
-        for old in (self.path(step) for step in steps if step < kept):
-            shutil.rmtree(old, ignore_errors=True)
+        for step in steps:
+            if step < kept:  # under its own name it is whole, or not there
+                os.rename(self.path(step), self.folder / f".step-{step:08d}-old")
         for old in self.folder.glob(".step-*-old"):
             shutil.rmtree(old, ignore_errors=True)
 

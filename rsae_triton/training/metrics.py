@@ -51,7 +51,12 @@ class Metrics:
 
     def __init__(self, log: TrainLog, out: Path | None, track: tuple[str, ...], settings: dict[str, Any]) -> None:
         self.log = log
-        self._file = None if out is None else open(out / METRICS, "a", encoding="utf-8")  # noqa: SIM115
+        try:
+            self._file = None if out is None else open(out / METRICS, "a", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise StorageError(
+                f"{error.filename} cannot be written ({error.strerror}); choose another folder"
+            ) from error
         self._sinks = [_SINKS[name](out, settings) for name in track if out is not None]
 
     def row(self, row: dict[str, Any]) -> None:
@@ -80,7 +85,11 @@ def take_up(out: Path, step: int, log: TrainLog) -> None:
     """Cuts metrics.jsonl off at `step`, where a continued run begins, and takes what is before into the log."""
     path = out / METRICS
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read ({error.strerror}); mend that, and resume again") from error
+    for line in lines:
         try:
             row = json.loads(line)
             if row["step"] >= step:
