@@ -331,6 +331,8 @@ def to_disk(path: Path) -> None:
 
 def publish(partial: Path, final: Path) -> None:
     """Gives a folder that is full its name: forced to the disk, with the rights that the umask gives to its files."""
+    for left in partial.glob(".rsae-*.tmp"):  # that could not be removed when it was done with
+        shutil.rmtree(left, ignore_errors=True)
     probe = partial / ".mode"
     probe.touch()
     mode = probe.stat().st_mode

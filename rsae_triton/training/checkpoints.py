@@ -55,11 +55,15 @@ class Checkpoints:
             except FormatError as error:
                 warnings.warn(f"{error}; going back to the checkpoint before", stacklevel=2)
 
+    def clean(self) -> None:
+        """Removes what killed runs left; whoever calls it holds the run's folder."""
+        for leftover in self.folder.glob(".step-*"):
+            shutil.rmtree(leftover)
+
     def begin(self, step: int) -> Path:
         """An empty folder to write the checkpoint of `step` into; leftovers of killed runs are removed."""
         try:
-            for leftover in self.folder.glob(".step-*"):
-                shutil.rmtree(leftover)
+            self.clean()
             temporary = self.temporary(step)
             (temporary / STATE).mkdir(parents=True)
         except OSError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Protocol, Unpack
 
@@ -263,6 +263,8 @@ def _take_up(run: Run, checkpoints: Checkpoints, log: TrainLog) -> None:
         log.seconds = restore(run, checkpoints, there)
     if run.together.rank == 0:
         take_up(out, run.step, log)
+        with suppress(OSError):
+            checkpoints.clean()
     run.together.barrier()
 
 
