@@ -123,7 +123,7 @@ def match_features(
         with reading(teacher, x), reading(sae, x):
             return match_features(teacher, sae, x.tensor(), pairs=pairs, progress=progress)
     check_same_units({"the teacher": teacher, "the SAE": sae})
-    x = check_activations(sae, x)
+    x = sae.sides(check_activations(sae, x))[0]  # codes are of what is read
     if len(x) < 2:
         raise ConfigError(f"{len(x)} token gives no correlation; give at least 2, better 10000")
     partner, cosine, mutual = _by_direction(teacher, sae, pairs)

@@ -304,3 +304,31 @@ def test_the_share_of_the_support_is_of_what_it_reads(splits):
     sae, x, y = made(), splits.train.inputs.tensor()[:64], splits.train.targets.tensor()[:64]
     rows = torch.cat([x, y], dim=1)
     assert float(probed_share(sae, rows)) == pytest.approx(support_share(sae, rows), abs=1e-3)
+
+
+def test_commands_score_and_match_saved_transcoders(tmp_path, capsys, monkeypatch):
+    import json
+
+    from rsae_triton.commands.cli import main
+
+    monkeypatch.setenv("RSAE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "text").mkdir()
+    tiny_models.saved(tiny_models.llama(), tmp_path / "model")
+    tiny_models.text(tmp_path / "text", n_files=4)
+    for seed, name in enumerate("ab"):
+        sae = made(seed=seed, skip=True)
+        sae.metadata.update(model_name=str(tmp_path / "model"), hook_name=INSIDE, hook_name_out=OUTSIDE)
+        sae.save_pretrained(tmp_path / name)
+    text = ["--text", str(tmp_path / "text"), "--whole-text", "--tokens", "300"]
+    both, out = [str(tmp_path / name) for name in "ab"], tmp_path / "scores.json"
+    assert main(["eval", *both, *text, "--sequences", "2", "--out", str(out)]) == 0
+    scores = json.loads(out.read_text())
+    assert scores["matched_l0"]["b"]["l0"] <= scores["saes"]["a"]["l0"] + 0.01
+    assert "delta_ce" in scores["saes"]["a"]
+    assert main(["match", *both, *text]) == 0
+    JumpReluSAE(D, F, metadata={"model_name": str(tmp_path / "model"), "hook_name": INSIDE}).save_pretrained(
+        tmp_path / "c"
+    )
+    assert main(["eval", both[0], str(tmp_path / "c"), *text, "--sequences", "0"]) == 2
+    assert "evaluate them apart" in " ".join(capsys.readouterr().err.split())
