@@ -319,6 +319,7 @@ def tables() -> list[tuple[Path, str, str]]:
         (EXPERIMENTS, "untrained", rounds_table.untrained_table(rounds)),
         (EXPERIMENTS, "known", rounds_table.known_table(known)),
         (EXPERIMENTS, "known-trained", rounds_table.known_table(json.loads(rounds_table.KNOWN_TRAINED.read_text()))),
+        (EXPERIMENTS, "probes", rounds_table.probes_table(rounds_table.probes())),
         (EXPERIMENTS, "bound", rounds_table.bound_table(rounds)),
         (EXPERIMENTS, "grid", grid_table(grid)),
         (EXPERIMENTS, "controls", controls_table(grid)),

@@ -153,6 +153,32 @@ def known_name(name: str) -> str:
     return said + (f" + {int(rounds) - 1} untrained" if rounds else "")
 
 
+def probes_table(results: dict[str, dict[str, Any]]) -> str:
+    """By family, the mean difference in accuracy to the teacher that rounds make, over the data sets."""
+    lines = ["| teacher | rounds on top | k = 1 | k = 2 | k = 5 | k = 16 |", "|" + "---|" * 6]
+    for family, result in results.items():
+        for n in (2, 6):
+            line = [FAMILIES[family], f"{n - 1}"]
+            for k in ("1", "2", "5", "16"):
+                pair = result["mean"]["paired"][k][f"{family}-{n}-rounds"][f"{family}-teacher"]
+                mean, low, high = pair["accuracy"]
+                line.append(f"{mean:+.3f} ({low:+.3f} to {high:+.3f})")
+            lines.append("| " + " | ".join(line) + " |")
+    one = next(iter(results.values()))
+    sets = len(one["tasks"])
+    prompts = one["meta"]["items_per_label"]
+    where = (
+        f"`rsae probe TEACHER ROUNDS --sets ...`, {sets} sets of sae-probes, {prompts} prompts of each label, seed 0"
+    )
+    return "\n".join([*lines, "", f"{where}; mean over the sets, intervals resample within them."])
+
+
+def probes() -> dict[str, dict[str, Any]]:
+    """What is committed, by family."""
+    found = {family: RESULTS / f"probing-rounds-{family}.json" for family in FAMILIES}
+    return {family: json.loads(path.read_text()) for family, path in found.items() if path.is_file()}
+
+
 def source(result: dict[str, Any]) -> str:
     one = result["cells"][0]["cell"]
     return (
