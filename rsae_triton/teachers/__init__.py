@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from rsae_triton.common.checks import check_integer, check_number
 from rsae_triton.common.errors import ConfigError, FormatError, ResourceError, RsaeError, first_line
+from rsae_triton.common.files import check_inside
 from rsae_triton.common.hub import local_path
 from rsae_triton.common.names import hub_model
 from rsae_triton.sae.architectures import JumpReluSAE, ReluSAE, TopKSAE, keep_largest
@@ -118,6 +119,9 @@ def load_teacher(
     files = Files(local_path(source, revision), str(source), k, activation_scale, kind=kind)
     if entry is not None:
         files = replace(files, registry_scale=entry.scale, overrides=entry.overrides)
+    for one in files.path.iterdir() if files.path.is_dir() else ():
+        if one.suffix in (".json", ".safetensors", ".npz", ".pt", ".pth"):
+            check_inside(files.path, one.name)
     reader = _recognise(files) if format == "auto" else FORMATS[format]
     try:
         teacher = reader.read(files)

@@ -118,6 +118,18 @@ def test_an_archive_with_two_contents_is_refused(tmp_path, how):
         read_torch(path)
 
 
+def test_links_out_of_a_folder_are_refused_in_every_format(tmp_path):
+    from valid_files import sparsify
+
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    sparsify(folder)
+    (folder / "sae.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    (folder / "sae.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
+    with pytest.raises(FormatError, match="outside its folder"):
+        load_teacher(folder)
+
+
 @pytest.mark.parametrize("size", ['"x"', "[0]", "NaN", "-3", "true"])
 def test_sizes_that_are_no_numbers_are_not_multiplied(tmp_path, size):
     from valid_files import sparsify
