@@ -149,4 +149,4 @@ def test_numbers_of_an_archive_are_looked_at_after_the_cast(tmp_path):
               "b_dec": np.full(3, 1e300), "threshold": np.ones(5, "f")}  # fmt: skip
     np.savez(tmp_path / "params.npz", **arrays)
     with pytest.raises(NumericsError, match=r"b_dec of .* do not fit into torch.float32"):
-        load_teacher(tmp_path)
+        load_teacher(tmp_path, kind="sae")
