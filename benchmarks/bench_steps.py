@@ -221,7 +221,7 @@ def summary(result: dict[str, Any]) -> str:
     between = f"the fastest peer ({peers[0]}) {rows[peers[0]]:,.0f}, the slowest ({peers[-1]}) {rows[peers[-1]]:,.0f}"
     return (
         f"A whole training step of {case['tokens']:,} tokens at d_in {case['d_in']}, d_sae {case['d_sae']:,} takes "
-        f"{rows['RSAE']:,.0f} ms on one CPU thread, less than one dense matrix product ({rows[ONE]:,.0f}); {between} "
+        f"{rows['RSAE']:,.0f} ms on one CPU thread; one dense matrix product takes {rows[ONE]:,.0f}, {between} "
         f"([how](docs/steps.md))."
     )
 
