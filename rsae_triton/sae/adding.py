@@ -107,9 +107,8 @@ def with_rounds(
     if target_l0 is not None:
         check_number("target_l0", target_l0, above=0, most=sae.d_sae)
     x = sample(activations, sae, n_tokens, seed)
-    z = sae.encode(x)
-    before = (_l0(z), float((x - sae.decode(z, x)).double().square().sum(1).mean()))
-    made = gated(sae, x, z)
+    before = _scores(sae, x)
+    made = gated(sae, x)
     check_rounds(rounds, made.gate.spec())
     facts = add_rounds(made, rounds, x, before[0] if target_l0 is None else target_l0, before)
     made.metadata["rounds"] = {**asdict(facts), "summary": facts.summary}
@@ -138,10 +137,9 @@ def add_rounds(
     kept = 1 if had is None else had.rounds
     # Every round that is new stops at the target; of the old ones the last one does, if no other comes after it.
     _hold_rounds(sae, min(kept + 1, rounds), x, target_l0)
-    z = sae.encode(x)
-    mse = float((x - sae.decode(z, x)).double().square().sum(1).mean())
+    l0, mse = _scores(sae, x)
     a, b, eta = starts or (None, None, None)
-    return AddedRounds(sae.rounds, a, b, eta, target_l0, _l0(z), mse, *before, len(x))
+    return AddedRounds(sae.rounds, a, b, eta, target_l0, l0, mse, *before, len(x))
 
 
 @torch.no_grad()
@@ -160,16 +158,16 @@ def hold_l0(sae: FusedRationalSAE, activations: Tensor | Any, target_l0: float, 
     with reading(sae, activations):
         x = sae.sides(sample(activations, sae, n_tokens, 0))[0]
         _hold_rounds(sae, sae.rounds, x, target_l0)
-        l0 = _l0(sae.encode(x))
+        l0 = _scores(sae, x)[0]
     if abs(l0 / target_l0 - 1) > 0.02:
         warnings.warn(f"l0 is {l0:.2f}, not {target_l0:.2f}: thresholds of 0 are reached", stacklevel=2)
     return l0
 
 
-def gated(sae: SparseAutoencoder, x: Tensor, z: Tensor) -> FusedRationalSAE:
+def gated(sae: SparseAutoencoder, x: Tensor) -> FusedRationalSAE:
     """A Rational SAE with thresholds per feature that has the weights and, but for TopK, the code of `sae`.
 
-    x [n, d_in]: activations. z [n, d_sae]: the codes `sae` gives them.
+    x [n, d_in]: activations.
 
     Raises:
         ConfigError: a direct form, whose code no threshold makes, or a kind of SAE without a gate.
@@ -179,7 +177,7 @@ def gated(sae: SparseAutoencoder, x: Tensor, z: Tensor) -> FusedRationalSAE:
     if not isinstance(sae, ReluSAE | JumpReluSAE | TopKSAE | BatchTopKSAE | TopKRationalSAE):
         raise ConfigError(f"a {type(sae).__name__} has no gate to repeat; give a ReLU, JumpReLU or TopK SAE")
     h = sae.hidden_pre(x)
-    theta = teacher_thresholds(sae, h, z)
+    theta = teacher_thresholds(sae, h, sae.encode(x))
     if isinstance(sae, TopKRationalSAE):
         gate = copy.deepcopy(sae.gate)
         gate.backward = "rational"
@@ -314,5 +312,11 @@ def _hold_one_round(sae: FusedRationalSAE, x: Tensor, target_l0: float) -> None:
     gate.threshold.add_(shift * weight).clamp_(min=0)
 
 
-def _l0(z: Tensor) -> float:
-    return float((z != 0).sum(-1).float().mean())
+def _scores(sae: SparseAutoencoder, x: Tensor) -> tuple[float, float]:
+    """l0 and mse, of a part of the rows at a time."""
+    active = squares = 0.0
+    for rows in x.split(SEARCHED):
+        z = sae.encode(rows)
+        active += float((z != 0).sum())
+        squares += float((rows - sae.decode(z, rows)).double().square().sum())
+    return active / max(len(x), 1), squares / max(len(x), 1)
