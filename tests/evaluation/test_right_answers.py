@@ -235,7 +235,7 @@ def test_activations_that_hang_on_a_model_leave_it_alone():
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 @pytest.mark.parametrize("what", ["upgrade", "evaluate"])
 def test_memory_is_that_of_the_rows_that_are_looked_at(tmp_path, what):
-    """A store of 64 MiB in bfloat16; what stage 1 and scores take besides the mapped files."""
+    """A store of 64 MiB in bfloat16, 128 in float32; what stage 1 and scores take besides the mapped files."""
     x = torch.randn(1 << 12, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
     store_tensor(x.repeat(64, 1), tmp_path / "s", rows_per_shard=1 << 14)
     code = f"""
@@ -265,4 +265,4 @@ def test_memory_is_that_of_the_rows_that_are_looked_at(tmp_path, what):
         print(peak[0] // 1024)
     """
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
-    assert int(run.stdout) < 48, run.stdout
+    assert int(run.stdout) < 64, run.stdout

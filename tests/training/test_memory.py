@@ -126,7 +126,7 @@ def test_a_streamed_run_takes_no_more_memory_for_more_features_than_their_weight
         held = 5 * 4 * (2 * d_in * d_sae + 2 * d_sae)  # weights, gradients, two moments, the last step's kept weights
         beside[d_sae] = peak_of_a_run(n, d_in, d_sae, "streamed") - held
     one_code = 4 * n * 65536
-    assert max(beside.values()) - min(beside.values()) < one_code / 4
+    assert max(beside.values()) - min(beside.values()) < one_code / 3
     assert max(beside.values()) < one_code / 2
     # The way it is measured sees what is not flat.
     assert peak_of_a_run(n, d_in, 65536, "saved") - held > 1.5 * one_code
