@@ -46,6 +46,8 @@ NAMES = {
     "rsae": "**RSAE**, trained with one round",
     "rsae-rounds": "**RSAE + a round** put on afterwards",
     "control": "control: teacher, same steps",
+    "rectangle": "second control: JumpReLU's rectangle in place of the rational, same recipe",
+    "rectangle-rounds": "the same + a round",
 }
 
 

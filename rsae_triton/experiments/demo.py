@@ -37,6 +37,7 @@ from rsae_triton.common.progress import LoggedProgress
 from rsae_triton.common.terminal import plain
 from rsae_triton.evaluation import compare
 from rsae_triton.evaluation.compare import splice_of
+from rsae_triton.experiments.contenders import contender
 from rsae_triton.experiments.teach import (
     FAMILIES,
     L0,
@@ -202,10 +203,18 @@ def run(demo: Demo) -> Path:
             options |= {"recipe": objective_of(control), "label": "  control"}
             control_log = train(control, x, target_l0=target_l0, **options)
     saes: dict[str, SparseAutoencoder] = {"teacher": teacher, "init": init, "rsae": rsae, "control": control}
+    logs = {"teacher": teacher_log, "rsae": rsae_log, "control": control_log}
+    if form != "direct" and places is None:
+        with stages.stage("Second control: JumpReLU's rectangle in place of the rational, same recipe"):
+            second = contender("rectangle", teacher, init, x)
+            saes["rectangle"] = second.sae
+            options |= {"recipe": second.recipe, "label": "  rectangle"}
+            logs["rectangle"] = train(second.sae, x, target_l0=target_l0, **options)
     if form != "direct" and unseen is not None:
         with stages.stage("One more round, nothing trained for it"):
             saes["rounds"] = teacher.with_rounds(2, unseen)
             saes["rsae-rounds"] = rsae.with_rounds(2, unseen)
+            saes["rectangle-rounds"] = saes["rectangle"].with_rounds(2, unseen)
             console.print(f"  teacher: {saes['rounds'].metadata['rounds']['summary']}", markup=False)
     with stages.stage("Evaluation on held-out text"):
         metrics = score(demo, host, splits, saes, test)
@@ -214,7 +223,6 @@ def run(demo: Demo) -> Path:
         bit_equal = all(torch.equal(getattr(init, name), getattr(teacher, name)) for name in shared)
         metrics["stage1"] = {**init.metadata["stage1"], "weights_bit_equal": bit_equal}
         metrics["meta"] = facts(demo, host, splits, corpus_sha256(documents), stages)
-        logs = {"teacher": teacher_log, "rsae": rsae_log, "control": control_log}
         save(demo.out, saes, splits.train, metrics)
         page = None
         if isinstance(splits.test, ActivationStore):

@@ -53,8 +53,9 @@ def write_report(
         facts: name -> value, shown as they are (command, model, hook, text, seconds, ...).
         metrics: metrics.json as `evaluate.compare` makes it; missing and NaN scores show as a dash.
         logs: a `TrainLog` or its `as_dict()` by role; None or absent where nothing was trained.
-        saes: "teacher", "init" (after stage 1), "rsae", "control"; init and rsae are `FusedRationalSAE`. "rounds" and
-            "rsae-rounds", teacher and RSAE with another round and nothing trained for it, may be there too.
+        saes: "teacher", "init" (after stage 1), "rsae", "control"; init and rsae are `FusedRationalSAE`. What
+            `style.MORE` names may be there too: teacher and RSAE with a round and nothing trained for it, the second
+            control.
         x: held-out activations [n_tokens, d_in] in the units of the SAEs (of transcoders what they read beside what
             they write); plots use at most 20 000 rows.
         store, tokenizer: what the rows of x are (its first len(x) rows) and how its tokens read, for snippets;

@@ -121,6 +121,7 @@ def headline(metrics: Mapping[str, Any]) -> tuple[str, list[str]]:
         sentence = f"{where} the control wins: the RSAE's error is {text(-change, '.1%')} above it ({numbers})."
     notes = [] if equal else [_unequal(l0_ours, l0_theirs, ours, theirs)]
     notes += _against_teacher(ours, number(teacher, "mse"))
+    notes += _against_rectangle(ours, matched.get("rectangle") or {})
     notes += _downstream(rsae, control, paired_difference(metrics, "delta_ce"))
     notes.append(
         "The control is the teacher itself, fine-tuned for as many steps on the same batches. All numbers come from "
@@ -155,6 +156,17 @@ def _against_teacher(ours: float, teacher: float) -> list[str]:
     change = (teacher - ours) / teacher
     word = "lower" if change >= 0 else "higher"
     return [f"Against the teacher as it was, the RSAE's error is {text(abs(change), '.1%')} {word}."]
+
+
+def _against_rectangle(ours: float, rectangle: Scores) -> list[str]:
+    theirs = number(rectangle, "mse")
+    if not (math.isfinite(ours) and math.isfinite(theirs) and theirs > 0):
+        return []
+    change = (ours - theirs) / theirs
+    return [
+        "The second control, trained by the same recipe with JumpReLU's rectangle in place of the rational, has an "
+        f"error of {text(theirs, '#.4g')}: the rational gate itself changes it by {text(change, '+.1%')}."
+    ]
 
 
 def _downstream(rsae: Scores, control: Scores, paired: list[float] | None) -> list[str]:

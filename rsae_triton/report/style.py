@@ -7,7 +7,7 @@ from typing import Any
 
 ROLES = ("teacher", "init", "rsae", "control")
 """What every report compares."""
-MORE = {"rounds": "teacher", "rsae-rounds": "rsae"}
+MORE = {"rounds": "teacher", "rsae-rounds": "rsae", "rectangle": "control", "rectangle-rounds": "control"}
 """What may be there besides, and behind whom it stands."""
 NAMES = {
     "teacher": "teacher",
@@ -16,8 +16,9 @@ NAMES = {
     "init": "RSAE, stage 1",
     "rsae": "RSAE",
     "control": "control",
-    # In sweeps only.
     "rectangle": "rectangle",
+    "rectangle-rounds": "rectangle + a round",
+    # In sweeps only.
     "thresholds": "fixed thresholds",
     "scratch": "from scratch",
     "refined": "RSAE, two rounds trained",
@@ -44,6 +45,7 @@ COLOURS = {
     "scratch": "#3a3f45",
     "rounds": "#117a7a",
     "rsae-rounds": "#5b3fd0",
+    "rectangle-rounds": "#7a9a01",
 }
 # Told apart without colour, too.
 DASHES: dict[str, Any] = {
@@ -54,6 +56,7 @@ DASHES: dict[str, Any] = {
     "rectangle": (0, (3, 1)),
     "rounds": (0, (4, 1)),
     "rsae-rounds": (0, (8, 2)),
+    "rectangle-rounds": (0, (3, 1, 1, 1)),
 }
 
 

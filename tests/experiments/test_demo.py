@@ -20,7 +20,7 @@ pytestmark = pytest.mark.xdist_group("demo")  # `quick` of tests/conftest.py, ma
 def test_metrics_have_the_promised_schema(quick):
     metrics = json.loads((quick / "metrics.json").read_text())
     for group in (metrics, metrics["matched_l0"]):
-        for name in ("teacher", "init", "rsae", "control"):
+        for name in ("teacher", "init", "rsae", "control", "rectangle", "rounds", "rsae-rounds", "rectangle-rounds"):
             assert set(group[name]) >= SCORES
             assert all(isinstance(group[name][score], float) for score in SCORES)
 

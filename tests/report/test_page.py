@@ -98,10 +98,13 @@ def test_every_colour_of_a_figure_follows_the_theme(path, saes, x, metrics, logs
 
 def test_rounds_that_nothing_was_trained_for_are_drawn_and_listed(path, saes, x, logs):
     saes = {**saes, "rounds": saes["teacher"].with_rounds(2, x), "rsae-rounds": saes["rsae"].with_rounds(2, x)}
+    saes |= {"rectangle": saes["control"], "rectangle-rounds": saes["rounds"]}
     html = write(path, saes, x, compare(saes, x), logs)
     assert html.count("teacher + a round") >= 3  # in both tables and in the picture
     assert "var(--rounds)" in html
     assert "var(--rsae-rounds)" in html
+    assert "var(--rectangle)" in html
+    assert "var(--rectangle-rounds)" in html
 
 
 def test_page_shows_the_numbers_and_how_to_load(path, saes, x, metrics, logs, no_plots):

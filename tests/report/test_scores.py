@@ -111,3 +111,11 @@ def test_a_round_that_nothing_was_trained_for_comes_first():
     assert NAMES["rounds"] in shown
     assert "Nothing trained" in shown
     assert "the RSAE wins" in shown
+
+
+def test_the_second_control_says_what_the_rational_is_worth():
+    metrics = metrics_of()
+    told = copy.deepcopy(metrics)
+    told["matched_l0"]["rectangle"] = {**told["matched_l0"]["rsae"], "mse": told["matched_l0"]["rsae"]["mse"] / 0.9}
+    assert "the rational gate itself changes it by −10.0\u00a0%" in " ".join(headline(told)[1])
+    assert "rectangle" not in " ".join(headline(metrics)[1])
