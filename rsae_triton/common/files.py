@@ -171,7 +171,8 @@ FIGURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp", ".eps", ".ps", ".ti
 def check_figure(name: str, path: Path) -> None:
     """Raises ConfigError or StorageError unless a picture can be written to `path`; asked before it is made."""
     if path.suffix.lower() not in FIGURES:
-        raise ConfigError(f"{name} is {shown(str(path))}; give a file with one of the suffixes {', '.join(FIGURES)}")
+        ends = f"ends in {path.suffix}" if path.suffix else "has no suffix"
+        raise ConfigError(f"{name} is {shown(str(path))}, which {ends}; give one of the suffixes {', '.join(FIGURES)}")
     if path.is_dir():
         raise ConfigError(f"{name} is the folder {path}; give a file in it")
     check_folder(path.parent)

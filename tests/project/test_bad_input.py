@@ -181,7 +181,7 @@ COMMANDS = [
     ("extract --seed 99999999999999999999", "seed is 99999999999999999999"),
     ("extract --root {at}/text.json", "text.json cannot be written to"),
     ("gates fit step --degree 3,2 --margin 1e-300", "margin=1e-300"),
-    ("gates fit relu --degree 3,2 --plot {new}", "suffixes .png"),
+    ("gates fit relu --degree 3,2 --plot {new}", "has no suffix"),
     ("gates fit relu --degree 3,2 --samples {at}/good/sae_weights.safetensors", "sae_weights.safetensors"),
     ("export {at}/nowhere --out {new}", "holds no checkpoint"),
     ("export {at}/empty --out {new}", "holds no checkpoint"),

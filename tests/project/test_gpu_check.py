@@ -112,7 +112,7 @@ def test_a_run_on_a_gpu_is_taken_over(dry_run, tmp_path):
     new.write_text(json.dumps(result))
     for folder in ("docs", "rsae_triton/ops", "results"):
         (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "README.md").write_text("<!-- speed table: -->\nold\n<!-- /speed table -->\n")
+    (tmp_path / "docs" / "index.md").write_text("<!-- speed table: -->\nold\n<!-- /speed table -->\n")
     run_bench(Bench(results=Path("results"), new=new, keep=True, render=True), root=tmp_path)
     kept = read_result(tmp_path / "results" / "speed-cuda-nvidia-h200.json")
     assert kept["rows"]
