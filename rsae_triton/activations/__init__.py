@@ -1,11 +1,12 @@
 """From a language model and text to activations on disk, and replaced activations back into the model."""
 
+from rsae_triton.activations.boot import load_host
 from rsae_triton.activations.corpus import check_corpus, load_corpus
 from rsae_triton.activations.documents import Document, corpus_sha256, split
 from rsae_triton.activations.downloads import cache_dir, fetch
 from rsae_triton.activations.extract import Splits, extract, extract_hooks, extract_splits, split_three_ways
 from rsae_triton.activations.from_tensor import store_tensor
-from rsae_triton.activations.host import HostModel, SpliceLoss, load_host
+from rsae_triton.activations.host import HostModel, SpliceLoss
 from rsae_triton.activations.pairs import PairedSplits, PairedStore, extract_pair_splits, extract_pairs
 from rsae_triton.activations.store import ActivationStore, Sequences
 

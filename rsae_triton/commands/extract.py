@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from rsae_triton.activations.boot import load_host
 from rsae_triton.activations.corpus import check_corpus, load_corpus
 from rsae_triton.activations.extract import extract_hooks, split_three_ways
-from rsae_triton.activations.host import load_host
 from rsae_triton.common.checks import check_integer, check_number, check_seed
 from rsae_triton.common.files import check_folder
 

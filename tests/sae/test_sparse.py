@@ -2,59 +2,14 @@
 
 import pytest
 import torch
+from sparse_cases import D_IN, D_SAE, KINDS, assert_rows, make, on_kernels, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rsae_triton import FusedRationalSAE, SparseCode, decode_sparse, encode_sparse
+from rsae_triton import SparseCode, decode_sparse, encode_sparse
 from rsae_triton.common.errors import ConfigError, NumericsError, ShapeError
 from rsae_triton.ops import finding, sparse_ops
 from rsae_triton.sae import sparse
-from rsae_triton.teachers import JumpReluSAE, ReluSAE, TopKSAE
-
-D_IN, D_SAE = 12, 70
-KINDS = ("direct", "per feature", "gated", "identity", "relu", "jumprelu", "topk", "signed topk")
-
-
-def make(kind, dtype=torch.float32, **options):
-    """An SAE of few active features, with biases."""
-    options = {"generator": torch.Generator().manual_seed(0), "dtype": dtype, **options}
-    sizes = (D_IN, D_SAE)
-    if kind == "relu":
-        sae = ReluSAE(*sizes, **options)
-    elif kind == "jumprelu":
-        sae = JumpReluSAE(*sizes, threshold=0.9, **options)
-    elif kind.endswith("topk"):
-        sae = TopKSAE(*sizes, k=6, relu=kind == "topk", **options)
-    else:
-        form, groups = ("direct", D_SAE if kind == "per feature" else 1) if kind[0] in "dp" else ("gated", 1)
-        amplitude = "identity" if kind == "identity" else "rational"
-        sae = FusedRationalSAE(*sizes, form=form, groups=groups, amplitude=amplitude, **options)
-        with torch.no_grad():
-            sae.gate.threshold.fill_(0.9 if form == "gated" else 0.0)
-            sae.gate.activity_threshold.fill_(0.9)
-            sae.gate.alpha.mul_(torch.linspace(0.8, 1.2, groups)[:, None])
-    with torch.no_grad():
-        sae.b_enc.add_(torch.linspace(-0.3, 0.1, D_SAE))
-        sae.b_dec.add_(torch.linspace(-0.2, 0.2, D_IN))
-    return sae
-
-
-def tokens(*shape, dtype=torch.float32, seed=1):
-    return torch.randn(*shape, D_IN, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def on_kernels(sae):
-    if not torch.cuda.is_available() and not sparse.backends.interpreting():
-        pytest.skip("neither a GPU nor TRITON_INTERPRET=1")
-    sae.backend = "triton"
-    return sae.cuda() if torch.cuda.is_available() else sae
-
-
-def assert_rows(code):
-    used = torch.arange(code.values.shape[-1]) < code.counts[..., None]
-    assert code.indices.dtype == code.counts.dtype == torch.int64
-    assert ((code.values != 0) == used).all()
-    assert (code.indices[~used] == 0).all()
-    assert ((code.indices.diff(dim=-1) > 0) | ~used[..., 1:]).all()
+from rsae_triton.teachers import ReluSAE
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
@@ -323,100 +278,3 @@ def test_what_cannot_be_used_is_refused():
             sae.decode_sparse(one)
         with pytest.raises(ShapeError, match=reason):
             one.to_dense(D_SAE)
-
-
-# -- the decoder's gradients
-
-
-def decoder_inputs(dtype=torch.float64, n=7, d_sae=9, d_in=5):
-    g = torch.Generator().manual_seed(2)
-    z = torch.randn(n, d_sae, generator=g, dtype=torch.float64)
-    z[z.abs() < 0.7] = 0
-    z[2] = 0
-    W, b = torch.randn(d_sae, d_in, generator=g), torch.randn(d_in, generator=g)
-    return SparseCode.from_dense(z.to(dtype), 8), W.to(dtype).requires_grad_(), b.to(dtype).requires_grad_()
-
-
-def test_gradcheck():
-    code, W, b = decoder_inputs()
-    values = code.values.clone().requires_grad_()
-
-    def run(values, W, b):
-        return sparse_ops.sparse_decode(values, code.indices, code.counts, W, b, "cpu")
-
-    assert torch.autograd.gradcheck(run, (values, W, b))
-
-
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
-def test_the_operator_keeps_torchs_rules(backend):
-    """Schema, fake kernel, autograd registration and AOTAutograd."""
-    if backend == "triton":
-        on_kernels(make("gated"))
-    code, W, b = decoder_inputs(torch.float32)
-    arguments = (code.values.clone().requires_grad_(), code.indices, code.counts, W, b, backend)
-    torch.library.opcheck(sparse_ops.sparse_decode, arguments)
-
-
-@pytest.mark.parametrize(
-    "needs", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
-)
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
-def test_gradients_equal_those_of_the_dense_decoder(backend, needs):
-    if backend == "triton":
-        on_kernels(make("gated"))
-    code, W, b = decoder_inputs(torch.float32)
-    leaves = [
-        one.detach().clone().requires_grad_(bool(need)) for one, need in zip((code.values, W, b), needs, strict=True)
-    ]
-    dense = [
-        one.detach().double().requires_grad_(bool(need)) for one, need in zip((code.values, W, b), needs, strict=True)
-    ]
-    g = torch.randn(7, 5)
-    sparse_ops.sparse_decode(leaves[0], code.indices, code.counts, *leaves[1:], backend).backward(g)
-    (code._replace(values=dense[0]).to_dense(9) @ dense[1] + dense[2]).backward(g.double())
-    for one, truth, need in zip(leaves, dense, needs, strict=True):
-        assert (one.grad is not None) == need
-        if need:
-            torch.testing.assert_close(one.grad.double(), truth.grad, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
-def test_a_second_derivative_is_refused(backend):
-    sae = make("gated")
-    sae = on_kernels(sae) if backend == "triton" else sae
-    x_hat = sae.decode_sparse(sae.encode_sparse(tokens(3)))
-    (grad,) = torch.autograd.grad(x_hat.square().sum(), sae.W_dec, create_graph=True)
-    with pytest.raises(ConfigError, match="once"):
-        grad.sum().backward()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bit_gradients_are_summed_in_float32(dtype):
-    """One feature on 3000 tokens: sums in bfloat16 would stop growing at 256."""
-    values, indices = torch.ones(3000, 1, dtype=dtype), torch.zeros(3000, 1, dtype=torch.int64)
-    W, b = torch.zeros(2, 3, dtype=dtype, requires_grad=True), torch.zeros(3, dtype=dtype, requires_grad=True)
-    x_hat = sparse_ops.sparse_decode(values, indices, torch.ones(3000, dtype=torch.int64), W, b, "cpu")
-    x_hat.backward(torch.ones_like(x_hat))
-    assert W.grad.tolist() == [[torch.tensor(3000.0).to(dtype).item()] * 3, [0] * 3]
-    assert b.grad.tolist() == [torch.tensor(3000.0).to(dtype).item()] * 3
-
-
-def test_gradients_have_the_same_bits_in_every_run():
-    sae, x = make("gated"), tokens(300)
-    code = sae.encode_sparse(x)
-    found = []
-    for _ in range(2):
-        sae.zero_grad()
-        sae.decode_sparse(code).square().sum().backward()
-        found.append((sae.W_dec.grad.clone(), sae.b_dec.grad.clone()))
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
-
-
-def test_decoding_compiles_without_a_graph_break():
-    sae, x = make("gated"), tokens(6)
-    code = sae.encode_sparse(x)
-    compiled = torch.compile(sae.decode_sparse, backend="aot_eager", fullgraph=True)
-    x_hat = compiled(code)
-    x_hat.sum().backward()
-    torch.testing.assert_close(x_hat, sae(x), atol=1e-5, rtol=1e-5)
-    assert sae.W_dec.grad is not None
