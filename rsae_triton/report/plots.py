@@ -169,7 +169,8 @@ def _draw_trade_off(axes: Any, curves: Mapping[str, tuple[np.ndarray, np.ndarray
         axes.plot(l0[-1], mse[-1], "o", color=COLOURS[role], markersize=5)
     axes.axvline(target, color=COLOURS["ink"], linewidth=0.8, linestyle=":", label="teacher's l0")
     axes.set(xlabel="l0 (active features per token)", ylabel="mse")
-    axes.legend(fontsize="small", frameon=False)
+    # Below: eight lines leave no corner free.
+    axes.legend(fontsize="small", frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     finish(axes)
 
 

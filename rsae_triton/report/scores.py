@@ -163,9 +163,10 @@ def _against_rectangle(ours: float, rectangle: Scores) -> list[str]:
     if not (math.isfinite(ours) and math.isfinite(theirs) and theirs > 0):
         return []
     change = (ours - theirs) / theirs
+    worth = f"changes it by {text(change, '+.1%')}" if abs(change) >= 0.0005 else "makes no difference that shows"
     return [
         "The second control, trained by the same recipe with JumpReLU's rectangle in place of the rational, has an "
-        f"error of {text(theirs, '#.4g')}: the rational gate itself changes it by {text(change, '+.1%')}."
+        f"error of {text(theirs, '#.4g')}: the rational gate itself {worth}."
     ]
 
 

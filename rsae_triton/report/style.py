@@ -68,5 +68,8 @@ def roles_in(found: Container[str]) -> list[str]:
 
 
 def line(role: str, **options: Any) -> dict[str, Any]:
-    """Keyword arguments of a line that shows the code `role`."""
-    return {"color": COLOURS[role], "linestyle": DASHES[role], "linewidth": 1.6, "label": NAMES[role], **options}
+    """Keyword arguments of a line that shows the code `role`; the second control's is broad and lies below, because
+    the RSAE's runs along it."""
+    second = role.startswith("rectangle")
+    look = {"linewidth": 5.0, "alpha": 0.4, "zorder": 1.5, "linestyle": "-"} if second else {"linewidth": 1.6}
+    return {"color": COLOURS[role], "linestyle": DASHES[role], "label": NAMES[role], **look, **options}
