@@ -242,8 +242,10 @@ def test_the_same_bits_every_time_and_on_any_number_of_threads():
 
     first = run(1)
     for again in (run(1), run(3)) if native.library() is not None else (run(1),):
-        for a, b in zip(first, again, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        # A BLAS adds up in another order on other threads; an element of a gradient may cancel, its norm does not.
+        assert torch.equal(first[0], again[0])
+        for a, b in zip(first[1:], again[1:], strict=True):
+            assert float((a - b).norm()) <= 1e-5 * float(a.norm())
     for a, b in zip(first, run(1), strict=True):
         assert torch.equal(a, b)
 
