@@ -163,7 +163,8 @@ class _Compiled:
             return None
         try:
             with torch.no_grad():
-                return _compile(function, option, tensors[0].dtype)(*(one.detach() for one in tensors))
+                made = _compile(function, option, tensors[0].dtype, torch.get_num_threads())
+                return made(*(one.detach() for one in tensors))
         except torch._dynamo.exc.BackendCompilerFailed as error:
             cls.works = False
             reason = first_line(error)
@@ -172,7 +173,7 @@ class _Compiled:
 
 
 @functools.lru_cache(maxsize=128)
-def _compile(function: Callable[..., Any], option: Any, dtype: torch.dtype) -> Callable[..., Any]:
+def _compile(function: Callable[..., Any], option: Any, dtype: torch.dtype, threads: int) -> Callable[..., Any]:
     spec, which = option[0], function.__name__.strip("_")
     _log.warning(
         "compiling the %s pass of a %s (%d, %d) gate for the CPU (%s): 5 to 20 s; later runs read it from the disk",
@@ -188,11 +189,19 @@ def _compile(function: Callable[..., Any], option: Any, dtype: torch.dtype) -> C
 
     # Dynamo counts recompilations per code object (8 and it gives up): every kind of gate gets its own.
     own = types.FunctionType(flat.__code__.replace(), globals(), closure=flat.__closure__)
-    return torch.compile(own, dynamic=True, fullgraph=True, options=_options())
+    return torch.compile(own, dynamic=True, fullgraph=True, options=_options(threads))
 
 
-@functools.cache
-def _options() -> dict[str, Any] | None:
-    """Horner's rule in fused multiply-adds, where this Inductor can be asked for them: faster, and more accurate."""
-    name = "cpp.enable_floating_point_contract_flag"
-    return {name: "fast"} if name in torch._inductor.list_options() else None
+def _options(threads: int) -> dict[str, Any]:
+    """What the code on the disk depends on, by number.
+
+    Inductor writes the vectors' width and the number of threads into the code, but looks it up by neither. Code written
+    for 512 bits and built for 256 leaves half of every result unwritten (two kinds of processor that share one
+    TORCHINDUCTOR_CACHE_DIR, or ATEN_CPU_CAPABILITY); code written for one thread keeps to it.
+    Horner's rule is asked for in fused multiply-adds where this Inductor has them: faster, and more accurate.
+    """
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    fused = "cpp.enable_floating_point_contract_flag"
+    options = {"cpp.simdlen": pick_vec_isa().bit_width(), "cpp.threads": threads}
+    return {**options, fused: "fast"} if fused in torch._inductor.list_options() else options

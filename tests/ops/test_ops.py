@@ -117,6 +117,41 @@ def test_inductor_engine_writes_where_it_is_told(target, monkeypatch):
         torch.testing.assert_close(value, expected)
 
 
+COMPILED = """
+import torch
+from rsae_triton.ops import cpu, explicit
+from rsae_triton.ops.reference import GateSpec, GateTensors
+
+draw = torch.Generator().manual_seed(3)
+h, spec = torch.randn(16, 200, generator=draw), GateSpec(1, 1, "gated", hard=True)
+coefficients = (torch.rand(1, n, generator=draw) for n in (2, 1))
+gate = GateTensors(*coefficients, *torch.rand(4, 16, generator=draw), torch.zeros(16))
+truth = explicit.gate_forward(h.clone(), gate, spec)
+for value, expected in zip(cpu.gate_forward(h.clone(), gate, spec, torch.full_like(h, 1e30)), truth, strict=True):
+    torch.testing.assert_close(value, expected)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="a processor of one vector width")
+def test_code_compiled_for_one_vector_width_is_not_run_at_another(tmp_path):
+    """As on two kinds of machine that share a cache on a network's disk."""
+    for capability in ("avx512", "avx2"):
+        own = {
+            "ATEN_CPU_CAPABILITY": capability,
+            "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+            "RSAE_CPU_ENGINE": "inductor",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", COMPILED],
+            env={**os.environ, **own, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "tiled" not in done.stderr
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_triton_is_as_accurate_as_eager(kind):
     if not torch.cuda.is_available() and not ops.interpreting():
