@@ -27,7 +27,7 @@ from rsae_triton.activations import load_corpus, load_host
 from rsae_triton.common.files import write_text
 from rsae_triton.evaluation import at_l0, reconstruction
 from rsae_triton.experiments.contenders import WEIGHTS, Contender, contender, jumprelu_like
-from rsae_triton.experiments.demo import Demo
+from rsae_triton.experiments.demo_options import Demo
 from rsae_triton.experiments.sweep import Cell, Sweep
 from rsae_triton.experiments.teach import TeacherPlan, make_teacher, splits_for
 from rsae_triton.ops.runtime import matmul_precision

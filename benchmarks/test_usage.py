@@ -13,7 +13,8 @@ import torch
 
 from rsae_triton.activations import fetch, load_corpus
 from rsae_triton.common.errors import SourceError
-from rsae_triton.experiments.demo import Demo, run
+from rsae_triton.experiments.demo import run
+from rsae_triton.experiments.demo_options import Demo
 from rsae_triton.remez import fit_gate
 
 NO_TIME = "no time is left of --bench-minutes"

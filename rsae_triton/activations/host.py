@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from rsae_triton.activations import layers as stream
 from rsae_triton.activations import places
-from rsae_triton.common.errors import ConfigError, ShapeError, first_line
+from rsae_triton.activations.bridge import Enough, run_bridge
+from rsae_triton.common.errors import ConfigError, ShapeError
 from rsae_triton.common.names import EMBEDDED, EMBEDDED_ID, hub_model
 
 Library = Literal["auto", "transformer_lens", "transformers"]
@@ -158,9 +159,9 @@ class HostModel:
 
         def take(value: torch.Tensor) -> None:
             found.append(value)
-            raise _Enough
+            raise Enough
 
-        with contextlib.suppress(_Enough):
+        with contextlib.suppress(Enough):
             self._run_bridge(tokens, {name: take})
         return found[0]
 
@@ -183,12 +184,12 @@ class HostModel:
                 def take(value: torch.Tensor) -> torch.Tensor:
                     found[name] = value.clone()  # some modules write into what they return
                     if len(found) == len(set(names)):
-                        raise _Enough
+                        raise Enough
                     return value
 
                 return take
 
-            with contextlib.suppress(_Enough):
+            with contextlib.suppress(Enough):
                 self._run_bridge(tokens, {name: keep(name) for name in names})
         return [found[name] for name in names]
 
@@ -337,37 +338,7 @@ class HostModel:
         return self._resumable[depth]
 
     def _run_bridge(self, tokens: torch.Tensor, functions: Mapping[str, Callable[[torch.Tensor], Any]]) -> torch.Tensor:
-        """Logits of a bridge's forward pass with the activation at each name, as [B, T, d], put through a function."""
-        ran: set[str] = set()
-
-        def hooked(name: str, function: Callable[[torch.Tensor], Any]) -> Callable[..., Any]:
-            def hook(value: Any, hook: Any) -> Any:
-                ran.add(name)
-                if not isinstance(value, torch.Tensor) or value.dim() < 3 or value.shape[:2] != tokens.shape:
-                    raise ConfigError(
-                        f"{name} holds no [batch, token, width] activations; choose a residual, mlp or z hook"
-                    )
-                new = function(value.flatten(2))
-                return new.view_as(value)
-
-            return hook
-
-        names = " or ".join(functions)
-        try:
-            hooks = [(name, hooked(name, function)) for name, function in functions.items()]
-            logits = self.bridge.run_with_hooks(tokens, fwd_hooks=hooks, return_type="logits")
-        except (ConfigError, ShapeError, _Enough):
-            raise
-        except (AssertionError, KeyError, ValueError) as error:
-            if ran:
-                raise
-            reason = first_line(error)
-            raise ConfigError(f"{names} cannot be hooked ({reason}); try {self.default_hook}") from error
-        if missing := functions.keys() - ran:
-            raise ConfigError(
-                f"{' or '.join(sorted(missing))} is never computed in {self.name!r}; try {self.default_hook}"
-            )
-        return logits
+        return run_bridge(self.bridge, tokens, functions, self.name, self.default_hook)
 
     def _depth(self, name: str) -> int | None:
         match = _RESIDUAL.fullmatch(name)
@@ -381,10 +352,6 @@ class HostModel:
                 f"{tokens.shape[1]} tokens are a longer context than {self.name!r} takes; use {self.max_context}"
             )
         return tokens.to(self.device, torch.long)
-
-
-class _Enough(Exception):  # noqa: N818  (a signal that ends the forward pass, not an error)
-    pass
 
 
 def _token_losses(logits: torch.Tensor, tokens: torch.Tensor, clean: torch.Tensor | None) -> SpliceLoss:

@@ -29,7 +29,8 @@ from rsae_triton.commands.probe import Probe, run_probe
 from rsae_triton.commands.train import Export, Train, Upgrade, export, run_train, run_upgrade
 from rsae_triton.common.errors import RsaeError, Stopped
 from rsae_triton.common.terminal import plain, steady_output
-from rsae_triton.experiments.demo import Demo, run
+from rsae_triton.experiments.demo import run
+from rsae_triton.experiments.demo_options import Demo
 from rsae_triton.experiments.known import Known
 from rsae_triton.experiments.known import known as run_known
 from rsae_triton.experiments.reproduce import Reproduce

@@ -9,7 +9,8 @@ import torch
 from rsae_triton import __version__
 from rsae_triton.commands.cli import main
 from rsae_triton.common.errors import ShapeError
-from rsae_triton.experiments.demo import Demo, Stages, check_width, make_teacher, place
+from rsae_triton.experiments.demo import Stages, check_width, make_teacher, place
+from rsae_triton.experiments.demo_options import Demo
 from rsae_triton.teachers import ReluSAE, TopKSAE
 
 

@@ -10,7 +10,7 @@ from rsae_triton import JumpReluSAE, ReluSAE
 from rsae_triton.commands.cli import main
 from rsae_triton.common.errors import ConfigError
 from rsae_triton.common.install import advice
-from rsae_triton.experiments.demo import Demo, check
+from rsae_triton.experiments.demo_options import Demo, check
 from rsae_triton.ops import cpu
 
 

@@ -20,7 +20,8 @@ from rsae_triton.activations import load_corpus, store_tensor
 from rsae_triton.commands.cli import main
 from rsae_triton.common.errors import ConfigError, RsaeError, StorageError
 from rsae_triton.common.terminal import Patient, plain, printable
-from rsae_triton.experiments.demo import Demo, Stages, check
+from rsae_triton.experiments.demo import Stages
+from rsae_triton.experiments.demo_options import Demo, check
 from rsae_triton.experiments.sweep import Sweep, run_cells
 from rsae_triton.experiments.teach import TeacherPlan, make_teacher
 from rsae_triton.teachers import ReluSAE

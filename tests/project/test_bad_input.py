@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from bad_jobs import JOBS, make_files
 from bad_odd import ODD
-from bad_python import RELU, X, make_files, sae
-from bad_python import TABLE as PLAIN
+from bad_python import RELU, X, sae
+from bad_python import TABLE as OBJECTS
 
 from rsae_triton import encode_sparse
 from rsae_triton.commands import cli
@@ -17,7 +18,7 @@ from rsae_triton.common.checks import parse_device
 from rsae_triton.common.errors import ConfigError, RsaeError
 from rsae_triton.teachers import BatchTopKSAE, JumpReluSAE, ReluSAE, TopKSAE
 
-TABLE = [*PLAIN, *ODD]
+TABLE = [*OBJECTS, *JOBS, *ODD]
 BEFORE = {name: one.clone() for name, one in RELU.state_dict().items()}
 
 
