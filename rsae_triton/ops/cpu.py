@@ -165,7 +165,7 @@ class _Compiled:
             with torch.no_grad():
                 made = _compile(function, option, tensors[0].dtype, torch.get_num_threads())
                 return made(*(one.detach() for one in tensors))
-        except torch._dynamo.exc.BackendCompilerFailed as error:
+        except (torch._dynamo.exc.BackendCompilerFailed, torch._inductor.exc.InvalidCxxCompiler) as error:
             cls.works = False
             reason = first_line(error)
             warnings.warn(f"torch.compile cannot build the CPU gate ({reason}); using the tiled path", stacklevel=4)
