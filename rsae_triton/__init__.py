@@ -1,6 +1,6 @@
 """rsae_triton: upgrade a pretrained sparse autoencoder into a Rational SAE, with fused Triton kernels.
 
-Every public name is here; `rsae_triton.activations`, `.teachers`, `.integrations.saelens` and `.kernels` have the rest.
+Every public name is here; more is in `rsae_triton.activations`, `.teachers`, `.integrations.saelens` and `.kernels`.
 """
 
 import rsae_triton.common.starting  # noqa: F401  (before torch)
@@ -60,5 +60,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """The public names, for completion; the rooms stay importable by their paths."""
+    """The public names, for completion in an interpreter; the sub-packages can still be imported by their paths."""
     return sorted([*__all__, "__doc__", "__version__"])

@@ -1,4 +1,4 @@
-"""The SAEs being upgraded: to train, or to load from what people have (docs/formats.md)."""
+"""Teachers: the SAEs and transcoders that are upgraded. One module reads each file format (docs/formats.md)."""
 
 from __future__ import annotations
 
@@ -74,32 +74,35 @@ def load_teacher(
     activation_scale: float | None = None,
     kind: Literal["sae", "transcoder"] | None = None,
 ) -> SparseAutoencoder:
-    """Loads a ReLU, JumpReLU or TopK SAE, or a transcoder, that any of the field's libraries has saved.
+    """Loads a ReLU, JumpReLU or TopK SAE or a transcoder, in any of the formats of docs/formats.md.
 
     Args:
-        source: a folder or file; a hub id: "owner/repository", with the SAE's folder or file in it where the
+        source: a folder or file; a hub id: "owner/repository", followed by the SAE's folder or file where the
             repository holds several ("google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71"), also as an
-            address (https://huggingface.co/..., hf://owner/repository@revision/folder); "release/sae_id" of SAELens'
-            registry, where SAELens is installed; or an SAE that SAELens holds in memory.
-        format: "auto", or a name of `FORMATS`.
-        release, sae_id: of SAELens' registry, in place of source.
+            address (https://huggingface.co/..., hf://owner/repository@revision/folder); "release/sae_id" from SAELens'
+            registry, where SAELens is installed; or an SAE object of SAELens.
+        format: "auto", or a name in `FORMATS`.
+        release, sae_id: an entry of SAELens' registry, instead of source.
         revision: branch, tag or commit of a hub id.
-        k: active features per token, where the files do not say (Qwen Scope outside its repository).
-        activation_scale: what the activations were multiplied by in training, where the files do not say.
-
-        kind: "sae" or "transcoder", for files of Gemma Scope of which nothing else says what they are.
+        k: active features per token, for files that do not say (Qwen Scope outside its repository).
+        activation_scale: the factor that activations were multiplied by in training, for files that do not say.
+        kind: "sae" or "transcoder", for Gemma Scope files where neither a configuration nor the folder's name says
+            which.
 
     Returns:
-        The teacher; a `Transcoder` for what reads one place and writes another. It reads the model's own activations,
-        in the dtype of the file (float32 where something was folded into the weights). metadata: hook_name and
-        model_name where known, and under "loaded_from" the format, the source and what was folded. Gated and BatchTopK
-        SAEs become the JumpReLU SAEs they are.
+        The teacher: a `Transcoder` if it reads at one place and writes at another, else an SAE. It reads the model's
+            own
+        activations and has the dtype of the file (float32 where something was folded into the weights). Its metadata
+        holds
+        hook_name and model_name where known, and under "loaded_from" the format, the source and what was folded. Gated
+        and
+        BatchTopK SAEs are returned as the JumpReLU SAEs that they are equal to.
 
     Raises:
-        FormatError: no known format, corrupt or foreign files, or a setting whose code would not be reproduced
-            exactly. SourceError: a hub id that cannot be fetched. ConfigError: an unknown format name, a release
-            that SAELens' registry does not have, or an argument that nothing was done with.
-        NumericsError: weights that are not finite.
+        FormatError: the format is unknown, the files are damaged, or a setting cannot be reproduced exactly.
+        SourceError: a hub id cannot be fetched.
+        ConfigError: the format name is unknown, SAELens' registry has no such release, or an argument had no effect.
+        NumericsError: a weight is NaN or infinite.
     """
     if format not in ("auto", *FORMATS):
         raise ConfigError(f"format is {format!r}; choose auto or one of {', '.join(FORMATS)}")
@@ -130,7 +133,8 @@ def load_teacher(
     except MemoryError as error:
         raise ResourceError(f"no memory for {source}; it is too large for this machine, or claims to be") from error
     except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        # A reader asks a file for what its format has; what a stranger has put there instead can be anything.
+        # A reader indexes the file as its format prescribes; a damaged or foreign file can make that fail in any of
+        # these ways.
         reason = first_line(error)
         raise FormatError(f"{source} does not hold what {reader.NAME} files hold ({reason}); fetch it again") from error
     if entry is not None:
@@ -144,7 +148,7 @@ def load_teacher(
 
 
 def _entry(source: Any, release: str | None, sae_id: str | None) -> registry.Entry | None:
-    """The registry's entry that is asked for; None where something else is named."""
+    """Returns the registry entry that the arguments name, or None if they name something else."""
     if (release is None) != (sae_id is None) or (source is None) == (release is None):
         raise ConfigError("name an SAE by source, or by release= and sae_id= together")
     if release is not None and sae_id is not None:
@@ -162,7 +166,7 @@ def _check_used(
     revision: str | None,
     activation_scale: float | None,
 ) -> None:
-    """Refuses what was given and had no part in the teacher: it says that somebody expects another one."""
+    """Raises ConfigError for an argument that had no effect: whoever gave it expects another teacher."""
     if format is not None or revision is not None:
         raise ConfigError(f"format and revision are for files; {name} is in memory")
     if k is not None and not isinstance(teacher, TopKSAE):

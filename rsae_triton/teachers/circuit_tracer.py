@@ -1,7 +1,8 @@
-"""circuit-tracer: layer_N.safetensors, one transcoder per layer, with config.yaml beside them.
+"""circuit-tracer: one layer_N.safetensors per transcoder, with config.yaml in the same folder.
 
-Rule of its `transcoder/single_layer_transcoder.py`: h = x @ W_enc.T + b_enc, z = relu(h), or h where h > threshold;
-y_hat = z @ W_dec + b_dec, and + x @ W_skip.T where there is one. W_enc and W_dec are both [d_transcoder, d_model].
+The encode rule, from `transcoder/single_layer_transcoder.py`: h = x @ W_enc.T + b_enc, z = relu(h), or h where h >
+threshold; y_hat = z @ W_dec + b_dec, and + x @ W_skip.T where there is one. W_enc and W_dec are both [d_transcoder,
+d_model].
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ _FILE = re.compile(r"(?:.*[._-])?layer_(\d+)\.safetensors")
 
 
 def recognises(files: Files) -> bool:
+    """Whether this is a transcoder file of circuit-tracer."""
     return _file(files) is not None
 
 
 def read(files: Files) -> SparseAutoencoder:
-    """A transcoder from one layer's file."""
+    """Reads the transcoder in one layer's file."""
     path = _file(files)
     if path is None:
         raise FormatError(f"{files.name} is not one layer_N.safetensors; name the layer's file")
@@ -66,7 +68,7 @@ def _file(files: Files) -> Path | None:
 
 
 def _place(files: Files, path: Path) -> dict[str, Any]:
-    """Model and hooks from config.yaml; without one, those that the library's transcoders of Llama and Qwen have."""
+    """Model and hooks from config.yaml; without one, the hooks that the library's Llama and Qwen transcoders use."""
     layer = _FILE.fullmatch(path.name)
     assert layer is not None
     config = path.parent / CONFIG
@@ -82,7 +84,7 @@ def _place(files: Files, path: Path) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> dict[str, str]:
-    """The plain lines "name: value" of a YAML file."""
+    """Reads the plain "name: value" lines of a YAML file."""
     text = path.read_text(encoding="utf-8", errors="replace")[: 1 << 16]
     found = re.findall(r"^(\w+):[ \t]*[\"']?([^\"'\n#]+?)[\"']?[ \t]*$", text, re.MULTILINE)
     return {name: value.strip() for name, value in found}

@@ -1,6 +1,7 @@
-"""dictionary_learning: ae.pt + config.json, of its seven dictionary classes.
+"""dictionary_learning: ae.pt and config.json, for each of its seven dictionary classes.
 
-Rules read in, and tests run against, dictionary_learning 0.1.0 (`dictionary.py`, `trainers/*.py`, `utils.py`).
+The rules were read in, and the tests run against, dictionary_learning 0.1.0 (`dictionary.py`, `trainers/*.py`,
+`utils.py`).
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ LOOKS_FOR = "ae.pt + config.json with trainer.dict_class"
 
 
 def recognises(files: Files) -> bool:
+    """Whether this is an ae.pt of dictionary_learning."""
     return files.has("ae.pt") and files.path.name != "config.json"
 
 
 def read(files: Files) -> SparseAutoencoder:
-    """A teacher from a dictionary_learning folder (or the ae.pt in it)."""
+    """Reads a teacher from a dictionary_learning folder, or from the ae.pt in it."""
     path, config_path = files.folder / "ae.pt", files.folder / "config.json"
     config = read_json(config_path)
     trainer = config.get("trainer")
@@ -72,7 +74,7 @@ def _provenance(trainer: dict[str, Any], kind: str) -> dict[str, Any]:
 def _standard(tensors: dict[str, Any], path: Path) -> Parts:
     w = require(tensors, path, "bias", "encoder.weight", "encoder.bias", "decoder.weight")
     parts = Parts(w["encoder.weight"].t(), w["decoder.weight"].t(), w["encoder.bias"], w["bias"])
-    # AutoEncoder.from_pretrained does this by default, so that codes of differently trained SAEs compare.
+    # As AutoEncoder.from_pretrained does by default, so that codes of differently trained SAEs can be compared.
     return parts.fold_decoder_norm("AutoEncoder.normalize_decoder")
 
 

@@ -1,7 +1,7 @@
 """Gemma Scope (params.npz) and Gemma Scope 2 (params.safetensors + config.json): JumpReLU SAEs by Google DeepMind.
 
-Rule of both tutorials: h = x @ W_enc + b_enc, z = relu(h) where h > threshold, x_hat = z @ W_dec + b_dec; b_dec is
-not subtracted from the input.
+The encode rule, from both tutorials: h = x @ W_enc + b_enc, z = relu(h) where h > threshold, x_hat = z @ W_dec + b_dec;
+b_dec is not subtracted from the input.
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ _HOOKS = {
 
 
 def recognises(files: Files) -> bool:
+    """Whether this is a file of Gemma Scope or Gemma Scope 2."""
     return files.has(NPZ) or files.has(SAFETENSORS)
 
 
 def read(files: Files) -> SparseAutoencoder:
-    """A teacher from either generation.
+    """Reads a teacher of either generation.
 
     Raises:
-        FormatError: a cross-layer transcoder, or a folder of which nothing says whether it holds an SAE or a
-            transcoder: the same tensors make either.
+        FormatError: a cross-layer transcoder, or a folder where nothing says whether it holds an SAE or a transcoder
+            (both have the same tensors).
     """
     names = ("b_enc", "b_dec", "threshold")
     if files.has(NPZ):
@@ -72,13 +73,13 @@ def _build(w: dict[str, Tensor], place: dict[str, Any], files: Files) -> SparseA
         metadata=place,
     )
     if place.get("hook_name") == "hook_embed":
-        # Trained on embeddings before Gemma multiplies them by sqrt(d_model), which is where hook_embed is read.
+        # These were trained on embeddings before Gemma multiplies them by sqrt(d_model); hook_embed is read after that.
         parts.fold_input_scale(parts.d_in**-0.5, "embeddings are multiplied by sqrt(d_model) after it")
     return parts.build(files, NAME)
 
 
 def _unknown(files: Files) -> dict[str, Any]:
-    """What is known of a folder whose name says nothing: what the caller says it is."""
+    """Metadata for a folder whose name says nothing: the kind that the caller gave."""
     if files.kind is None:
         raise FormatError(
             f"nothing says whether {files.name} holds an SAE or a transcoder, which have the same tensors: keep the "
@@ -89,7 +90,7 @@ def _unknown(files: Files) -> dict[str, Any]:
 
 
 def _place(files: Files) -> dict[str, Any]:
-    """From names such as google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71."""
+    """Model and hook, read from names such as google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71."""
     repo = re.search(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att|transcoders)", files.named)
     layer = layer_of(files.named, r"layer_(\d+)")
     if repo is None:
@@ -111,7 +112,8 @@ def _place(files: Files) -> dict[str, Any]:
 
 
 def _place_2(files: Files) -> dict[str, Any]:
-    """From config.json, or where there is none from names such as gemma-scope-2-1b-pt/transcoder/layer_13_width_16k."""
+    """Model and hook from config.json; if there is none, from names such as
+    gemma-scope-2-1b-pt/transcoder/layer_13_width_16k."""
     path = files.folder / "config.json"
     config = read_json(path) if path.is_file() else _inferred(files)
     if config is None:
@@ -131,7 +133,7 @@ def _place_2(files: Files) -> dict[str, Any]:
 
 
 def _inferred(files: Files) -> dict[str, Any] | None:
-    """What config.json of Gemma Scope 2 would say; some folders of the release have none."""
+    """Rebuilds config.json of Gemma Scope 2 from the folder's name, since some folders of the release lack it."""
     found = re.search(
         r"gemma-scope-2-(\w+-\w+)/(transcoder|clt|resid_post|attn_out|mlp_out)\w*/layer_(\d+)", files.named
     )

@@ -1,6 +1,7 @@
 """Goodfire's SAEs of Llama 3: one .pt or .pth file with two linear layers.
 
-Rule of its model cards: z = relu(encoder_linear(x)), x_hat = decoder_linear(z); nothing is subtracted from the input.
+The encode rule, from its model cards: z = relu(encoder_linear(x)), x_hat = decoder_linear(z); nothing is subtracted
+from the input.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ LOOKS_FOR = "a .pt or .pth file with encoder_linear.weight and decoder_linear.we
 
 
 def recognises(files: Files) -> bool:
+    """Whether this is one of Goodfire's files."""
     return {"encoder_linear.weight", "decoder_linear.weight"} <= files.torch_keys()
 
 
 def read(files: Files) -> SparseAutoencoder:
-    """A teacher from one file."""
+    """Reads a teacher from one file."""
     path = files.torch_file()
     if path is None:
         raise FormatError(f"{files.name} is not one .pt or .pth file; name it")
@@ -40,7 +42,8 @@ def read(files: Files) -> SparseAutoencoder:
 
 
 def _provenance(files: Files) -> dict[str, Any]:
-    """From what the caller named, else from the file's own name; never from the folder that a cache put it in."""
+    """Model and hook, from the name that the caller gave or else the file's own name; never from a cache's folder
+    names."""
     file = files.torch_file()
     found = re.search(r"([\w.-]+)-SAE-l(\d+)", files.named) or re.search(
         r"([\w.-]+)-SAE-l(\d+)", file.name if file else ""

@@ -1,6 +1,7 @@
-"""What becomes of each entry of SAELens' registry here: read as an SAE, as a transcoder, or refused, and why.
+"""What this package does with each layout in SAELens' registry: read it as an SAE or a transcoder, or refuse it.
 
-SAELens names the layout of a release by the function that converts it; each has a reader here, or a reason.
+SAELens names a release's layout after the function that converts it. `LAYOUTS` maps each name to a reader or to the
+reason why there is none.
 """
 
 from __future__ import annotations
@@ -14,7 +15,11 @@ from rsae_triton.teachers.registry import Entry
 
 @dataclass(frozen=True)
 class Layout:
-    """format: the reader's name (`FORMATS`), None where it is refused. kind: "sae" or "transcoder". why: it is not."""
+    """How one layout is treated.
+
+    format: the name of the reader (`FORMATS`), or None if the layout is refused. kind: "sae" or "transcoder". why: the
+    reason for refusing it.
+    """
 
     format: str | None
     kind: str = "sae"
@@ -42,7 +47,7 @@ LAYOUTS = {
 
 
 def layout(entry: Entry) -> Layout:
-    """The reader that an entry goes to, or why there is none."""
+    """Returns the reader for a registry entry, or the reason why there is none."""
     if entry.layout == "gemma_3" and "clt" in entry.path:
         return _CLT
     if entry.layout == "gemma_3" and "transcoder" in entry.path:
@@ -52,7 +57,8 @@ def layout(entry: Entry) -> Layout:
 
 @dataclass(frozen=True)
 class Row:
-    """Entries of one layout: `layout` is SAELens' name; read is how many of `entries` are."""
+    """A count over one layout: SAELens' name for it, our format, how many entries and releases have it, and how many
+    are read."""
 
     layout: str
     format: str
@@ -63,7 +69,7 @@ class Row:
 
 
 def rows(entries: Iterable[Entry]) -> list[Row]:
-    """How many entries of each layout are read, and as what; the largest first."""
+    """Counts the entries of each layout and how many of them are read; the largest layout first."""
     counts: Counter[tuple[str, Layout]] = Counter()
     releases: dict[tuple[str, Layout], set[str]] = {}
     for one in entries:

@@ -1,9 +1,9 @@
-"""Llama Scope, and what OpenMOSS' library (lm_saes, llamascopium) saves.
+"""Llama Scope, and files saved by OpenMOSS' library (lm_saes, llamascopium).
 
-Rule of its `models/sae.py`: the activations are scaled (dataset-wise: by sqrt(d_model) / their average norm;
-token-wise: to the norm sqrt(d_model)), h = x @ W_E + b_E, and z is h where it is active. What is active is decided on
-h * ||W_D row|| if `sparsity_include_decoder_norm` (the library's default), on h otherwise. Reconstructions are scaled
-back. SAELens 6.54 leaves the decoder norm out and multiplies the threshold by the input's scale.
+The encode rule, from its `models/sae.py`: the activations are scaled (dataset-wise: by sqrt(d_model) / their average
+norm; token-wise: to the norm sqrt(d_model)), h = x @ W_E + b_E, and z is h where it is active. What is active is
+decided on h * ||W_D row|| if `sparsity_include_decoder_norm` (the library's default), on h otherwise. Reconstructions
+are scaled back. SAELens 6.54 leaves the decoder norm out and multiplies the threshold by the input's scale.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ _NORM = "dataset_average_activation_norm."
 
 
 def recognises(files: Files) -> bool:
+    """Whether this is a folder of Llama Scope or of OpenMOSS' library."""
     if not any((files.folder / name).is_file() for name in WEIGHTS):
         return False
     if (files.folder / "hyperparams.json").is_file():
@@ -40,7 +41,7 @@ def recognises(files: Files) -> bool:
 
 
 def read(files: Files) -> SparseAutoencoder:
-    """A teacher from one SAE's folder."""
+    """Reads a teacher from one SAE's folder."""
     old = files.folder / "hyperparams.json"
     config_path = old if old.is_file() else files.folder / "config.json"
     config = read_json(config_path)
@@ -61,7 +62,8 @@ def read(files: Files) -> SparseAutoencoder:
         w["W_D"],
         w["b_E"],
         w.get("b_D") if config.get("use_decoder_bias", True) else None,
-        # Checkpoints of the first release name this field; the library has since dropped it, and with it the bias.
+        # Files of the first release have this field; the library has since dropped it, together with the bias it
+        # controls.
         apply_b_dec_to_input=bool(config.get("apply_decoder_bias_to_pre_encoder", False)),
         transcoder=transcoder,
         metadata={
@@ -74,7 +76,7 @@ def read(files: Files) -> SparseAutoencoder:
         parts.threshold = _threshold(config, log_threshold, parts.d_sae, config_path)
         if config.get("sparsity_include_decoder_norm", True):
             norm = parts.W_dec.float().norm(dim=1)
-            # A feature without a direction is never active in the original: its score is 0.
+            # A feature whose decoder row is zero is never active in the original: its score is 0.
             parts.threshold = torch.where(norm > 0, parts.threshold / norm, torch.finfo(torch.float32).max)
             parts.folded.append("sparsity_include_decoder_norm: threshold / decoder norm")
     elif act_fn == "topk":
@@ -94,7 +96,8 @@ def _model(files: Files) -> str | None:
 
 
 def _tensors(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], dict[str, float], Tensor | None]:
-    """Weights under the library's present names [d_model, d_sae] and [d_sae, d_model], norms, and log threshold."""
+    """Returns the weights under the library's present names ([d_model, d_sae] and [d_sae, d_model]), the norms, and the
+    log threshold."""
     norms = {name.removeprefix(_NORM): float(one) for name, one in tensors.items() if name.startswith(_NORM)}
     log_threshold = None
     weights = {}

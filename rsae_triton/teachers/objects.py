@@ -1,4 +1,4 @@
-"""SAEs that other libraries hold in memory: an object of SAELens as a teacher, without a file in between."""
+"""Turns an SAE object of SAELens into a teacher, without writing a file."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from rsae_triton.teachers.parts import Files
 
 
 def is_saelens(value: Any) -> bool:
-    """Whether this is an SAE, a training SAE or a transcoder of SAELens; which is not imported for it."""
+    """Whether `value` is an SAE, a training SAE or a transcoder of SAELens (checked without importing SAELens)."""
     return any(kind.__module__.startswith("sae_lens.") for kind in type(value).__mro__) and hasattr(value, "cfg")
 
 
 def read(value: Any, activation_scale: float | None = None) -> SparseAutoencoder:
-    """The teacher that computes what the object computes, on its device, with weights of its own.
+    """Returns a teacher that computes what the SAELens object computes, on its device, with its own copy of the
+    weights.
 
     Raises:
-        ConfigError: a Rational SAE, which is one already. FormatError: an architecture that is not read.
+        ConfigError: it is a Rational SAE already.
+        FormatError: the architecture is not supported.
     """
     architecture = value.cfg.architecture()
     if architecture.startswith("rational"):
@@ -31,13 +33,13 @@ def read(value: Any, activation_scale: float | None = None) -> SparseAutoencoder
     config["metadata"] = {**_plain(metadata), "sae_lens_version": metadata.get("sae_lens_version") or "6"}
     weights = {name: tensor.detach().clone() for name, tensor in value.state_dict().items()}
     name = f"the SAELens {type(value).__name__}"
-    # Nothing lies beside an object: factors that a folder would hold are the object's own, or were folded.
+    # An object has no folder: factors that would stand in other files of it are the object's own, or were folded in.
     files = Files(Path(f"<{name}>") / CONFIG_FILE, name, activation_scale=activation_scale)
     teacher = saelens.build(config, weights, files)
     return teacher.to(next(iter(weights.values())).device)
 
 
 def _plain(metadata: Any) -> dict[str, Any]:
-    """What JSON can hold of SAELens' metadata."""
+    """Returns the part of SAELens' metadata that JSON can hold."""
     items = dict(metadata).items()
     return {name: one for name, one in items if isinstance(one, str | int | float | bool | list | dict | None)}

@@ -1,8 +1,8 @@
-"""OpenAI's sparse autoencoders of GPT-2: one .pt file each.
+"""OpenAI's sparse autoencoders of GPT-2: one .pt file per SAE.
 
-Rule of openai/sparse_autoencoder `model.py`: latents = activation((x - pre_bias) @ encoder + latent_bias). Models with
-the TopK activation normalise their input first (layer norm with unbiased std, epsilon 1e-5 on the std) and undo it on
-the reconstruction; ReLU models do not.
+The encode rule, from openai/sparse_autoencoder `model.py`: latents = activation((x - pre_bias) @ encoder +
+latent_bias). Models with the TopK activation normalise their input first (layer norm with unbiased std, epsilon 1e-5 on
+the std) and undo it on the reconstruction; ReLU models do not.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ _HOOKS = {
 
 
 def recognises(files: Files) -> bool:
+    """Whether this is one of OpenAI's files."""
     return {"pre_bias", "latent_bias"} <= files.torch_keys()
 
 
 def read(files: Files) -> SparseAutoencoder:
-    """A teacher from one .pt file."""
+    """Reads a teacher from one .pt file."""
     path = files.torch_file()
     if path is None:
         raise FormatError(f"{files.name} is not one .pt file; OpenAI's autoencoders are one file each, name it")
@@ -41,7 +42,7 @@ def read(files: Files) -> SparseAutoencoder:
     names = ("pre_bias", "encoder.weight", "latent_bias", "decoder.weight")
     w = require(tensors, path, *names, optional=(*_STATISTICS, *_ACTIVATION))
     activation = tensors.get("activation", "ReLU")
-    # The released files keep the activation's state apart; the class's own state_dict spreads it ("activation.k").
+    # The released files keep the activation's state in a dictionary; a state_dict spells it out ("activation.k").
     state: Any = {
         name: tensors[f"activation.{name}"] for name in ("k", "postact_fn") if f"activation.{name}" in tensors
     }
@@ -63,7 +64,7 @@ def read(files: Files) -> SparseAutoencoder:
 
 
 def _provenance(files: Files) -> dict[str, Any]:
-    """From paths such as gpt2-small/resid_post_mlp_v5_32k/autoencoders/8.pt."""
+    """Model and hook, read from paths such as gpt2-small/resid_post_mlp_v5_32k/autoencoders/8.pt."""
     place = re.search(rf"({'|'.join(_HOOKS)})\w*/autoencoders/(\d+)\.pt", files.named.replace("\\", "/"))
     return {
         "model_name": "gpt2" if "gpt2-small" in files.named else None,

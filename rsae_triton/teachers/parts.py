@@ -1,4 +1,4 @@
-"""From the tensors of any format to a teacher: what a reader fills in, the exact foldings, and the checks."""
+"""Builds a teacher from the tensors of any format: what a reader fills in, the exact foldings, and the checks."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from rsae_triton.sae.transcoder import JumpReluTranscoder, ReluTranscoder, TopKT
 
 @dataclass(frozen=True)
 class Files:
-    """What a reader is handed: where the files are, and what the caller knows that they do not say.
+    """The input of a reader: where the files are, and what the caller knows that the files may not say.
 
-    path: a local folder or file. name: what the caller asked for; hub ids and folders carry model and layer.
-    k: active features per token. activation_scale: what activations were multiplied by in training.
-    registry_scale, overrides: the same factor, and settings in place of the file's, as SAELens' registry has them.
+    path: a local folder or file. name: what the caller asked for (hub ids and folder names tell the model and layer).
+    k: active features per token. activation_scale: the factor on the activations in training.
+    registry_scale, overrides: the same factor, and settings that replace the file's, from SAELens' registry.
     kind: "sae" or "transcoder", where neither files nor name say which.
     """
 
@@ -40,7 +40,7 @@ class Files:
 
     @property
     def named(self) -> str:
-        """What model and place are read from: a hub id, or the whole local path; never the folder of a cache."""
+        """The text that tells model and place: a hub id, or the whole local path; never the folder names of a cache."""
         if not Path(self.name).exists():
             there = address(self.name)
             return self.name if there is None else there.name
@@ -49,7 +49,7 @@ class Files:
         return "/".join(part for part in cached.groups() if part) if cached else whole
 
     def scale(self, own: float | None) -> float | None:
-        """The factor on the activations: what the caller gave, else the file's `own`, else the registry's."""
+        """The factor on the activations: the caller's if given, else the file's (`own`), else the registry's."""
         return next((one for one in (self.activation_scale, own, self.registry_scale) if one is not None), None)
 
     @property
@@ -57,20 +57,20 @@ class Files:
         return self.path if self.path.is_dir() else self.path.parent
 
     def has(self, *names: str) -> bool:
-        """Whether the folder holds all of these; a file that was named must be one of them."""
+        """Whether the folder holds all of these files. If the caller named a file, it must be one of them."""
         if self.path.is_file() and self.path.name not in names:
             return False
         return all((self.folder / name).is_file() for name in names)
 
     def torch_file(self) -> Path | None:
-        """The .pt or .pth file: the one that was named, or the only one in the folder."""
+        """The .pt or .pth file that the caller named, or the only one in the folder; None if none or several."""
         if self.path.is_file():
             return self.path if self.path.suffix in (".pt", ".pth") else None
         found = sorted(one for one in self.folder.iterdir() if one.suffix in (".pt", ".pth"))
         return found[0] if len(found) == 1 else None
 
     def torch_keys(self) -> set[str]:
-        """The top-level names in that file; empty where there is none, or none that can be read."""
+        """The top-level names in `torch_file`; empty if there is no file or it cannot be read."""
         path = self.torch_file()
         try:
             return set(map(str, read_torch(path))) if path is not None else set()
@@ -80,12 +80,12 @@ class Files:
 
 @dataclass
 class Parts:
-    """The tensors of an SAE in SAELens' orientation, before they become a teacher.
+    """The tensors of an SAE in SAELens' orientation, from which `build` makes a teacher.
 
-    W_enc [d_in, d_sae], W_dec [d_sae, d_in], b_enc [d_sae], b_dec [d_in]; zeros where b_enc or b_dec is None.
-    threshold: [d_sae] or one number makes a JumpReLU, k a TopK, neither a ReLU. metadata: what is kept as
-    provenance. folded: what was folded into the weights, in words; lands in the metadata. transcoder: what it decodes
-    is at another place than what it encodes; W_dec [d_sae, d_out], b_dec [d_out], and maybe W_skip [d_out, d_in].
+    W_enc [d_in, d_sae], W_dec [d_sae, d_in], b_enc [d_sae], b_dec [d_in]; zeros where b_enc or b_dec is None. A
+    threshold ([d_sae] or one number) makes a JumpReLU, k a TopK, neither a ReLU. metadata: where the SAE comes from.
+    folded: what was folded into the weights, in words, for the metadata. transcoder: it writes at another place than it
+    reads; W_dec [d_sae, d_out], b_dec [d_out], and maybe W_skip [d_out, d_in].
     """
 
     W_enc: Tensor
@@ -132,15 +132,15 @@ class Parts:
         names = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold", "W_skip")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
-    # -- foldings: the same function with other weights. Done in float32 at least: a factor folded into bfloat16
-    # weights would change every one of them by up to 0.4 %.
+    # -- foldings: the same function with other weights. Done in float32 at least: in bfloat16 a factor would change
+    # every weight by up to 0.4 %.
 
     def _widen(self) -> None:
         for name, tensor in self.tensors().items():
             setattr(self, name, tensor.to(torch.promote_types(tensor.dtype, torch.float32)))
 
     def fold_input_scale(self, scale: float, why: str) -> Self:
-        """From an SAE of x * scale to the same SAE of x; codes are unchanged."""
+        """Turns an SAE of x * scale into the same SAE of x. Codes do not change."""
         if not 0 < scale < float("inf"):
             raise FormatError(f"{why}: the factor on the activations is {scale}; it must be a positive number")
         if scale != 1:
@@ -150,7 +150,7 @@ class Parts:
         return self
 
     def fold_scales(self, inside: float, outside: float, why: str) -> Self:
-        """From a transcoder of x * inside to y * outside to the same one of x to y; codes are unchanged."""
+        """Turns a transcoder from x * inside to y * outside into the same one from x to y. Codes do not change."""
         for scale in (inside, outside):
             if not 0 < scale < float("inf"):
                 raise FormatError(f"{why}: the factor on the activations is {scale}; it must be a positive number")
@@ -162,7 +162,7 @@ class Parts:
         return self
 
     def fold_whitening(self, mean: Tensor, matrix: Tensor, inverse: Tensor) -> Self:
-        """From an SAE of (x - mean) @ matrix to the same SAE of x; codes are unchanged."""
+        """Turns an SAE of (x - mean) @ matrix into the same SAE of x. Codes do not change."""
         dtype = torch.promote_types(self.W_enc.dtype, torch.float32)
         encoder = matrix.double() @ self.W_enc.double()
         if not self.apply_b_dec_to_input:
@@ -175,7 +175,7 @@ class Parts:
         return self
 
     def fold_decoder_norm(self, why: str) -> Self:
-        """Unit decoder rows; codes are multiplied by the norms they had, reconstructions are unchanged."""
+        """Scales decoder rows to unit norm and codes by the norms. Reconstructions do not change."""
         norm = self.W_dec.float().norm(dim=1)
         if not torch.allclose(norm, torch.ones_like(norm)):
             self._widen()
@@ -188,14 +188,14 @@ class Parts:
         return self
 
     def fold_code_scale(self, scale: Tensor, why: str) -> Self:
-        """From codes that are multiplied by scale [d_sae] before they are decoded to codes that are not."""
+        """Absorbs a factor [d_sae] that codes are multiplied by before decoding. Reconstructions do not change."""
         self._widen()
         self.W_dec = self.W_dec * scale[:, None].float()
         self.folded.append(why)
         return self
 
     def gated(self, r_mag: Tensor, b_gate: Tensor, b_mag: Tensor) -> Self:
-        """Makes a gated SAE the JumpReLU SAE that it is (arXiv:2404.16014, section 3.2).
+        """Turns a gated SAE into the JumpReLU SAE that it is equal to (arXiv:2404.16014, section 3.2).
 
         With v = x @ W_enc, z = 1[v + b_gate > 0] * relu(exp(r_mag) * v + b_mag). In terms of the magnitude
         h = exp(r_mag) * v + b_mag the gate is open where h > b_mag - exp(r_mag) * b_gate.
@@ -212,10 +212,11 @@ class Parts:
         return self
 
     def build(self, files: Files, format_name: str) -> SparseAutoencoder:
-        """The teacher, with where it came from in its metadata.
+        """Returns the teacher, with its origin in the metadata.
 
         Raises:
-            FormatError: sizes that do not fit. NumericsError: weights that are not finite.
+            FormatError: sizes that do not fit.
+            NumericsError: a weight is NaN or infinite.
         """
         provenance = {"format": format_name, "source": files.name, "folded": self.folded}
         metadata = {name: value for name, value in self.metadata.items() if value is not None}
@@ -224,7 +225,7 @@ class Parts:
             **({"d_out": self.d_out, "skip": self.W_skip is not None} if self.transcoder else plain),
             "normalize_activations": self.normalize_activations,
             "dtype": torch.promote_types(self.W_enc.dtype, self.W_dec.dtype),
-            # An SAE that was loaded, saved by us and loaded again comes from where it came from first.
+            # An SAE that was loaded, saved by us and loaded again keeps its first origin.
             "metadata": {"loaded_from": provenance, **metadata},
             "initialise": False,
         }
@@ -234,10 +235,10 @@ class Parts:
             raise FormatError(f"{files.name}: {error}") from error
         weights = self.tensors()
         if self.threshold is not None:
-            # Every library applies a ReLU as well, so that a threshold below zero is one at zero.
+            # Every library applies a ReLU as well, so a threshold below zero acts as zero.
             weights["threshold"] = weights["threshold"].clamp_min(0)
         teacher.load_state_dict(weights)
-        # In the teacher's dtype: a finite number of the file can be too large for it.
+        # Checked in the teacher's dtype: a number that is finite in the file can overflow in it.
         for name, tensor in teacher.state_dict().items():
             advice = f"the file is bad, or its numbers do not fit into {tensor.dtype}"
             check_finite(f"{name} of {files.name}", tensor, advice)
@@ -253,11 +254,11 @@ class Parts:
 
 
 def require(tensors: dict[str, Any], path: Path, *names: str, optional: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """The tensors among `tensors`, all of `names` among them.
+    """Returns the tensors in `tensors`, after checking that all of `names` are there and nothing unknown is.
 
     Raises:
-        FormatError: one is missing or no tensor, or there is one that is neither required nor optional: what it
-            is for is not known, and leaving it out could change the code.
+        FormatError: a name is missing or not a tensor, or there is one that is neither required nor optional (its
+            purpose is unknown, and ignoring it could change the code).
     """
     missing = [name for name in names if not isinstance(tensors.get(name), Tensor)]
     unknown = sorted(tensors.keys() - set(names) - set(optional))
@@ -269,6 +270,6 @@ def require(tensors: dict[str, Any], path: Path, *names: str, optional: tuple[st
 
 
 def layer_of(text: str, pattern: str) -> int | None:
-    """The number that `pattern` (with one group) finds in a name, else None."""
+    """Returns the number that `pattern` (with one group) finds in a name, or None."""
     found = re.search(pattern, text)
     return int(found[1]) if found else None

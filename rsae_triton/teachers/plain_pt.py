@@ -1,4 +1,4 @@
-"""Two releases of one plain .pt file each: GPT-2's attention SAEs (hook_z), and qresearch's SAE of DeepSeek R1.
+"""Two releases that are a single plain .pt file: GPT-2's attention SAEs (hook_z), and qresearch's SAE of DeepSeek R1.
 
 ckkissane/attn-saes-gpt2-small-all-layers: NAME.pt with W_enc [d, F], W_dec [F, d], b_enc, b_dec, and NAME_cfg.json
 beside it; z = relu((x - b_dec) @ W_enc + b_enc). qresearch/DeepSeek-R1-Distill-Llama-8B-SAE-l19: encoder.weight [F, d],
@@ -25,12 +25,13 @@ _LAYERS = ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
 
 
 def recognises(files: Files) -> bool:
+    """Whether this is a file of one of the two releases."""
     keys = files.torch_keys()
     return keys == set(_LAYERS) or (keys == set(_MATRICES) and _config(files) is not None)
 
 
 def read(files: Files) -> SparseAutoencoder:
-    """A teacher from one file."""
+    """Reads a teacher from one file."""
     path = files.torch_file()
     if path is None:
         raise FormatError(f"{files.name} is not one .pt file; name it")

@@ -1,7 +1,8 @@
-"""Qwen Scope: layerN.sae.pt, TopK SAEs of residual streams.
+"""Qwen Scope: TopK SAEs of residual streams, one layerN.sae.pt per layer.
 
-Rule of its model cards: h = x @ W_enc.T + b_enc, z the k largest of h (no ReLU is written there), and the decoder's
-W_dec.T with b_dec. b_dec is not subtracted from the input. k stands in the repository's name (...-L0_50) only.
+The encode rule, from its model cards: h = x @ W_enc.T + b_enc, z the k largest of h (no ReLU is written there), and the
+decoder's W_dec.T with b_dec. b_dec is not subtracted from the input. Only the repository's name (...-L0_50) says what k
+is.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ _NAMES = ("W_enc", "W_dec", "b_enc", "b_dec")
 
 
 def recognises(files: Files) -> bool:
+    """Whether this is a file of Qwen Scope."""
     path = files.torch_file()
     return path is not None and path.name.endswith(".sae.pt") and files.torch_keys() == set(_NAMES)
 
 
 def read(files: Files) -> SparseAutoencoder:
-    """A teacher from one layer's file."""
+    """Reads a teacher from one layer's file."""
     path = files.torch_file()
     if path is None:
         raise FormatError(f"{files.name} is not one layerN.sae.pt; name the layer's file")

@@ -1,4 +1,4 @@
-"""What people have and this package cannot use, by name: what it is, and what to do."""
+"""Known kinds of files that this package cannot use, with what each is and what to do instead."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _CLT = re.compile(r"W_(enc|dec)_\d+\.safetensors")
 
 
 def reason(files: Files) -> str | None:
-    """Why these files are refused, if they are known to be of a kind that is not read."""
+    """Returns why these files are refused, or None if they are of no kind known here."""
     names = {files.path.name} if files.path.is_file() else {one.name for one in files.folder.iterdir()}
     if any(_CLT.fullmatch(name) for name in names):
         return f"{files.name} is a cross-layer transcoder, whose features write to many layers; {NO_CLT}"

@@ -1,6 +1,6 @@
-"""SAELens' registry of pretrained SAEs, read from the installed package: release names and what they stand for.
+"""Looks SAEs up in SAELens' registry of pretrained SAEs, as it stands in the installed package.
 
-SAELens itself is not imported: its registry is a file of 44,000 lines of which one release is read.
+SAELens itself is not imported: its registry is a file of 44,000 lines, from which one release is read.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _RELEASE = re.compile(r"^([^\s#:][^:]*):\s*$", re.MULTILINE)
 class Entry:
     """One SAE of a release.
 
-    repo, path: where it lies on the hub. layout: SAELens' name of its conversion ("sae_lens" for its own format).
-    scale: what activations are multiplied by, where the registry says so. overrides: of the configuration.
+    repo, path: its place on the hub. layout: SAELens' name for its file layout ("sae_lens" is its own format).
+    scale: the factor on the activations, where the registry gives one. overrides: configuration values to replace.
     """
 
     release: str
@@ -41,7 +41,7 @@ class Entry:
 
 
 def find(source: str) -> Entry | None:
-    """The entry that "release/sae_id" names; None where the text does not begin with a release.
+    """Returns the entry that "release/sae_id" names, or None if the text does not begin with a known release.
 
     Raises:
         ConfigError: the release has no such SAE.
@@ -53,10 +53,11 @@ def find(source: str) -> Entry | None:
 
 
 def entry(release: str, sae_id: str) -> Entry:
-    """One SAE of the registry.
+    """Returns one SAE of the registry.
 
     Raises:
-        SourceError: SAELens is not installed. ConfigError: no such release, or no such SAE in it; with near names.
+        SourceError: SAELens is not installed.
+        ConfigError: no such release, or no such SAE in it; the message suggests similar names.
     """
     if registry_file() is None:
         raise SourceError(
@@ -75,7 +76,7 @@ def entry(release: str, sae_id: str) -> Entry:
 
 
 def entries() -> list[Entry]:
-    """Every SAE of the installed registry. Raises SourceError where SAELens is not installed."""
+    """Returns every SAE of the installed registry. Raises SourceError if SAELens is not installed."""
     path = registry_file()
     if path is None:
         raise SourceError("SAELens' registry is read from the installed package; install it with: pip install sae-lens")
@@ -85,7 +86,7 @@ def entries() -> list[Entry]:
 
 @lru_cache(maxsize=1)
 def registry_file() -> Path | None:
-    """The registry of the installed SAELens, or None."""
+    """The registry file of the installed SAELens, or None."""
     spec = find_spec("sae_lens")
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         path = Path(folder) / "pretrained_saes.yaml"
@@ -96,7 +97,7 @@ def registry_file() -> Path | None:
 
 @lru_cache(maxsize=1)
 def releases() -> tuple[str, ...]:
-    """The names of all releases."""
+    """The names of all releases in the registry."""
     path = registry_file()
     return tuple(_RELEASE.findall(path.read_text(encoding="utf-8"))) if path else ()
 

@@ -1,6 +1,6 @@
-"""SAELens: cfg.json + sae_weights.safetensors, of version 6, of the versions before it, and our own.
+"""SAELens: cfg.json and sae_weights.safetensors, as saved by version 6, by earlier versions, and by this package.
 
-Rules read in, and tests run against, sae_lens 6.54 (`saes/*.py`, `loading/pretrained_sae_loaders.py`).
+The rules were read in, and the tests run against, sae_lens 6.54 (`saes/*.py`, `loading/pretrained_sae_loaders.py`).
 """
 
 from __future__ import annotations
@@ -38,26 +38,27 @@ _PROVENANCE = (
 
 
 def recognises(files: Files) -> bool:
+    """Whether this is a folder in SAELens' format."""
     if files.has(CONFIG_FILE, WEIGHTS_FILE):
         return True
     return files.path.is_dir() and files.has(WEIGHTS_FILE) and carries_config(files.folder / WEIGHTS_FILE)
 
 
 def read(files: Files) -> SparseAutoencoder:
-    """A teacher from a SAELens folder; see docs/formats.md for what is folded and what is refused."""
+    """Reads a teacher from a SAELens folder; docs/formats.md says what is folded and what is refused."""
     config, tensors = read_pair(files.folder)
     return build({**config, **files.overrides}, tensors, files)
 
 
 def build(config: dict[str, Any], tensors: dict[str, Any], files: Files) -> SparseAutoencoder:
-    """A teacher from a configuration and tensors, of a folder or of an SAE in memory."""
+    """Builds a teacher from a configuration and tensors, whether read from a folder or taken from an object."""
     config, path = settings(config, files), files.folder / WEIGHTS_FILE
     dtype = parse_dtype(config.get("dtype", "float32"))
     architecture = config["architecture"]
 
     def get(*names: str, optional: tuple[str, ...] = ()) -> dict[str, Tensor]:
         found = require(tensors, path, "W_enc", "W_dec", "b_dec", *names, optional=("scaling_factor", *optional))
-        # SAELens computes in the configuration's dtype; weights stored narrower are read as what they become there.
+        # SAELens computes in the configuration's dtype, so weights stored in a narrower one are converted to it.
         return {name: one.to(torch.promote_types(one.dtype, dtype)) for name, one in found.items()}
 
     options: dict[str, Any] = {
@@ -75,7 +76,7 @@ def build(config: dict[str, Any], tensors: dict[str, Any], files: Files) -> Spar
         threshold = w[name].float().exp() if name == "log_threshold" else w[name]
         parts = Parts(w["W_enc"], w["W_dec"], w["b_enc"], w["b_dec"], threshold=threshold, **options)
     elif architecture in ("batchtopk", "matryoshka_batchtopk"):
-        # What TrainingSAE.save_model writes; save_inference_model turns it into a JumpReLU in the same way.
+        # Written by TrainingSAE.save_model; save_inference_model converts it to a JumpReLU in the same way.
         w = get("b_enc", "topk_threshold")
         parts = Parts(w["W_enc"], w["W_dec"], w["b_enc"], w["b_dec"], **options)
         if config.get("rescale_acts_by_decoder_norm", False):
@@ -87,7 +88,7 @@ def build(config: dict[str, Any], tensors: dict[str, Any], files: Files) -> Spar
         k = config.get("k") if architecture == "topk" else None
         if architecture == "topk" and k is None:
             raise FormatError(f"{files.folder / CONFIG_FILE} describes a TopK SAE without k")
-        relu = config.get("relu", True)  # ours: SAELens has no other
+        relu = config.get("relu", True)  # a setting of ours: SAELens always applies the ReLU
         parts = Parts(w["W_enc"], w["W_dec"], w["b_enc"], w["b_dec"], k=k, relu=relu, **options)
         if architecture == "topk" and config.get("rescale_acts_by_decoder_norm", False):
             parts.fold_decoder_norm("rescale_acts_by_decoder_norm")
@@ -97,7 +98,7 @@ def build(config: dict[str, Any], tensors: dict[str, Any], files: Files) -> Spar
 
 
 def _transcoder(config: dict[str, Any], tensors: dict[str, Any], path: Path, files: Files) -> SparseAutoencoder:
-    """SAELens' four kinds, and our TopK ones."""
+    """Builds a transcoder: SAELens' four kinds, and this package's TopK ones."""
     architecture = str(config["architecture"])
     dtype = parse_dtype(config.get("dtype", "float32"))
     names = ["W_enc", "W_dec", "b_enc", "b_dec"]
@@ -127,10 +128,10 @@ def _transcoder(config: dict[str, Any], tensors: dict[str, Any], path: Path, fil
 
 
 def settings(config: dict[str, Any], files: Files) -> dict[str, Any]:
-    """The fields of SAELens 6, from its own layout or the flat one before it.
+    """Returns the configuration in SAELens 6's fields, from that layout or the flat one of earlier versions.
 
     Raises:
-        FormatError: another architecture, or a setting whose code would not be reproduced.
+        FormatError: an unsupported architecture, or a setting that cannot be reproduced.
     """
     metadata = config.get("metadata")
     metadata = {name: value for name, value in metadata.items() if name not in NOT_KEPT} if metadata else {}
@@ -159,7 +160,7 @@ def settings(config: dict[str, Any], files: Files) -> dict[str, Any]:
 
 
 def _finetuning(parts: Parts, config: dict[str, Any], tensors: dict[str, Tensor], files: Files) -> None:
-    """SAELens before 6 could multiply codes by a trained factor before decoding."""
+    """Absorbs the trained factor on the codes that SAELens had before version 6."""
     factor = tensors.get("scaling_factor")
     if factor is None or torch.allclose(factor, torch.ones_like(factor)):
         return

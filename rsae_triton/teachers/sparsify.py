@@ -1,7 +1,8 @@
-"""EleutherAI sparsify: cfg.json + sae.safetensors, one folder per hookpoint.
+"""EleutherAI sparsify: cfg.json and sae.safetensors, one folder per hookpoint.
 
-Rules read in, and tests run against, eai-sparsify 1.3.3 (`sparse_coder.py`, `fused_encoder.py`). SAELens 6.54 reads
-this format wrongly: it transposes W_dec and takes b_dec to be subtracted only where the decoder is not normalised.
+The rules were read in, and the tests run against, eai-sparsify 1.3.3 (`sparse_coder.py`, `fused_encoder.py`). SAELens
+6.54 reads this format wrongly: it transposes W_dec and takes b_dec to be subtracted only where the decoder is not
+normalised.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ LOOKS_FOR = f"{CONFIG_FILE} with d_in and k + {WEIGHTS}"
 
 
 def recognises(files: Files) -> bool:
+    """Whether this is a folder of sparsify."""
     return files.has(CONFIG_FILE, WEIGHTS)
 
 
 def read(files: Files) -> SparseAutoencoder:
-    """A teacher from the folder of one hookpoint."""
+    """Reads a teacher from the folder of one hookpoint."""
     config_path, path = files.folder / CONFIG_FILE, files.folder / WEIGHTS
     config = read_json(config_path)
     if config.get("activation", "topk") != "topk" or config.get("signed"):
@@ -56,8 +58,9 @@ def read(files: Files) -> SparseAutoencoder:
     )
     sizes: dict[str, Any] = {"d_in": config.get("d_in"), "num_latents": config.get("num_latents") or 0}
     sizes["expansion_factor"] = config.get("expansion_factor", 32)
-    for name, size in sizes.items():  # text and lists can be multiplied too
-        kinds = (int, float) if name == "expansion_factor" else (int,)  # a width over d_in need not be whole
+    for name, size in sizes.items():  # checked here because a text or a list can be multiplied too
+        # the expansion factor need not be a whole number
+        kinds = (int, float) if name == "expansion_factor" else (int,)
         if type(size) not in kinds or not 0 <= size < 2**31:
             raise FormatError(f"{config_path} gives {name}={shown(size)}; it must be a positive integer")
     d_in, expected = sizes["d_in"], sizes["num_latents"] or sizes["d_in"] * sizes["expansion_factor"]
@@ -70,7 +73,7 @@ def read(files: Files) -> SparseAutoencoder:
 
 
 def _provenance(files: Files, transcode: bool) -> dict[str, Any]:
-    """Model and place: the folder's name is the hookpoint, the run's config.json lies beside the folders."""
+    """Model and hook: the folder's name is the hookpoint, and the run's config.json is in the folder above."""
     run = files.folder.parent / "config.json"
     model = read_json(run).get("model") if run.is_file() else None
     named = PurePosixPath(files.named)
@@ -84,7 +87,7 @@ def _provenance(files: Files, transcode: bool) -> dict[str, Any]:
         name = "hook_embed"
     known = {"model_name": model if isinstance(model, str) else None, "hookpoint": hookpoint}
     if transcode and place and place[2] == ".mlp":
-        # Of a module, what goes into it and what comes out of it.
+        # The transcoder of a module reads the module's input and writes its output.
         inside, outside = (f"blocks.{place[1]}.mlp.hook_{side}" for side in ("in", "out"))
         return {**known, "hook_name": inside, "hook_name_out": outside}
     return {**known, "hook_name": None if transcode else name}

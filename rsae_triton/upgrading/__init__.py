@@ -1,1 +1,1 @@
-"""Stage 1: a teacher becomes a Rational SAE with the teacher's weights, its gate fitted and calibrated."""
+"""Stage 1: turns a teacher into a Rational SAE that keeps the teacher's weights, with a fitted and calibrated gate."""

@@ -1,9 +1,9 @@
-"""Stage 1, second half: fit a rational's coefficients to the teacher's gate on its real pre-activations.
+"""Second half of stage 1: fits the rational's coefficients to the teacher's gate on real pre-activations.
 
-A minimax fit is good everywhere on [-1, 1]; a teacher's pre-activations are not everywhere. Nearly all of them
-lie in a narrow inactive bulk, where d_sae small errors add up to a large one. So the coefficients are refined by
-weighted least squares on a histogram of the pre-activations, from the minimax start: as good as on all of
-them, and a tenth of a second.
+A minimax fit is equally good everywhere on [-1, 1], but nearly all of a teacher's pre-activations lie in a narrow
+inactive bulk, where d_sae small errors add up to a large one. So the coefficients are refined by weighted least squares
+on a histogram of the pre-activations, starting from the minimax fit. The histogram gives the same result as all the
+values and takes a tenth of a second.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ BINS = 500
 LADDER = ((3, 2), (5, 4), (7, 6), (9, 8))
 """Degrees that "auto" tries, smallest first."""
 HISTOGRAM_TOKENS = 2048
-"""Of the sample, those that a gate is fitted to."""
+"""How many tokens of the sample a gate is fitted to."""
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """Where the mass lies: bin means v [n], total weights [n], and the teacher's value at v [n]."""
+    """A histogram of pre-activations: bin means v [n], total weights [n], and the teacher's mean output in each bin
+    [n]."""
 
     value: np.ndarray
     weight: np.ndarray
@@ -32,11 +33,11 @@ class Histogram:
 
 
 def histogram(value: np.ndarray, target: np.ndarray, active: np.ndarray, weight: np.ndarray | None = None) -> Histogram:
-    """Bins samples by value, half of the bins for the active ones however few they are.
+    """Bins samples by value; half of the bins go to the active ones, however few they are.
 
     Args:
-        value: [n] where the gate is evaluated. target: [n] the teacher's output there. active: [n] bool.
-        weight: [n] of each squared error; ones when None.
+        value: [n] pre-activations. target: [n] the teacher's output for each. active: [n] bool.
+        weight: [n] weight of each squared error; ones when None.
     """
     weight = np.ones_like(value) if weight is None else weight
     total, points, targets = [], [], []
@@ -58,7 +59,7 @@ def histogram(value: np.ndarray, target: np.ndarray, active: np.ndarray, weight:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Refined coefficients a [p+1], b [q], and the error of the code they give, relative to the teacher's code."""
+    """Refined coefficients a [p+1] and b [q], and the relative error of the resulting code before and after refinement."""
 
     a: np.ndarray
     b: np.ndarray
@@ -67,13 +68,13 @@ class Calibration:
 
 
 def calibrate(fit: GateFit, data: Histogram, input_scale: float, *, tail: bool) -> Calibration:
-    """Weighted least squares of C * (r(v / C) + tail) against the targets, from the fit's coefficients.
+    """Fits C * (r(v / C) + tail) to the targets by weighted least squares, starting from the fit's coefficients.
 
     Args:
         fit: the start; its centre and unit-influence scales are kept. data: what to fit. input_scale: C.
-        tail: continue with slope one beyond v = C (the direct form of a gate that does so).
+        tail: continue with slope one beyond v = C (for a direct gate whose domain is clamped).
     """
-    from scipy.optimize import least_squares  # half a second, and only where something is fitted
+    from scipy.optimize import least_squares  # imported here because it takes half a second
 
     t = data.value / input_scale
     s = np.clip(t, -1, 1) - fit.centre

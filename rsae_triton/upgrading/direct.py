@@ -15,22 +15,25 @@ from rsae_triton.upgrading.calibrate import HISTOGRAM_TOKENS, LADDER, Calibratio
 from rsae_triton.upgrading.sampling import Sample
 from rsae_triton.upgrading.thresholds import Grouping
 
-# A direct JumpReLU is fitted with its jump at THETA of the clip, so that codes up to 1 / THETA thresholds are covered.
+# A direct JumpReLU is fitted with its jump at THETA, so that codes up to 1 / THETA thresholds lie inside the clip.
 THETA, MARGIN = 0.1, 0.02
 
 
 def direct(
     teacher: SparseAutoencoder, seen: Sample, degree: tuple[int, int] | None, grouping: Grouping, tolerance: float
 ) -> tuple[RationalGate, dict[str, Any]]:
-    """z = C_out * (r(h / C_in) + tail): the minimax fit of the teacher's gate, calibrated; thresholds by C_in."""
+    """Fits a direct gate: z = C_out * (r(h / C_in) + tail), from the minimax fit of the teacher's gate, calibrated.
+
+    Per-feature thresholds are expressed through C_in. Returns the gate and the facts about its fit for `StageOne`.
+    """
     jump, thresholds = not isinstance(teacher, ReluSAE), seen.thresholds
     if jump and bool((thresholds <= 0).any()):
-        # A feature without a threshold of its own is a ReLU; the smallest positive one is the closest jump.
+        # A feature with threshold 0 is a ReLU; a jump at the smallest positive threshold comes closest.
         positive = thresholds[thresholds > 0]
         thresholds = thresholds.clamp_min(max(float(positive.min()), 1e-3) if len(positive) else 1e-3)
     scale = thresholds / THETA if jump else torch.ones_like(thresholds)
     h, z = seen.h[:HISTOGRAM_TOKENS], seen.z[:HISTOGRAM_TOKENS]
-    # In units of the feature's own scale; an error there counts scale^2 in the code.
+    # Values are in units of the feature's scale, so an error there counts scale^2 in the code.
     value, target = (h / scale).flatten().double().cpu().numpy(), (z / scale).flatten().double().cpu().numpy()
     weight = scale.square().expand_as(h).flatten().double().cpu().numpy()
     data = histogram(value, target, target != 0, weight)
@@ -58,7 +61,7 @@ def direct(
         denominator_scale=fit.denominator_scale,
     ).to(h.device)
     with torch.no_grad():
-        # A threshold below all that are active, l0 as in the teacher: ranked in numpy, kthvalue is slow on millions.
+        # The activity threshold that gives the teacher's l0. Ranked in numpy because kthvalue is slow on millions.
         strengths = gate(h, hard=False).abs().flatten().cpu().numpy()
         rank = max(0, len(strengths) - int((z != 0).sum()) - 1)
         gate.activity_threshold.fill_(float(np.partition(strengths, rank)[rank]))
@@ -70,7 +73,8 @@ def direct(
 
 
 def _input_scales(data: Histogram, jump: bool) -> list[float]:
-    """C_in to try: a jump's is set by its threshold, a ReLU's by how far the pre-activations reach."""
+    """Returns the C_in to try: 1 for a jump (its threshold sets the scale), fractions of the largest |value| for a
+    ReLU."""
     if jump:
         return [1.0]
     reach = np.abs(data.value).max()

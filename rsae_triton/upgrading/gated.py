@@ -1,4 +1,4 @@
-"""The gated form: z = h * r above a threshold, r the minimax fit of a ramp that is complete there."""
+"""The gated form: z = h * r above a threshold, with r the minimax fit of a ramp that ends at the threshold."""
 
 from __future__ import annotations
 
@@ -25,17 +25,19 @@ def gated(
     tolerance: float,
     width: float | None,
 ) -> tuple[RationalGate, dict[str, Any]]:
-    """z = h * r where h > theta_f, r the minimax fit of a ramp: a smooth step that reaches 1 at theta.
+    """Fits a gated gate: z = h * r where h > theta_f, with r the minimax fit of a ramp that reaches 1 at theta.
 
-    Above the threshold r is 1 to the fit's error, so that the code is the teacher's; its slope lies below, where
-    it tells pre-activations that are not active yet what they would be worth (docs/experiments.md: why this side).
+    Above the threshold r is 1 up to the fit's error, so the code is the teacher's. The slope lies below the threshold:
+    there it gives a gradient to pre-activations that are not active yet (docs/experiments.md says why this side).
+    Returns the gate and the facts about its fit for `StageOne`.
     """
     x, y, h = (one[:HISTOGRAM_TOKENS] for one in (seen.x, seen.y, seen.h))
     input_scale = ramp_width(teacher, x, h - seen.thresholds, width)
-    # Against the code with thresholds and no ramp: a TopK teacher's own code differs already in which fire.
+    # Compared with the thresholded code without a ramp: a TopK teacher's own code already differs in which features
+    # fire.
     exact = h * (h > seen.thresholds)
     with torch.no_grad():
-        # A teacher that leaves next to nothing has no error that another could be compared with.
+        # Where the teacher's own error is nearly 0, a change is measured against 1 % of the signal instead.
         mse = (y - teacher.decode(exact, x)).square().sum()
         least = torch.maximum(mse, 0.01 * y.square().sum())
     error = np.inf

@@ -1,4 +1,4 @@
-"""What stage 1 looks at: a sample of the activations, with the teacher's pre-activations and codes."""
+"""The sample of activations that stage 1 works on."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 class Sample(NamedTuple):
-    """What stage 1 looks at: activations x [n, d_in], the teacher's h and z [n, d_sae], its thresholds [d_sae], and y
-    [n, d_out], what is to be reconstructed: x, but for a transcoder."""
+    """Activations x [n, d_in], the teacher's pre-activations h and codes z [n, d_sae], its thresholds [d_sae], and the
+    target y [n, d_out] of the reconstruction (x itself, except for a transcoder)."""
 
     x: Tensor
     h: Tensor

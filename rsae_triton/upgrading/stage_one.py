@@ -42,12 +42,12 @@ Making = TypeVar("Making", bound=Callable[..., Any])
 class StageOne:
     """What stage 1 did; kept in the SAE's metadata under "stage1".
 
-    form, degree: of the gate. error, lower_bound: the minimax fit and its certificate (on [-1, 1]).
-    relative_error: ||z - z_teacher|| / ||z_teacher|| over the sample's codes. initial_relative_error: before the
-    calibration. activity_threshold: of the direct form. teacher_l0, l0: on the sample of n_tokens. train_l0: what
-    stage 2 holds (`recipes.training_l0`). validation_l0: the teacher's on validation text, where there was any. All of
-    these are of an encoder of one round; what more rounds did is `rounds` (None where there is one round), and also
-    the SAE's metadata["rounds"].
+    form, degree: of the gate. error, lower_bound: of the minimax fit on [-1, 1], and its certificate.
+    relative_error: ||z - z_teacher|| / ||z_teacher|| over the sample's codes. initial_relative_error: the same before
+    calibration. activity_threshold: of the direct form. teacher_l0, l0: on the sample of n_tokens. train_l0: the l0 at
+    which stage 2 holds the code (`recipes.training_l0`). validation_l0: the teacher's l0 on validation text, if any was
+    given. All of these describe an encoder of one round. rounds: what further rounds did, also in metadata["rounds"];
+    None with one round.
     """
 
     form: str
@@ -82,7 +82,7 @@ class StageOne:
 
 
 def in_float32(make: Making) -> Making:
-    """Decorates `upgrade`: a teacher in bfloat16 or float16 is calibrated in float32; the result is in its dtype."""
+    """Decorates `upgrade` so that a bfloat16 or float16 teacher is calibrated in float32 and the result has its dtype."""
 
     @functools.wraps(make)
     def wrapped(*args: Any, **options: Any) -> Any:
@@ -119,44 +119,46 @@ def upgrade(
     backend: str = "auto",
     seed: int = 0,
 ) -> FusedRationalSAE:
-    """Turns a teacher into a Rational SAE: weights copied bit for bit, the gate fitted and calibrated.
+    """Turns a teacher into a Rational SAE: copies the weights bit for bit, then fits and calibrates the gate.
 
     Args:
-        teacher: a ReLU, JumpReLU, TopK or BatchTopK SAE, or a transcoder; also as SAELens holds it in memory.
-        activations: an `ActivationStore`, or [n, d_in] in the teacher's units (a teacher that reconstructs it worse
-            than its mean does gets a warning that says why).
-        targets: of a transcoder, what it writes, [n, d_out], row by row beside the activations that it reads; or give
-            a `PairedStore`, which holds both.
-        form: "gated" (z = h * r, zeros by thresholds; "auto") or "direct" (the paper's z = r).
-        degree: (p, q), "p,q", or "auto": the smallest of the ladder whose code is within `tolerance`.
-        coefficients: "shared", "per_feature", or a number of groups: features whose active pre-activations are
-            equally strong (root mean square on the sample) share a coefficient set.
-        thresholds: of a TopK teacher, whose gate looks at a whole token. "feature": each feature gets the fixed one at
-            which it fires as often as in the teacher; no sort, but not the same code. "token": between each token's
-            k-th and (k+1)-th pre-activation; the teacher's code (`TopKRationalSAE`).
-        width: of the gated form's ramp, in units of 2 % of the activations' mean norm. "auto": 1, or where half of
-            the active pre-activations rise less than 0.7 of that above their thresholds (small codes of many
-            features), as wide as they rise (docs/experiments.md). It changes how the SAE trains, not its code.
-        tolerance: largest relative error of the code that degree="auto" accepts (gated: and of the mse, against a code
-            with thresholds but no ramp).
-        rounds: how often the encoder looks at what its code has not explained (docs/rounds.md); nothing is trained for
-            it, and every weight stays. "auto": 2 where that lowers the error at the teacher's l0, which it has always
-            done; 1: the teacher's own encoder. More go on helping, at their cost. Only in the gated form, with
-            thresholds per feature.
-        validation: [n, d_in] or a store of text that the teacher has not seen, best some 10,000 tokens: there the
-            thresholds of the last round are set, and its l0 is what `train(validation=...)` returns to. `activations`
-            when None, on which a teacher that was trained on them is sparser than elsewhere.
+        teacher: a ReLU, JumpReLU, TopK or BatchTopK SAE, or a transcoder; also an SAE object of SAELens.
+        activations: an `ActivationStore`, or [n, d_in] in the teacher's units. A warning is given if the teacher
+            reconstructs them worse than their mean does.
+        targets: for a transcoder, the activations that it should write, [n, d_out], row by row beside the ones it
+            reads. A `PairedStore` as `activations` holds both.
+        form: "gated" (z = h * r, zeros by thresholds), "direct" (the paper's z = r), or "auto", which is gated.
+        degree: (p, q), "p,q", or "auto": the smallest degree of the ladder whose code is within `tolerance`.
+        coefficients: "shared", "per_feature", or a number of groups. Features whose active pre-activations are equally
+            strong (root mean square on the sample) then share a coefficient set.
+        thresholds: for a TopK teacher, whose gate depends on the whole token. "feature": each feature gets a fixed
+            threshold at which it fires as often as in the teacher; this needs no sort but is not the same code.
+            "token": the threshold lies between each token's k-th and (k+1)-th pre-activation, which is the teacher's
+            code (`TopKRationalSAE`).
+        width: width of the gated form's ramp, in units of 2 % of the activations' mean norm. "auto": 1; or, if half of
+            the active pre-activations exceed their thresholds by less than 0.7 of that (small codes of many features),
+            the amount by which they do (docs/experiments.md). It changes how the SAE trains, not its code.
+        tolerance: largest relative error of the code that degree="auto" accepts. In the gated form also the largest
+            relative change of the mse, against a code with thresholds but no ramp.
+        rounds: how many rounds the encoder makes; each further round encodes what the code has not yet explained
+            (docs/rounds.md). Nothing is trained for it, and every weight stays. "auto": 2 if that lowers the error at
+            the teacher's l0, which it has always done so far. 1: the teacher's own encoder. More rounds go on helping,
+            at their cost. Needs the gated form with thresholds per feature.
+        validation: [n, d_in] or a store of text that the teacher was not trained on, best some 10,000 tokens. The
+            thresholds of the last round are set there, and its l0 is the one that `train(validation=...)` restores.
+            None: `activations` are used; if the teacher was trained on them, its l0 there is lower than on new text.
         n_tokens: how many activations to calibrate on. backend: of the result. seed: of the sample.
 
     Returns:
-        The Rational SAE (`RationalTranscoder` of a transcoder), reading the units that the teacher reads.
-        metadata["stage1"] says how well it reproduces its
-        teacher (`StageOne`), and at what l0 `train` holds it: the teacher's, and 4 % for a margin (a code can be
-        thresholded down to an l0, never up to it; not so for TopK).
+        The Rational SAE (a `RationalTranscoder` for a transcoder), which reads the units that the teacher reads.
+        metadata["stage1"] says how well it reproduces its teacher (`StageOne`), and the l0 at which `train` holds it:
+        the teacher's plus a margin of 4 %, because a code can be thresholded down to an l0 but never up (no margin for
+        TopK).
 
     Raises:
-        ShapeError, NumericsError: activations that do not fit or are not finite. ConfigError: a bad setting, a
-            teacher of a kind that has no gate to fit, or a store of another model or place than the teacher reads.
+        ShapeError, NumericsError: the activations do not fit or are not finite.
+        ConfigError: a bad setting, a teacher without a gate to fit, or a store of another model or place than the
+            teacher reads.
     """
     if not isinstance(teacher, ReluSAE | JumpReluSAE | TopKSAE | BatchTopKSAE):
         raise ConfigError(
@@ -214,7 +216,8 @@ def upgrade(
     gate, facts = kind(teacher, seen, pair, grouping, tolerance)
     options: dict[str, Any] = {}
     if thresholds == "token" and isinstance(teacher, TopKSAE):
-        # Whatever is below tau is replaced, not added: a slope there would pull at features that cannot all open.
+        # A threshold by token replaces features that fall below it, it does not add any: a slope there would pull at
+        # features that cannot all open.
         gate.backward, options = "soft", {"k": teacher.k, "relu": teacher.relu}
     kind_of_sae: type[FusedRationalSAE] = TopKRationalSAE if options else FusedRationalSAE
     copied = ["W_enc", "b_enc", "W_dec", "b_dec"]
@@ -278,7 +281,10 @@ def upgrade(
 def refine(
     rsae: FusedRationalSAE, teacher: SparseAutoencoder, x: Tensor, z: Tensor, rounds: int | None
 ) -> AddedRounds | None:
-    """Gives `rsae` rounds at the l0 of z, its teacher's code of x, in place; None asks for two, if that helps."""
+    """Adds rounds to `rsae` in place, at the l0 of its teacher's code z of x. None adds two, but only if that helps.
+
+    Returns what was added, or None if nothing was.
+    """
     l0 = float((z != 0).sum(1).float().mean())
     mse = float((x - teacher.decode(z, x)).double().square().sum(1).mean())
     if l0 == 0 and rounds is None:
@@ -291,12 +297,12 @@ def refine(
 
 
 def parse_degree(degree: str | tuple[int, int]) -> tuple[int, int] | None:
-    """(p, q) from a pair or "p,q"; None for "auto"."""
+    """Returns (p, q) from a pair or "p,q"; None for "auto"."""
     return None if degree == "auto" else remez_degree(degree)
 
 
 def parse_rounds(rounds: str | int) -> int | None:
-    """A number of rounds, also as text; None for "auto"."""
+    """Returns a number of rounds, given as a number or as text; None for "auto"."""
     if rounds == "auto":
         return None
     if isinstance(rounds, str):
@@ -308,7 +314,7 @@ def parse_rounds(rounds: str | int) -> int | None:
 
 
 def parse_coefficients(coefficients: str | int) -> str | int:
-    """ "shared", "per_feature", or a number of groups, also as text."""
+    """Returns "shared", "per_feature", or a number of groups (also given as text)."""
     if isinstance(coefficients, str) and coefficients.isdecimal() and len(coefficients) < 20:
         return int(coefficients)
     if isinstance(coefficients, bool) or not (
@@ -319,7 +325,7 @@ def parse_coefficients(coefficients: str | int) -> str | int:
 
 
 def parse_width(width: str | float) -> float | None:
-    """A positive number, also as text; None for "auto"."""
+    """Returns a positive number, given as a number or as text; None for "auto"."""
     if width == "auto":
         return None
     try:

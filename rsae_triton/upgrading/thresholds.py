@@ -1,4 +1,4 @@
-"""Which features share a set of coefficients."""
+"""Decides which features share a set of coefficients."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from torch import Tensor
 
 
 class Grouping(NamedTuple):
-    """How many coefficient sets, and which of them each feature uses (None: one for all, or one for each)."""
+    """The number of coefficient sets, and which one each feature uses (None: one set for all, or one for each)."""
 
     groups: int
     group_of: Tensor | None
 
 
 def strength_groups(h: Tensor, z: Tensor, groups: int) -> Tensor:
-    """[d_sae] int64: features in `groups` equal parts by the root mean square of their active pre-activations.
+    """Returns a group number per feature, [d_sae] int64: equal parts, ordered by the RMS of the active pre-activations.
 
-    Features of one strength cover the same stretch of the gate, which is what they have to share. One that is never
-    active on the sample counts as weakest.
+    Features of similar strength use the same stretch of the gate, so they can share its coefficients. A feature that is
+    never active on the sample counts as weakest.
     """
     active = z != 0
     strength = (h.float().square() * active).sum(0) / active.sum(0).clamp_min(1)
