@@ -1,6 +1,6 @@
-"""How good a code is: reconstruction, sparsity, and what splicing it in costs the language model.
+"""How good a code is: its reconstruction, its sparsity, and what it costs the language model when spliced in.
 
-Every number is computed on the code that is shipped (exact zeros), and again at equal l0.
+Every number is computed on the shipped code, with its exact zeros, and again with all codes at the same l0.
 """
 
 from rsae_triton.evaluation.compare import compare, evaluate

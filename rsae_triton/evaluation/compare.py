@@ -1,4 +1,4 @@
-"""Several SAEs on the same held-out text, as shipped and at one l0: what metrics.json holds."""
+"""Scores several SAEs on the same held-out text, as shipped and at equal l0: the content of metrics.json."""
 
 from __future__ import annotations
 
@@ -37,24 +37,29 @@ def compare(
     shipped: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Scores each SAE, and under "matched_l0" each at the l0 of the first one (or at `l0`).
+    """Scores each SAE as it is, and under "matched_l0" at the l0 of the first one (or at `l0`).
 
     Args:
         saes: by name; the first sets the matched l0 (the teacher).
-        x: held-out activations: an `ActivationStore` (whose contexts are then taken too), or [n_tokens, d_in] in
-            the units that all of `saes` read. Of transcoders a `PairedStore`, or what they read beside what they write.
-        measured: what `measure` gave for each of the SAEs on x; measured here when None.
-        contexts: int [n_tokens], the context each row of x was read in (`ActivationStore.contexts`), for paired
-            intervals of mse; without it there are none, for the tokens of one context are not independent.
+        x: held-out activations: an `ActivationStore` (whose contexts are then used too), or [n_tokens, d_in] in the
+            units that all of `saes` read. For transcoders a `PairedStore`, or the two sides beside each other in one
+            tensor.
+        measured: the results of `measure` for the SAEs on x; measured here when None.
+        contexts: int [n_tokens], the context each row of x was read in (`ActivationStore.contexts`), for the paired
+            intervals of mse. Without it there are none, because the tokens of one context are not independent.
         host, tokens, counted, splice, mean: for the downstream scores, see `splice_sequences`; left out without host.
-        spliced_names: which SAEs are spliced in; all when None. shipped: whether a code is also spliced in as it is
-            shipped, beside the one at equal l0.
+        spliced_names: which SAEs are spliced in; all when None. shipped: whether to splice in the shipped code as well
+            as the one at equal l0.
         progress: called with the number of sequences spliced.
 
     Returns:
-        {name: {mse, fvu, cosine, l0, l1, alive_fraction, ..., and with a host delta_ce, kl, ...}, "matched_l0":
-        {name: the same, with the threshold `tau` that it took}, "paired": {"shipped": differences, "matched_l0":
-        differences}} with `differences[b][a]` = {mse, delta_ce, kl: [b - a, low, high]} for every a before b.
+        {name: {mse, fvu, cosine, l0, l1, alive_fraction, ..., and with a host delta_ce, kl, ...}, "matched_l0": {name:
+        the same, with the threshold `tau` that it took}, "paired": {"shipped": differences, "matched_l0": differences}}
+        with `differences[b][a]` = {mse, delta_ce, kl: [b - a, low, high]} for every a before b.
+
+    Raises:
+        ConfigError: no SAEs, a bad l0, `measured` or `contexts`, or a host without tokens, splice and mean.
+        ShapeError, NumericsError: activations that do not fit or are not finite.
     """
     if not isinstance(saes, Mapping) or not saes:
         raise ConfigError("saes is empty or no dictionary; give at least one SAE by name")
@@ -98,7 +103,7 @@ def _compare(
     splice: Splice | None = None,
     mean: Tensor | None = None,
 ) -> dict[str, Any]:
-    """`compare` of SAEs that read x as it is."""
+    """`compare`, for SAEs that read x in the units it is in."""
     if not isinstance(contexts, Tensor | None):
         raise ShapeError(f"contexts is a {type(contexts).__name__}; give a torch.Tensor")
     if contexts is not None and len(contexts) != len(x):
@@ -114,7 +119,7 @@ def _compare(
     if l0 is not None:
         check_number("l0", l0, above=0)
     matched: dict[str, Thresholded] = {name: cut_to(sae, x, target) for name, sae in saes.items()}
-    # A code that was not thresholded is the shipped one: measuring and splicing it twice would tell nothing.
+    # A code that was not thresholded is the shipped one: it need not be measured and spliced a second time.
     measured_at = {name: measure(one, x) if one.cut else measured[name] for name, one in matched.items()}
     scores: dict[str, Any] = {name: asdict(one.scores) for name, one in measured.items()}
     at_target = {name: {**asdict(one.scores), "tau": matched[name].tau} for name, one in measured_at.items()}
@@ -145,7 +150,7 @@ def _compare(
 def differences(
     measured: Mapping[str, Measured], spliced: Mapping[str, Spliced], prefix: str, contexts: Tensor | None
 ) -> dict[str, dict[str, dict[str, list[float]]]]:
-    """differences[b][a] of `compare`: b - a on the same tokens and sequences, with its 95 % interval."""
+    """The `differences[b][a]` that `compare` returns: b - a on the same tokens and sequences, with a 95 % interval."""
     found: dict[str, dict[str, dict[str, list[float]]]] = {}
     for a, b in combinations(measured, 2):
         here = found.setdefault(b, {}).setdefault(a, {})
@@ -161,17 +166,21 @@ def differences(
 def evaluate(
     sae: SparseAutoencoder, host: Any, activations: ActivationStore | PairedStore, *, n_sequences: int = 32
 ) -> dict[str, Any]:
-    """Scores one SAE on a store of held-out text and its host model.
+    """Scores one SAE on a store of held-out text, and with its host model.
 
     Args:
         sae: any SAE of the package; scores are in the store's units.
         host: a `HostModel`, or None for reconstruction only.
-        activations: a store of text no training has seen, of a transcoder a `PairedStore`. n_sequences: how many of its
-            contexts to splice into.
+        activations: a store of text that was not trained on; for a transcoder a `PairedStore`.
+        n_sequences: how many of its contexts to splice into.
 
     Returns:
         The fields of `Reconstruction` (mse, fvu, cosine, l0, l1, alive_fraction, dead_features, ...) and with a host
         those of `Downstream` (ce, delta_ce with its interval, loss_recovered, kl, ...).
+
+    Raises:
+        ConfigError: `activations` is not a store.
+        ShapeError, NumericsError: the SAE does not fit the store, or a value is not finite.
     """
     if not isinstance(activations, ActivationStore | PairedStore):
         raise ConfigError(
@@ -190,7 +199,7 @@ def evaluate(
 
 
 def splice_of(activations: ActivationStore | PairedStore) -> Splice:
-    """The hook, scale and outlier limit that a store was made with."""
+    """The hook, scale and outlier limit with which a store was made."""
     manifest = activations.manifest
     if isinstance(activations, PairedStore):
         inside, outside = activations.scales

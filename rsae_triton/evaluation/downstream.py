@@ -1,4 +1,4 @@
-"""What replacing the residual stream by its reconstruction costs the language model, in nats per token."""
+"""The cost to the language model, in nats per token, of replacing its activations by their reconstruction."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from rsae_triton.evaluation.reconstruction import Codec, reconstruct
 
 @dataclass(frozen=True)
 class Splice:
-    """How host activations become SAE inputs: x = scale * residual, at the positions an SAE can have seen.
+    """How host activations become SAE inputs: x = scale * activation, at the positions that training kept.
 
-    BOS tokens, wherever they stand, and positions with a norm above `norm_limit` (host units; None: no limit) are
-    left as they are, for SAEs and ablations alike: training dropped them. Of a transcoder `read_at` is
-    where it reads, `hook_name` where it writes, in units of `scale_out`.
+    BOS tokens and positions whose norm exceeds `norm_limit` (host units; None: no limit) are left as they are, for SAEs
+    and ablations alike, because training dropped them. A transcoder reads at `read_at` and writes at `hook_name`, there
+    in units of `scale_out`.
     """
 
     hook_name: str
@@ -30,9 +30,9 @@ class Splice:
     scale_out: float | None = None
 
     def replacement(self, function: Callable[[Tensor], Tensor], is_bos: Tensor | None = None) -> Callable[..., Tensor]:
-        """What to hand the host as `replace`: function maps [n, d_in] in SAE units to the same, or to [n, d_out].
+        """Returns the function to give the host as `replace`, from one that maps [n, d_in] in SAE units to [n, d_out].
 
-        is_bos: bool [B, T], where BOS tokens stand; the first of every row when None.
+        is_bos: bool [B, T], True at BOS tokens; the first of every row when None.
         """
 
         def replace(resid: Tensor, read: Tensor | None = None) -> Tensor:
@@ -55,7 +55,7 @@ class Splice:
 
 @dataclass(frozen=True)
 class Downstream:
-    """Means over sequences of means over their predicted tokens, in nats; intervals are 95 %, from the sequences.
+    """Mean scores in nats, over sequences, of the mean over predicted tokens. Intervals are 95 %, over sequences.
 
     ce: cross-entropy with the reconstruction in place. delta_ce: ce - ce_clean, paired by sequence. kl: KL(clean ||
     spliced) of the next-token distributions. loss_recovered: (ce_zero - ce) / (ce_zero - ce_clean), where ce_zero
@@ -79,7 +79,7 @@ class Downstream:
 
 
 class Spliced(NamedTuple):
-    """Of every sequence, float64 [n_sequences]: the mean over its predicted tokens of loss and of KL(clean || it)."""
+    """Means over the predicted tokens of each sequence, float64 [n_sequences]: the loss, and KL(clean || spliced)."""
 
     ce: Tensor
     kl: Tensor
@@ -97,11 +97,11 @@ def splice_sequences(
     batch: int = 8,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Spliced]:
-    """Splices every codec into the host in one pass over the text, so that all see the same sequences.
+    """Splices every codec into the host in one pass over the text, so that all are scored on the same sequences.
 
     Args:
         host: a `HostModel`. codecs: by name. tokens: [n_sequences, context], BOS first.
-        splice: where and in which units. mean: [d_in] in SAE units, for mean ablation.
+        splice: the place and the units. mean: [d_in] in SAE units, for mean ablation.
         counted: bool [n_sequences, context - 1], False where a prediction does not count; all when None.
         batch: sequences at once. progress: called with the number of sequences done.
 
@@ -152,13 +152,13 @@ def splice_sequences(
 def splice_loss(
     host: Any, codecs: Mapping[str, Codec], tokens: Tensor, splice: Splice, mean: Tensor, **options: Any
 ) -> dict[str, Downstream]:
-    """What each codec costs the host; arguments and errors as for `splice_sequences`."""
+    """The cost of each codec to the host; arguments and errors are those of `splice_sequences`."""
     spliced = splice_sequences(host, codecs, tokens, splice, mean, **options)
     return {name: downstream(spliced, f"sae:{name}") for name in codecs}
 
 
 def downstream(spliced: Mapping[str, Spliced], name: str) -> Downstream:
-    """The scores of the entry `name` of what `splice_sequences` returned."""
+    """Computes the scores of one entry, `name`, of the result of `splice_sequences`."""
     ce, clean = spliced[name].ce, spliced["clean"].ce
     delta, kl = mean_interval(ce - clean), mean_interval(spliced[name].kl)
     level = {one: float(spliced[one].ce.mean()) for one in ("clean", "zero", "mean", name)}

@@ -1,7 +1,7 @@
-"""Whether a code detects the features that data was made of: MCC, F1, precision and recall, where they are known.
+"""How well a code detects the known features of synthetic data: MCC, F1, precision and recall.
 
-A lower error is not a better feature. Data with known features says both; the definitions are SAELens'
-(`sae_lens.synthetic.evals`, which the tests compare with), so that the numbers stand beside its SynthSAEBench.
+A lower error does not mean better features; data with known features measures both. The definitions are SAELens'
+(`sae_lens.synthetic.evals`, compared in the tests), so that the numbers can be read beside its SynthSAEBench.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from rsae_triton.evaluation.reconstruction import CHUNK, Codec, check_activation
 
 
 class KnownFeatures(NamedTuple):
-    """Activations x [n_tokens, d_in], the directions [n_features, d_in] they were made of, and which of these are in
-    each, active bool [n_tokens, n_features]."""
+    """Synthetic activations x [n_tokens, d_in], the directions [n_features, d_in] they are sums of, and active, bool
+    [n_tokens, n_features]: which of the features each token has."""
 
     x: Tensor
     directions: Tensor
@@ -29,7 +29,7 @@ class KnownFeatures(NamedTuple):
 
     @property
     def l0(self) -> float:
-        """Features in a token."""
+        """Mean number of features per token."""
         return float(self.active.sum(1).double().mean())
 
 
@@ -38,10 +38,10 @@ class Detection:
     """How well an SAE's features detect known ones.
 
     mcc: the mean |cosine| of decoder rows and true directions under the best one-to-one assignment (arXiv:2505.20254).
-    f1, precision, recall: every feature of the SAE is taken as a detector of the true feature that its decoder row is
-    most like; means over the SAE's features, 0 for one that is never active. uniqueness: different true features that
-    are so detected, per feature of the SAE. dead: features that are never active here. l0, true_l0: of the code, and of
-    the data.
+    f1, precision, recall: each SAE feature is scored as a detector of the true feature whose direction is most like its
+    decoder row; means over the SAE's features, with 0 for one that is never active. uniqueness: the number of different
+    true features detected in this way, divided by the SAE's features. dead: features that are never active on this
+    data. l0: of the code. true_l0: of the data.
     """
 
     mcc: float
@@ -57,7 +57,7 @@ class Detection:
 
 @torch.no_grad()
 def detect(sae: Codec, known: KnownFeatures, *, chunk: int = CHUNK) -> Detection:
-    """Scores the code of `known.x` as a detector of the features it was made of.
+    """Scores the code of `known.x` as a detector of the features the data is made of.
 
     Raises:
         ShapeError, NumericsError: an SAE of another width, or tensors that do not fit each other.
@@ -86,7 +86,7 @@ def detect(sae: Codec, known: KnownFeatures, *, chunk: int = CHUNK) -> Detection
     precision, recall = both / fires.clamp_min(1), both / there.clamp_min(1)
     return Detection(
         mcc=assigned_cosine(cosine.abs()),
-        # 2 PR / (P + R) of counts, with 0 where nothing was right.
+        # 2 PR / (P + R) in terms of counts; 0 where nothing was right.
         f1=float((2 * both / (fires + there).clamp_min(1)).mean()),
         precision=float(precision.mean()),
         recall=float(recall.mean()),
@@ -99,7 +99,7 @@ def detect(sae: Codec, known: KnownFeatures, *, chunk: int = CHUNK) -> Detection
 
 
 def assigned_cosine(cosine: Tensor) -> float:
-    """The mean of cosine [n, m] over the min(n, m) pairs of the assignment that makes it largest."""
+    """The mean |cosine| over the min(n, m) pairs of the best one-to-one assignment, for cosine [n, m]."""
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
@@ -125,12 +125,15 @@ def planted_features(
     seed: int = 0,
     model_seed: int = 0,
 ) -> KnownFeatures:
-    """Data of our own with known features: directions in superposition, frequencies after Zipf, sizes 1 + |N| / 3.
+    """Makes synthetic data: directions in superposition, Zipf-distributed frequencies, magnitudes 1 + |N| / 3.
 
     Args:
-        l0: features in a token in the mean. correlation: 0 for independent features, below 1; how much of what makes
-            a feature active it shares with the others of its group of eight (a Gaussian copula).
-        seed: of the tokens. model_seed: of directions and frequencies; two calls with the same give one model.
+        l0: mean number of features per token. correlation: 0 (independent features) up to below 1; features in groups
+            of eight share this much of what makes them active (a Gaussian copula).
+        seed: of the tokens. model_seed: of directions and frequencies; the same seed gives the same model.
+
+    Raises:
+        ConfigError: l0 above n_features / 2, or a correlation outside [0, 1).
     """
     for name, value in (("n_tokens", n_tokens), ("d_in", d_in), ("n_features", n_features)):
         check_integer(name, value, 1)
@@ -152,10 +155,10 @@ def planted_features(
 
 
 def saelens_features(model: Any, n_tokens: int, *, seed: int = 0, chunk: int = 8192) -> KnownFeatures:
-    """Tokens of a `sae_lens.synthetic.SyntheticModel`, of your own or as SynthSAEBench publishes them.
+    """Draws tokens from a `sae_lens.synthetic.SyntheticModel`, such as those published with SynthSAEBench.
 
     Raises:
-        ConfigError: not such a model.
+        ConfigError: `model` is something else.
     """
     check_integer("n_tokens", n_tokens, 1)
     if not callable(getattr(model, "sample_with_features", None)) or not hasattr(model, "feature_dict"):
@@ -170,9 +173,11 @@ def saelens_features(model: Any, n_tokens: int, *, seed: int = 0, chunk: int = 8
 def saelens_model(
     *, d_in: int = 64, n_features: int = 512, l0: float = 5.0, correlation: float = 0.0, seed: int = 0
 ) -> Callable[[int, int], KnownFeatures]:
-    """A `sae_lens.synthetic.SyntheticModel` of this size -> a function of (n_tokens, seed) that draws from it.
+    """Makes a `sae_lens.synthetic.SyntheticModel` of this size and returns a function (n_tokens, seed) that draws from
+    it.
 
-    Firing after Zipf as SAELens does it, scaled to `l0`; magnitudes 1 +- 0.15; correlation: of its low-rank matrix.
+    Firing frequencies are SAELens' Zipf distribution, scaled to `l0`; magnitudes are 1 +- 0.15; correlation: the scale
+    of SAELens' low-rank correlation matrix.
 
     Raises:
         SourceError: SAELens 6.54 or later is not installed.
@@ -202,6 +207,6 @@ def _with_probabilities(generator: Any, probabilities: Tensor) -> Any:
         firing_probabilities=probabilities,
         std_firing_magnitudes=generator.std_firing_magnitudes,
         mean_firing_magnitudes=generator.mean_firing_magnitudes,
-        # It keeps the root of what it was given.
+        # SAELens takes the square root of the value it is given.
         correlation_matrix=None if low_rank is None else (low_rank[0], low_rank[1].square()),
     )

@@ -1,4 +1,4 @@
-"""From the paths of saved SAEs to those SAEs and the held-out activations they are scored on."""
+"""Loads saved SAEs and the held-out activations they are scored on."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from rsae_triton.teachers import load_teacher
 
 @dataclass(frozen=True, kw_only=True)
 class HostOptions:
-    """Which language model, and where in it."""
+    """The language model, and the place in it."""
 
     model: str | None = None
     """Host model: smollm2, a .gguf file, a model folder, or a hub id; what the SAE says it is for when not given."""
@@ -55,7 +55,7 @@ class HostOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions(HostOptions):
-    """Which text, and how much of it."""
+    """The text, and how much of it to use."""
 
     text: tuple[str, ...] = ("demo",)
     """Text to read activations from: demo, files, folders, or a hub dataset."""
@@ -68,7 +68,7 @@ class TextOptions(HostOptions):
 
 
 def check_text(options: TextOptions) -> None:
-    """Refuses what is wrong about the text before anything is loaded (ConfigError, SourceError)."""
+    """Checks the options about the text before anything is loaded (ConfigError, SourceError)."""
     if options.tokens < 1:
         raise ConfigError(f"--tokens is {options.tokens}; give a positive number")
     if options.seed is not None:
@@ -77,17 +77,18 @@ def check_text(options: TextOptions) -> None:
 
 
 def load_sae(source: str | Path) -> SparseAutoencoder:
-    """Any SAE that was saved: the folder of a Rational SAE, or whatever `load_teacher` reads.
+    """Loads any saved SAE: the folder of a Rational SAE, or whatever `load_teacher` reads.
 
     Raises:
-        FormatError: no SAE, or a corrupt one. SourceError: a hub id that cannot be fetched.
+        FormatError: it is no SAE, or a damaged one.
+        SourceError: a hub id cannot be fetched.
     """
     folder = Path(source)
     if not folder.exists():
         try:
-            folder = local_path(source)  # also of the hub, where one's own are pushed to
+            folder = local_path(source)  # also from the hub, where people push their Rational SAEs
         except (FormatError, SourceError):
-            return load_teacher(str(source))  # which knows more names, and says what is wrong
+            return load_teacher(str(source))  # it accepts more kinds of names, and its errors say what is wrong
     config = folder / CONFIG_FILE
     architecture = read_json(config).get("architecture") if config.is_file() else None
     kinds: tuple[type[FusedRationalSAE], ...] = (*RATIONAL, RationalTranscoder)
@@ -98,14 +99,15 @@ def load_sae(source: str | Path) -> SparseAutoencoder:
 
 
 def load_saes(paths: Sequence[Path]) -> dict[str, SparseAutoencoder]:
-    """SAEs by the shortest end of their path that tells them apart.
+    """Loads SAEs and names each by the shortest end of its path that tells it from the others.
 
     Raises:
-        ConfigError: no path, or one twice. FormatError: as `load_sae`.
+        ConfigError: no path, or the same path twice.
+        FormatError: see `load_sae`.
     """
     if not paths:
         raise ConfigError("no SAE to evaluate; give the folder of at least one")
-    real = [Path(os.path.realpath(path)) for path in paths]  # Path.resolve raises for a link to itself
+    real = [Path(os.path.realpath(path)) for path in paths]  # Path.resolve raises for a link that points to itself
     if len(set(real)) < len(paths):
         raise ConfigError(f"{', '.join(map(str, paths))} names an SAE twice; give each once")
     depth = 1
@@ -116,10 +118,10 @@ def load_saes(paths: Sequence[Path]) -> dict[str, SparseAutoencoder]:
 
 
 def agreed(saes: Mapping[str, SparseAutoencoder], key: str, given: str | None) -> str | None:
-    """`given`, else what the SAEs' metadata say under `key`; None when they say nothing.
+    """Returns `given`, else the value of `key` that the SAEs' metadata agree on; None if none has one.
 
     Raises:
-        ConfigError: they say different things.
+        ConfigError: the SAEs disagree.
     """
     if given is not None:
         return given
@@ -133,10 +135,11 @@ def agreed(saes: Mapping[str, SparseAutoencoder], key: str, given: str | None) -
 
 
 def open_host(options: HostOptions, saes: Mapping[str, SparseAutoencoder]) -> HostModel:
-    """The host model the SAEs read, at their hook, checked against their width.
+    """Loads the host model that the SAEs read, at their hook, and checks their width.
 
     Raises:
-        ConfigError, SourceError: as `load_host`, and SAEs that are for different places. ShapeError: another width.
+        ConfigError, SourceError: see `load_host`; also if the SAEs are for different places.
+        ShapeError: an SAE has another width.
     """
     model = agreed(saes, "model_name", options.model) or EMBEDDED
     if options.model is None:
@@ -174,14 +177,14 @@ def open_host(options: HostOptions, saes: Mapping[str, SparseAutoencoder]) -> Ho
 
 
 def _context(saes: Mapping[str, SparseAutoencoder]) -> int:
-    """How many tokens a context has: as many as the SAEs were trained on, if they say so and agree."""
+    """The number of tokens in a context: the one that the SAEs were trained with, if their metadata agree."""
     said = {one.context or 128 for one in (making_of(sae.metadata) for sae in saes.values())}
     return said.pop() if len(said) == 1 else 128
 
 
 class HeldOut(NamedTuple):
-    """Held-out activations in the SAEs' training units: x [n_tokens, d_in], the context of each row, and how the
-    host's activations come to these units."""
+    """Held-out activations in the SAEs' training units: x [n_tokens, d_in], the context of each row, and how host
+    activations are converted to these units (`splice`)."""
 
     x: torch.Tensor
     store: ActivationStore | PairedStore
@@ -190,19 +193,19 @@ class HeldOut(NamedTuple):
 
 
 def open_held_out(options: TextOptions, saes: Mapping[str, SparseAutoencoder], host: HostModel) -> HeldOut:
-    """Reads the test part of the text; takes the SAEs (saved in the host's units) to the units of x, in place.
+    """Reads the test part of the text, and converts the SAEs (saved in the host's units) in place to the units of x.
 
-    The units are those the first SAE was trained in, if its metadata say so (activation_scale), else such that the
-    mean norm of x is sqrt(d_in).
+    The units are those the first SAE was trained in, if its metadata says so (activation_scale); otherwise they are
+    such that the mean norm of x is sqrt(d_in).
 
     Raises:
-        ConfigError: a text too small to split.
+        ConfigError: the text is too small to split.
     """
     documents = load_corpus(list(options.text))
     try:
         seed = options.seed if options.seed is not None else int(agreed(saes, "split_seed", None) or 0)
         check_seed(seed)
-    except ValueError as error:  # of a stranger's metadata
+    except ValueError as error:  # metadata can come from anywhere
         raise FormatError(f"the split_seed in the SAE's cfg.json is no seed ({error}); give --seed") from error
     if not options.whole_text:
         documents = split_three_ways(documents, seed=seed)[2]

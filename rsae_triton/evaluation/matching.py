@@ -1,4 +1,4 @@
-"""Which feature of one SAE a feature of another corresponds to: by decoder direction and by when they are active."""
+"""Matches the features of two SAEs: by decoder direction, and by when they are active."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from rsae_triton.sae.base import SparseAutoencoder, check_sae
 from rsae_triton.sae.units import check_place, check_same_units, reading
 
 KEPT = 0.9
-# Co-moments of this many pairs of features are held at once (float64); more pairs take more passes over the text.
+# How many pairs of features are accumulated at once (float64); more pairs take more passes over the text.
 _PAIRS = 1 << 26
 
 
 @dataclass(frozen=True)
 class Matching:
-    """For every feature f of the second SAE its partner in the first (the teacher).
+    """Gives every feature f of the second SAE its partner in the first (the teacher).
 
     Attributes:
         partner: int [d_sae], the teacher's feature whose decoder row has the largest cosine with W_dec[f].
-        cosine: [d_sae], that cosine. mutual: bool [d_sae], whether f is also the partner of its partner.
-        correlation: [d_sae], Pearson's, of the activations of f and of its partner over all tokens (zeros included);
-            NaN where one of them is never active on these tokens, or always at one value.
+        cosine: [d_sae], the cosine of f and its partner. mutual: bool [d_sae], whether f is also the partner of its
+            partner.
+        correlation: [d_sae], Pearson correlation of the activations of f and its partner over all tokens (zeros
+            included); NaN if one of them is constant on these tokens, such as never active.
         best_correlated: int [d_sae], the teacher's feature with the largest correlation, -1 where there is none;
             best_correlation: [d_sae], that correlation.
         frequency, partner_frequency: [d_sae], fraction of tokens on which f, and its partner, is active.
-        overlap: [d_sae], of the tokens on which f or its partner is active, the share on which both are; NaN where
-            neither ever is.
-        n_tokens: how many tokens that was measured on.
+        overlap: [d_sae], the fraction of the tokens with f or its partner active that have both active; NaN if neither
+            ever is.
+        n_tokens: how many tokens were measured.
     """
 
     partner: Tensor
@@ -54,7 +55,7 @@ class Matching:
         return torch.minimum(self.cosine, self.correlation)
 
     def most_changed(self, count: int = 20) -> list[int]:
-        """The features least like their partners, those without a correlation left out."""
+        """The `count` features least similar to their partners; those without a correlation are left out."""
         order = self.similarity.nan_to_num(nan=torch.inf).argsort()
         return [int(f) for f in order[:count] if bool(self.similarity[f].isfinite())]
 
@@ -100,8 +101,8 @@ def match_features(
 ) -> Matching:
     """Matches every feature of `sae` with one of `teacher`.
 
-    Codes are made chunk by chunk and only sums are kept: co-moments of `pairs` pairs of features at once, so that
-    memory is 8 * pairs bytes whatever the number of tokens; SAEs with more pairs take several passes.
+    Codes are computed chunk by chunk and only sums are kept: co-moments of `pairs` pairs of features at a time. Memory
+    is 8 * pairs bytes whatever the number of tokens; SAEs with more pairs take several passes.
 
     Args:
         teacher, sae: of one d_in. x: held-out activations, an `ActivationStore` or [n_tokens, d_in] in the units that
@@ -123,7 +124,7 @@ def match_features(
         with reading(teacher, x), reading(sae, x):
             return match_features(teacher, sae, x.tensor(), pairs=pairs, progress=progress)
     check_same_units({"the teacher": teacher, "the SAE": sae})
-    x = sae.sides(check_activations(sae, x))[0]  # codes are of what is read
+    x = sae.sides(check_activations(sae, x))[0]  # a code is computed from what a transcoder reads
     if len(x) < 2:
         raise ConfigError(f"{len(x)} token gives no correlation; give at least 2, better 10000")
     partner, cosine, mutual = _by_direction(teacher, sae, pairs)
@@ -166,7 +167,7 @@ def match_features(
 
 
 def passes(teacher: SparseAutoencoder, sae: SparseAutoencoder, pairs: int = _PAIRS) -> int:
-    """How often `match_features` goes through the text for the co-moments."""
+    """How many times `match_features` goes through the text for the co-moments."""
     return len(_blocks(teacher.d_sae, sae.d_sae, pairs))
 
 
@@ -178,7 +179,7 @@ def _blocks(d_teacher: int, d_sae: int, pairs: int) -> list[tuple[int, int]]:
 
 
 def _by_direction(teacher: SparseAutoencoder, sae: SparseAutoencoder, pairs: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Partner and cosine of every feature, and whether the choice is mutual; in blocks of teacher features."""
+    """Returns each feature's partner, their cosine, and whether the choice is mutual; in blocks of teacher features."""
     own, other = (torch.nn.functional.normalize(one.W_dec.detach().float().cpu(), dim=1) for one in (sae, teacher))
     cosine = torch.full((len(own),), -torch.inf)
     partner = torch.zeros(len(own), dtype=torch.long)
@@ -193,8 +194,9 @@ def _by_direction(teacher: SparseAutoencoder, sae: SparseAutoencoder, pairs: int
 
 
 class _Moments:
-    """Of an SAE's codes on x: a shift close to the mean of each feature, the mean minus that, the root of the sum of
-    squared deviations, and the frequency. Products of shifted codes lose no digits to a feature's mean."""
+    """Moments of an SAE's codes on x: a shift close to each feature's mean, the mean minus the shift, the root of the
+    summed squared deviations, and the frequency. Codes are shifted before they are multiplied, so that a large mean
+    costs no precision."""
 
     def __init__(self, sae: SparseAutoencoder, x: Tensor) -> None:
         self.shift = self.codes(sae, x[:CHUNK]).mean(0)
@@ -207,7 +209,7 @@ class _Moments:
             total += z.sum(0)
             squares += z.square().sum(0)
         self.offset = (total / len(x)).cpu()
-        # Rounding can leave a constant feature a tiny norm: what is not above it counts as constant.
+        # Rounding can leave a constant feature a tiny norm, so anything up to this counts as constant.
         square = (squares.cpu() - self.offset.square() * len(x)).clamp_min(0)
         constant = square <= 1e-12 * squares.cpu().clamp_min(1e-300) + 1e-30
         self.norm = square.sqrt().masked_fill(constant, torch.nan)

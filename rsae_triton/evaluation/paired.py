@@ -1,4 +1,4 @@
-"""Means with 95 % intervals, of values and of paired differences, where values come in groups that belong together."""
+"""Means with 95 % intervals, also of paired differences, for values whose items fall into dependent groups."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Interval(NamedTuple):
 
 
 def mean_interval(values: Tensor, clusters: Tensor | None = None) -> Interval:
-    """The mean of `values` [n] and its interval; for a paired difference hand in the differences.
+    """Returns the mean of `values` [n] and its interval. For a paired comparison pass the differences.
 
     Args:
         values: one per item. clusters: int [n], which items belong together (the tokens of one context, say);

@@ -1,4 +1,4 @@
-"""From a task and documents to the token windows that are probed, and from those to codes."""
+"""Turns a task and documents into token windows to probe, and those into codes."""
 
 from __future__ import annotations
 
@@ -23,22 +23,24 @@ from rsae_triton.evaluation.probe_tasks import Task
 from rsae_triton.evaluation.reconstruction import Codec
 from rsae_triton.sae.units import reading
 
-# A window is looked for in this many characters per token: enough for all but text that is mostly spaces.
+# How many characters per token are searched for a window: enough for all but text that is mostly spaces.
 _CHARS_PER_TOKEN = 8
-# Windows begin this many characters per token apart: a token of English has 4 or 5, so they do not overlap.
+# Windows begin this many characters per token apart. English has 4 or 5 per token, so they do not overlap.
 _CHARS_APART = 6
-# Like the activation stores: positions beyond this multiple of the median norm are not what SAEs are trained on.
+# As in the activation stores, positions above this multiple of the median norm are outliers that SAEs are not trained
+# on.
 _OUTLIER = 4.0
 
 
 @dataclass(frozen=True)
 class Items:
-    """Windows of text with a label each.
+    """Windows of text, each with a label.
 
     Attributes:
-        tokens: int64 [n_items, context], BOS first. pooled: bool [n_items, context], the positions whose mean
-            stands for the item: all but BOS where the label is the text's, the last where it is a word's.
-        labels: bool [n_items], as many of each. units: [n_items], what a split must not cut.
+        tokens: int64 [n_items, context], BOS first. pooled: bool [n_items, context], the positions that are averaged to
+            represent the item: all but BOS for a label of the text, the last one for a label of a word.
+        labels: bool [n_items], equally many of each. units: [n_items], the group of each item, which a split must keep
+            together.
     """
 
     tokens: Tensor
@@ -68,10 +70,11 @@ def make_items(
     context: int = 64,
     seed: int = 0,
 ) -> Items:
-    """Windows of `context` tokens (BOS and context - 1 of text), the same number of each label, at most `per_label`.
+    """Makes windows of `context` tokens (BOS and context - 1 of text): equally many of each label, at most `per_label`.
 
-    Windows of a text's label come in turn from the task's units and do not overlap. Of labelled words each stands at
-    the end of its window and comes as often with one label as with the other, so that the word itself says nothing.
+    For labels of texts, windows are taken in turn from the task's units and do not overlap. For labelled words, the
+    word is at the end of its window, and each word occurs equally often with both labels, so that the word itself does
+    not reveal the label.
 
     Raises:
         ConfigError: the documents hold fewer than two windows of a label.
@@ -117,7 +120,7 @@ def make_items(
 
 
 def _in_turn(places: Sequence[_Place], label: bool) -> Iterator[_Place]:
-    """The places with a label, one of each unit, then another of each, and so on."""
+    """Yields the places with this label: one from each unit, then another from each, and so on."""
     units: dict[str, list[_Place]] = defaultdict(list)
     for place in places:
         if place.label == label:
@@ -126,7 +129,8 @@ def _in_turn(places: Sequence[_Place], label: bool) -> Iterator[_Place]:
 
 
 def _pairs_by_word(places: Sequence[_Place]) -> Iterator[tuple[_Place, _Place]]:
-    """Two places with the same word and different labels, one pair of each word, then another of each, and so on."""
+    """Yields pairs of places with the same word and different labels: one pair for each word, then another, and so
+    on."""
     words: dict[str, tuple[list[_Place], list[_Place]]] = defaultdict(lambda: ([], []))
     for place in places:
         word = place.document.text[: place.end][-40:].split()[-1]
@@ -136,12 +140,13 @@ def _pairs_by_word(places: Sequence[_Place]) -> Iterator[tuple[_Place, _Place]]:
 
 
 def _window(host: HostModel, context: int, *, at_end: bool) -> Callable[[_Place], list[int] | None]:
-    """The context - 1 tokens that begin (or end) a place; None when it is too short."""
+    """Returns a function that gives the context - 1 tokens that begin (or end) at a place; None if the text is too
+    short."""
 
     def encode(place: _Place) -> list[int] | None:
         text = place.document.text[place.start : place.end]
         if place.start > 0:
-            text = text[max(0, text.find(" ")) :]  # not from the middle of a word
+            text = text[max(0, text.find(" ")) :]  # do not begin in the middle of a word
         ids: list[int] = host.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) < context - 1:
             return None
@@ -151,18 +156,18 @@ def _window(host: HostModel, context: int, *, at_end: bool) -> Callable[[_Place]
 
 
 class Rows:
-    """The residuals of the pooled positions of items: rows [n_rows, d_in] in host units, and whose each is."""
+    """Residuals at the pooled positions: rows [n_rows, d_in] in host units, and the item that each belongs to."""
 
     def __init__(self, rows: Tensor, items: Tensor, n_items: int) -> None:
         norms = rows.float().norm(dim=1)
-        # An item all of whose positions are outliers keeps them: a probe must answer for every item.
+        # An item with nothing but outliers keeps them, because every item needs a prediction.
         usual = norms <= _OUTLIER * norms.median()
         counts = torch.zeros(n_items, dtype=torch.long).index_add_(0, items, usual.long())
         keep = usual | (counts == 0)[items]
         self.rows, self.items, self.n_items = rows[keep], items[keep], n_items
 
     def means(self, function: Callable[[Tensor], Tensor], chunk: int = 2048) -> np.ndarray[Any, Any]:
-        """The mean over an item's positions of function(rows), float32 [n_items, width]."""
+        """The mean of function(rows) over each item's positions, float32 [n_items, width]."""
         total: Tensor | None = None
         for rows, items in zip(self.rows.split(chunk), self.items.split(chunk), strict=True):
             values = function(rows.float()).double().cpu()
@@ -176,7 +181,7 @@ class Rows:
 
 @torch.no_grad()
 def representations(saes: Mapping[str, Codec], rows: Rows) -> dict[str, np.ndarray[Any, Any]]:
-    """The items' mean codes under each SAE, and under "raw" their mean residuals."""
+    """Returns the items' mean codes under each SAE, and their mean residuals under "raw"."""
 
     def codes(sae: Codec) -> Callable[[Tensor], Tensor]:
         return lambda x: sae.encode(x.to(device=sae.W_dec.device, dtype=sae.W_dec.dtype))
@@ -188,7 +193,7 @@ def representations(saes: Mapping[str, Codec], rows: Rows) -> dict[str, np.ndarr
 
 
 def read_rows(items: Items, host: HostModel, *, batch: int = 16, progress: Callable[[int], None] | None = None) -> Rows:
-    """The host's residuals at the items' pooled positions, read once and kept in the cache.
+    """Reads the host's residuals at the items' pooled positions, once; they are kept in the cache.
 
     Args:
         progress: called with the number of items done.

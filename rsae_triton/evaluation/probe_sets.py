@@ -1,8 +1,8 @@
-"""The labelled data sets of the package `sae-probes` (arXiv:2502.16681) as items to probe.
+"""Reads the labelled data sets of the package `sae-probes` (arXiv:2502.16681) as probing tasks.
 
-The package is read where it is installed, and neither imported (it brings SAELens, TransformerLens and xgboost) nor
-copied: `pip install --no-deps sae-probes zstandard` is enough. Its own protocol runs on our SAEs as well, which SAELens
-loads: `sae_probes.run_sae_evals` (docs/evaluation.md).
+Its data files are read from the installed package; the package is not imported (that would need SAELens,
+TransformerLens and xgboost), so `pip install --no-deps sae-probes zstandard` is enough. Its own protocol,
+`sae_probes.run_sae_evals`, works with our SAEs too, since SAELens loads them (docs/evaluation.md).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def set_names() -> list[str]:
 def probe_set(
     name: str, host: HostModel, *, per_label: int = 250, context: int = 128, seed: int = 0
 ) -> tuple[Task, Items]:
-    """A binary data set as `rsae probe` takes it: the last `context` tokens of each prompt, and of these the last one.
+    """Returns a binary data set as task and items: the last `context` tokens of each prompt, probed at the last one.
 
     Args:
         per_label: prompts of each label, at most; drawn with `seed`.
@@ -61,14 +61,14 @@ def probe_set(
     chosen = [[prompts[i] for i in rng.permutation(len(prompts))[:count]] for prompts in of_label]
     windows = [_tokens(host, prompt, context) for prompts in chosen for prompt in prompts]
     length = max(map(len, windows))
-    # What follows a prompt is not seen by its last token.
+    # Rows are padded at the end: the last token of a prompt does not see what follows it.
     tokens = torch.full((len(windows), length), host.bos_token_id)
     pooled = torch.zeros(len(windows), length, dtype=torch.bool)
     for row, window in enumerate(windows):
         tokens[row, : len(window)] = torch.tensor(window)
         pooled[row, len(window) - 1] = True
     task = Task(name, KIND, (classes[0], classes[1]), lambda _: iter(()), lambda document: document.group)
-    # A prompt that comes twice must not be on both sides of a split.
+    # A prompt that occurs twice must not be on both sides of a split.
     units = [hashlib.sha256(repr(window).encode()).hexdigest()[:16] for window in windows]
     return task, Items(tokens, pooled, np.repeat([False, True], count), units)
 

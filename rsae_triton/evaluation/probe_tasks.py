@@ -1,9 +1,9 @@
-"""What is probed for: binary labels of pieces of text or of single tokens, in text that needs no hub.
+"""The probing tasks: binary labels of texts or single words, in text that needs no download.
 
-Sources (see `activations/demo_corpus.py` for where they come from): the State of the Union addresses, Shakespeare's
-plays and the King James Bible are in the public domain; Python's standard library is under the PSF licence. The labels
-are facts about the texts (who gave an address, which plays the First Folio calls comedies, who the letters are
-traditionally ascribed to) or follow from the grammar.
+The sources are described in `activations/demo_corpus.py`: the State of the Union addresses, Shakespeare's plays and the
+King James Bible are in the public domain; Python's standard library is under the PSF licence. The labels are facts
+about the texts (who gave an address, which plays the First Folio calls comedies, who the letters are traditionally
+ascribed to) or follow from the grammar.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from dataclasses import dataclass
 from rsae_triton.activations import Document
 from rsae_triton.common.errors import ConfigError
 
-# Where an example may lie: a text's label belongs to every position (end None), a token's to one.
+# Where an example is: a label of the text holds at every position (end None), a label of a word at one.
 Span = tuple[int | None, bool]
 
 
 @dataclass(frozen=True)
 class Task:
-    """One binary question about text.
+    """A binary question about text.
 
     Attributes:
         name, kind: "Clinton or G. W. Bush", "president". classes: what False and True stand for.
-        find: yields (end, label) of a document: (None, label) for a label of the whole document, (position behind
-            the word, label) for each labelled word.
-        unit: what a document belongs to that a split must not cut (an address, a president, a book).
-        of_words: whether labels are those of words.
+        find: yields the (end, label) pairs of a document: (None, label) for a label of the whole document, (position
+            behind the word, label) for each labelled word.
+        unit: the group of a document that a split must keep together (an address, a president, a book).
+        of_words: whether the labels are of words instead of texts.
     """
 
     name: str
@@ -49,7 +49,7 @@ def by_document(
     label: Callable[[Document], bool | None],
     unit: Callable[[Document], str] | None = None,
 ) -> Task:
-    """A task whose label is the document's; `label` gives None for documents it is not about."""
+    """Makes a task whose labels are of documents. `label` returns None for documents that the task is not about."""
 
     def find(document: Document) -> Iterator[Span]:
         found = label(document)
@@ -68,7 +68,8 @@ def _title(document: Document) -> str:
 
 
 def _presidents(first: str, second: str, name: str) -> Task:
-    """Two presidents, split by address: neighbours in time, so that the century does not tell them apart."""
+    """A task to tell two presidents apart, split by address. They are neighbours in time, so the century does not
+    help."""
 
     def label(document: Document) -> bool | None:
         return {first: False, second: True}.get(document.labels.get("president", ""))
@@ -127,7 +128,7 @@ def _play(document: Document) -> bool | None:
     return False if title in _COMEDIES else True if title in _TRAGEDIES else None
 
 
-# Words that are nouns and verbs alike; a determiner or a modal verb before them says which they are here.
+# Words that can be a noun or a verb; a determiner or a modal verb before one tells which it is.
 _HOMOGRAPHS = _names(
     "act aid answer attack bear call care cause change charge claim command control cost cover cry cure curse deal "
     "debate delay delight demand desire doubt dream drink end fall favor favour fear fight force gain guard guide harm "
@@ -152,20 +153,20 @@ def _noun_or_verb(document: Document) -> Iterator[Span]:
 
 
 def _parameter_or_argument(document: Document) -> Iterator[Span]:
-    """Names in the parentheses of a `def` (False) or a call (True), if they stand first or behind a comma."""
+    """Yields names in the parentheses of a `def` (False) or of a call (True), if they are first or follow a comma."""
     if document.source != "python_code":
         return
     lines = [0]
-    for line in io.StringIO(document.text):  # ends lines where the tokenizer does
+    for line in io.StringIO(document.text):  # this splits lines as the tokenizer does
         lines.append(lines[-1] + len(line))
-    inside: list[bool | None] = []  # of the open brackets: a def's, a call's, or another
+    inside: list[bool | None] = []  # one entry per open bracket: of a def, of a call, or neither
     before: list[str] = ["", ""]
     pending: Span | None = None
     try:
         for token in tokenize.generate_tokens(io.StringIO(document.text).readline):
             if token.type in (tokenize.NL, tokenize.NEWLINE, tokenize.COMMENT, tokenize.INDENT, tokenize.DEDENT):
                 continue
-            if pending and not (pending[1] and token.string == "="):  # f(name=...) names a parameter
+            if pending and not (pending[1] and token.string == "="):  # a name before "=" is a keyword of the call
                 yield pending
             pending = None
             if token.string in ("(", "[", "{"):
@@ -217,10 +218,10 @@ TASKS = (
 
 
 def labelled(documents: Sequence[Document], column: str) -> Task:
-    """The task of telling apart the two values that a label of the documents takes, split by group.
+    """Makes the task to tell apart the two values of a label of the documents, split by group.
 
     Raises:
-        ConfigError: no document has the label, or it takes another number of values than two.
+        ConfigError: no document has the label, or it does not take exactly two values.
     """
     values = Counter(document.labels[column] for document in documents if column in document.labels)
     if not values:

@@ -1,4 +1,4 @@
-"""Sparse probing: how well a few features of a code tell two labels apart (as in arXiv:2305.01610 and SAEBench)."""
+"""Sparse probing: how well a few features of a code tell two labels apart (arXiv:2305.01610, SAEBench)."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ class Probed:
     """Probes of several representations of the same items, on the same splits.
 
     Attributes:
-        predictions: (representation, k) -> bool [n_items]: of every item, by the probe that has not seen its group.
+        predictions: (representation, k) -> bool [n_items]: the prediction for each item by the probe that was not
+            trained on its group.
         features: (representation, k) -> per fold, the features chosen, strongest first.
-        labels, groups: what the probes were to tell, and which items belong together; int [n_items].
-        draws: (representation, k) -> [n_resamples, 2]: accuracy and f1 on resampled groups.
+        labels, groups: int [n_items], the true labels, and which items belong together.
+        draws: (representation, k) -> [n_resamples, 2]: accuracy and f1 on resampled groups, for the intervals.
         folds: how many splits.
     """
 
@@ -37,16 +38,16 @@ class Probed:
 
     @property
     def chance(self) -> float:
-        """The accuracy of always saying the more frequent label."""
+        """The accuracy of always predicting the more frequent label."""
         return float(max(self.labels.mean(), 1 - self.labels.mean()))
 
     def score(self, name: str, k: int) -> dict[str, list[float]]:
-        """{"accuracy": [value, low, high], "f1": the same}: with 95 % percentile intervals over the groups."""
+        """Returns {"accuracy": [value, low, high], "f1": the same}, with 95 % percentile intervals over the groups."""
         values = _metrics(_counts(self.predictions[name, k], self.labels, self.groups), None)[0]
         return _with_interval(values, self.draws[name, k])
 
     def difference(self, ours: str, theirs: str, k: int) -> dict[str, list[float]]:
-        """The same for ours - theirs, paired: both are scored on the same resampled groups."""
+        """Returns the same for ours - theirs, paired: both are scored on the same resampled groups."""
         one, other = (
             _metrics(_counts(self.predictions[name, k], self.labels, self.groups), None)[0] for name in (ours, theirs)
         )
@@ -63,20 +64,21 @@ def sparse_probe(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Probed:
-    """Probes with the k features whose means differ most between the labels, by logistic regression.
+    """Fits logistic regressions on the k features whose means differ most between the labels.
 
-    Items are split into folds by whole groups, alike for every representation. On the training folds the k features
-    with the largest |mean difference| / standard deviation are chosen, standardised, and a logistic
-    regression is fitted to them; it predicts the items of the fold left out. So every item is predicted once, by a
-    probe (features included) that has seen nothing of its group. Intervals resample whole groups.
+    Items are split into folds by whole groups, the same way for every representation. On the training folds the k
+    features with the largest |mean difference| / standard deviation are chosen and standardised, and a logistic
+    regression on them predicts the items of the fold left out. So each item is predicted once, by a probe whose weights
+    and features were chosen without its group. Intervals resample whole groups.
 
     Args:
         representations: by name, [n_items, width]. labels: [n_items], 0 or 1. groups: int [n_items].
         ks: numbers of features; one above a representation's width means all of them.
 
     Raises:
-        ShapeError, NumericsError: representations that do not fit or are not finite. ConfigError: a label with fewer
-        than two groups. SourceError: scikit-learn is not installed.
+        ShapeError, NumericsError: representations that do not fit or are not finite.
+        ConfigError: a label with fewer than two groups.
+        SourceError: scikit-learn is not installed.
     """
     try:
         from sklearn.model_selection import StratifiedGroupKFold
@@ -114,8 +116,11 @@ def sparse_probe(
 
 
 def average(probed: Sequence[Probed], ours: str, k: int, theirs: str | None = None) -> dict[str, list[float]]:
-    """The mean over tasks of a representation's scores (or of ours - theirs), with its interval: tasks are resampled
-    within, independently, so this says how sure the mean over these tasks is, not over all tasks there could be."""
+    """The mean over tasks of a representation's scores (or of ours - theirs), with its interval.
+
+    Resampling is within each task, independently. So the interval is for the mean over these tasks, not over all
+    possible tasks.
+    """
     parts = [one.score(ours, k) if theirs is None else one.difference(ours, theirs, k) for one in probed]
     draws = [one.draws[ours, k] - (0 if theirs is None else one.draws[theirs, k]) for one in probed]
     values = np.array([[part[metric][0] for metric in METRICS] for part in parts]).mean(0)
@@ -123,9 +128,9 @@ def average(probed: Sequence[Probed], ours: str, k: int, theirs: str | None = No
 
 
 def _ranked(x: _Array, labels: _Array) -> tuple[_Array, _Array, _Array]:
-    """Features, the one whose means differ most first; mean and standard deviation of each."""
+    """Returns the features, those whose means differ most first, with the mean and the standard deviation of each."""
     mean, std = x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64)
-    std[std == 0] = 1.0  # a dead feature: its difference is 0, and it comes last
+    std[std == 0] = 1.0  # the difference of a dead feature is 0, so it comes last
     difference = x[labels].mean(0, dtype=np.float64) - x[~labels].mean(0, dtype=np.float64)
     return np.argsort(-np.abs(difference) / std, kind="stable"), mean, std
 
@@ -137,14 +142,14 @@ def _fit_predict(x: _Array, labels: _Array, test: _Array) -> _Array:
 
 
 def _counts(predicted: _Array, labels: _Array, groups: _Array) -> _Array:
-    """True positives, false positives, false negatives, true negatives of every group, [n_groups, 4]."""
+    """Counts true positives, false positives, false negatives and true negatives in every group, [n_groups, 4]."""
     labels = labels.astype(bool)
     cells = (predicted & labels, predicted & ~labels, ~predicted & labels, ~predicted & ~labels)
     return np.stack([np.bincount(groups, cell, groups.max() + 1) for cell in cells], axis=1)
 
 
 def _metrics(counts: _Array, weights: _Array | None) -> _Array:
-    """Accuracy and macro f1 (the mean of both labels') of the groups weighted by each row of weights, [rows, 2]."""
+    """Accuracy and macro f1 (the mean over both labels) for each row of group weights, [rows, 2]."""
     total = counts.sum(0, keepdims=True) if weights is None else weights @ counts
     tp, fp, fn, tn = total.T
     f1 = [2 * hits / np.maximum(2 * hits + fp + fn, 1) for hits in (tp, tn)]

@@ -1,4 +1,4 @@
-"""Orthogonal matching pursuit on an SAE's dictionary: what its decoder could do at the same l0 with any encoder."""
+"""Orthogonal matching pursuit on an SAE's dictionary: how well its decoder could do at an l0 with a better encoder."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from rsae_triton.sae.base import SparseAutoencoder, check_sae
 
 
 class Pursuit:
-    """An SAE whose code is found by orthogonal matching pursuit (scikit-learn's): k features a token, the best next one
-    at a time, amplitudes by least squares. Codes may be negative. A bound for encoders, far too slow to be one.
+    """An SAE whose code is found by orthogonal matching pursuit (scikit-learn): k features per token, added one at a
+    time, with amplitudes by least squares. Codes may be negative. It shows how far encoders could improve, but is far
+    too slow to be used as one.
 
     Args:
-        sae: whose W_dec and b_dec are taken. k: features a token.
+        sae: provides W_dec and b_dec. k: features per token.
 
     Raises:
-        ConfigError: an SAE that normalises every token, or more features than d_in. SourceError: no scikit-learn.
+        ConfigError: an SAE that normalises every token, or k above d_in or d_sae.
+        SourceError: scikit-learn is not installed.
     """
 
     def __init__(self, sae: SparseAutoencoder, k: int) -> None:
@@ -49,7 +51,7 @@ class Pursuit:
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
         rows = (x.double().cpu() - self.sae.b_dec.detach().double().cpu()).reshape(-1, self.sae.d_in)
-        with warnings.catch_warnings():  # it says so where a token needs fewer than k features
+        with warnings.catch_warnings():  # scikit-learn warns if a token needs fewer than k features
             warnings.filterwarnings("ignore", "Orthogonal matching pursuit ended prematurely", RuntimeWarning)
             z = self._solve(self._gram, (self._rows @ rows.t()).numpy(), n_nonzero_coefs=self.k, copy_Xy=False)
         z = torch.as_tensor(z).reshape(self.sae.d_sae, -1).t() / self._norms

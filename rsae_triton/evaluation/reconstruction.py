@@ -1,4 +1,4 @@
-"""Reconstruction and sparsity of a code on held-out activations, as shipped and at a given l0."""
+"""Scores the reconstruction and the sparsity of a code on held-out activations, as shipped and at a given l0."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.sparse import SparseCode, decode_sparse, encode_sparse
 
 CHUNK = 2048
-# A feature active on more than this fraction of the tokens is called dense.
+# A feature that is active on more than this fraction of the tokens is called dense.
 DENSE, DENSE_HALF = 0.1, 0.5
 
 
 class Codec(Protocol):
-    """Anything that encodes and decodes: an SAE, or one behind a threshold."""
+    """Anything that encodes and decodes: an SAE, or an SAE with a raised threshold (`Thresholded`)."""
 
     @property
     def W_dec(self) -> Tensor: ...  # noqa: N802
@@ -39,11 +39,11 @@ class Codec(Protocol):
 class Reconstruction:
     """Means over tokens, in the units the SAE works in.
 
-    mse: ||x - x_hat||^2. fvu: mse over the variance of x around its mean. cosine: of x and x_hat. l0: active
-    features. l1: sum of |z| * ||W_dec row||. alive_fraction: features active on at least one of the n_tokens;
-    dead_features: how many are not. dense_features: active on more than 10 % of the tokens; dense_features_half: on
-    more than half. negative: share of the active codes that are below zero. size_p5, size_p50, size_p95: quantiles of
-    the active codes' |z| * ||W_dec row||, 0 where there are none.
+    mse: ||x - x_hat||^2. fvu: mse over the variance of x around its mean. cosine: of x and x_hat. l0: number of active
+    features. l1: sum of |z| * ||W_dec row||. alive_fraction: fraction of the features that are active on at least one
+    of the n_tokens; dead_features: how many are not. dense_features: active on more than 10 % of the tokens;
+    dense_features_half: on more than half. negative: fraction of the active codes that are below zero. size_p5,
+    size_p50, size_p95: quantiles of the active codes' |z| * ||W_dec row||, 0 where there are none.
     """
 
     mse: float
@@ -63,8 +63,8 @@ class Reconstruction:
 
 
 class Measured(NamedTuple):
-    """Scores, and what they are means of: squared_error [n_tokens] float64 (||x - x_hat||^2 of each token), frequency
-    [d_sae] float64 (the fraction of tokens a feature is active on)."""
+    """Scores, with the values they are means of: squared_error [n_tokens] float64 (||x - x_hat||^2 of each token) and
+    frequency [d_sae] float64 (the fraction of tokens on which each feature is active)."""
 
     scores: Reconstruction
     squared_error: Tensor
@@ -72,9 +72,9 @@ class Measured(NamedTuple):
 
 
 class Thresholded:
-    """An SAE whose code is also zero where |z| * ||W_dec row|| <= `tau`: less of the same code, for equal l0.
+    """An SAE whose code is also set to zero where |z| * ||W_dec row|| <= `tau`, to reach a given l0.
 
-    tau is 0.0 for the code as it is, `cut` False; with `cut`, codes on decoder rows of zeros go first.
+    With tau = 0.0 and `cut` False the code is unchanged; with `cut` True, codes on all-zero decoder rows are removed.
     """
 
     def __init__(self, sae: Codec, tau: float, cut: bool = True) -> None:
@@ -93,12 +93,12 @@ class Thresholded:
 
 
 WIDE = 2048
-"""From this many features on a code is made and decoded as rows of its active features."""
+"""From this many features on, codes are computed and decoded as lists of active features."""
 
 
 def rows_of(codec: Codec, x: Tensor) -> SparseCode | None:
-    """The code of x [..., d_in] as rows, without an [n_tokens, d_sae] tensor; None of narrow codecs, and of those that
-    are not from here."""
+    """Returns the code of x [..., d_in] as lists of active features, without an [n_tokens, d_sae] tensor. None for
+    narrow codecs and for those that are not of this package."""
     if isinstance(codec, Thresholded):
         code = rows_of(codec.sae, x)
         if code is None:
@@ -111,7 +111,7 @@ def rows_of(codec: Codec, x: Tensor) -> SparseCode | None:
 
 
 def only(code: SparseCode, keep: Tensor) -> SparseCode:
-    """The places of a code in use where `keep` [..., width] is true, moved together."""
+    """Keeps the entries of a code where `keep` [..., width] is true, moved to the front of each row."""
     keep = keep & used(code.counts, code.values.shape[-1])
     order = keep.int().argsort(dim=-1, descending=True, stable=True)
     counts = keep.sum(-1)
@@ -121,14 +121,14 @@ def only(code: SparseCode, keep: Tensor) -> SparseCode:
 
 
 def reconstruct(codec: Codec, x: Tensor) -> Tensor:
-    """x [..., d_in] encoded and decoded."""
+    """Encodes and decodes x [..., d_in]."""
     code = rows_of(codec, x)
     return codec.decode(codec.encode(x), x) if code is None else decode_sparse(_inmost(codec), code, x)
 
 
 def active_codes(codec: Codec, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What x [n_tokens, d_in] is encoded and decoded to, and its active codes: x_hat [n_tokens, d_in], values and
-    features [n_active]."""
+    """Encodes and decodes x [n_tokens, d_in]. Returns x_hat [n_tokens, d_in], and the values and features [n_active] of
+    the active codes."""
     code = rows_of(codec, x)
     if code is None:
         z = codec.encode(x)
@@ -139,7 +139,7 @@ def active_codes(codec: Codec, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def codes_of(codec: Codec, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The active codes alone: values and features [n_active]."""
+    """Returns the values and the features [n_active] of the active codes."""
     code = rows_of(codec, x)
     if code is None:
         z = codec.encode(x)
@@ -150,7 +150,7 @@ def codes_of(codec: Codec, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _inmost(codec: Codec) -> SparseAutoencoder:
-    """The SAE behind thresholds."""
+    """The SAE inside any number of `Thresholded`."""
     while isinstance(codec, Thresholded):
         codec = codec.sae
     assert isinstance(codec, SparseAutoencoder)
@@ -158,12 +158,13 @@ def _inmost(codec: Codec) -> SparseAutoencoder:
 
 
 def strength(z: Tensor, W_dec: Tensor) -> Tensor:
-    """|z| * ||W_dec row||: how far a feature moves the reconstruction, whatever its decoder's norm."""
+    """|z| * ||W_dec row||: how far a feature moves the reconstruction, independent of the scale of its decoder row."""
     return z.abs() * W_dec.norm(dim=1)
 
 
 def check_activations(sae: Codec, x: Tensor) -> Tensor:
-    """x itself, if it is [n_tokens >= 1, d_in] for this SAE and finite (ShapeError, ConfigError, NumericsError)."""
+    """Returns x if it is [n_tokens >= 1, d_in] for this SAE and finite; else raises ShapeError, ConfigError or
+    NumericsError."""
     if not isinstance(getattr(sae, "W_dec", None), Tensor) or not hasattr(sae, "encode"):
         raise ConfigError(f"sae is a {type(sae).__name__}; give an SAE of this package, such as load_teacher returns")
     check_data("activations", x)
@@ -177,13 +178,14 @@ def check_activations(sae: Codec, x: Tensor) -> Tensor:
 
 
 def sides(sae: Codec, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """What an SAE reads and what it is to reconstruct, of rows of activations; see `SparseAutoencoder.sides`."""
+    """Splits rows of activations into the SAE's input and its target; see `SparseAutoencoder.sides`."""
     of = getattr(sae, "sae", sae)
     return of.sides(rows) if isinstance(of, SparseAutoencoder) else (rows, rows)
 
 
 def chunks_of(sae: Codec, x: Tensor | ActivationStore | PairedStore) -> Iterator[Tensor]:
-    """Rows for the SAE, a few at a time, looked at as `check_activations` does; a store's come from the disk."""
+    """Yields rows for the SAE, some at a time, checked as in `check_activations`; a store's rows are read from the
+    disk."""
     if isinstance(x, ActivationStore | PairedStore):
         check_activations(sae, torch.zeros(1, row_width(x)))
         return map(partial(_ready, sae, "extract them again"), x.chunks(CHUNK))
@@ -191,13 +193,13 @@ def chunks_of(sae: Codec, x: Tensor | ActivationStore | PairedStore) -> Iterator
 
 
 def _ready(sae: Codec, advice: str | None, rows: Tensor) -> Tensor:
-    if advice is not None:  # rows of the disk, which nobody has looked at yet
+    if advice is not None:  # rows from the disk have not been checked yet
         check_finite("activations", rows, advice)
     return rows.to(device=sae.W_dec.device, dtype=sae.W_dec.dtype)
 
 
 def reconstruction(sae: Codec, x: Tensor | ActivationStore | PairedStore) -> Reconstruction:
-    """Scores the code of x [n_tokens, d_in] (of a transcoder: what it reads beside what it writes); sums in float64.
+    """Scores the code of x [n_tokens, d_in] (for a transcoder: input and target beside each other); sums in float64.
 
     Raises:
         ShapeError, NumericsError: activations that do not fit or are not finite.
@@ -209,7 +211,7 @@ def reconstruction(sae: Codec, x: Tensor | ActivationStore | PairedStore) -> Rec
 def measure(
     sae: Codec, x: Tensor | ActivationStore | PairedStore, progress: Callable[[int], None] | None = None
 ) -> Measured:
-    """As `reconstruction`, with the error of every token and the frequency of every feature.
+    """Computes what `reconstruction` does, and also the error of every token and the frequency of every feature.
 
     Args:
         progress: called with the number of tokens done.
@@ -261,8 +263,9 @@ def measure(
 
 
 class _Numbers:
-    """Numbers that come a few at a time, in memory that grows by doubling: many small tensors, kept between large ones
-    that are freed, would leave holes that nothing fits into. Beyond `most`, every second is kept, every fourth, ..."""
+    """Collects numbers that arrive a few at a time, in memory that grows by doubling. (Many small tensors, kept while
+    large ones come and go, would fragment the memory.) Beyond `most` numbers, every second is kept, then every fourth,
+    ..."""
 
     def __init__(self, most: int | None = None) -> None:
         self.held, self.count, self.step, self.most = torch.empty(1 << 12), 0, 1, most
@@ -287,13 +290,13 @@ class _Numbers:
 
 
 def _quantile(ranked: Tensor, q: float) -> float:
-    """Of sorted values: the one at this share of them; `torch.quantile` takes no more than 16 million."""
+    """The q-quantile of sorted values; `torch.quantile` accepts at most 16 million."""
     return float(ranked[round(q * (len(ranked) - 1))]) if len(ranked) else 0.0
 
 
 @torch.no_grad()
 def at_l0(sae: Codec, x: Tensor | ActivationStore | PairedStore, l0: float) -> Thresholded:
-    """The code with its threshold raised until its mean l0 on x is `l0` (exactly, up to ties).
+    """Returns the code with its threshold raised until its mean l0 on x is `l0` (exactly, up to ties).
 
     A code that is sparser than that already is returned as it is (tau = 0, cut = False): nothing can be added to it.
     """
@@ -303,7 +306,7 @@ def at_l0(sae: Codec, x: Tensor | ActivationStore | PairedStore, l0: float) -> T
 
 @torch.no_grad()
 def cut_to(sae: Codec, x: Tensor | ActivationStore | PairedStore, l0: float) -> Thresholded:
-    """`at_l0`, of an l0 that was measured: a dead SAE has 0."""
+    """Like `at_l0`, but for a measured l0, which may be 0 (of a dead SAE)."""
     strengths, active, norms = _Numbers(), 0, sae.W_dec.norm(dim=1)
     for rows in chunks_of(sae, x):
         values, features = codes_of(sae, sides(sae, rows)[0])
@@ -314,6 +317,6 @@ def cut_to(sae: Codec, x: Tensor | ActivationStore | PairedStore, l0: float) -> 
     if active <= kept:
         return Thresholded(sae, 0.0, cut=False)
     ranked = strengths.all()
-    # Where only codes on decoder rows of zeros are too many, tau = 0 takes those.
+    # If it is enough to remove codes on all-zero decoder rows, tau = 0 does that.
     tau = float(ranked.kthvalue(len(ranked) - kept).values) if len(ranked) > kept else 0.0
     return Thresholded(sae, tau)

@@ -59,7 +59,7 @@ def histogram(value: np.ndarray, target: np.ndarray, active: np.ndarray, weight:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Refined coefficients a [p+1] and b [q], and the relative error of the resulting code before and after refinement."""
+    """Refined coefficients a [p+1] and b [q], and the code's relative error before and after refinement."""
 
     a: np.ndarray
     b: np.ndarray

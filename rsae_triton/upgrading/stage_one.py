@@ -82,7 +82,7 @@ class StageOne:
 
 
 def in_float32(make: Making) -> Making:
-    """Decorates `upgrade` so that a bfloat16 or float16 teacher is calibrated in float32 and the result has its dtype."""
+    """Decorates `upgrade`: a bfloat16 or float16 teacher is calibrated in float32, and the result has its dtype."""
 
     @functools.wraps(make)
     def wrapped(*args: Any, **options: Any) -> Any:
