@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from rsae_triton import FusedRationalSAE, RationalGate
+from rsae_triton.common.files import write_text
 from rsae_triton.remez import fit_gate
 
 CASES = [  # d_sae, degree, per feature
@@ -129,7 +130,7 @@ def main() -> None:
             "d_in": options.d_in,
             "repeat": options.repeat,
         }
-        options.json.write_text(json.dumps({**machine, **settings, "cases": rows}, indent=1) + "\n")
+        write_text(options.json, json.dumps({**machine, **settings, "cases": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "remez"))
 from random_gates import Draw, draws, value
 
 from rsae_triton.common.errors import ConvergenceError
+from rsae_triton.common.files import make_folder, write_text
 from rsae_triton.remez import fit_gate
 
 TYPES = ((3, 2), (5, 4), (7, 6), (9, 8))
@@ -218,8 +219,8 @@ def main(n: int = 200, n_beside: int = 60, seed: int = 20_260_614, out: Path | N
     report["minutes"] = (time.perf_counter() - began) / 60
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     out = out or Path(__file__).parent / "results" / f"gates-{slug}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    make_folder(out.parent)
+    write_text(out, json.dumps(report, indent=1) + "\n")
     print(f"\n{out}, {report['minutes']:.1f} minutes")
 
 

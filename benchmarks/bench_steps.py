@@ -31,6 +31,7 @@ from measuring import Contender, environment, peak_bytes
 from torch import Tensor
 
 from rsae_triton import FusedRationalSAE, RationalGate
+from rsae_triton.common.files import make_folder, write_text
 from rsae_triton.ops import native, products
 from rsae_triton.remez import fit_gate
 from rsae_triton.sae.base import SparseAutoencoder
@@ -283,7 +284,7 @@ def place(path: Path, name: str, text: str) -> None:
         raise SystemExit(f"{path} has {page.count(start)} places for the {name} table; it must have one")
     head, rest = page.split(start)
     marker, rest = rest.split("\n", 1)
-    path.write_text(f"{head}{start}{marker}\n{text}\n{end}{rest.split(end)[1]}")
+    write_text(path, f"{head}{start}{marker}\n{text}\n{end}{rest.split(end)[1]}")
 
 
 def command() -> str:
@@ -306,8 +307,8 @@ def main(options: Options) -> None:
             "growth": growth(options, clock) if options.growth else [],
             "load": os.getloadavg()[0],
         }  # fmt: skip
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        make_folder(options.out.parent)
+        write_text(options.out, json.dumps(result, indent=1) + "\n")
     if options.out == RESULTS:
         for page, name, text in tables():
             place(page, name, text)

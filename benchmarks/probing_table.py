@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tyro
+
+from rsae_triton.common.files import write_text
 
 COMMITTED = Path("benchmarks/results/probing-smollm2.json")
 PAGE = Path("docs/evaluation.md")
@@ -72,14 +73,13 @@ def _accuracies(scores: dict[str, Any], name: str) -> str:
 
 def main(options: Options) -> None:
     if options.results is not None:
-        COMMITTED.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(options.results, COMMITTED)
+        write_text(COMMITTED, options.results.read_text(encoding="utf-8"))
     rendered = table(json.loads(COMMITTED.read_text()))
     pattern = r"(<!-- probing table:.*?-->\n).*?(<!-- /probing table -->)"
     text, count = re.subn(pattern, lambda m: f"{m[1]}{rendered}\n{m[2]}", PAGE.read_text(), flags=re.DOTALL)
     if count != 1:
         raise SystemExit(f"{PAGE} has {count} places for the table; it must have one")
-    PAGE.write_text(text)
+    write_text(PAGE, text)
 
 
 if __name__ == "__main__":

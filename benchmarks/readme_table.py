@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -19,6 +18,7 @@ import numpy as np
 import rounds_table
 import tyro
 
+from rsae_triton.common.files import write_text
 from rsae_triton.report.fronts import interval, paired, spread, student, with_sd, write_front
 from rsae_triton.report.scores import paired_difference
 
@@ -308,7 +308,7 @@ def place(path: Path, name: str, text: str) -> None:
     page, count = re.subn(pattern, lambda m: f"{m[1]}{text}\n{m[2]}", path.read_text(), flags=re.DOTALL)
     if count != 1:
         raise SystemExit(f"{path} has {count} places for the {name} table; it must have one")
-    path.write_text(page)
+    write_text(path, page)
 
 
 def tables() -> list[tuple[Path, str, str]]:
@@ -335,8 +335,7 @@ def tables() -> list[tuple[Path, str, str]]:
 
 def main(options: Options) -> None:
     if options.metrics is not None:
-        COMMITTED.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(options.metrics, COMMITTED)
+        write_text(COMMITTED, options.metrics.read_text(encoding="utf-8"))
     for page, name, text in tables():
         place(page, name, text)
     fronts(json.loads(GRID.read_text()))

@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rsae_triton import FusedRationalSAE
 from rsae_triton.commands.plan import Plan, estimates
+from rsae_triton.common.files import write_text
 from rsae_triton.ops.cost import Step, cost
 from rsae_triton.training.memory import plan_memory
 from rsae_triton.training.optimizer import make_optimizer, remove_radial_gradient
@@ -198,15 +199,14 @@ def million() -> str:
 
 def main(options: Options) -> None:
     if not options.render:
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(json.dumps(run(options), indent=1) + "\n")
+        write_text(RESULTS, json.dumps(run(options), indent=1) + "\n")
     text = PAGE.read_text()
     for name, rendered in (("scaling", table(json.loads(RESULTS.read_text()))), ("million", million())):
         pattern = rf"(<!-- {name} table:.*?-->\n).*?(<!-- /{name} table -->)"
         text, count = re.subn(pattern, lambda m, new=rendered: f"{m[1]}{new}\n{m[2]}", text, flags=re.DOTALL)
         if count != 1:
             raise SystemExit(f"{PAGE} has {count} places for the table {name}; it must have one")
-    PAGE.write_text(text)
+    write_text(PAGE, text)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 One small JSON file for each kernel, shape and GPU under $RSAE_CACHE/autotune (by default in the user's cache folder),
 named by a hash of all that the answer depends on: the GPU, the versions of torch and triton, the source of the
-kernels. Files are written whole or not at all, so processes can share the folder. The first call for a shape takes
-minutes. Sums are bit-reproducible for a tile, so from run to run only as long as the folder stays.
+kernels. Processes can share the folder: half a file is no answer, and `rsae_triton.ops` writes files whole or not at
+all. The first call for a shape takes minutes. Sums are bit-reproducible for a tile, so from run to run only as long as
+the folder stays.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import functools
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +28,8 @@ Tile = TypeVar("Tile", MatmulTile, PointwiseTile)
 _SHARED_MEMORY = {8: 163 * 1024, 9: 227 * 1024, 10: 227 * 1024}
 _chosen: dict[str, MatmulTile | PointwiseTile] = {}
 """What this process knows already, by the name of the file."""
+keep: Callable[[Path, str], object] = Path.write_text
+"""Writes an answer; `rsae_triton.ops.backends` puts in what leaves the old file or the new one."""
 
 
 def pick(
@@ -121,14 +123,7 @@ def _read(path: Path, key: dict[str, str], tiles: list[Tile]) -> Tile | None:
 def _write(path: Path, content: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w") as out:
-                json.dump(content, out, indent=1)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        keep(path, json.dumps(content, indent=1))
     except OSError as error:
         warnings.warn(f"the tile found for {path.stem} cannot be kept ({error}); set RSAE_CACHE", stacklevel=2)
 

@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rsae_triton.common.files import write_text
+
 FOLDER = Path(__file__).parents[1] / "docs" / "notebooks"
 MARK = "ran"
 
@@ -43,7 +45,7 @@ def main(names: list[str]) -> None:
             "language_info": {"name": "python"},
             MARK: digest(json.loads(nbformat.writes(notebook))),
         }
-        path.write_text(json.dumps(json.loads(nbformat.writes(notebook)), indent=1, ensure_ascii=False) + "\n")
+        write_text(path, json.dumps(json.loads(nbformat.writes(notebook)), indent=1, ensure_ascii=False) + "\n")
         print(path.name)
 
 

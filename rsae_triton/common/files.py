@@ -12,7 +12,6 @@ import json
 import os
 import secrets
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -158,7 +157,7 @@ def check_folder(folder: Path) -> None:
     # A link to nowhere is there too, and nothing can be written into it.
     above = next((one for one in (folder, *folder.absolute().parents) if os.path.lexists(one)), Path("/"))
     try:
-        with tempfile.TemporaryDirectory(dir=above):
+        with scratch(above):
             pass
     except OSError as error:
         raise StorageError(f"{folder} cannot be written to ({error.strerror}); choose another place") from error
@@ -214,9 +213,9 @@ def write_together(folder: Path, files: Mapping[str, Callable[[Path], Any]]) -> 
     done: list[str] = []
     name = next(iter(files))
     try:
-        with _scratch(folder) as scratch:
+        with scratch(folder) as place:
             for name, write in files.items():
-                path = scratch / name
+                path = place / name
                 path.touch()
                 mode = path.stat().st_mode  # what the user's umask gives; safetensors makes its files 0600
                 write(path)
@@ -224,7 +223,7 @@ def write_together(folder: Path, files: Mapping[str, Callable[[Path], Any]]) -> 
                 to_disk(path)
             with alone_in(folder):
                 for name in files:
-                    os.replace(scratch / name, folder / name)
+                    os.replace(place / name, folder / name)
                     done.append(name)
             to_disk(folder)
     except (OSError, SafetensorError) as error:
@@ -245,27 +244,33 @@ def whole_folder(final: Path) -> Iterator[Path]:
     taken = f"{final} is there already; choose another folder"
     if os.path.lexists(final):
         raise ConfigError(taken)
+    make_folder(final.parent)
+    with refusals(final), scratch(final.parent) as place:
+        partial = place / final.name
+        partial.mkdir()
+        yield partial
+        try:
+            publish(partial, final)
+        except OSError as error:
+            if os.path.lexists(final):
+                raise ConfigError(taken) from error
+            raise
+
+
+@contextmanager
+def refusals(path: Path) -> Iterator[None]:
+    """What the system refuses while `path` is made, as a StorageError that names it."""
     try:
-        make_folder(final.parent)
-        with _scratch(final.parent) as scratch:
-            partial = scratch / final.name
-            partial.mkdir()
-            yield partial
-            try:
-                publish(partial, final)
-            except OSError as error:
-                if os.path.lexists(final):
-                    raise ConfigError(taken) from error
-                raise
+        yield
     except (OSError, SafetensorError) as error:
         if isinstance(error, RsaeError):
             raise
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise StorageError(f"{final} cannot be written ({reason}); choose another place, or make room") from error
+        raise StorageError(f"{path} cannot be written ({reason}); choose another place, or make room") from error
 
 
 @contextmanager
-def _scratch(folder: Path) -> Iterator[Path]:
+def scratch(folder: Path) -> Iterator[Path]:
     """A new folder in `folder`, held with a lock while it is in use and removed after.
 
     Those that killed processes left, which nobody holds, are removed first.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rsae_triton.activations import Document, HostModel, cache_dir
-from rsae_triton.common.errors import ConfigError, NumericsError
-from rsae_triton.common.files import write_atomically
+from rsae_triton.common.errors import ConfigError, NumericsError, StorageError
+from rsae_triton.common.files import make_folder, write_atomically
 from rsae_triton.evaluation.probe_tasks import Task
 from rsae_triton.evaluation.reconstruction import Codec
 from rsae_triton.sae.units import reading
@@ -210,6 +210,8 @@ def read_rows(items: Items, host: HostModel, *, batch: int = 16, progress: Calla
     index = items.pooled.nonzero()[:, 0]
     try:
         rows = load_file(path)["rows"]
+        if len(rows) != len(index) or not bool(rows.isfinite().all()):
+            raise KeyError(path)
     except (OSError, SafetensorError, KeyError):
         parts = []
         for tokens, pooled in zip(items.tokens.split(batch), items.pooled.split(batch), strict=True):
@@ -222,8 +224,9 @@ def read_rows(items: Items, host: HostModel, *, batch: int = 16, progress: Calla
             if progress is not None:
                 progress(len(tokens))
         rows = torch.cat(parts)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda temporary: save_file({"rows": rows}, temporary))
+        with suppress(StorageError):  # a cache that is full, or not ours to write
+            make_folder(path.parent)
+            write_atomically(path, lambda temporary: save_file({"rows": rows}, temporary))
     else:
         if progress is not None:
             progress(len(items))

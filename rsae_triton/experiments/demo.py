@@ -284,7 +284,7 @@ def save(
     out: Path, saes: dict[str, SparseAutoencoder], store: ActivationStore | PairedStore, metrics: dict[str, Any]
 ) -> None:
     """Writes every SAE but the untrained one of one round in the model's own units, and metrics.json."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     for name in saes.keys() - {"init"}:
         own = copy.deepcopy(saes[name])
         meta = metrics["meta"]

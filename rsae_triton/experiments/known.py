@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rsae_triton.common.checks import check_integer, check_number, check_seed
 from rsae_triton.common.errors import ConfigError
-from rsae_triton.common.files import check_folder, read_finished, write_text
+from rsae_triton.common.files import check_folder, make_folder, read_finished, write_text
 from rsae_triton.common.terminal import plain
 from rsae_triton.evaluation.ground_truth import KnownFeatures, detect, planted_features, saelens_model
 from rsae_triton.evaluation.reconstruction import at_l0
@@ -177,7 +177,7 @@ def known(config: Known) -> Path:
     console.print(f"{len(cells)} cells, {len(cells) - len(waiting)} of them done before")
     for done, cell in enumerate(waiting):
         result = run_known(cell)
-        cell.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(cell.path.parent)
         write_text(cell.path, json.dumps(result, indent=1) + "\n")
         scores = ", ".join(f"{name} {one['f1']:.3f}" for name, one in result["scores"].items())
         console.print(

@@ -20,7 +20,7 @@ from rich.console import Console
 from rsae_triton.activations import HostModel, Splits, check_corpus, load_corpus, load_host
 from rsae_triton.common.checks import check_integer, check_number, check_seed
 from rsae_triton.common.errors import ConfigError
-from rsae_triton.common.files import check_folder, read_finished, write_text
+from rsae_triton.common.files import check_folder, make_folder, read_finished, write_text
 from rsae_triton.common.terminal import plain
 from rsae_triton.evaluation import compare
 from rsae_triton.evaluation.compare import splice_of
@@ -226,7 +226,7 @@ def read_cell(path: Path) -> dict[str, Any] | None:
 
 
 def write_cell(path: Path, result: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_text(path, json.dumps(result, indent=1) + "\n")
 
 

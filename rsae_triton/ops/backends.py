@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from rsae_triton.common.errors import ConfigError, SourceError, first_line
+from rsae_triton.common.files import write_text
 from rsae_triton.ops import cpu, explicit, routing
 from rsae_triton.ops.reference import GateSpec, GateTensors
 from rsae_triton.ops.routing import Route
@@ -43,6 +44,7 @@ def kernels() -> ModuleType:
         raise SourceError(
             f"backend='triton' cannot be used ({error}); install triton >= 3.3 (torch >= 2.7) or use backend='eager'"
         ) from error
+    module.autotune.keep = write_text
     return module
 
 

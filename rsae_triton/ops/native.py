@@ -23,6 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rsae_triton.common.errors import StorageError
+from rsae_triton.common.files import make_folder, write_atomically
+
 SOURCE = Path(__file__).with_name("entries.cpp")
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 _NATIVE = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
@@ -41,7 +44,7 @@ def _library(compiler: str) -> ctypes.CDLL | None:
     if program is None:
         return None
     try:
-        loaded = ctypes.CDLL(str(_built(program)))
+        loaded = _built(program)
     except (OSError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         warnings.warn(
@@ -54,31 +57,31 @@ def _library(compiler: str) -> ctypes.CDLL | None:
     return loaded
 
 
-def _built(program: str) -> Path:
-    """The file of the library, made where it is not there yet."""
+def _built(program: str) -> ctypes.CDLL:
+    """The library, made where it is not there yet."""
     source = SOURCE.read_bytes()
     version = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=60).stdout
     key = hashlib.sha256(b"\0".join([source, version.encode(), _processor().encode(), repr(_FLAGS).encode()]))
     cache = os.environ.get("RSAE_CACHE")
-    folder = (Path(cache) if cache else _cache()) / "native"
-    path = folder / f"entries-{key.hexdigest()[:24]}.so"
-    if path.exists():
-        return path
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        folder = Path(tempfile.mkdtemp(prefix="rsae-native-"))
-        path = folder / path.name
-    part = folder / f"{path.stem}.{os.getpid()}.part"
+    path = (Path(cache).expanduser() if cache else _cache()) / "native" / f"entries-{key.hexdigest()[:24]}.so"
+    if not path.exists():
+        try:
+            make_folder(path.parent)
+            write_atomically(path, lambda temporary: _compile(program, temporary))
+        except StorageError:  # a cache that cannot be written: for this process alone
+            with tempfile.TemporaryDirectory(prefix="rsae-native-") as folder:
+                _compile(program, Path(folder, path.name))
+                return ctypes.CDLL(str(Path(folder, path.name)))
+    return ctypes.CDLL(str(path))
+
+
+def _compile(program: str, path: Path) -> None:
     for native in _NATIVE:
-        command = [program, *_FLAGS, *native, str(SOURCE), "-o", str(part)]
+        command = [program, *_FLAGS, *native, str(SOURCE), "-o", str(path)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         if done.returncode == 0:
-            break
-    else:
-        raise subprocess.CalledProcessError(done.returncode, command, done.stdout, done.stderr)
-    part.replace(path)  # whole or not at all, whoever else builds it
-    return path
+            return
+    raise subprocess.CalledProcessError(done.returncode, command, done.stdout, done.stderr)
 
 
 def _cache() -> Path:

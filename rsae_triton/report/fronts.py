@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from rsae_triton.common.files import write_text
+from rsae_triton.common.files import make_folder, write_text
 from rsae_triton.report.style import COLOURS, DASHES, NAMES
 
 METRICS = (
@@ -133,7 +133,7 @@ def student(values: Sequence[float]) -> dict[str, Any]:
 def write_sweep_report(folder: Path, cells: Sequence[Mapping[str, Any]]) -> Path:
     """Writes sweep.json (all cells and the summary), sweep.md, and mse.svg and delta_ce.svg; returns sweep.md."""
     rows = summarise(cells)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     text = json.dumps({"rows": rows, "cells": list(cells)}, indent=1)
     write_text(folder / "sweep.json", text + "\n")
     for metric in PAIRED:

@@ -100,6 +100,7 @@ def _checkpoint() -> Any:
 
 def _read(path: Path, action: Any) -> Any:
     import logging
+    import warnings
 
     reader = _checkpoint().HuggingFaceStorageReader(str(path / STATE))
     # It warns that a load without a process group may not be intended; here it is.
@@ -107,7 +108,9 @@ def _read(path: Path, action: Any) -> Any:
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        return action(reader)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            return action(reader)
     except SourceError:
         raise
     except Exception as error:  # SafetensorError, KeyError, and torch's wrapper of whatever any process met

@@ -74,12 +74,14 @@ def resumable(out: str, heard, steps: int, kind: str = "gated") -> None:
 def together(rank: int, world: int, features: int, folder: str, kind: str, options: dict) -> None:
     """One of `world` processes that train on a mesh; what each ends with lies in folder/rank.pt.
 
-    unreadable: {rank: step}, the checkpoint that one process cannot read, as on a file system of its own.
+    unreadable: {rank: step}, the checkpoint that one process cannot read, as on a file system of its own. full: {rank:
+    step}, the one whose part it finds no room for; what it is told then lies there instead.
     """
     import torch.distributed as dist
     from synthetic import sparse_activations
 
     from rsae_triton import train
+    from rsae_triton.common.errors import StorageError
     from rsae_triton.training.distributed import Mesh
 
     torch.set_num_threads(1)
@@ -88,15 +90,42 @@ def together(rank: int, world: int, features: int, folder: str, kind: str, optio
     step = options.pop("unreadable", {}).get(rank)
     if step is not None:
         hide_checkpoint(step)
+    full = options.pop("full", None)
+    if full is not None and rank in full:
+        fill_disk(full[rank])
     dist.init_process_group("gloo", init_method=f"file://{here / 'meeting'}", rank=rank, world_size=world)
     try:
         mesh = Mesh(features)
         sae = mesh.shard(small_sae(kind))
-        log = train(sae, sparse_activations(), progress=False, mesh=mesh, **options)
+        try:
+            log = train(sae, sparse_activations(), progress=False, mesh=mesh, **options)
+        except StorageError as error:
+            if full is None:
+                raise
+            torch.save({"refused": str(error)}, here / f"{rank}.pt")
+            return
         found = {"log": log.as_dict(), "place": (mesh.data, mesh.features), "weights": dict(sae.state_dict())}
         torch.save(found, here / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
+
+
+def fill_disk(step: int) -> None:
+    """Half of this process's part of one checkpoint is written, and then there is no room."""
+    import errno
+
+    from rsae_triton.training import distributed
+
+    write = distributed.write_parts
+
+    def refuse(folder, tensors):
+        write(folder, tensors)
+        if folder.name.endswith(str(step)):
+            for part in (folder / "state").iterdir():
+                os.truncate(part, part.stat().st_size // 2)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    distributed.write_parts = refuse
 
 
 def hide_checkpoint(step: int) -> None:

@@ -112,7 +112,7 @@ def test_a_file_is_written_whole_or_not_at_all(device, tuning, monkeypatch, tmp_
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(autotune.os, "replace", broken)
+        patch.setattr(autotune, "keep", broken)
         with pytest.warns(UserWarning, match=r"disk full.*RSAE_CACHE"):
             forward(device)
     assert files(tmp_path) == []

@@ -121,11 +121,11 @@ def test_an_error_between_the_renames_says_which_file_is_new(tmp_path, monkeypat
 
 
 def test_leftovers_of_killed_saves_are_removed_and_those_in_use_are_not(tmp_path):
-    from rsae_triton.common.files import _scratch
+    from rsae_triton.common.files import scratch
 
     (tmp_path / ".rsae-01234567.tmp").mkdir()
     (tmp_path / ".rsae-01234567.tmp" / WEIGHTS_FILE).write_bytes(b"half")
-    with _scratch(tmp_path) as used:
+    with scratch(tmp_path) as used:
         sae("relu").save_pretrained(tmp_path)
         assert used.is_dir()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", CONFIG_FILE, WEIGHTS_FILE]

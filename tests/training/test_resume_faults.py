@@ -229,3 +229,15 @@ def test_a_lock_that_is_a_folder_is_named(tmp_path, activations):
 def test_another_run_is_refused_by_all(tmp_path, activations, finished):
     with pytest.raises(ConfigError, match="other activations"):
         train(small_sae("gated"), activations.flip(0), out=finished, steps=9, resume=True, **OPTIONS)
+
+
+def test_where_one_process_finds_no_room_all_say_so_and_the_checkpoint_before_stays(tmp_path, activations):
+    options = {"steps": 10, "batch_size": 512, "recipe": "hard", "target_l0": 6.0, "checkpoint_every": 5}
+    out = tmp_path / "run"
+    for one in run_together(2, 2, tmp_path, "gated", **options, out=out, full={1: 10}):
+        assert "--resume goes on from it" in one["refused"]
+    checkpoints = Checkpoints(out)
+    assert checkpoints.steps() == [5]
+    assert not list(checkpoints.folder.glob(".step-*"))
+    run_together(2, 2, tmp_path, "gated", **options, out=out, resume=True)
+    assert checkpoints.steps() == [5, 10]

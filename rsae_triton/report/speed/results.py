@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rsae_triton.common.errors import FormatError
-from rsae_triton.common.files import read_json, write_atomically
+from rsae_triton.common.files import make_folder, read_json, write_text
 
 SCHEMA = 1
 EAGER = ("eager, Horner", "eager, powers")
@@ -26,11 +26,11 @@ SLACK = 1.25
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     text = json.dumps(_rounded(result), indent=1) + "\n"
     # A list of numbers takes one line.
     text = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text)
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_text(path, text)
 
 
 def _rounded(value: Any) -> Any:
