@@ -1,4 +1,4 @@
-"""Certified rational fits of SAE gates: `fit_gate(target, degree) -> GateFit`, and the table that ships."""
+"""Certified rational fits of SAE gates: `fit_gate(target, degree) -> GateFit`, and the table of fits that ships."""
 
 from rsae_triton.remez.fit import fit_gate
 from rsae_triton.remez.gatefit import GateFit

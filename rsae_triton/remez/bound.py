@@ -1,7 +1,7 @@
-"""A lower bound for fits whose error does not alternate often enough: infeasibility of a linear program.
+"""Proves a lower bound by an infeasible linear program, for fits whose error does not alternate often enough.
 
-No rational of the type is closer than `level` at the points if |f Q - P| <= level * Q has no solution with
-Q >= 0 other than Q = 0. Both are convex cones in the coefficients (Loeb 1960), so one linear program decides.
+No rational of the type is closer than `level` at the points if |f Q - P| <= level * Q has no solution with Q >= 0 other
+than Q = 0. The solutions form a convex cone in the coefficients (Loeb 1960), so one linear program decides.
 """
 
 import numpy as np
@@ -16,11 +16,11 @@ TOLERANCE = 1e-9
 
 
 def program_bound(problem: Problem, r: Rational, points: np.ndarray) -> tuple[float, np.ndarray]:
-    """(bound, support): the largest share of r's own error that is proved out of reach; (0, []) if none is.
+    """Returns (bound, support): the largest share of r's own error that is proved unattainable; (0, []) if none is.
 
-    points: [n] of the domain. support: the points on which the infeasibility rests (nonzero multipliers).
+    points: [n] of the domain. support: the points that make the program infeasible (nonzero multipliers).
     """
-    from scipy.optimize import linprog  # half a second, and only where something is fitted
+    from scipy.optimize import linprog  # imported here because it takes half a second
 
     hull = np.union1d(problem.grid, problem.gap)
     weight = problem.weight(points)

@@ -16,12 +16,13 @@ from rsae_triton.remez.rational import Rational
 from rsae_triton.remez.tangent import tangent
 
 KEEP = 0.25  # a step may shrink Q at no point below this share of its old value: DC needs only > 0
-GROW = 3.0  # ... nor let it grow by more than this many times: without it the program can be unbounded
+GROW = 3.0  # ... nor let it grow beyond this many times, or the program can be unbounded
 
 
 @dataclass(frozen=True)
 class Correction:
-    """One step: the new function, the predicted gain y (<= 0), the LPs solved, the points newly guarded."""
+    """One step: the new function, the predicted gain y (<= 0), the number of LPs solved, and the points newly
+    guarded."""
 
     r: Rational
     gain: float
@@ -30,14 +31,15 @@ class Correction:
 
 
 def linear_program(*arguments: Any, **options: Any) -> Any:
-    """scipy's `linprog`, imported where something is fitted: it takes half a second."""
+    """scipy's `linprog`, imported on first use because the import takes half a second."""
     from scipy.optimize import linprog
 
     return linprog(*arguments, **options)
 
 
 def correct(problem: Problem, r: Rational, active: np.ndarray, guards: np.ndarray, far: np.ndarray) -> Correction:
-    """One differential-correction step from r on the points `active` [n]; `guards` [m] only keep Q positive.
+    """Makes one differential-correction step from r on the points `active` [n]; at `guards` [m] only Q is kept
+    positive.
 
     far: points beyond [-1, 1], possibly none, where Q is kept positive as well as on [-1, 1].
 
@@ -53,7 +55,7 @@ def correct(problem: Problem, r: Rational, active: np.ndarray, guards: np.ndarra
     d, q = coordinates.directions(active)
     d, e = d * weight[:, None] / size, (error / size)[:, None]
     _, q_hull = coordinates.directions(hull)
-    # P and Q have a common scale. Fixed by Q's mean ratio of 1 at the active points; with Q(centre) fixed
+    # P and Q share a common scale. It is fixed by a mean of 1 of Q / Q_old at the active points. With Q(centre) = 1
     # instead, the program gains by growing Q everywhere else and runs into a double root at the centre.
     mean = np.mean(q, axis=0)
     q, q_hull = q - mean, q_hull - mean
@@ -96,7 +98,7 @@ def correct(problem: Problem, r: Rational, active: np.ndarray, guards: np.ndarra
 
 
 def _under_poles(r: Rational) -> np.ndarray:
-    """Where Q can dip below zero between points of any grid: under its complex roots, between its real ones."""
+    """Points where Q can dip below zero between any grid's points: under its complex roots, between its real ones."""
     real = np.sort(r.poles().real)
     points = np.concatenate([real, 0.5 * (real[1:] + real[:-1])])
     return np.unique(points)

@@ -1,4 +1,4 @@
-"""Where the error peaks on the continuous domain, and the lower bound that its alternation proves."""
+"""Finds where the error peaks on the continuous domain, and the lower bound that its alternation proves."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import numpy as np
 from rsae_triton.remez.problem import Problem
 from rsae_triton.remez.rational import Rational
 
-FALLEN = 1e-6  # a fall of the error by this share is no rounding, down to errors of about 1e-9
+FALLEN = 1e-6  # a relative fall of the error by this much is not rounding, down to errors of about 1e-9
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Peaks:
 
 
 def near_poles(r: Rational, problem: Problem) -> np.ndarray:
-    """Points of the domain beside every pole of r: a pole near the real line makes a spike an even grid
-    can miss, and its width is its imaginary part."""
+    """Points of the domain beside every pole of r. A pole near the real line makes a spike as wide as its imaginary
+    part, which an even grid can miss."""
     poles = r.poles()
     poles = poles[(np.abs(poles.real) < 1.5) & (np.abs(poles.imag) < 0.1)]
     offsets = np.concatenate([-np.geomspace(0.1, 30, 15), [0.0], np.geomspace(0.1, 30, 15)])
@@ -33,10 +33,10 @@ def near_poles(r: Rational, problem: Problem) -> np.ndarray:
 
 
 def bracket(size: np.ndarray, top: np.ndarray, steps: int = 8) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (low, high) around each maximum `top` of `size` [n] between which the true maximum lies.
+    """Returns indices (low, high) around each maximum `top` of `size` [n] between which the true maximum lies.
 
-    The next points are not enough. Where two points nearly coincide, rounding decides which has the larger error,
-    and the maximum may lie beyond both. So each end moves outward until the error has fallen by `FALLEN`, which
+    The neighbouring points are not enough. Where two points nearly coincide, rounding decides which has the larger
+    error, and the maximum may lie beyond both. So each end moves outward until the error has fallen by `FALLEN`, which
     is more than rounding, or `steps` times.
     """
     low, high = np.maximum(top - 1, 0), np.minimum(top + 1, len(size) - 1)
@@ -48,7 +48,8 @@ def bracket(size: np.ndarray, top: np.ndarray, steps: int = 8) -> tuple[np.ndarr
 
 
 def find_peaks(problem: Problem, r: Callable[[np.ndarray], np.ndarray], extra: np.ndarray, zooms: int = 5) -> Peaks:
-    """Local maxima of |weight * (value - r)| over the continuous domain: grid, then zooming between its points.
+    """Finds the local maxima of |weight * (value - r)| over the continuous domain: on the grid, then between its
+    points.
 
     Each maximum on the grid is replaced by the best of 17 points of its `bracket`, `zooms` times; each zoom
     narrows the bracket eightfold.
@@ -72,7 +73,7 @@ def find_peaks(problem: Problem, r: Callable[[np.ndarray], np.ndarray], extra: n
             rows = np.arange(len(top))
             low, high = ladder[rows, np.maximum(best - 1, 0)], ladder[rows, np.minimum(best + 1, 16)]
             peak = ladder[rows, best]
-        # The bracket's grid point itself stays a candidate: zooming may step off a kink.
+        # The bracket's grid point itself stays a candidate, because zooming may step off a kink.
         found = np.where(np.abs(error(peak)) >= size[top], peak, t[top])
         times.append(found)
         errors.append(error(found))
@@ -80,10 +81,10 @@ def find_peaks(problem: Problem, r: Callable[[np.ndarray], np.ndarray], extra: n
 
 
 def alternation(peaks: Peaks, count: int) -> np.ndarray | None:
-    """Indices of `count` peaks whose errors alternate in sign with the largest smallest size; None if fewer do.
+    """Picks `count` peaks of alternating sign whose smallest |error| is as large as possible; None if fewer alternate.
 
-    First the largest of each run of one sign; then, while there are too many, the smallest goes: alone at an
-    end, with its smaller neighbour in the middle.
+    Returns their indices. First the largest of each run of one sign is taken. Then, while there are too many, the
+    smallest is dropped: alone if at an end, else together with its smaller neighbour.
     """
     kept: list[int] = []
     for i, e in enumerate(peaks.error):

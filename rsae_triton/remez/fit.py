@@ -1,4 +1,4 @@
-"""`fit_gate`: from a target to a certified rational gate."""
+"""`fit_gate`: fits a certified rational gate to a target."""
 
 import time
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ from rsae_triton.remez.relaxed import kinks, solve_relaxed
 from rsae_triton.remez.table import shipped_gate
 
 METHODS = ("minimax", "least_squares", "relaxed_remez")
-ALMOST = 0.9995  # an alternation that proves less than this is helped by a linear program
-REQUIRED = 0.999  # a minimax fit whose bracket is wider than this is refused
+ALMOST = 0.9995  # where the alternation proves less than this share, a linear program is tried too
+REQUIRED = 0.999  # a minimax fit with a lower bound below this share of its error is refused
 AUTO_TOL = 1e-3
-SINGLE = 3e-6  # an error of evaluation in float32 up to this is no reason to choose another centre
+SINGLE = 3e-6  # a float32 evaluation error up to this is no reason to choose another centre
 
 
 def fit_gate(
@@ -37,32 +37,36 @@ def fit_gate(
     samples: np.ndarray | None = None,
     table: bool = True,
 ) -> GateFit:
-    """The best rational gate of type `degree` = (p, q) for a target on [-1, 1], with its certificate.
+    """Fits the best rational gate of type `degree` = (p, q) to a target on [-1, 1], with a certificate.
 
-    target: "relu" max(t, 0); "step" H(t - theta); "jumprelu" t * H(t - theta); "ramp" (see `problem.ramp`: from 0
-    at -1 smoothly to 1 at 0, then 1); or a vectorised callable.
-    degree: (p, q) or "p,q", each 0 to 12, or "auto": (12, 12) as the limit of a search, see `tol`.
-    theta, margin: |t - theta| < margin is left out of the fit (poles are kept out there too). A jump needs
-    margin > 0 for "minimax". weight: a function of t, or [points] values on the even grid; "minimax" minimises
-    max weight * |error|, "least_squares" the sum of weight * error^2.
-    points: size of the even grid; extrema are refined between its points. samples: pre-activations t, any
-    shape, clipped to [-1, 1]; "least_squares" fits them in place of the grid, and `mse` is taken on them.
-    tol: return the first of the types (1,0), (3,2), (5,4), ... up to `degree` with error <= tol ("minimax") or
-    mse <= tol ("least_squares"); 1e-3 where degree is "auto".
-    method: "minimax"; "least_squares"; or "relaxed_remez", the published initialiser (Adam on a penalty at fixed
-    nodes), kept for comparison: it is far from optimal, takes seconds, and nothing is proved about it.
-    table: return the shipped fit where there is one for exactly these arguments, instead of fitting again.
-
-    An odd q is fitted as q - 1, with b_q = 0: an odd denominator has a real root, and the centre that makes
-    the safe Pade form exact is then often an end of [-1, 1], where powers of s are useless in float32.
-
-    "minimax" is differential correction (Barrodale, Powell & Roberts 1972) with exchange; its lower bound is
-    de la Vallee-Poussin's, or where the error alternates too little an infeasible linear program. It holds for
+    "minimax" is differential correction (Barrodale, Powell & Roberts 1972) with exchange. Its lower bound is de la
+    Vallee-Poussin's or, where the error alternates too little, comes from an infeasible linear program. It holds for
     all rationals of type (p, q), q rounded down to even, that have no pole in [-1, 1].
 
-    Raises ConfigError for arguments that cannot be used (and a tol that no type up to `degree` meets),
-    NumericsError for a target, weight or samples that are not finite, ConvergenceError with the best bracket
-    when "minimax" ends with lower_bound < 0.999 * error.
+    An odd q is fitted as q - 1, with b_q = 0: an odd denominator has a real root, and the centre that makes the safe
+    Pade form exact is then often an end of [-1, 1], where powers of s are useless in float32.
+
+    Args:
+        target: "relu" max(t, 0); "step" H(t - theta); "jumprelu" t * H(t - theta); "ramp" (see `problem.ramp`: from 0
+            at -1 smoothly to 1 at 0, then 1); or a vectorised callable.
+        degree: (p, q) or "p,q", each 0 to 12, or "auto": a search up to (12, 12), see `tol`.
+        theta, margin: |t - theta| < margin is left out of the fit (but has no poles either). A jump needs margin > 0
+            for "minimax".
+        weight: a function of t, or [points] values on the even grid; "minimax" minimises max weight * |error|,
+            "least_squares" the sum of weight * error^2.
+        method: "minimax"; "least_squares"; or "relaxed_remez", the published initialiser (Adam on a penalty at fixed
+            nodes), kept for comparison: its error is far from optimal, it takes seconds, and it has no certificate.
+        points: size of the even grid; extrema are refined between its points.
+        tol: return the first of the types (1,0), (3,2), (5,4), ... up to `degree` with error <= tol ("minimax") or mse
+            <= tol ("least_squares"); 1e-3 where degree is "auto".
+        samples: pre-activations t, any shape, clipped to [-1, 1]; "least_squares" fits them instead of the grid, and
+            `mse` is computed on them.
+        table: if the package ships a fit for exactly these arguments, return it instead of fitting again.
+
+    Raises:
+        ConfigError: an argument that cannot be used, or a tol that no type up to `degree` reaches.
+        NumericsError: a target, weight or samples that are not finite.
+        ConvergenceError: "minimax" ended with lower_bound < 0.999 * error; the message gives the best bracket.
     """
     if method not in METHODS:
         raise ConfigError(f"unknown method {method!r}; use one of {', '.join(METHODS)}")
@@ -97,7 +101,7 @@ def fit_gate(
     for p, q in ladder(*limit):
         try:
             fit = one(p, q)
-        except ConvergenceError as error:  # this type has no certified fit; the next may have
+        except ConvergenceError as error:  # no certified fit of this type; the next may have one
             refused = error
             continue
         reached.append(fit.error if method == "minimax" else fit.mse)
@@ -123,7 +127,7 @@ def _fit(
     if method == "minimax":
         solution = solve(problem, p, fitted)
         r, n_lps = solution.r, solution.n_lps
-        if np.max(np.abs(r(problem.grid))) <= 1e-9 * solution.error:  # one sign where the target takes both
+        if np.max(np.abs(r(problem.grid))) <= 1e-9 * solution.error:  # r keeps one sign where the target has both
             r = Rational(np.zeros(p + 1), np.eye(1, fitted + 1)[0], 0.0)
     elif method == "least_squares":
         r, n_lps = solve_squares(problem, p, fitted, *density(problem, samples, points))
@@ -139,7 +143,8 @@ def _fit(
 
     peaks = find_peaks(problem, gate, np.union1d(near_poles(r, problem), extra))
     bound, reference, certificate = 0.0, np.empty(0), "none"
-    if np.all(r.denominator(hull) >= 1.0 - 1e-9):  # else the safe form is no rational and no theorem speaks of it
+    # otherwise the safe form is not a rational function and no theorem applies
+    if np.all(r.denominator(hull) >= 1.0 - 1e-9):
         bound, reference, certificate = certify(problem, r, peaks, with_program=method == "minimax")
     if method == "minimax" and certificate != "rounding" and bound < REQUIRED * peaks.largest:
         raise ConvergenceError(
@@ -173,13 +178,13 @@ def _fit(
 
 
 def centred(r: Rational, hull: np.ndarray) -> Rational:
-    """r about the lowest point of Q on the real line: there Q = 1 + B has B >= 0, and the safe Pade form is exact.
+    """Rewrites r about the lowest point of Q on the real line, where B = Q - 1 >= 0 and so the safe Pade form is exact.
 
-    About the lowest point on [-1, 1] instead where Q has zeros or no minimum beyond, or where powers about its
-    minimum there are too large for float32.
+    Where Q has zeros or no minimum outside [-1, 1], or where powers about that minimum are too large for float32, the
+    lowest point on [-1, 1] is used instead.
     """
     if not np.any(r.d[1:]):
-        return r.recentred(0.0)  # a polynomial: powers about the middle are the best conditioned
+        return r.recentred(0.0)  # a polynomial: powers about the middle are best conditioned
     here, anywhere = r.lowest(hull), r.lowest_anywhere()
     near = _about(r, here, stationary=-1.0 < here < 1.0)
     if anywhere is None or abs(anywhere) < 1.0:
@@ -193,15 +198,15 @@ def _about(r: Rational, centre: float, *, stationary: bool) -> Rational:
     r = r.recentred(centre)
     d = r.d.copy()
     if stationary:
-        d[1] = 0.0  # what is left of b_1 is rounding, and would make B change sign
+        d[1] = 0.0  # b_1 is zero up to rounding, and a nonzero value would make B change sign
     return Rational(r.a, d, centre)
 
 
 def _needed(r: Rational) -> int:
-    """Alternating points that prove r = P / Q best among all P1 / Q1 of its type (p, q), Q1 > 0.
+    """How many alternating points prove that r = P / Q is best among all P1 / Q1 of its type (p, q) with Q1 > 0.
 
-    P1 Q - P Q1 would have a zero between any two of them, and its degree is at most max(p + deg Q, q + deg P):
-    p + q + 2 points, and fewer where r is of a smaller type itself (its defect).
+    P1 Q - P Q1 would have a zero between any two of the points, and its degree is at most max(p + deg Q, q + deg P).
+    That makes p + q + 2 points, or fewer if r is of a smaller type itself (its defect).
     """
     p, q = len(r.a) - 1, len(r.d) - 1
     if not np.any(r.a):
@@ -210,7 +215,7 @@ def _needed(r: Rational) -> int:
 
 
 def certify(problem: Problem, r: Rational, peaks: Peaks, *, with_program: bool) -> tuple[float, np.ndarray, str]:
-    """(lower bound, reference points, kind of proof) for the errors `peaks` of the function as evaluated."""
+    """Returns (lower bound, reference points, kind of proof), given the errors `peaks` of the function as evaluated."""
     chosen = alternation(peaks, _needed(r))
     bound = 0.0 if chosen is None else float(np.min(np.abs(peaks.error[chosen])))
     reference = np.empty(0) if chosen is None else peaks.t[chosen]
@@ -218,7 +223,8 @@ def certify(problem: Problem, r: Rational, peaks: Peaks, *, with_program: bool) 
         return bound, reference, "rounding"
     if with_program and bound < ALMOST * peaks.largest:
         top = peaks.t[np.abs(peaks.error) > 0.9 * peaks.largest]
-        steps = np.geomspace(1e-6, 1e-2, 20)  # Q may vanish at a peak itself: what proves is close beside it
+        # Q may vanish at a peak itself, so the points beside it are used for the proof
+        steps = np.geomspace(1e-6, 1e-2, 20)
         beside = problem.inside((top[:, None] + np.concatenate([-steps, steps])).ravel())
         points = np.concatenate([problem.grid[::10], peaks.t, beside])
         proved, support = program_bound(problem, r, np.unique(points))

@@ -1,4 +1,4 @@
-"""The result of a fit: coefficients in the form they are evaluated in, and the certificate."""
+"""`GateFit`, the result of a fit: the coefficients in the form in which they are evaluated, and the certificate."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,24 +13,28 @@ from rsae_triton.remez.rational import Rational, float32_error, safe_pade
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NOT_SAVED = "problem"  # holds functions; `plot` rebuilds it for named targets
+NOT_SAVED = "problem"  # it holds functions; `plot` rebuilds it for named targets
 NUMBERS = ("centre", "theta", "margin", "error", "lower_bound", "mse", "n_lps", "seconds")
 ARRAYS = ("a", "b", "reference", "numerator_scale", "denominator_scale")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class GateFit:
-    """A fitted gate r(t) = P(s) / (1 + |B(s)|), s = t - centre, on t in [-1, 1].
+    """A fitted gate r(t) = P(s) / (1 + |B(s)|) with s = t - centre, for t in [-1, 1].
 
-    a: [p+1], coefficients of s^0 .. s^p. b: [q], of s^1 .. s^q. centre: the minimiser of Q = 1 + B, so B >= 0
-    (not for method "relaxed_remez", whose centre is 0 and whose B changes sign).
-    error: max |target - r| (times the weight) over the continuous domain, in float64, in this very form.
-    lower_bound: no rational of this degree is closer to the target. reference: [n] points that prove it.
-    mse: mean squared error over `samples` where the fit had some, else over the even grid in the domain.
-    numerator_scale [p+1], denominator_scale [q]: s_k = 1 / max |s^k / Q|; train a / numerator_scale.
-    weighted: error and lower_bound carry a weight. problem: what was fitted; None on a fit read back.
-    certificate: "alternation", "program", "rounding" or "none": what proves lower_bound; "none" is never a
-    minimax fit. n_lps, seconds: linear programs and time it took (a shipped gate: when the table was made).
+    Attributes:
+        a: [p+1], coefficients of s^0 .. s^p. b: [q], of s^1 .. s^q.
+        centre: the minimiser of Q = 1 + B, so B >= 0 (not for method "relaxed_remez": its centre is 0 and its B changes
+            sign).
+        error: max |target - r| (times the weight) over the continuous domain, with r evaluated in this form in float64.
+        lower_bound: no rational of this degree is closer to the target. reference: [n] points that prove it.
+        certificate: "alternation", "program", "rounding" or "none": what proves lower_bound; "none" is never a minimax
+            fit.
+        mse: mean squared error over the fit's `samples` if it had any, else over the even grid in the domain.
+        numerator_scale [p+1], denominator_scale [q]: s_k = 1 / max |s^k / Q|; train a / numerator_scale.
+        weighted: whether error and lower_bound include a weight. problem: what was fitted; None for a fit read from a
+            file.
+        n_lps, seconds: linear programs and time that the fit took (for a shipped gate, when the table was made).
     """
 
     a: np.ndarray
@@ -54,26 +58,26 @@ class GateFit:
     problem: Problem | None = None
 
     def __call__(self, t: Any) -> Any:
-        """r(t) in the dtype of t (array or tensor of any shape). Nothing is clipped: meant for t in [-1, 1]."""
+        """Returns r(t) in the dtype of t (array or tensor of any shape), for t in [-1, 1]; t is not clipped."""
         return safe_pade(self.a, self.b, self.centre, t)
 
     @property
     def ratio(self) -> float:
-        """lower_bound / error: 1 is optimal. 1 also where the target is met to rounding."""
+        """lower_bound / error: 1 is optimal. Also 1 where the target is met up to rounding."""
         return self.lower_bound / self.error if self.error > 0 else 1.0
 
     @property
     def float32_error(self) -> float:
-        """The largest change on [-1, 1] when r is evaluated in float32: below 1e-6 for every shipped gate."""
+        """The largest change on [-1, 1] if r is evaluated in float32: below 1e-6 for every shipped gate."""
         return float32_error(self.a, self.b, self.centre)
 
     @property
     def whole_line(self) -> bool:
-        """Whether Q = 1 + B stays >= 1 on the whole real line, so that the |B| of the safe form never acts."""
+        """Whether Q = 1 + B >= 1 on the whole real line, so that the |B| of the safe form changes nothing."""
         b = self.b[: np.flatnonzero(self.b)[-1] + 1] if np.any(self.b) else np.empty(0)
         if len(b) == 0:
             return True
-        # B = s^2 * C(s) when the centre is stationary; B >= 0 exactly where C >= 0.
+        # With a stationary centre, B = s^2 * C(s), so B >= 0 exactly where C >= 0.
         if b[0] != 0 or len(b) % 2 or b[-1] < 0:
             return False
         c = Rational(np.ones(1), b[1:], 0.0)
@@ -98,8 +102,12 @@ class GateFit:
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> "GateFit":
-        """The inverse of `to_dict`. Raises FormatError for missing or unknown keys and for wrong array lengths,
-        NumericsError for NaN or infinity."""
+        """The inverse of `to_dict`.
+
+        Raises:
+            FormatError: missing or unknown keys, or wrong array lengths.
+            NumericsError: a value is NaN or infinite.
+        """
         names = {f.name for f in fields(cls)} - {NOT_SAVED}
         if not isinstance(plain, dict):
             raise FormatError(f"not a gate fit: a {type(plain).__name__}")
@@ -119,7 +127,7 @@ class GateFit:
         return cls(**(values | {"degree": (p, q)}))
 
     def plot(self, path: str | Path | None = None) -> "Figure":
-        """Draws the gate over its target and the error with its certificate; saves to `path` if given."""
+        """Draws the gate over its target, and the error with its certificate; saves to `path` if given."""
         from rsae_triton.remez.plot import plot_fit
 
         return plot_fit(self, path)

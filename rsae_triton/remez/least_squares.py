@@ -1,6 +1,7 @@
-"""The rational of least weighted squared error, by damped Gauss-Newton steps in tangent coordinates.
+"""Fits the rational of least weighted squared error, by damped Gauss-Newton steps in tangent coordinates.
 
-For fits to the density of real pre-activations, where most mass is near 0 and the largest error means little.
+This is for fits to the density of real pre-activations, where most of the mass is near 0 and the largest error says
+little.
 """
 
 import numpy as np
@@ -15,11 +16,11 @@ STEPS = 500
 CLOSE = 1e-6  # stop when ten steps together gain less than this share of the squared error
 SHRINK = 0.2  # a step may shrink Q at no point below this share of its old value
 BINS = 4000
-BACKGROUND = 1e-3  # share of the mass spread evenly, so that the gate stays sane where no sample fell
+BACKGROUND = 1e-3  # share of the mass spread evenly, so that the gate stays reasonable where there is no sample
 
 
 def checked_samples(samples: np.ndarray) -> np.ndarray:
-    """Samples as float64 [n], clipped to [-1, 1] as the gate clips. Raises ConfigError, NumericsError."""
+    """Returns samples as float64 [n], clipped to [-1, 1] like the gate's input. Raises ConfigError, NumericsError."""
     try:
         if np.iscomplexobj(samples):
             raise TypeError("complex numbers")
@@ -34,9 +35,9 @@ def checked_samples(samples: np.ndarray) -> np.ndarray:
 
 
 def density(problem: Problem, samples: np.ndarray | None, points: int) -> tuple[np.ndarray, np.ndarray]:
-    """(t [n], mass [n]) the squared error is summed over: the even grid, or samples (binned when they are many).
+    """Returns (t [n], mass [n]) to sum the squared error over: the even grid, or samples (binned if they are many).
 
-    Bins stand at the mean of what fell in, so that a spike of samples keeps its place. The gap is left out.
+    A bin is represented by the mean of its samples, so that a spike of samples keeps its place. The gap is left out.
     """
     even = problem.inside(np.linspace(-1.0, 1.0, points))
     t, mass = even, np.full_like(even, 1.0 / len(even))
@@ -47,7 +48,7 @@ def density(problem: Problem, samples: np.ndarray | None, points: int) -> tuple[
         if kept.size <= BINS:
             t, mass = kept, np.ones_like(kept)
         else:
-            # A bin's edge at theta: a bin across the jump would stand on one side for samples of both.
+            # Theta is a bin edge: a bin across the jump would treat samples of both sides as one.
             edges = np.union1d(np.linspace(-1.0, 1.0, BINS + 1), [problem.theta])
             mass, _ = np.histogram(kept, edges)
             total, _ = np.histogram(kept, edges, weights=kept)
@@ -58,7 +59,7 @@ def density(problem: Problem, samples: np.ndarray | None, points: int) -> tuple[
 
 
 def _start(problem: Problem, p: int, q: int) -> tuple[Rational, int]:
-    """The minimax fit where there is one; else poles clustered at the jump."""
+    """Starts from the minimax fit if there is one, else from poles clustered at the jump."""
     if problem.solvable:
         try:
             solution = solve(problem, p, q)
@@ -71,7 +72,8 @@ def _start(problem: Problem, p: int, q: int) -> tuple[Rational, int]:
 
 
 def solve_squares(problem: Problem, p: int, q: int, t: np.ndarray, mass: np.ndarray) -> tuple[Rational, int]:
-    """(r, linear programs solved): a local minimum of sum mass * (value - r)^2 over t [n] with Q > 0 on [-1, 1]."""
+    """Returns (r, number of LPs solved), a local minimum of sum mass * (value - r)^2 over t [n] with Q > 0 on [-1,
+    1]."""
     hull = np.union1d(problem.grid, problem.gap)
     value, root = problem.value(t), np.sqrt(mass)
     r, n_lps = _start(problem, p, q)
@@ -86,7 +88,7 @@ def solve_squares(problem: Problem, p: int, q: int, t: np.ndarray, mass: np.ndar
         d *= root[:, None]
         gradient, normal = d.T @ error, d.T @ d
         while damping < 1e12:
-            # Coordinates are of one scale, so plain damping (Levenberg) is Marquardt's.
+            # The coordinates have one scale, so plain damping (Levenberg) is the same as Marquardt's.
             u = np.linalg.solve(normal + damping * np.trace(normal) / len(normal) * np.eye(len(normal)), gradient)
             moved = coordinates.moved(u)
             new_error = root * (value - moved(t))

@@ -14,17 +14,17 @@ from rsae_triton.remez.rational import Rational, powers, unit_influence
 
 CLOSE = 1e-6  # stop where the alternation proves the error optimal to this relative accuracy
 STEPS = 60  # differential-correction steps from one start; 8 to 20 are usual
-# Points beyond [-1, 1] where some attempts keep Q positive too: a pole there is allowed but can mislead them.
+# Points outside [-1, 1] where some attempts keep Q positive too: poles there are allowed but can mislead the search.
 FAR = 1.0 + np.geomspace(1e-3, 1e4, 40)
 FAR = np.concatenate([-FAR[::-1], FAR])
 
 ENOUGH = 250  # linear programs after which no further start is tried
-NEAR = 0.999  # a bracket this narrow needs no further start
+NEAR = 0.999  # no further start is tried once the bracket is this narrow
 
 
 @dataclass(frozen=True)
 class Solution:
-    """r with its largest error on the domain and the lower bound its alternation proves (0: none).
+    """r, its largest error on the domain, and the lower bound that its alternation proves (0: none).
 
     rounding: errors up to this need no proof.
     """
@@ -41,7 +41,7 @@ class Solution:
 
 
 def poles_at(distances: np.ndarray, problem: Problem, p: int, q: int) -> Rational:
-    """Least-squares P over Q = prod (1 + (t - theta)^2 / distances^2); len(distances) <= q / 2."""
+    """Fits P by least squares for Q = prod (1 + (t - theta)^2 / distances^2); len(distances) <= q / 2."""
     d = np.ones(1)
     for distance in distances:
         d = np.convolve(d, [1.0, 0.0, distance**-2])
@@ -56,10 +56,10 @@ def poles_at(distances: np.ndarray, problem: Problem, p: int, q: int) -> Rationa
 
 
 def starts(problem: Problem, p: int, q: int) -> Iterator[Rational]:
-    """Starting points, the usual one first: poles in pairs above and below theta.
+    """Yields starting points, the usual one first: poles in pairs above and below theta.
 
-    With a gap they are spaced geometrically from the margin to 1, as Zolotarev's are; without, tapered towards
-    a kink (Stahl 1993). Then fewer of them, and poles far away for smooth targets.
+    With a gap they are spaced geometrically from the margin to 1, like Zolotarev's; without one they are tapered
+    towards a kink (Stahl 1993). Then come fewer poles, and poles far away for smooth targets.
     """
     fitting = min(q, p + 1) // 2
     for pairs in dict.fromkeys([fitting, (fitting + 1) // 2, q // 2, 0]):
@@ -73,7 +73,7 @@ def starts(problem: Problem, p: int, q: int) -> Iterator[Rational]:
 
 
 def _first_points(problem: Problem, count: int) -> np.ndarray:
-    """Chebyshev points of each piece: dense at its ends, where extrema are."""
+    """Chebyshev points of each piece, which are dense at its ends, where the extrema are."""
     lobes = 0.5 * (1 - np.cos(np.linspace(0, np.pi, count)))
     return problem.inside(np.concatenate([low + (high - low) * lobes for low, high in problem.pieces]))
 
@@ -99,7 +99,7 @@ def _descend(problem: Problem, r: Rational, far: np.ndarray, patience: int = 4) 
         try:
             step = correct(problem, r, active, guards, far)
         except ConvergenceError:
-            n_lps += 1  # a program without an answer counts too: else many of them would not end the search
+            n_lps += 1  # counted although it has no answer, or many of these would never end the search
             break
         n_lps, guards, r = n_lps + step.n_lps, step.guards, step.r
         centre = r.lowest(hull)
@@ -112,8 +112,8 @@ def _attempts(problem: Problem, p: int, q: int, spent: int) -> Iterator[Solution
     attempts = product((np.empty(0), FAR), starts(problem, p, q))
     for far, start in islice(attempts, 2):
         yield _descend(problem, start, far)
-    # What is left are types with q far above p, where poles wander. The next smaller type with zeros added is
-    # a feasible start, and makes sure that more coefficients never do worse.
+    # Only types with q far above p get here, where poles wander. The next smaller type, padded with zeros, is a
+    # feasible start; it also ensures that more coefficients are never worse.
     for p_less, q_less in ((p, q - 2), (p - 1, q)):
         if p_less >= 0 and q_less >= 0:
             less = solve(problem, p_less, q_less, spent)
@@ -127,17 +127,17 @@ def _attempts(problem: Problem, p: int, q: int, spent: int) -> Iterator[Solution
 
 
 def solve(problem: Problem, p: int, q: int, spent: int = 0) -> Solution:
-    """The best rational of type (p, q) with Q > 0 on [-1, 1], the gap included.
+    """Finds the best rational of type (p, q) with Q > 0 on [-1, 1], the gap included.
 
-    spent: linear programs already solved on the way here, counted against the limit.
-    Raises ConvergenceError when no start leads anywhere.
+    spent: linear programs already solved by the caller, counted against the limit. Raises ConvergenceError if no start
+    works.
     """
     best, n_lps = None, 0
     for tries, found in enumerate(_attempts(problem, p, q, spent), start=1):
         n_lps += found.n_lps
         if best is None or found.error < best.error:
             best = found if best is None else replace(found, bound=max(found.bound, best.bound))
-        # The first two starts may go on to the last digit; later ones only help where nothing was proved yet.
+        # The first two starts may run to full accuracy; later ones only help if nothing has been proved yet.
         if found.optimal or spent + n_lps > ENOUGH or (tries >= 2 and best.error * NEAR <= best.bound):
             break
     if best is None or not np.isfinite(best.error):

@@ -1,4 +1,4 @@
-"""The figure of a fit: the gate over its target, and the error between the two lines that certify it."""
+"""Plots a fit: the gate over its target, and the error between the two lines that certify it."""
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ from rsae_triton.remez.rational import Rational
 
 
 class Fit(Protocol):
-    """What is drawn of a `GateFit`, which has this figure as a method."""
+    """The attributes of a `GateFit` that are drawn. (A protocol, since `GateFit` has this plot as a method.)"""
 
     @property
     def a(self) -> np.ndarray: ...
@@ -42,7 +42,7 @@ class Fit(Protocol):
 
 
 def _dense(fit: Fit) -> np.ndarray:
-    """Even points, points that cluster at theta, and points under the poles, in [-1, 1]."""
+    """Points in [-1, 1] to draw at: even ones, some that cluster at theta, and some under the poles."""
     steps = np.geomspace(1e-7, 2.0, 600)
     poles = Rational(fit.a, np.concatenate([[1.0], fit.b]), fit.centre).poles()
     near = (poles.real[:, None] + np.abs(poles.imag)[:, None] * np.linspace(-5, 5, 41)).ravel()
@@ -51,7 +51,7 @@ def _dense(fit: Fit) -> np.ndarray:
 
 
 def _problem(fit: Fit) -> Problem | None:
-    """The target to draw: the fit's own, a named one rebuilt, or None (a callable's fit read from a file)."""
+    """Returns the target to draw: the fit's own, or a named one rebuilt; None for a callable's fit read from a file."""
     if fit.problem is not None:
         return fit.problem
     if fit.target in TARGETS and not fit.weighted:
@@ -85,7 +85,7 @@ def plot_fit(fit: Fit, path: str | Path | None = None) -> Figure:
             label = "left out" if axis is above else None
             axis.axvspan(fit.theta - fit.margin, fit.theta + fit.margin, color="0.92", lw=0, label=label)
     above.legend(loc="upper left", fontsize="small")
-    # Above the axes: inside, the error runs through it.
+    # Placed above the axes, because inside the error curve would run through it.
     below.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize="small", frameon=False)
     title = f"{fit.target} {fit.degree}  error {fit.error:.4g}  lower bound {fit.lower_bound:.4g}"
     above.set(title=title, ylabel="gate")

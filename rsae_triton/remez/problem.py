@@ -1,6 +1,6 @@
-"""What is approximated: a target on [-1, 1], the gap left out around its jump, and the points to look at.
+"""Describes what is approximated: a target on [-1, 1], the gap around its jump, and the grid of points.
 
-All functions of this package work on the scaled pre-activation t in [-1, 1] (design: t = (h - theta) / C_in).
+All functions of this package work on the scaled pre-activation t = (h - theta) / C_in in [-1, 1].
 """
 
 from collections.abc import Callable, Sequence
@@ -20,11 +20,10 @@ MAX_POINTS = 10**7
 
 @dataclass(frozen=True)
 class Problem:
-    """A weighted minimax problem max over the domain of weight(t) * |value(t) - r(t)|.
+    """The weighted minimax problem: minimise the maximum over the domain of weight(t) * |value(t) - r(t)|.
 
-    pieces: the closed intervals of the domain, in order. breaks: where the target or its slope jumps.
-    grid: points of the domain, sorted, [n]. gap: points of [-1, 1] outside the domain, where r only has to
-    be free of poles.
+    pieces: the closed intervals of the domain, in order. breaks: where the target or its slope jumps. grid: points of
+    the domain, sorted, [n]. gap: points of [-1, 1] outside the domain; r has no poles there, and is otherwise free.
     """
 
     name: str
@@ -39,17 +38,18 @@ class Problem:
 
     @property
     def solvable(self) -> bool:
-        """False for a jump without a gap: no rational comes closer than half the jump, and many do as well."""
+        """False for a jump without a gap: the best possible error is then half the jump, and many rationals reach
+        it."""
         jumps = self.name == "step" or (self.name == "jumprelu" and self.theta != 0.0)
         return not jumps or self.margin > 0
 
     @property
     def rounding(self) -> float:
-        """Errors up to this are rounding of float64 sums: nothing is left to gain or to prove."""
+        """Errors up to this are rounding of float64 sums: there is nothing left to gain or to prove."""
         return 1e-12 * float(np.max(self.weight(self.grid) * (np.abs(self.value(self.grid)) + 1e-3)))
 
     def inside(self, t: np.ndarray) -> np.ndarray:
-        """The points of t that lie in the domain, sorted and without repetition."""
+        """The points of t that lie in the domain, sorted, without duplicates."""
         t = np.unique(t)
         keep = np.zeros(t.shape, bool)
         for low, high in self.pieces:
@@ -57,7 +57,7 @@ class Problem:
         return t[keep]
 
     def outside(self, t: np.ndarray) -> np.ndarray:
-        """The points of t in the gap, sorted and without repetition."""
+        """The points of t that lie in the gap, sorted, without duplicates."""
         if len(self.pieces) < 2:
             return np.empty(0)
         return np.unique(t[(t > self.pieces[0][1]) & (t < self.pieces[1][0])])
@@ -66,7 +66,7 @@ class Problem:
 def parse_degree(degree: str | Sequence[int]) -> tuple[int, int]:
     """(p, q) from a pair or from text like "9,8". Raises ConfigError unless 0 <= p, q <= 12."""
     try:
-        # By index: a set has no order.
+        # Indexed, so that a set, which has no order, is refused.
         parts = degree.split(",") if isinstance(degree, str) else [degree[i] for i in range(len(degree))]
         p, q = (int(part) for part in parts)
         exact = all(int(part) == float(part) and not isinstance(part, bool) for part in parts)
@@ -78,9 +78,9 @@ def parse_degree(degree: str | Sequence[int]) -> tuple[int, int]:
 
 
 def ramp(t: np.ndarray) -> np.ndarray:
-    """0 up to -1, 1 from 0 on, between them the smooth rational step 1/2 + u / (1 + u^2), u = 2 t + 1.
+    """0 up to -1, 1 from 0 on, and between them the smooth rational step 1/2 + u / (1 + u^2) with u = 2 t + 1.
 
-    What a gate looks like whose slope lies wholly below its threshold at 0: above it amplitudes are left alone.
+    This is a gate whose slope lies entirely below its threshold at 0, so that amplitudes above it are unchanged.
     """
     u = np.clip(2.0 * t + 1.0, -1.0, 1.0)
     return 0.5 + u / (1.0 + u * u)
@@ -103,7 +103,7 @@ def _checked(function: Callable[[np.ndarray], np.ndarray], what: str) -> Callabl
             if np.iscomplexobj(given):
                 raise TypeError("complex numbers")
             result = given.astype(np.float64)
-        except Exception as error:  # the caller's own function
+        except Exception as error:  # the caller's function can raise anything
             reason = first_line(error)
             raise ConfigError(
                 f"{what} must be a function of a numpy array that gives one of numbers; it failed: {reason}"
@@ -133,10 +133,10 @@ def _weight_function(weight: Weight | None, points: int) -> Callable[[np.ndarray
 
 
 def around(centre: float, nearest: float, count: int = 60) -> np.ndarray:
-    """Points that cluster geometrically at `centre` from both sides, [2 * count + 1], unclipped.
+    """Points that cluster geometrically at `centre` from both sides, [2 * count + 1], not clipped.
 
-    The extrema of a best approximant cluster at a singularity at a geometric rate (Stahl 1993), so an even
-    grid alone misses most of them.
+    The extrema of a best approximant cluster at a singularity at a geometric rate (Stahl 1993), so an even grid alone
+    misses most of them.
     """
     steps = np.geomspace(nearest, 2.0, count)
     return np.concatenate([centre - steps, [centre], centre + steps])
@@ -145,10 +145,12 @@ def around(centre: float, nearest: float, count: int = 60) -> np.ndarray:
 def make_problem(
     target: Target, theta: float = 0.0, margin: float = 0.0, weight: Weight | None = None, points: int = 4001
 ) -> Problem:
-    """Checks the arguments of `fit_gate` and lays the grid.
+    """Checks the arguments of `fit_gate` and builds the grid.
 
-    Raises ConfigError for an unknown target, a gap that leaves no domain on one side, a weight that is negative
-    or nowhere positive; NumericsError where target or weight is not finite.
+    Raises:
+        ConfigError: an unknown target, a gap that leaves no domain on one side, or a weight that is negative or nowhere
+            positive.
+        NumericsError: target or weight is not finite.
     """
     check_number("theta", theta)
     check_number("margin", margin, least=0)
@@ -183,7 +185,7 @@ def make_problem(
         np.empty(0),
         np.empty(0),
     )
-    # Edges of a gap are ordinary ends of an interval: extrema come no closer than a fraction of the margin.
+    # The edges of a gap are ordinary interval ends: extrema come no closer than a fraction of the margin.
     clusters = [around(edge, max(margin * 1e-3, 1e-10)) for edge in {low, high}]
     laid = np.concatenate([np.linspace(-1.0, 1.0, points), *clusters, np.cos(np.linspace(0, np.pi, 301))])
     gap = (

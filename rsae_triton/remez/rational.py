@@ -1,6 +1,6 @@
-"""A rational function in powers of s = t - centre, and the centre that makes it a safe Pade form.
+"""Rational functions in powers of s = t - centre, and the centre that makes one a safe Pade form.
 
-r = P(s) / Q(s), Q = 1 + sum_{1<=j<=q} b_j s^j. Evaluated elsewhere as P / (1 + |B|), so B must not be negative.
+r = P(s) / Q(s) with Q = 1 + sum_{1<=j<=q} b_j s^j = 1 + B. The gate evaluates P / (1 + |B|), so B must not be negative.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def horner(coefficients: np.ndarray, s: Any) -> Any:
-    """sum_k coefficients[k] * s**k in the dtype of s (numpy array, torch tensor or number)."""
+    """Returns sum_k coefficients[k] * s**k in the dtype of s (numpy array, torch tensor or number)."""
     value = s * 0.0 + float(coefficients[-1])
     for coefficient in coefficients[-2::-1]:
         value = value * s + float(coefficient)
@@ -23,14 +23,14 @@ def powers(s: np.ndarray, count: int) -> np.ndarray:
 
 
 def safe_pade(a: np.ndarray, b: np.ndarray, centre: float, t: Any) -> Any:
-    """P(s) / (1 + |B(s)|), s = t - centre, in the dtype of t. a: [p+1]. b: [q], of s^1 .. s^q."""
+    """Returns P(s) / (1 + |B(s)|) with s = t - centre, in the dtype of t. a: [p+1]. b: [q], of s^1 .. s^q."""
     s = t - centre
     numerator = horner(a, s)
     return numerator / (1.0 + abs(s * horner(b, s))) if len(b) else numerator
 
 
 def shifted(coefficients: np.ndarray, by: float) -> np.ndarray:
-    """Coefficients of x -> p(x + by): Taylor shift by repeated synthetic division, in extended precision."""
+    """Coefficients of x -> p(x + by): a Taylor shift by repeated synthetic division, in extended precision."""
     c = np.array(coefficients, dtype=np.longdouble)
     for i in range(len(c) - 1):
         for k in range(len(c) - 2, i - 1, -1):
@@ -40,7 +40,7 @@ def shifted(coefficients: np.ndarray, by: float) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Rational:
-    """P(s) / Q(s), s = t - centre, plain: Q may be negative somewhere. a: [p+1]; d: [q+1] with d[0] = 1."""
+    """P(s) / Q(s) with s = t - centre; Q may be negative somewhere. a: [p+1]; d: [q+1] with d[0] = 1."""
 
     a: np.ndarray
     d: np.ndarray
@@ -62,8 +62,8 @@ class Rational:
         return Rational((a / d[0]).astype(np.float64), (d / d[0]).astype(np.float64), float(centre))
 
     def poles(self) -> np.ndarray:
-        """The roots of Q in t, complex. Leading zeros of Q are dropped by relative size."""
-        # In units u = s * scale with Q's coefficients of one size, as companion matrices like it.
+        """The complex roots of Q in t. Leading coefficients of negligible relative size are dropped."""
+        # In units u = s * scale where Q's coefficients have similar size, which suits companion matrices.
         used = np.flatnonzero(self.d)
         d = self.d[: used[-1] + 1]
         if len(d) < 2:
@@ -79,7 +79,7 @@ class Rational:
         slope = self.d[1:] * np.arange(1, len(self.d))
         slopes = horner(slope, points - self.centre)
         i = int(np.argmin(self.denominator(points)))
-        # Near a flat minimum Q is constant to rounding; the sign of its slope still says on which side we are.
+        # Near a flat minimum Q is constant up to rounding, but the sign of its slope still tells on which side we are.
         falling, rising = np.flatnonzero(slopes[: i + 1] < 0), np.flatnonzero(slopes[i:] > 0)
         if len(falling) == 0 or len(rising) == 0:
             return float(points[0] if len(falling) == 0 else points[-1])
@@ -114,9 +114,9 @@ class Rational:
 
 
 def unit_influence(r: Rational, points: np.ndarray, count: int, *, safe: bool = False) -> np.ndarray:
-    """s_k = 1 / max |s^k / Q| over points, k < count: a_k / s_k is the most that term k adds to r.
+    """s_k = 1 / max |s^k / Q| over points, k < count: then a_k / s_k is the most that term k adds to r.
 
-    safe: with 1 + |B| in place of Q = 1 + B.
+    safe: use 1 + |B| for Q.
     """
     s, q = points - r.centre, r.denominator(points)
     size = 1.0 + np.abs(q - 1.0) if safe else np.abs(q)
@@ -124,7 +124,8 @@ def unit_influence(r: Rational, points: np.ndarray, count: int, *, safe: bool = 
 
 
 def float32_error(a: np.ndarray, b: np.ndarray, centre: float) -> float:
-    """max |r in float32 - r in float64| of the safe form over 4001 points of [-1, 1] that float32 holds exactly."""
+    """max |r in float32 - r in float64| of the safe form, over 4001 points of [-1, 1] that float32 represents
+    exactly."""
     t = np.linspace(-1.0, 1.0, 4001).astype(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
         error = np.abs(safe_pade(a, b, centre, t) - safe_pade(a, b, centre, t.astype(np.float64)))

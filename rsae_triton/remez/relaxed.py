@@ -1,11 +1,11 @@
 """The published initialiser, "relaxed Remez", for comparison only: Adam on a penalty at fixed nodes.
 
 Chen, Chen, Lai, Zhang & Lu, "Rational neural networks for approximating jump discontinuities of graph convolution
-operator", ICDM 2018: the "relaxed Remez" by which the RSAE paper is initialised. Loss, optimiser, rates and steps are
-those of the authors' program (github.com/aquastar/RationalGraphNet), the nodes its Chebyshev option. What differs: Q
-is the safe 1 + |B| instead of 1 + B, whose poles could not be returned as a gate; p and q may differ; the seed is
-fixed. Nothing of Remez' exchange is left in it: the nodes never move, so errors between them are not seen and
-nothing is proved.
+operator", ICDM 2018: the "relaxed Remez" that initialises the RSAE paper's gates. Loss, optimiser, rates and steps are
+those of the authors' program (github.com/aquastar/RationalGraphNet), the nodes are its Chebyshev option. Differences: Q
+is the safe 1 + |B| instead of 1 + B, because a gate must not have poles; p and q may differ; the seed is fixed. The
+method has no exchange step as Remez' does: the nodes never move, so errors between them go unnoticed and nothing is
+proved.
 """
 
 import numpy as np
@@ -13,30 +13,30 @@ import numpy as np
 from rsae_triton.remez.problem import Problem
 from rsae_triton.remez.rational import Rational, powers
 
-STEPS = 30_000  # three rounds of 10 000; the nodes of the later rounds are the first round's
+STEPS = 30_000  # three rounds of 10 000; the later rounds use the first round's nodes
 RATE, BETAS, DECAY = 1e-2, (0.5, 0.99), 5e-4
 
 
 def nodes(problem: Problem, count: int) -> np.ndarray:
-    """[count] Chebyshev nodes, ascending, of the domain with its gap closed up."""
+    """[count] Chebyshev nodes of the domain with its gap closed up, ascending."""
     length = 2.0 - 2.0 * problem.margin
     x = 0.5 * length * (1.0 - np.cos(np.pi * (np.arange(count) + 0.5) / count)) - 1.0
     return x + 2.0 * problem.margin * (x > problem.pieces[0][1])
 
 
 def solve_relaxed(problem: Problem, p: int, q: int, seed: int = 0) -> Rational:
-    """P and B of r = P(t) / (1 + |B(t)|) after the published number of steps, in powers of t about 0.
+    """Returns r = P(t) / (1 + |B(t)|), in powers of t about 0, after the published number of steps.
 
-    The loss at the p + q + 2 nodes, e = r - value (times the weight) and sigma alternating from +1, is
-        mean (e - sigma E)^2  +  sum max(0, -sigma e)  +  max |e|
-    over the coefficients and the level E. Its best parameters are not kept; the last ones are, as published.
+    The loss at the p + q + 2 nodes, with e = r - value (times the weight) and sigma alternating from +1, is
+        mean (e - sigma E)^2 + sum max(0, -sigma e) + max |e|
+    over the coefficients and the level E. As published, the last parameters are kept, not the best ones.
     """
     rng = np.random.default_rng(seed)
     t = nodes(problem, p + q + 2)
     weight, value = problem.weight(t), problem.value(t)
     n, sigma = len(t), np.where(np.arange(len(t)) % 2 == 0, 1.0, -1.0)
     up, down = powers(t, p + 1), powers(t, q + 1)[:, 1:]
-    # Xavier's normal for a matrix with one row, as in the authors' program; E starts at 1e-8.
+    # Xavier's normal initialisation for a matrix with one row, as in the authors' program; E starts at 1e-8.
     scales = np.concatenate([np.full(p + 1, np.sqrt(2 / (p + 2))), np.full(q, np.sqrt(2 / (q + 1)))])
     u = np.append(rng.normal(size=p + 1 + q) * scales, 1e-8)
     mean, square = np.zeros_like(u), np.zeros_like(u)
@@ -62,7 +62,7 @@ def solve_relaxed(problem: Problem, p: int, q: int, seed: int = 0) -> Rational:
 
 
 def kinks(r: Rational, problem: Problem) -> np.ndarray:
-    """Points of the domain where B changes sign, and close beside: the safe form has corners there."""
+    """Points of the domain at and close to the zeros of B, where the safe form has corners."""
     if not np.any(r.d[1:]):
         return np.empty(0)
     roots = np.polynomial.polynomial.polyroots(np.trim_zeros(np.append([0.0], r.d[1:]), "b"))

@@ -1,7 +1,7 @@
-"""The table of fitted gates that ships with the package: certified once, read without solving anything.
+"""The table of fitted gates that ships with the package, so that common gates need no solving.
 
-`fit_gate` looks here first. `rsae gates rebuild` makes it from nothing but `ENTRIES`; a test refits some entries
-and re-measures all.
+`fit_gate` looks here first. `rsae gates rebuild` makes the table from `ENTRIES` alone; a test refits some entries and
+measures all of them again.
 """
 
 import json
@@ -34,7 +34,7 @@ ENTRIES: tuple[tuple[str, tuple[int, int], float, float], ...] = (
 
 
 def read_table(path: str | Path = PATH) -> tuple[GateFit, ...]:
-    """The fits of a table file. Raises FormatError for a file that is missing or no such table."""
+    """Reads the fits of a table file. Raises FormatError if it is missing or not such a table."""
     try:
         plain = read_json(Path(path))
     except (OSError, FormatError) as error:
@@ -51,14 +51,14 @@ def read_table(path: str | Path = PATH) -> tuple[GateFit, ...]:
 
 @cache
 def shipped() -> tuple[GateFit, ...]:
-    """The shipped table, read once."""
+    """The shipped table; the file is read once."""
     return read_table()
 
 
 def shipped_gate(
     target: str, degree: str | Sequence[int], *, theta: float = 0.0, margin: float = 0.0
 ) -> GateFit | None:
-    """The shipped fit for exactly these arguments of `fit_gate`, or None."""
+    """Returns the shipped fit for exactly these arguments of `fit_gate`, or None."""
     key = (target, parse_degree(degree), float(theta), float(margin))
     for fit in shipped():
         if (fit.target, fit.degree, fit.theta, fit.margin) == key:
@@ -67,7 +67,7 @@ def shipped_gate(
 
 
 def write_table(fits: Sequence[GateFit], path: str | Path = PATH) -> None:
-    """Writes a table file, one fit a line. Raises OSError where it cannot be written."""
+    """Writes a table file, one fit per line. Raises OSError if it cannot be written."""
     lines = ",\n".join(json.dumps(fit.to_dict()) for fit in fits)
     path = Path(path)
     make_folder(path.parent)

@@ -1,4 +1,4 @@
-"""First-order changes of a rational function, in coordinates scaled so that a linear solver sees O(1).
+"""First-order changes of a rational function, in coordinates scaled to size O(1) for linear solvers.
 
 With P -> P + dP and Q -> Q + dQ the linearised error f Q - P becomes, divided by the old Q and exactly,
     e (1 + q) - d,    q = dQ / Q,    d = (dP - r dQ) / Q,    e = f - r.
@@ -16,13 +16,13 @@ from rsae_triton.remez.rational import Rational, powers, unit_influence
 
 @dataclass(frozen=True)
 class Tangent:
-    """Coordinates u [p+q+1] for steps away from `base`. basis: [p+1+q, p+q+1], u -> (da, db)."""
+    """Coordinates u [p+q+1] of steps away from `base`. basis: [p+1+q, p+q+1], maps u to (da, db)."""
 
     base: Rational
     basis: np.ndarray
 
     def directions(self, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(d, q), each [n, p+q+1]: what one unit of each coordinate does at the points t."""
+        """Returns (d, q), each [n, p+q+1]: the change at the points t per unit of each coordinate."""
         r, s = self.base, t - self.base.centre
         n_a, n_d = len(r.a), len(r.d)
         terms = powers(s, max(n_a, n_d)) / r.denominator(t)[:, None]
@@ -30,7 +30,7 @@ class Tangent:
         return terms[:, :n_a] @ self.basis[:n_a] - r(t)[:, None] * q, q
 
     def moved(self, u: np.ndarray) -> Rational:
-        """The rational after the step u (centre kept)."""
+        """Returns the rational after the step u, with the same centre."""
         step, n_a = self.basis @ u, len(self.base.a)
         d = self.base.d.copy()
         d[1:] += step[n_a:]
@@ -40,7 +40,7 @@ class Tangent:
 def tangent(
     r: Rational, t: np.ndarray, weight: np.ndarray, hull: np.ndarray, size: float, floor: float = 1e-2
 ) -> Tangent:
-    """Coordinates at r for errors of order `size` at the points t [n], with weights [n].
+    """Makes coordinates at r for errors of order `size` at the points t [n], with weights [n].
 
     hull: points of [-1, 1] over which powers are scaled. floor: a direction that moves the error by less than
     floor * size per unit of coefficient is not stretched further (it may be a common factor of P and Q that
