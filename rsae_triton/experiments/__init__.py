@@ -1,1 +1,1 @@
-"""Whole studies made of the parts below: the demo, teachers to train, sweeps, the paper's tables."""
+"""Whole studies: the demo, training teachers, sweeps, and the paper's tables."""

@@ -1,9 +1,9 @@
-"""What is compared at equal steps: the Rational SAE, its fair controls, and the controls that say where a gain is from.
+"""The SAEs that are compared after equally many steps: the Rational SAE and its controls.
 
-Every contender starts from the same teacher and sees the same batches. "control" is the teacher with its own
-objective. "rectangle" is the second control: the Rational SAE's recipe with JumpReLU's rectangle kernel, as wide as
-the rational's ramp and centred at the threshold, in place of the rational. NAME@N is contender NAME (or teacher) with
-an encoder of N rounds put on top, nothing trained for it.
+Every contender starts from the same teacher and sees the same batches. "control" is the teacher, trained on with its
+own objective. "rectangle" is the second control: the Rational SAE's recipe, but with JumpReLU's rectangle kernel, as
+wide as the rational's ramp and centred at the threshold, in place of the rational. NAME@N is contender NAME (or the
+teacher) with an encoder of N rounds added afterwards, without training.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec")
 ROUNDS = 2
-"""Of the contenders that are trained with more than one."""
+"""How many rounds a contender has that is trained with more than one."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """An SAE to be trained, by which recipe; a recipe of None leaves it as it is. as_long_as: the contender whose
-    training time it is to be given, instead of its steps."""
+    """An SAE to train, and the recipe; None leaves it untrained. as_long_as: a contender whose training time this one
+    gets, instead of its number of steps."""
 
     sae: SparseAutoencoder
     recipe: Recipe | None
@@ -43,10 +43,10 @@ class Contender:
 
 
 def parse_contender(name: str) -> tuple[str, int]:
-    """NAME or NAME@ROUNDS -> (NAME, rounds); rounds is 0 where none are put on top.
+    """Splits NAME or NAME@ROUNDS into (NAME, rounds); rounds is 0 if none are added.
 
     Raises:
-        ConfigError: an unknown name, or rounds that are no number above 1.
+        ConfigError: an unknown name, or rounds that are not a number above 1.
     """
     base, mark, rounds = name.partition("@")
     known = (*CONTENDERS, "scratch", "pursuit") + (("teacher",) if mark else ())
@@ -61,11 +61,11 @@ def parse_contender(name: str) -> tuple[str, int]:
 
 
 def contender(name: str, teacher: SparseAutoencoder, init: FusedRationalSAE, x: Tensor) -> Contender:
-    """The contender of this name.
+    """Makes the contender of this name.
 
     Args:
-        name: one of CONTENDERS. teacher: the SAE being upgraded. init: it after stage 1, of one round. x: activations
-            [n, d_in] to set the thresholds of further rounds on.
+        name: one of CONTENDERS. teacher: the SAE being upgraded. init: the upgraded SAE after stage 1, with one round.
+            x: activations [n, d_in] to set the thresholds of further rounds on.
 
     Raises:
         ConfigError: an unknown name.
@@ -84,7 +84,7 @@ def _control(teacher: SparseAutoencoder, init: FusedRationalSAE, x: Tensor) -> C
 
 
 def _control_compute(teacher: SparseAutoencoder, init: FusedRationalSAE, x: Tensor) -> Contender:
-    """The control for as many seconds as the refined encoder took."""
+    """The control, trained for as many seconds as the contender "refined"."""
     return Contender(copy.deepcopy(teacher), objective_of(teacher), as_long_as="refined")
 
 
@@ -93,7 +93,7 @@ def _rectangle(teacher: SparseAutoencoder, init: FusedRationalSAE, x: Tensor) ->
 
 
 def _refined(teacher: SparseAutoencoder, init: FusedRationalSAE, x: Tensor) -> Contender:
-    """Trained through two rounds."""
+    """The Rational SAE, trained with two rounds."""
     made = init.with_rounds(ROUNDS, x)
     return Contender(made, recipe_for(made))
 
@@ -104,7 +104,8 @@ def _rectangle_refined(teacher: SparseAutoencoder, init: FusedRationalSAE, x: Te
 
 
 def _thresholds(teacher: SparseAutoencoder, init: FusedRationalSAE, x: Tensor) -> Contender:
-    """The teacher's weights behind stage 1's fixed thresholds: what a TopK gains by them without any training."""
+    """The teacher's weights with stage 1's fixed thresholds: what a TopK teacher gains by these without any
+    training."""
     return Contender(jumprelu_like(init), None)
 
 
@@ -120,15 +121,15 @@ CONTENDERS: dict[str, Callable[[SparseAutoencoder, FusedRationalSAE, Tensor], Co
 
 
 def more_rounds(sae: SparseAutoencoder, rounds: int, x: Tensor) -> FusedRationalSAE:
-    """`sae` with an encoder of so many rounds and nothing trained, its own l0 kept."""
+    """Returns `sae` with an encoder of this many rounds, at the same l0. Nothing is trained."""
     return sae.with_rounds(rounds, x)
 
 
 def steps_for(entry: Contender, steps: int, logs: dict[str, TrainLog]) -> int:
-    """The steps of a contender: `steps`, or as many as fit into the time of another one's training.
+    """Returns `steps`, or the number of steps that take as long as the other contender's training took.
 
     Raises:
-        ConfigError: that other one has not been trained.
+        ConfigError: the other contender has not been trained.
     """
     if entry.as_long_as is None:
         return steps
@@ -138,7 +139,8 @@ def steps_for(entry: Contender, steps: int, logs: dict[str, TrainLog]) -> int:
 
 
 def jumprelu_like(rsae: FusedRationalSAE, *, slope_to_h: bool = False) -> JumpReluSAE:
-    """A JumpReLU SAE with the weights and thresholds of a gated Rational SAE and a rectangle as wide as its ramp."""
+    """Returns a JumpReLU SAE with the weights and thresholds of a gated Rational SAE and a rectangle as wide as its
+    ramp."""
     gate = rsae.gate
     sae = JumpReluSAE(
         rsae.d_in,
@@ -157,7 +159,7 @@ def jumprelu_like(rsae: FusedRationalSAE, *, slope_to_h: bool = False) -> JumpRe
 
 
 def rectangle_gated(rsae: FusedRationalSAE) -> FusedRationalSAE:
-    """`jumprelu_like(rsae, slope_to_h=True)` as a gate that rounds can be added to.
+    """Returns `jumprelu_like(rsae, slope_to_h=True)` as a Rational SAE, to which rounds can be added.
 
     JumpReLU's rectangle is the slope of a straight line, which is a rational of degree (1, 0).
     """

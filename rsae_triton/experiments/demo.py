@@ -62,7 +62,7 @@ SHARED = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
 class Stages:
-    """Names each stage on the console as it begins, and keeps how long it took."""
+    """Prints each stage on the console when it begins, and records how long it took."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -83,7 +83,7 @@ def run(demo: Demo) -> Path:
     """Runs the whole pipeline and returns the path of the report.
 
     Raises:
-        RsaeError: anything a person can mend; the cache stays usable.
+        RsaeError: something that the user can fix; the cache stays usable.
     """
     demo = demo.sized()
     check(demo)
@@ -110,7 +110,8 @@ def run(demo: Demo) -> Path:
             else pair_splits_for(host, documents, places, demo.tokens, demo.seed)
         )
     x, test = splits.train.tensor().to(host.device), splits.test.tensor().to(host.device)
-    # Text that nobody is trained on: there the teacher's l0 is what it is elsewhere. (A transcoder has no rounds.)
+    # Text that nothing is trained on: on its training text a teacher's l0 is lower than elsewhere. (A transcoder has no
+    # rounds.)
     unseen = splits.validation.tensor().to(host.device) if places is None else None
     with stages.stage(f"Teacher {demo.teacher}"):
         teacher, teacher_log = make_teacher(demo, loaded, splits, x)
@@ -188,12 +189,13 @@ def run(demo: Demo) -> Path:
 
 
 def place(demo: Demo, teacher: SparseAutoencoder | None) -> tuple[str, str | None]:
-    """Model and hook: what the command line names, else what a saved teacher says, else the default (hook None)."""
+    """Model and hook: from the command line, else from the saved teacher, else the default model and None."""
     said = {} if teacher is None else teacher.metadata
     return demo.model or said.get("host") or said.get("model_name") or EMBEDDED, demo.hook or said.get("hook_name")
 
 
 def check_width(teacher: SparseAutoencoder | None, host: HostModel, source: str) -> None:
+    """Raises ShapeError if a saved teacher's d_in is not the width of the host's activations."""
     if teacher is not None and teacher.d_in != host.hook_width():
         raise ShapeError(
             f"the teacher {source} has d_in={teacher.d_in}, but {host.name} has {host.hook_width()} at "
@@ -202,8 +204,11 @@ def check_width(teacher: SparseAutoencoder | None, host: HostModel, source: str)
 
 
 def pair_of(demo: Demo, teacher: SparseAutoencoder | None, host: HostModel) -> tuple[str, str] | None:
-    """Where a transcoder reads and writes: a saved one says so, one that is trained here is of the MLP of the layer
-    behind the middle; None for an SAE."""
+    """Where a transcoder reads and writes; None for an SAE.
+
+    A saved transcoder names its two places. One that is trained here is of the MLP in the layer of the host's default
+    hook.
+    """
     if isinstance(teacher, Transcoder):
         outside = teacher.metadata.get("hook_name_out")
         if not outside:
@@ -222,7 +227,7 @@ def pair_of(demo: Demo, teacher: SparseAutoencoder | None, host: HostModel) -> t
 def make_teacher(
     demo: Demo, loaded: SparseAutoencoder | None, splits: Splits | PairedSplits, x: torch.Tensor
 ) -> tuple[SparseAutoencoder, TrainLog | None]:
-    """The loaded teacher in the store's units, or one trained here, or the same trained in an earlier run."""
+    """Returns the loaded teacher in the store's units; or trains one, unless an earlier run has trained the same."""
     if loaded is not None:
         return loaded.to(x.device).to_units_(*(scales_of(splits.train) or ())), None
     sparse = ("relu", "jumprelu", "transcoder", "relu_transcoder")
@@ -236,6 +241,7 @@ def make_teacher(
 def score(
     demo: Demo, host: HostModel, splits: Splits | PairedSplits, saes: dict[str, SparseAutoencoder], test: torch.Tensor
 ) -> dict[str, Any]:
+    """Scores all SAEs on the test text, as `compare` does, and shows progress."""
     sequences = splits.test.sequences
     count = min(demo.sequences, len(sequences.tokens))
     with LoggedProgress() as bar:
@@ -254,7 +260,7 @@ def score(
 
 
 def facts(demo: Demo, host: HostModel, splits: Splits | PairedSplits, corpus: str, stages: Stages) -> dict[str, Any]:
-    """Where the numbers come from: command, data, machine, versions."""
+    """Facts about the run for the report: command, data, machine and versions."""
     manifest = splits.train.manifest
     return {
         "command": "rsae " + shlex.join(sys.argv[1:]),
@@ -283,7 +289,7 @@ def facts(demo: Demo, host: HostModel, splits: Splits | PairedSplits, corpus: st
 def save(
     out: Path, saes: dict[str, SparseAutoencoder], store: ActivationStore | PairedStore, metrics: dict[str, Any]
 ) -> None:
-    """Writes every SAE but the untrained one of one round in the model's own units, and metrics.json."""
+    """Writes metrics.json and, in the model's own units, every SAE but `init`."""
     make_folder(out)
     for name in saes.keys() - {"init"}:
         own = copy.deepcopy(saes[name])

@@ -73,7 +73,7 @@ class Demo:
     """Also save the README's picture here."""
 
     def sized(self) -> Demo:
-        """The sizes --quick stands for; what was set by hand stays."""
+        """Returns the options with --quick's sizes, except for sizes that were given."""
         if not self.quick:
             return self
         small = {"d_sae": 512, "tokens": 12_000, "teacher_steps": 120, "steps": 40, "sequences": 4}
@@ -83,7 +83,7 @@ class Demo:
 
 
 def check(demo: Demo) -> None:
-    """Refuses what is wrong before anything is downloaded or computed."""
+    """Checks the options before anything is downloaded or computed (ConfigError)."""
     for name in ("d_sae", "tokens", "teacher_steps", "steps", "batch_size"):
         if getattr(demo, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(demo, name)}; give a positive number")
@@ -104,12 +104,12 @@ def check(demo: Demo) -> None:
 
 
 def check_settings(demo: Demo) -> None:
-    """Refuses to replace the results of a demo with other settings (ConfigError); of the same they are made again."""
+    """Raises ConfigError if --out holds a demo with other settings; results of the same settings may be replaced."""
     try:
         before = json.loads((demo.out / "metrics.json").read_text(encoding="utf-8"))["meta"]["configuration"]
         now = {name: str(value) for name, value in asdict(demo).items() if name not in _NOT_RESULTS}
         other = {name: before[name] for name, value in now.items() if name in before and before[name] != value}
-    except (OSError, ValueError, LookupError, TypeError):  # nothing there, or nothing of ours
+    except (OSError, ValueError, LookupError, TypeError):  # there is no such file, or it is not ours
         return
     if other and not demo.overwrite:
         what = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in other.items())

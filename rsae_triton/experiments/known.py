@@ -1,4 +1,4 @@
-"""`rsae known`: how well teacher, controls and every upgrade detect the features of data where they are known."""
+"""`rsae known`: how well teachers, controls and upgrades detect the features of data with known features."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from rsae_triton.upgrading.stage_one import upgrade
 
 Trainable = Literal["all", "encoder", "gate"]
 HELD_OUT = 20_000
-"""Tokens of the validation and of the test draw."""
+"""Number of tokens in the validation set, and in the test set."""
 STARTS_AT = 0.4
 """Share of a teacher's steps over which its sparsity weight rises, as in `rsae teach`."""
 
@@ -116,7 +116,7 @@ class Known:
 
 @dataclass(frozen=True)
 class KnownCell:
-    """One teacher."""
+    """One teacher, with all that decides its numbers."""
 
     config: Known
     teacher: str
@@ -142,7 +142,7 @@ class KnownCell:
 
 
 class Draws(NamedTuple):
-    """Train, validation and test tokens of one model, in units of a mean norm of sqrt(d_in)."""
+    """Training, validation and test tokens of one model, scaled to a mean norm of sqrt(d_in)."""
 
     train: Tensor
     validation: Tensor
@@ -150,7 +150,7 @@ class Draws(NamedTuple):
 
 
 def split_name(name: str) -> tuple[str, int, Trainable]:
-    """NAME, NAME@N, NAME/gate, NAME/encoder or NAME/gate@N -> (NAME, rounds on top, trainable).
+    """Splits NAME, NAME@N, NAME/gate, NAME/encoder or NAME/gate@N into (NAME, rounds added, trainable).
 
     Raises:
         ConfigError: no such contender.
@@ -168,7 +168,7 @@ def known(config: Known) -> Path:
     """Runs `rsae known` and returns the path of known.md.
 
     Raises:
-        RsaeError: anything a person can mend; finished cells stay.
+        RsaeError: something that the user can fix; finished cells stay.
     """
     config.check()
     console = Console()
@@ -194,6 +194,7 @@ def known(config: Known) -> Path:
 
 
 def draws(cell: KnownCell) -> Draws:
+    """Draws the data of a cell."""
     config = cell.config
     sizes: dict[str, Any] = {"d_in": config.d_in, "n_features": config.n_features}
     sizes |= {"l0": cell.l0, "correlation": cell.correlation}
@@ -211,7 +212,7 @@ def draws(cell: KnownCell) -> Draws:
 
 
 def run_known(cell: KnownCell) -> dict[str, Any]:
-    """Trains the teacher and its contenders, and scores them all at the teacher's l0; a dict for JSON."""
+    """Trains the teacher and its contenders, and scores them all at the teacher's l0. Returns a dict for JSON."""
     config, started = cell.config, time.perf_counter()
     data = draws(cell)
     held = None if cell.teacher in ("topk", "batchtopk") else cell.l0

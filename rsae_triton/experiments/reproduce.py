@@ -1,4 +1,4 @@
-"""`rsae reproduce`: the paper's two tables on a host, with the controls the paper does not have; resumable."""
+"""`rsae reproduce`: the paper's two tables for a host, with controls that the paper does not have; resumable."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rsae_triton.report.fronts import METRICS, summarise, write_sweep_report
 from rsae_triton.report.paper_tables import paper_tables
 
 HOSTS = Path(__file__).with_name("hosts.toml")
-# Of a cell, beside its scores and stage 1.
+# The entries of a cell other than its scores and stage 1.
 KEPT = ("cell", "hook_name", "d_in", "d_sae", "family", "training", "seconds", "machine", "torch", "date")
 
 
@@ -54,10 +54,11 @@ class Reproduce:
 
 
 def sweeps_of(config: Reproduce) -> tuple[tuple[Sweep, ...], Mapping[str, Any]]:
-    """The host's sweeps, and the published numbers by teacher family.
+    """Returns the host's sweeps, and the published numbers by teacher family.
 
     Raises:
-        FormatError: a file that is not TOML, or holds what a sweep does not know. ConfigError: an unknown host.
+        FormatError: the file is not TOML, or has a setting that a sweep does not have.
+        ConfigError: an unknown host.
     """
     try:
         known = tomllib.loads(config.hosts.read_text())
@@ -100,7 +101,7 @@ def sweeps_of(config: Reproduce) -> tuple[tuple[Sweep, ...], Mapping[str, Any]]:
 
 
 def _check_kind(name: str, value: Any, default: Any) -> None:
-    """Raises FormatError unless `value` is of the kind that a sweep's default is."""
+    """Raises FormatError unless `value` has the type of the sweep's default."""
 
     def fits(one: Any, like: Any) -> bool:
         if isinstance(one, bool) or isinstance(like, bool):
@@ -119,7 +120,7 @@ def reproduce(config: Reproduce) -> Path:
     """Runs `rsae reproduce` and returns the path of OUT/tables.md.
 
     Raises:
-        RsaeError: anything a person can mend; finished cells stay.
+        RsaeError: something that the user can fix; finished cells stay.
     """
     sweeps, published = sweeps_of(config)
     cells: list[Cell] = [cell for one in sweeps for cell in one.cells()]
@@ -144,10 +145,10 @@ def reproduce(config: Reproduce) -> Path:
 
 
 def known_cells(path: Path) -> dict[str, dict[str, Any]]:
-    """The cells of a table.json, by `key_of` their identity.
+    """Reads the cells of a table.json, by `key_of` their identity.
 
     Raises:
-        FormatError: a file that is not one.
+        FormatError: the file is not one.
     """
     cells, wanted = read_json(path).get("cells"), {*KEPT, "stage1", "scores"}
     if not isinstance(cells, list) or not all(isinstance(cell, dict) and wanted <= set(cell) for cell in cells):
@@ -156,7 +157,8 @@ def known_cells(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def compact(host: str, cells: list[dict[str, Any]]) -> dict[str, Any]:
-    """What is worth keeping under version control: the summary, and of each cell what `summarise` takes."""
+    """Returns what is worth keeping under version control: the summary, and the part of each cell that `summarise`
+    needs."""
     return {
         "command": f"rsae reproduce --host {host}",
         "machine": sorted({cell["machine"] for cell in cells}),
@@ -180,7 +182,7 @@ def compact(host: str, cells: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _to_the_teacher(scores: Mapping[str, Any]) -> dict[str, Any]:
-    """Every contender's differences to the teacher at equal l0, paired by sequence, where there are any."""
+    """Every contender's difference to the teacher at equal l0, paired by sequence, where known."""
     found = {
         name: pairs["teacher"]
         for name, pairs in scores.get("paired", {}).get("matched_l0", {}).items()

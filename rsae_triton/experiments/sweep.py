@@ -1,4 +1,5 @@
-"""`rsae sweep`: teachers x sparsities x layers x widths x seeds, each upgraded beside its controls; resumable."""
+"""`rsae sweep`: teachers x sparsities x layers x widths x seeds, each upgraded and compared with controls;
+resumable."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ from rsae_triton.upgrading.stage_one import upgrade
 
 SCHEMA = 1
 PURSUIT_TOKENS = 2000
-"""Matching pursuit takes a hundredth of a second a token."""
+"""Matching pursuit runs on this many tokens, because it takes a hundredth of a second per token."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Sweep:
     """Folder of the cells and the report."""
 
     def check(self) -> None:
-        """Refuses what is wrong before anything is downloaded or computed."""
+        """Checks the options before anything is downloaded or computed (ConfigError)."""
         for name in ("teachers", "sparsities", "hooks", "widths", "seeds", "contenders"):
             if not getattr(self, name):
                 raise ConfigError(f"--{name} is empty; give at least one")
@@ -132,7 +133,8 @@ class Sweep:
                 saved_teacher("--teachers", teacher)
 
     def cells(self) -> Iterator[Cell]:
-        """Every teacher of the sweep; a saved one is read where it says, unless a hook is given."""
+        """Yields every teacher of the sweep. A saved one is read at the hook in its metadata, unless a hook is
+        given."""
         saved = [teacher for teacher in self.teachers if teacher not in FAMILIES] if "" in self.hooks else []
         own = {teacher: saved_teacher("--teachers", teacher).metadata.get("hook_name") for teacher in saved}
         for hook in self.hooks:
@@ -155,7 +157,7 @@ class Cell:
     seed: int
 
     def plan(self) -> TeacherPlan | None:
-        """How the teacher is trained; None for one that is loaded."""
+        """How to train the teacher; None for a saved one."""
         if self.teacher not in FAMILIES:
             return None
         usual = RECIPES[self.teacher].weight
@@ -170,7 +172,7 @@ class Cell:
         )
 
     def identity(self) -> dict[str, Any]:
-        """Everything that decides the cell's numbers, as far as this program sets it."""
+        """Everything that decides the cell's numbers, as far as this program controls it."""
         plan, sweep = self.plan(), self.sweep
         return {
             "schema": SCHEMA,
@@ -184,21 +186,22 @@ class Cell:
             **({"trainable": sweep.trainable} if sweep.trainable != "all" else {}),
             **({"spliced": list(sweep.spliced)} if sweep.spliced else {}),
             **({"objective": sweep.objective} if sweep.objective != "mse" else {}),
-            # Since the recipe's start follows the teacher's sparsity, cells of another than the usual are others.
+            # Older cells had a start that did not depend on the teacher's sparsity: at any but the usual one the
+            # numbers differ.
             **({"start": "the teacher's weight"} if self.sparsity != 1 or not plan else {}),
-            # Since a ramp is no wider than small codes rise, cells of dense codes are others; at the usual density and
-            # at half of it the width is what it was.
+            # Older cells had a ramp whose width did not depend on small codes: for codes denser than usual the numbers
+            # differ.
             **({"width": "auto"} if self.sparsity > 1 or not plan else {}),
             "text": list(sweep.text),
             "contenders": list(sweep.contenders),
-            # A recipe that was changed gives other numbers: its cells are other cells.
+            # A changed recipe gives other numbers, so its cells must have another identity.
             "recipes": {name: asdict(RECIPES[name]) for name in ("hard", self.teacher) if name in RECIPES},
             "lr": LR,
         }
 
     @property
     def place(self) -> tuple[Any, ...]:
-        """What its activations depend on."""
+        """Everything that its activations depend on."""
         config = self.sweep
         return config.model, config.center_writing_weights, self.hook, config.text, config.tokens
 
@@ -216,16 +219,17 @@ class Cell:
 
 
 def key_of(identity: dict[str, Any]) -> str:
-    """The same for a cell's identity and for what JSON makes of it."""
+    """A key that is the same for a cell's identity and for that identity read back from JSON."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def read_cell(path: Path) -> dict[str, Any] | None:
-    """A finished cell; None where there is none, or none that is whole."""
+    """Reads a finished cell; None if it is missing or incomplete."""
     return read_finished(path, "cell", "scores", "stage1")
 
 
 def write_cell(path: Path, result: dict[str, Any]) -> None:
+    """Writes a finished cell."""
     make_folder(path.parent)
     write_text(path, json.dumps(result, indent=1) + "\n")
 
@@ -234,7 +238,7 @@ def sweep(config: Sweep) -> Path:
     """Runs `rsae sweep` and returns the path of sweep.md.
 
     Raises:
-        RsaeError: anything a person can mend; finished cells stay.
+        RsaeError: something that the user can fix; finished cells stay.
     """
     config.check()
     return write_sweep_report(config.out, run_cells(list(config.cells())))
@@ -242,7 +246,8 @@ def sweep(config: Sweep) -> Path:
 
 @matmul_precision("medium")
 def run_cells(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """Computes the cells that are not on disk yet, and returns all of them. Cells of one place should be neighbours."""
+    """Computes the cells that are not on disk yet, and returns all of them. Cells of the same place should be
+    adjacent."""
     console = Console()
     waiting = [cell for cell in cells if read_cell(cell.path) is None]
     console.print(f"{len(cells)} cells, {len(cells) - len(waiting)} of them done before")
@@ -250,7 +255,7 @@ def run_cells(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     splits: Splits | None = None
     started = time.perf_counter()
     for done, cell in enumerate(waiting):
-        if read_cell(cell.path) is not None:  # a second process works on the same folder
+        if read_cell(cell.path) is not None:  # another process may be working on the same folder
             continue
         config = cell.sweep
         if host is None or splits is None or cell.place != waiting[done - 1].place:
@@ -270,7 +275,7 @@ def run_cells(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
 
 def run_cell(cell: Cell, host: HostModel, splits: Splits) -> dict[str, Any]:
-    """Trains, upgrades, trains the contenders and scores them all; a dict for JSON."""
+    """Trains the teacher, upgrades it, trains the contenders and scores them all. Returns a dict for JSON."""
     config = cell.sweep
     started = time.perf_counter()
     x = splits.train.tensor().to(host.device)
@@ -323,8 +328,8 @@ def run_cell(cell: Cell, host: HostModel, splits: Splits) -> dict[str, Any]:
 def make_contenders(
     cell: Cell, host: HostModel, teacher: SparseAutoencoder, init: FusedRationalSAE, splits: Splits, x: torch.Tensor
 ) -> tuple[dict[str, SparseAutoencoder], dict[str, TrainLog]]:
-    """Every contender by name, trained, and the logs of those that were. Rounds' thresholds are set on validation text:
-    on what a teacher was trained on it is sparser than elsewhere."""
+    """Returns all contenders by name, and the logs of those that were trained. Thresholds of rounds are set on
+    validation text, because a teacher's l0 is lower on text it was trained on."""
     config = cell.sweep
     plan, target_l0 = cell.plan(), init.metadata["stage1"]["train_l0"]
     unseen = splits.validation.tensor().to(x.device)
@@ -359,7 +364,7 @@ def make_contenders(
                 )
         if rounds:
             saes[name] = more_rounds(saes[base], rounds, unseen)
-    # A contender that is there for its rounds alone is not compared by itself.
+    # A contender that was only trained to add rounds to it is not compared.
     wanted = ("teacher", "init", *config.contenders)
     return {name: sae for name, sae in saes.items() if name in wanted}, logs
 
@@ -380,7 +385,7 @@ def pursuit_bound(saes: Mapping[str, SparseAutoencoder], x: torch.Tensor) -> dic
 
 
 def one_line(result: dict[str, Any]) -> str:
-    """The cell's mse at equal l0, contender by contender."""
+    """A line with the mse of each contender at equal l0."""
     matched = result["scores"]["matched_l0"]
     numbers = ", ".join(f"{name} {score['mse']:.2f}" for name, score in matched.items() if name != "init")
     return f"l0 {matched['teacher']['l0']:.1f}: {numbers}"

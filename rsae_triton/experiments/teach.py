@@ -49,24 +49,24 @@ FAMILIES: dict[str, type[SparseAutoencoder]] = {
 }
 LR = 1e-3
 L0 = 32.0
-"""What teachers hold unless told otherwise."""
+"""The l0 that teachers are held at by default."""
 AUX_K = 256
-"""Dead features that learn from what the live ones leave (arXiv:2406.04093), where l0 is held."""
+"""Number of dead features that learn from the residual of the live ones (arXiv:2406.04093), where l0 is held."""
 WARMUP = 0.4
-"""Share of the steps over which the sparsity weight rises: at full weight an untrained code kills features."""
+"""Share of the steps over which the sparsity weight rises; full weight from the start kills features."""
 
 
 @dataclass(frozen=True)
 class TeacherPlan:
-    """What decides a teacher's weights, besides the activations.
+    """Everything that decides a teacher's weights, besides the activations.
 
     Attributes:
         family: one of FAMILIES; a "transcoder" is a JumpReLU one. d_sae: features. k: active features per token (topk,
             batchtopk).
-        weight: of the sparsity term in units of the activations' norm (relu, jumprelu), the recipe's when None.
-        penalty: "l0" or "tanh" (jumprelu). steps, batch_size, seed: of its training.
-        l0: hold the mean number of active features here (relu, jumprelu) by steering the weight, on any model, and
-            revive features that die; None keeps the weight.
+        weight: of the sparsity term, in units of the activations' norm (relu, jumprelu); the recipe's when None.
+        penalty: "l0" or "tanh" (jumprelu). steps, batch_size, seed: of the training.
+        l0: hold the mean number of active features at this value (relu, jumprelu) by adjusting the weight, and revive
+            features that die. None keeps the weight fixed.
     """
 
     family: str
@@ -97,7 +97,7 @@ class TeacherPlan:
         return (self.family.removesuffix("transcoder").rstrip("_") or "jumprelu") if self.transcodes else self.family
 
     def recipe(self) -> Recipe:
-        """The family's objective at this plan's weight; the control takes the same."""
+        """The family's objective at this plan's weight; the control uses the same one."""
         recipe = RECIPES["jumprelu-tanh" if self.penalty == "tanh" else self.nonlinearity]
         if recipe.sparsity == "none":
             return recipe
@@ -105,7 +105,7 @@ class TeacherPlan:
         return recipe if self.l0 is None else replace(recipe, target_l0=self.l0, aux_k=min(AUX_K, self.d_sae))
 
     def identity(self) -> dict[str, Any]:
-        """What decides the weights; a setting that older plans do not know is left out where it is not used."""
+        """The settings that decide the weights. Settings that older plans did not have are left out where unused."""
         return {name: value for name, value in asdict(self).items() if name != "l0" or value is not None}
 
     def untrained(self, d_in: int, d_out: int | None = None) -> SparseAutoencoder:
@@ -124,7 +124,7 @@ def make_teacher(
     folder = cache_dir() / "teachers" / f"{plan.family}-{key}"
     log_path = folder / "log.json"
     log = read_finished(log_path, *(one.name for one in fields(TrainLog)))
-    if log is not None:  # written last: what it lies in is complete
+    if log is not None:  # written last, so the folder is complete
         teacher = FAMILIES[plan.family].from_pretrained(folder, x.device)
         _said(teacher, splits.train)
         return teacher, TrainLog(**{one.name: log[one.name] for one in fields(TrainLog)})
@@ -143,14 +143,15 @@ def make_teacher(
         label=label or f"  {plan.family} teacher",
     )
     teacher.metadata["objective"] = {name: value for name, value in plan.identity().items() if name != "d_sae"}
-    teacher.save_pretrained(folder)  # before its units are known: in the cache weights stay as they were trained
+    # saved before the units are noted: in the cache, weights stay in the units they were trained in
+    teacher.save_pretrained(folder)
     write_text(log_path, json.dumps(trained.as_dict()))
     _said(teacher, splits.train)
     return teacher, trained
 
 
 def _said(teacher: SparseAutoencoder, store: ActivationStore | PairedStore) -> None:
-    """Notes the units that a teacher was trained in, of a transcoder both."""
+    """Notes the units in which a teacher was trained (a transcoder has two)."""
     scales = scales_of(store)
     assert scales is not None
     teacher.units = scales[0]
@@ -207,7 +208,7 @@ class Teach:
 
 @matmul_precision("medium")
 def teach(config: Teach) -> Path:
-    """Runs `rsae teach` and returns the folder."""
+    """Runs `rsae teach` and returns the path of the saved teacher."""
     for name in ("tokens", "steps", "batch_size", "d_sae", "k"):
         if getattr(config, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(config, name)}; give a positive number")
@@ -229,13 +230,13 @@ def teach(config: Teach) -> Path:
 
 
 def saved_teacher(option: str, source: str) -> SparseAutoencoder:
-    """The teacher that a command was given in the place of a family's name.
+    """Loads the teacher that a command was given instead of a family's name.
 
     Args:
-        option: how the command line calls it, for the error.
+        option: the command line's name for it, for the error message.
 
     Raises:
-        FormatError, SourceError: as `load_teacher`, naming the families too.
+        FormatError, SourceError: see `load_teacher`; the message also names the families.
     """
     try:
         return load_teacher(source)
@@ -244,7 +245,7 @@ def saved_teacher(option: str, source: str) -> SparseAutoencoder:
 
 
 def splits_for(host: Any, documents: list[Any], tokens: int, seed: int = 0) -> Splits:
-    """The three splits in the sizes that every command uses, so that they share one cache."""
+    """Returns the three splits, in the sizes that all commands use so that they share one cache."""
     held = max(1000, min(10_000, tokens // 10))
     return extract_splits(host, documents, n_train=tokens, n_validation=held, n_test=held, seed=seed)
 
@@ -252,13 +253,13 @@ def splits_for(host: Any, documents: list[Any], tokens: int, seed: int = 0) -> S
 def pair_splits_for(
     host: Any, documents: list[Any], places: tuple[str, str], tokens: int, seed: int = 0
 ) -> PairedSplits:
-    """As `splits_for`, of the two places of a transcoder."""
+    """Like `splits_for`, for the two places of a transcoder."""
     held = max(1000, min(10_000, tokens // 10))
     return extract_pair_splits(host, documents, *places, n_train=tokens, n_validation=held, n_test=held, seed=seed)
 
 
 def objective_of(sae: SparseAutoencoder) -> Recipe:
-    """The recipe a teacher goes on with: that of its own training where it is known, else its family's."""
+    """The recipe to train a teacher on with: that of its own training if known, else its family's."""
     known = sae.metadata.get("objective")
     if not isinstance(known, dict):
         return recipe_for(sae)

@@ -1,4 +1,4 @@
-"""Looking at features: what one of them is active on and writes, steering a model with it, a page of all of them."""
+"""Features: inspect one, steer a model with some, or write a page of all."""
 
 from rsae_triton.features.feature import Feature, feature
 from rsae_triton.features.page import write_features

@@ -1,4 +1,4 @@
-"""One feature, looked at: what it is active on, what it writes, and its partner in the teacher."""
+"""Inspects one feature: what it is active on, what it writes, and its partner in the teacher."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ from rsae_triton.sae.base import SparseAutoencoder, check_sae
 
 @dataclass(frozen=True)
 class Feature:
-    """A feature of an SAE on a text; print it, or look at it in a notebook.
+    """A feature of an SAE on a text. Print it, or show it in a notebook.
 
     Attributes:
-        index: of the feature. model, hook: where the SAE reads. n_tokens: how many were looked at.
-        frequency: share of tokens on which it is active. largest: its largest activation there. threshold: the
+        index: of the feature. model, hook: where the SAE reads. n_tokens: how many tokens were looked at.
+        frequency: fraction of tokens on which it is active. largest: its largest activation there. threshold: the
             pre-activation above which it is active, None where there is none.
-        contexts: the text of its largest activations, one a context.
+        contexts: the text of its largest activations, at most one per context.
         promoted, suppressed: (token, logit), strongest first: what its decoder row adds to the model's output, read
-            through the last norm and the unembedding (the logit lens); empty where the SAE reads no residual stream.
+            through the last norm and the unembedding (the logit lens); empty if the SAE does not read a residual
+            stream.
         similar: (feature, cosine) of the most similar decoder rows.
         edges, counts, active_counts, gate: histogram of the pre-activations (all tokens, and those on which it is
-            active), and the gate's value at the edges; gate is None where it depends on the token's other features.
+            active), and the gate's value at the edges; gate is None if it depends on the token's other features.
         teacher: the teacher's feature with the most similar decoder row, if a teacher was given; cosine: of the two
             rows, and correlation of the two activations over the text.
     """
@@ -71,7 +72,7 @@ class Feature:
 
     @property
     def headline(self) -> str:
-        """One line: which feature, how often it is active, how strongly."""
+        """One line: the feature, how often it is active, and how strongly."""
         at = "" if self.threshold is None else f", threshold {self.threshold:.3g}"
         return (
             f"Feature {self.index} of {self.model}, {self.hook}: active on {self.frequency:.2%} of {self.n_tokens:,} "
@@ -133,18 +134,20 @@ def feature(
     contexts: int = 8,
     n_tokens: int = MOST_TOKENS,
 ) -> Feature:
-    """Looks at one feature: where it is active, how strongly, what it writes, which others are like it.
+    """Inspects one feature: where it is active, how strongly, what it writes, and which features are similar.
 
         rt.feature(rsae, splits.test, 303)      # or rt.feature(rsae, host, 303): the demo's held-out text
 
     Args:
-        sae: any SAE of the package. source: a store of its place with text, or the host that `load_host` returns.
+        sae: any SAE of the package. source: a store of activations at the SAE's place, with text; or the host that
+            `load_host` returns.
         teacher: the SAE it was made from, to show the partner of the feature beside it.
-        host: of a store: for the text of tokens and the logit lens. The model that the store names when None.
+        host: for a store, the model that gives the text of tokens and the logit lens; the one that the store names when
+            None.
         contexts: how many to show. n_tokens: about how many to look at.
 
     Raises:
-        ConfigError: no such feature, or a store of another place or without text.
+        ConfigError: no such feature, a store of another place, or one without text.
     """
     check_sae("sae", sae)
     check_integer("index", index, 0, sae.d_sae - 1)

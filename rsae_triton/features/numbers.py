@@ -1,4 +1,4 @@
-"""The numbers behind a feature's card: codes, histograms of pre-activations, the gate over them, similar rows."""
+"""Computes the numbers on a feature's card: codes, pre-activation histograms, the gate over them, similar rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rsae_triton.sae.rational import FusedRationalSAE
 from rsae_triton.sae.topk_rational import TopKRationalSAE
 from rsae_triton.sae.units import reading
 
-if TYPE_CHECKING:  # a second to import, and only needed where codes are looked at
+if TYPE_CHECKING:  # it takes a second to import, and is only needed where codes are looked at
     from scipy import sparse
 
 BINS = 40
@@ -28,14 +28,14 @@ _CHUNK = 256
 
 @dataclass(frozen=True)
 class Numbers:
-    """Of the chosen features of an SAE on a text; k = how many.
+    """The numbers of k chosen features of an SAE on a text.
 
     Attributes:
         indices: [k]. z: sparse [n_tokens, k], their codes. low, high: [k], the range of the pre-activations.
         counts, active: [k, BINS], tokens by pre-activation in that range: all, and those on which it is active.
-        gate: [k, BINS + 1], the gate at the bins' edges, None where a code depends on the token's other features.
-        threshold: [k], None where there is none. promoted, suppressed: [k, LENS] token ids, strongest first, and
-        logits [k, LENS] of both; None without a lens.
+        gate: [k, BINS + 1], the gate at the bins' edges; None if a code depends on the token's other features.
+        threshold: [k], or None. promoted, suppressed: [k, LENS] token ids, strongest first, and logits [k, LENS] of
+            both; None without a lens.
         similar: [k, SIMILAR] features with the most similar decoder rows, and their cosines.
     """
 
@@ -53,11 +53,11 @@ class Numbers:
 
     @property
     def frequency(self) -> np.ndarray:
-        """[k], the share of tokens on which each is active."""
+        """[k], the fraction of tokens on which each is active."""
         return np.diff(self.z.indptr) / self.z.shape[0]
 
     def column(self, place: int) -> np.ndarray:
-        """The codes of one feature, [n_tokens]; `place` counts among the chosen."""
+        """The codes of one feature, [n_tokens]; `place` is its position among the chosen ones."""
         return self.z[:, [place]].toarray()[:, 0]
 
     @property
@@ -71,7 +71,7 @@ class Numbers:
 
 @torch.no_grad()
 def numbers_of(sae: SparseAutoencoder, source: Source, indices: np.ndarray, *, lens: bool = True) -> Numbers:
-    """Measures the features `indices` of `sae` on a text; lens: with the logit lens, where there is a host."""
+    """Measures the features `indices` of `sae` on a text. lens: whether to add the logit lens, if there is a host."""
     from scipy import sparse
 
     with reading(sae, source.store):
@@ -91,7 +91,7 @@ _Side = tuple[np.ndarray, np.ndarray] | None
 
 
 def _lens(sae: SparseAutoencoder, source: Source, indices: np.ndarray) -> tuple[_Side, _Side]:
-    """Token ids and logits [k, LENS] of what the decoder rows promote and suppress."""
+    """Returns the token ids and logits [k, LENS] that the decoder rows promote, and those that they suppress."""
     if source.host is None:
         return None, None
     sides: tuple[list[Tensor], ...] = ([], [], [], [])
@@ -131,7 +131,7 @@ def _histograms(
 
 
 def _gate(sae: SparseAutoencoder, indices: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray | None:
-    """The scalar gate at the edges of the bins, [k, BINS + 1]; None where a code is no function of h alone."""
+    """The scalar gate at the edges of the bins, [k, BINS + 1]; None if a code is not a function of its h alone."""
     if isinstance(sae, FusedRationalSAE) and sae.rounds > 1:
         return None
     grid = torch.from_numpy(np.linspace(low, high, BINS + 1)).float().to(sae.W_enc.device)

@@ -1,4 +1,4 @@
-"""A page of all features of an SAE: one self-contained HTML file that opens from a disk."""
+"""Writes a page of all features of an SAE: one self-contained HTML file that can be opened without a server."""
 
 from __future__ import annotations
 
@@ -44,18 +44,20 @@ def write_features(
     title: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Path:
-    """Writes a page with a card for every feature: search, sort, and cards that are drawn when they come into view.
+    """Writes a page with a card for every feature, with search and sorting. Cards are drawn when they scroll into view.
 
     Args:
-        path: of the .html file. sae, source, teacher, host, n_tokens: as for `feature`.
-        labels: names that people gave to features. most: features on the page; of an SAE with more, some at random.
+        path: of the .html file. sae, source, teacher, host, n_tokens: see `feature`.
+        labels: names that people gave to features. most: how many features to put on the page; random ones if there are
+            more.
         progress: called with the number of features done.
 
     Returns:
         The path.
 
     Raises:
-        ConfigError, ShapeError: as `feature`. StorageError: the disk refuses.
+        ConfigError, ShapeError: see `feature`.
+        StorageError: the file cannot be written.
     """
     check_sae("sae", sae)
     check_integer("most", most, 1)
@@ -86,13 +88,13 @@ def write_features(
     )
     path = Path(path)
     make_folder(path.parent)
-    # Lone surrogates, which no UTF-8 file can hold, come out of some tokenizers.
+    # Some tokenizers return lone surrogates, which no UTF-8 file can hold.
     write_atomically(path, lambda temporary: temporary.write_bytes(html.encode("utf-8", errors="replace")))
     return path
 
 
 class _Page:
-    """What the page holds, feature by feature."""
+    """Collects the content of the page, feature by feature."""
 
     def __init__(
         self,
@@ -115,7 +117,7 @@ class _Page:
             self.correlation = correlations(self.own.z, self.teacher.z)
 
     def summary(self) -> dict[str, Any]:
-        """What searching and sorting need, of all features at once; after the blocks, which find the names."""
+        """What search and sorting need about all features. To be called after the blocks, which collect the names."""
         own, manifest = self.own, self.source.store.manifest
         found: dict[str, Any] = {
             "model": manifest["model"],
@@ -144,7 +146,7 @@ class _Page:
         return found
 
     def block(self, start: int, end: int) -> str:
-        """The cards of the features at these places."""
+        """The cards of the features from place `start` up to `end`."""
         strings: dict[str, int] = {}
         cards = [self._card(place, strings) for place in range(start, end)]
         return _packed({"strings": list(strings), "cards": cards})
@@ -200,7 +202,7 @@ def _clear(peaks: Counter[str]) -> bool:
 
 
 def _rounded(values: np.ndarray) -> list[float | None]:
-    """Four digits, and None for NaN, which JSON has not."""
+    """Rounds to four digits; NaN, which JSON does not have, becomes None."""
     return [float(f"{one:.4g}") if np.isfinite(one) else None for one in values.tolist()]
 
 

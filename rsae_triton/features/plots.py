@@ -1,4 +1,4 @@
-"""The figures of features: a histogram of pre-activations with the gate over it."""
+"""Draws a feature: the histogram of its pre-activations with the gate over it."""
 
 from __future__ import annotations
 

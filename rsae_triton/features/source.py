@@ -1,4 +1,4 @@
-"""Where features are looked at: activations with their text, and what the model's output layer reads."""
+"""The data that features are inspected on: activations with their text, and the model's output layer."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ MOST_TOKENS = 10_000
 
 @dataclass(frozen=True)
 class Source:
-    """Text to look at features on.
+    """Text to inspect features on.
 
     Attributes:
-        store: the activations, with their text. rows: int [n], the rows that are looked at. host: the language model,
-            or None where it could not be loaded: then tokens are numbers, and there is no logit lens.
+        store: the activations, with their text. rows: int [n], the rows that are looked at.
+        host: the language model, or None if it could not be loaded; tokens are then shown as numbers, without a logit
+            lens.
     """
 
     store: ActivationStore
@@ -51,7 +52,7 @@ class Source:
 
 
 class _Numbers:
-    """Stands for a tokenizer that is not there."""
+    """Replaces a tokenizer that is not available: shows token ids."""
 
     def decode(self, token_ids: list[int]) -> str:
         return "".join(f" {one}" for one in token_ids)
@@ -60,7 +61,7 @@ class _Numbers:
 def open_source(
     sae: SparseAutoencoder, source: ActivationStore | HostModel, host: HostModel | None, n_tokens: int
 ) -> Source:
-    """The text of a store, or of the demo's test part read with a host.
+    """Opens the text of a store; for a host, reads the test part of the demo's text.
 
     Raises:
         ConfigError: neither a store nor a host, a store without text, or one of another place than the SAE's.
@@ -88,7 +89,7 @@ def open_source(
 
 
 def _rows(store: ActivationStore, n_tokens: int) -> np.ndarray:
-    """About n_tokens rows, of whole contexts, whose tokens are kept (of held-out text: all)."""
+    """Picks about n_tokens kept rows from whole contexts, at random (all rows if there are fewer)."""
     contexts = store.contexts.numpy()
     sizes = np.bincount(contexts[contexts < len(store.sequences.tokens)])
     order = np.random.default_rng(0).permutation(np.flatnonzero(sizes))
@@ -103,9 +104,9 @@ def _host(name: str) -> HostModel:
 
 @torch.no_grad()
 def logits_of(host: HostModel, directions: Tensor) -> Tensor | None:
-    """What the output layer makes of directions [n, d_in]: the last norm, then the unembedding -> [n, vocabulary].
+    """Applies the last norm and the unembedding to directions [n, d_in]; returns [n, vocabulary].
 
-    None where the directions are not of the residual stream's width.
+    Returns None if the directions are not as wide as the residual stream.
     """
     unembed = host.model.get_output_embeddings()
     if unembed is None or directions.shape[1] != unembed.weight.shape[1]:
@@ -114,7 +115,7 @@ def logits_of(host: HostModel, directions: Tensor) -> Tensor | None:
     flat = directions.to(device=weight.device, dtype=torch.float32)
     flat = flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-12) * flat.shape[1] ** 0.5
     norm = _last_norm(host.model)
-    if norm is not None:  # without what it adds to everything
+    if norm is not None:  # without the norm's bias, which it adds to every direction
         one = next(iter(norm.parameters()), weight)
         flat = (norm(flat.to(one.dtype)) - norm(torch.zeros_like(flat[:1]).to(one.dtype))).float()
     return (flat.to(weight.dtype) @ weight.t()).float()

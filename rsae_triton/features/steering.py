@@ -1,4 +1,4 @@
-"""Steering: a language model with some features of an SAE turned up, set or switched off."""
+"""Steering: runs a language model with some features of an SAE amplified, set to a value or switched off."""
 
 from __future__ import annotations
 
@@ -30,17 +30,18 @@ def steer(
         with rt.steer(host, sae, {303: 4.0}):
             print(host.complete("The weather today"))
 
-    The reconstruction does not take the activations' place: only the features' decoder rows are added to them.
+    The activations are not replaced by their reconstruction: only the chosen decoder rows are added to them.
 
     Args:
         model: the host that `load_host` returns, a TransformerLens model, or a Hugging Face model.
-        strengths: feature -> number, in units of the feature's own activations.
+        strengths: feature -> number, in the units of that feature's activations.
         mode: "add" adds number * decoder row; "set" makes the feature's activation that number (0 switches it off).
-        hook_name: as for `splice`; what the SAE's metadata says when None.
-        keep_first: leave the first token of a sequence alone: it is BOS, with a norm that no SAE has seen.
+        hook_name: the place, as for `splice`; the one in the SAE's metadata when None.
+        keep_first: leave the first token of a sequence unchanged: it is BOS, whose norm is far outside what SAEs are
+            trained on.
 
     Raises:
-        ConfigError: no such feature or place, or nothing passed there although the model ran.
+        ConfigError: no such feature or place, or the model ran without computing that place.
         ShapeError: activations there have another width.
     """
     check_sae("sae", sae)
@@ -68,11 +69,11 @@ def steer(
             change = wanted.expand(*own.shape[:-1], -1)
             if mode == "set":
                 change = change - sae.encode(own)[..., chosen].float()
-            # Of an SAE that normalises every token, a row stands for so much of that token's scale.
+            # If the SAE normalises every token, its decoder rows are in units of that token's scale.
             scale = torch.as_tensor(sae.normalization(own).scale)
             added = (change.to(own.dtype) @ sae.W_dec[chosen]) * scale / units
         added = added.to(device=x.device, dtype=x.dtype)
-        if keep_first and added.dim() > 2 and added.shape[1] > 1:  # later tokens of a generation come one at a time
+        if keep_first and added.dim() > 2 and added.shape[1] > 1:  # while generating, later tokens arrive one at a time
             added[:, 0] = 0
         return (flat + added).reshape(heads)
 

@@ -1,4 +1,4 @@
-"""The report of a run: one self-contained HTML page, and the short table that ends it on the terminal."""
+"""The report of a run: a self-contained HTML page, and the short table at the end of a run in the terminal."""
 
 from rsae_triton.report.page import write_report
 from rsae_triton.report.summary import summary_table

@@ -1,4 +1,4 @@
-"""Codes of held-out activations, kept sparse: computed once, then read by every plot and snippet."""
+"""Sparse codes of held-out activations, computed once for all plots and snippets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rsae_triton.common.errors import ShapeError
 from rsae_triton.evaluation.reconstruction import CHUNK
 from rsae_triton.sae.base import SparseAutoencoder
 
-if TYPE_CHECKING:  # a second to import, and only needed where codes are looked at
+if TYPE_CHECKING:  # it takes a second to import, and is only needed where codes are looked at
     from scipy import sparse
 
 MAX_TOKENS = 20_000
@@ -22,12 +22,12 @@ CURVE = np.linspace(0.25, 1.0, 10)
 
 @dataclass(frozen=True)
 class Codes:
-    """The shipped code of x and how it is decoded, all float32: x_hat = scale * (z @ W_dec) + empty.
+    """The shipped code of x and its decoding, all float32: x_hat = scale * (z @ W_dec) + empty.
 
     Attributes:
         z: sparse [n_tokens, d_sae]. W_dec: [d_sae, d_in].
-        empty: [n_tokens, d_in], what a code of zeros decodes to: b_dec, with each token's own mean and scale where
-            the SAE normalises. scale: [n_tokens, 1], that scale; 1 for most SAEs.
+        empty: [n_tokens, d_in], the decoding of an all-zero code: b_dec, with each token's mean and scale if the SAE
+            normalises. scale: [n_tokens, 1], the token's scale; 1 for most SAEs.
     """
 
     z: sparse.csr_array
@@ -50,7 +50,7 @@ class Codes:
 
 
 def subset(n_tokens: int, seed: int, limit: int = MAX_TOKENS) -> Tensor:
-    """Up to `limit` of n_tokens row numbers, in order; drawn with `seed` where there are more."""
+    """Up to `limit` of n_tokens row numbers, in order; a random choice by `seed` if there are more."""
     if n_tokens <= limit:
         return torch.arange(n_tokens)
     generator = torch.Generator().manual_seed(seed)
@@ -59,10 +59,10 @@ def subset(n_tokens: int, seed: int, limit: int = MAX_TOKENS) -> Tensor:
 
 @torch.no_grad()
 def codes_of(sae: SparseAutoencoder, x: Tensor) -> Codes:
-    """The shipped code of x [n_tokens, d_in] (of a transcoder: what it reads beside what it writes).
+    """Computes the shipped code of x [n_tokens, d_in] (for a transcoder: input and target beside each other).
 
     Raises:
-        ShapeError: x is not two-dimensional, of another width, or empty.
+        ShapeError: x is not two-dimensional, has another width, or is empty.
     """
     if x.dim() != 2 or x.shape[1] != sae.row_width or len(x) == 0:
         raise ShapeError(f"x has shape {tuple(x.shape)}; give held-out activations [n_tokens, d_in={sae.row_width}]")
@@ -80,10 +80,10 @@ def codes_of(sae: SparseAutoencoder, x: Tensor) -> Codes:
 
 
 def mse_against_l0(codes: Codes, x: Tensor, fractions: np.ndarray = CURVE) -> tuple[np.ndarray, np.ndarray]:
-    """What remains of a code when its threshold is raised: (l0, mse), one of each per fraction of its own l0.
+    """Returns l0 and mse of a code as its threshold is raised: one of each per fraction of its own l0.
 
-    The threshold is on |z| * ||W_dec row||, as everywhere. Entries are added from the strongest to the weakest, so
-    that all points together cost one sparse decoding.
+    The threshold is on |z| * ||W_dec row||, as everywhere. Entries are added from the strongest to the weakest, so all
+    points together cost one sparse decoding.
     """
     from scipy import sparse
 

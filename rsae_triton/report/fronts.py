@@ -1,4 +1,4 @@
-"""A sweep's table and plots: error against sparsity, and paired differences to the control over seeds."""
+"""A sweep's table and plots: error against sparsity, and paired differences over seeds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ METRICS = (
 )
 # Downstream scores exist only where sequences were spliced.
 PAIRED = {"mse": "mse", "delta_ce": "Δ CE (nats)"}
-# What every contender is compared with, where it is there.
+# The contenders that every other one is compared with, as far as they are present.
 BASES = ("teacher", "init", "control", "control-compute", "rectangle", "rectangle-refined", "rectangle@2", "rsae",
          "thresholds", "scratch")  # fmt: skip
 
@@ -84,9 +84,9 @@ def summarise(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def one_each(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One cell for each seed: cells of one setting and seed differ in their contenders, and are joined.
+    """Joins the cells of each seed into one: cells of the same setting and seed differ in their contenders.
 
-    A contender that some seeds lack is left out, so that everything is a mean over the same seeds.
+    A contender that some seeds lack is left out, so that all means are over the same seeds.
     """
     joined: dict[int, dict[str, Any]] = {}
     for cell in cells:
@@ -109,7 +109,7 @@ def _all_metrics(scores: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean and standard deviation (None for one value) of n values."""
+    """Mean and standard deviation (None for a single value) of n values."""
     sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return {"mean": float(np.mean(values)), "sd": sd, "n": len(values)}
 
@@ -121,7 +121,7 @@ def paired(members: Sequence[Mapping[str, Any]], name: str, metric: str, ours: s
 
 
 def student(values: Sequence[float]) -> dict[str, Any]:
-    """Mean of n values and its 95 % Student interval (none for one value)."""
+    """Mean of n values with its 95 % Student interval (no interval for a single value)."""
     differences = np.array(values)
     mean, n = float(differences.mean()), len(differences)
     if n < 2:
@@ -159,7 +159,7 @@ def _table(rows: Sequence[Mapping[str, Any]], metric: str, digits: str, kind: st
     others = [name for name in names if name not in ("rsae", "init", "teacher")]
     versus = [name for name in others if metric in PAIRED]
     header = ["hook", "d_sae", "teacher", "l0", *(NAMES.get(name, name) for name in names)]
-    # Where nothing was trained: what rounds change.
+    # For sweeps in which nothing is trained: what rounds change.
     pairs = [("rsae", name) if "rsae" in names else (name, "teacher") for name in versus]
     header += [f"{NAMES.get(ours, ours)} − {NAMES.get(theirs, theirs)}" for ours, theirs in pairs]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
@@ -176,13 +176,13 @@ def _table(rows: Sequence[Mapping[str, Any]], metric: str, digits: str, kind: st
 
 
 def with_sd(score: Mapping[str, Any], digits: str) -> str:
-    """ "mean ± sd", or the one value there is."""
+    """Formats "mean ± sd", or the value alone if there is only one."""
     return f"{score['mean']:{digits}}" + ("" if score["sd"] is None else f" ± {score['sd']:{digits}}")
 
 
 def interval(difference: Mapping[str, Any] | None, relative: bool, better: int = -1) -> str:
-    """A paired difference with its interval, in per cent if relative; bold where the interval is on the better side of
-    zero (-1: below)."""
+    """Formats a paired difference with its interval, in per cent if relative; bold if the whole interval is on the
+    better side of zero (-1: below)."""
     if difference is None:
         return ""
     factor, digits, unit = (100, "+.1f", " %") if relative else (1, "+.3f", "")
@@ -195,7 +195,7 @@ def interval(difference: Mapping[str, Any] | None, relative: bool, better: int =
 
 
 def write_front(path: Path, rows: Sequence[Mapping[str, Any]], metric: str) -> None:
-    """`front_figure` as an SVG, the same file for the same rows."""
+    """Writes `front_figure` as an SVG; the same rows give the same file."""
     import matplotlib as mpl
 
     picture = io.StringIO()
@@ -205,9 +205,9 @@ def write_front(path: Path, rows: Sequence[Mapping[str, Any]], metric: str) -> N
 
 
 def front_figure(rows: Sequence[Mapping[str, Any]], metric: str) -> Any:
-    """metric against l0 for each teacher family (one panel each), a line per contender, bars of one sd.
+    """Plots a metric against l0: a panel per teacher family, a line per contender, bars of one standard deviation.
 
-    At the teacher's l0; a code that is sparser than that stands at its own.
+    Values are at the teacher's l0; a code that is sparser than the teacher is shown at its own l0.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter

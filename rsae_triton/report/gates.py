@@ -1,4 +1,4 @@
-"""The scalar functions h -> z of a teacher and of a Rational SAE, on a grid, and where the pre-activations lie."""
+"""The scalar functions h -> z of a teacher and a Rational SAE on a grid, and the distribution of pre-activations."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ class Band:
 
 @dataclass(frozen=True)
 class GatePicture:
-    """What the gate's figure shows.
+    """The data of the gate's figure.
 
     Attributes:
         h: [GRID] where the gates are evaluated. edges [n + 1], teacher_count, rsae_count [n]: histograms of real
-            pre-activations. teacher, init, rsae: the shipped gates. rational: r of the learned gate without zeros.
+            pre-activations. teacher, init, rsae: the shipped gates. rational: r of the learned gate, without the zeros
+            below the threshold.
     """
 
     h: np.ndarray
@@ -46,7 +47,7 @@ class GatePicture:
 
 
 def thresholds(sae: SparseAutoencoder) -> np.ndarray | None:
-    """theta_f, the pre-activation above which a feature is active, [d_sae]; None where no such number exists."""
+    """theta_f, the pre-activation above which a feature is active, [d_sae]; None if there is no such number."""
     if isinstance(sae, FusedRationalSAE):
         return sae.gate.threshold.detach().float().cpu().numpy() if sae.gate.form == "gated" else None
     theta = getattr(sae, "threshold", None)
@@ -64,17 +65,17 @@ def gate_picture(
     alive: np.ndarray,
     bins: int = 300,
 ) -> GatePicture:
-    """Evaluates the gates where the pre-activations of x [n_tokens, d_in] lie.
+    """Evaluates the gates over the range of the pre-activations of x [n_tokens, d_in].
 
     Args:
-        alive: bool [d_sae], the features the bands run over (all of them when none is alive).
+        alive: bool [d_sae], the features that the bands are quantiles of (all of them if none is alive).
     """
     n = max(1, min(len(x), _SAMPLE // max(1, teacher.d_sae)))
     rows = x[:n].to(device=teacher.W_dec.device, dtype=teacher.W_dec.dtype)
     before, code = teacher.hidden_pre(rows).float().cpu(), teacher.encode(rows).float().cpu()
     after = rsae.hidden_pre(x[:n].to(device=rsae.W_dec.device, dtype=rsae.W_dec.dtype)).float().cpu()
     active = before[code != 0]
-    # The bulk on the left, nine tenths of the active tokens on the right: where the gates can differ.
+    # From the inactive bulk on the left to nine tenths of the active tokens on the right: where the gates can differ.
     low = float(np.quantile(before.numpy()[:: max(1, n // 256)], 0.001))
     high = float(np.quantile(active.numpy(), 0.9)) if len(active) else float(before.max())
     low, high = min(low, -0.25 * abs(high)), max(high, low + 1e-3)
@@ -95,7 +96,7 @@ def gate_picture(
 
 def _band(gate: Callable[[Tensor], Tensor], h: np.ndarray, d_sae: int, features: Tensor) -> Band:
     quantiles = []
-    # A few grid points at a time: all of them at once would be GRID * d_sae floats, several times over.
+    # A few grid points at a time; all of them at once would take several arrays of GRID * d_sae floats.
     for part in torch.from_numpy(h).float().split(32):
         values = gate(part[:, None].expand(-1, d_sae).contiguous()).float().cpu()[:, features]
         quantiles.append(np.quantile(values.numpy(), BAND, axis=1, method="nearest"))
@@ -109,7 +110,7 @@ def _teacher_band(teacher: SparseAutoencoder, h: np.ndarray, features: Tensor, b
     if theta is not None:
         limit = torch.from_numpy(theta)
         return _band(lambda v: v.relu() * (v > limit), h, teacher.d_sae, features)
-    # TopK is no function of h alone: its mean code at each h, which rises where a feature begins to be kept.
+    # TopK is not a function of h alone. Its mean code at each h is shown, which rises where features begin to be kept.
     step = h[1] - h[0]
     edges = np.append(h - step / 2, h[-1] + step / 2)
     count = np.histogram(before.numpy(), edges)[0]

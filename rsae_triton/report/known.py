@@ -1,4 +1,4 @@
-"""Tables of `rsae known`: who detects the features that are known, and what that does to the error."""
+"""Tables of `rsae known`: how well each SAE detects the known features, and its error."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _to_teacher(members: Sequence[Mapping[str, Any]], name: str, metric: str) ->
 
 
 def known_tables(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: a table for every setting."""
+    """Markdown with a table for every setting."""
     parts = []
     for row in rows:
         title = f"{row['teacher']}, l0 {row['l0']:g}, correlation {row['correlation']:g}, {row['data']} data"

@@ -1,4 +1,4 @@
-"""Do labels survive? How like its partner in the teacher every feature of the other codes is."""
+"""Whether labels survive: how similar every feature of the other codes is to its partner in the teacher."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from rsae_triton.sae.base import SparseAutoencoder
 
 @dataclass(frozen=True)
 class Survival:
-    """Of every feature of an SAE and the teacher's feature with the most similar decoder row.
+    """Compares each feature of an SAE with the teacher's feature that has the most similar decoder row.
 
     Attributes:
-        cosine: [d_sae], of the two rows. correlation: [d_sae], of their activations; NaN where one is never active.
+        cosine: [d_sae], of the two rows. correlation: [d_sae], of their activations; NaN if one of them is never
+            active.
         same_rows: whether every decoder row is the teacher's, bit for bit.
     """
 
@@ -31,7 +32,7 @@ class Survival:
 
     @property
     def kept(self) -> float:
-        """The share of features, of those with a correlation, whose cosine and correlation are both above 0.9."""
+        """The share of features (among those with a correlation) whose cosine and correlation both exceed 0.9."""
         known = np.isfinite(self.correlation)
         return float((self.cosine[known] > KEPT).astype(float) @ (self.correlation[known] > KEPT) / max(1, known.sum()))
 
@@ -39,7 +40,7 @@ class Survival:
 def survival(
     teacher: SparseAutoencoder, saes: Mapping[str, SparseAutoencoder], codes: Mapping[str, Codes]
 ) -> dict[str, Survival]:
-    """`Survival` of each of `saes`; codes: theirs and the teacher's, on the same tokens."""
+    """Computes `Survival` for each of `saes`. codes: theirs and the teacher's, on the same tokens."""
     from scipy import sparse
 
     found = {}
@@ -53,7 +54,8 @@ def survival(
 
 @torch.no_grad()
 def partners(teacher: SparseAutoencoder, sae: SparseAutoencoder, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For the features `indices` of `sae` the teacher's with the most similar decoder row, and the cosine."""
+    """Returns, for the features `indices` of `sae`, the teacher's features with the most similar decoder rows, and the
+    cosines."""
     rows = torch.nn.functional.normalize(teacher.W_dec.float(), dim=1)
     best = []
     for part in torch.from_numpy(indices).split(256):
@@ -64,7 +66,7 @@ def partners(teacher: SparseAutoencoder, sae: SparseAutoencoder, indices: np.nda
 
 
 def correlations(ours: Any, theirs: Any) -> np.ndarray:
-    """Pearson's, of column f of one sparse code with column f of the other; NaN where one never changes."""
+    """Pearson correlation of column f of one sparse code with column f of the other; NaN if one of them is constant."""
     from scipy import sparse
 
     a, b = (sparse.csc_array(one).astype(np.float64) for one in (ours, theirs))
@@ -78,7 +80,7 @@ def correlations(ours: Any, theirs: Any) -> np.ndarray:
 
 
 def answer(found: Mapping[str, Survival]) -> str:
-    """One line: which share of the features keep the teacher's meaning, of every code."""
+    """One line that says, for every code, what share of its features keep the teacher's meaning."""
     parts = []
     for name, one in found.items():
         label = NAMES.get(name, name)
@@ -87,7 +89,7 @@ def answer(found: Mapping[str, Survival]) -> str:
 
 
 def labels_figure(found: Mapping[str, Survival]) -> Any:
-    """The share of features above each similarity to their partner: of decoder rows, and of activations."""
+    """Plots the share of features above each similarity to their partner: of decoder rows, and of activations."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.8, 4.2), layout="constrained")

@@ -1,4 +1,4 @@
-"""write_report: everything about a run on one HTML page that needs no other file."""
+"""`write_report`: everything about a run on one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEMPLATE = "page.html"
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure as inline SVG, its heading and the caption that says how to read it."""
+    """A figure as inline SVG, with its heading and a caption that says how to read it."""
 
     svg: str
     title: str
@@ -46,26 +46,25 @@ def write_report(
     seed: int = 0,
     features_page: str | None = None,
 ) -> Path:
-    """Writes the report of a run; returns its path. The file replaces an old one whole, or not at all.
+    """Writes the report of a run and returns its path. An existing file is replaced completely or not at all.
 
     Args:
-        path: of the .html file; its folder is made.
+        path: of the .html file; its folder is created.
         facts: name -> value, shown as they are (command, model, hook, text, seconds, ...).
-        metrics: metrics.json as `evaluate.compare` makes it; missing and NaN scores show as a dash.
+        metrics: metrics.json as made by `evaluation.compare`; missing and NaN scores are shown as a dash.
         logs: a `TrainLog` or its `as_dict()` by role; None or absent where nothing was trained.
-        saes: "teacher", "init" (after stage 1), "rsae", "control"; init and rsae are `FusedRationalSAE`. What
-            `style.MORE` names may be there too: teacher and RSAE with a round and nothing trained for it, the second
-            control.
-        x: held-out activations [n_tokens, d_in] in the units of the SAEs (of transcoders what they read beside what
-            they write); plots use at most 20 000 rows.
-        store, tokenizer: what the rows of x are (its first len(x) rows) and how its tokens read, for snippets;
-            without either the snippets are left out.
-        features_page: name of the page of all features beside this one, for a link.
-        seed: of the rows that plots and snippets use where x has more.
+        saes: "teacher", "init" (after stage 1), "rsae", "control"; init and rsae are `FusedRationalSAE`. The entries of
+            `style.MORE` are optional: teacher and RSAE with an untrained round, and the second control.
+        x: held-out activations [n_tokens, d_in] in the units of the SAEs (for transcoders: input and target beside each
+            other); plots use at most 20 000 rows.
+        store, tokenizer: for snippets, the store whose first len(x) rows x is, and the tokenizer of its text; without
+            either there are no snippets.
+        features_page: file name of the page of all features in the same folder, for a link.
+        seed: for the choice of rows in plots and snippets if x has more than they use.
 
     Raises:
         ConfigError: an SAE is missing or of the wrong kind. ShapeError: x does not fit the SAEs or the store.
-        StorageError: the disk refuses.
+        StorageError: the file cannot be written.
     """
     _check(saes, x, store)
     rows = subset(len(x), seed)
@@ -120,7 +119,7 @@ def _check(saes: Mapping[str, SparseAutoencoder], x: Tensor, store: ActivationSt
 
 
 def _curves(logs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The logs that hold something, as dictionaries, in the order of ROLES."""
+    """The non-empty logs as dictionaries, in the order of ROLES."""
     found = {role: logs[role] for role in ROLES if logs.get(role) is not None}
     dicts = {role: dict(log) if isinstance(log, Mapping) else log.as_dict() for role, log in found.items()}
     return {role: log for role, log in dicts.items() if log.get("step")}
@@ -205,6 +204,6 @@ def _template() -> Any:
 
 def _replace(path: Path, page: str) -> Path:
     make_folder(path.parent)
-    # Lone surrogates, which no UTF-8 file can hold, come out of some tokenizers.
+    # Some tokenizers return lone surrogates, which no UTF-8 file can hold.
     write_atomically(path, lambda temporary: temporary.write_bytes(page.encode("utf-8", errors="replace")))
     return path

@@ -15,10 +15,10 @@ TITLES = {"alive_fraction": "alive", "delta_ce": "delta CE", "loss_recovered": "
 
 
 def paper_tables(rows: Sequence[Mapping[str, Any]], published: Mapping[str, Any]) -> str:
-    """Markdown: both tables at equal l0, mean and standard deviation over seeds, and what the paper reports.
+    """Markdown: both tables at equal l0, mean and standard deviation over seeds, and the paper's numbers.
 
     Args:
-        rows: of `fronts.summarise`. published: by family and metric, [teacher, RSAE] of the paper.
+        rows: of `fronts.summarise`. published: the paper's [teacher, RSAE] by family and metric.
     """
     parts = ["# Reconstruction, at the teacher's l0\n", _table(rows, RECONSTRUCTION)]
     if any("delta_ce" in row["scores"]["teacher"]["matched"] for row in rows):
@@ -51,5 +51,5 @@ def _published(published: Mapping[str, Any]) -> str:
 
 
 def teacher_name(teacher: str) -> str:
-    """A family as it is; of a folder or hub id what tells it from its neighbours."""
+    """A family's name as it is; of a folder or hub id, the part that distinguishes it."""
     return "/".join(Path(teacher).parts[-3:])

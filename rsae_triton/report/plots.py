@@ -15,7 +15,7 @@ from rsae_triton.report.style import COLOURS, NAMES, line, roles_in
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.rational import FusedRationalSAE
 
-# At this width a figure that fills a phone's screen still has readable text.
+# At this width a figure has readable text when it fills a phone's screen.
 _SIZE = (4.8, 3.6)
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -28,14 +28,14 @@ def gate_figure(picture: GatePicture, *, zoom: bool = False) -> Any:
 
 
 def trade_off_figure(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], target: float) -> Any:
-    """mse against l0 of each code (from `mse_against_l0`); target: the l0 at which codes are compared."""
+    """Plots mse against l0 for each code (from `mse_against_l0`). target: the l0 at which codes are compared."""
     figure = _figure()
     _draw_trade_off(figure.subplots(), curves, target)
     return figure
 
 
 def training_figure(logs: Mapping[str, Mapping[str, Any]], target: float | None = None) -> Any:
-    """mse above, l0 below, against the step; logs: by role, `TrainLog.as_dict()`. target: the l0 to hold."""
+    """Plots mse (above) and l0 (below) against the step. logs: `TrainLog.as_dict()` by role. target: the l0 to hold."""
     figure = _figure(height=4.6)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     for role, log in logs.items():
@@ -44,7 +44,7 @@ def training_figure(logs: Mapping[str, Mapping[str, Any]], target: float | None 
             values = np.asarray(log[key], dtype=float)
             axes.plot(step, values, color=COLOURS[role], linewidth=0.8, alpha=0.3)
             axes.plot(step, _smooth(values), **line(role, label=NAMES[role] if axes is above else None))
-            # From scratch both fall by powers of ten, in fine-tuning by percents.
+            # Training from scratch changes both by powers of ten, fine-tuning by per cent.
             if values.min() > 0 and values.max() > 10 * values.min():
                 axes.set_yscale("log", subs=())
                 axes.yaxis.set_major_locator(_ticker().LogLocator(subs=(1, 2, 5)))
@@ -61,10 +61,11 @@ def training_figure(logs: Mapping[str, Mapping[str, Any]], target: float | None 
 
 
 def frequency_figure(frequencies: Mapping[str, np.ndarray], n_tokens: int) -> Any:
-    """How many features fire how often; frequencies: by role, the fraction of tokens, each [d_sae]."""
+    """Plots how many features fire how often. frequencies: by role, the fraction of tokens for each feature,
+    [d_sae]."""
     figure = _figure()
     axes = figure.subplots()
-    # Edges between whole numbers of tokens, or bins that no number falls in would look like a lack of features.
+    # Bin edges lie between whole numbers of tokens; a bin without a whole number would look like a lack of features.
     tokens = np.unique(np.geomspace(1, n_tokens + 1, 41).round()) - 0.5
     edges = np.log10(tokens / n_tokens)
     for role, frequency in frequencies.items():
@@ -89,7 +90,7 @@ def readme_figure(
     """One wide picture: the learned gate over the pre-activations, and mse against l0.
 
     Args:
-        metrics, logs, saes, x, seed: as for `write_report`; the logs are not drawn.
+        metrics, logs, saes, x, seed: see `write_report`; the logs are not drawn.
     """
     x = x[subset(len(x), seed)]
     codes = {role: codes_of(saes[role], x) for role in roles_in(saes)}
@@ -105,7 +106,7 @@ def readme_figure(
 
 
 def picture_of(saes: Mapping[str, SparseAutoencoder], codes: Mapping[str, Codes], x: Tensor) -> GatePicture:
-    """The gates of teacher, init and rsae, over the features that are active in both teacher and rsae."""
+    """Evaluates the gates of teacher, init and rsae, over the features that are active in both teacher and rsae."""
     init, rsae = saes["init"], saes["rsae"]
     assert isinstance(init, FusedRationalSAE)
     assert isinstance(rsae, FusedRationalSAE)
@@ -149,7 +150,7 @@ def _draw_gates(figure: Any, picture: GatePicture, zoom: bool) -> None:
     )
     handles, labels = axes.get_legend_handles_labels()
     more, names = behind.get_legend_handles_labels()
-    # Below the picture: inside, the histogram would run through it.
+    # Placed below the picture, because inside the histogram would run through it.
     options = {"fontsize": "small", "frameon": False, "ncols": 2, "loc": "outside lower center"}
     figure.legend(handles + more, labels + names, labelcolor=COLOURS["ink"], **options)
     finish(axes, grid=False)
@@ -157,7 +158,7 @@ def _draw_gates(figure: Any, picture: GatePicture, zoom: bool) -> None:
 
 
 def _zoom(picture: GatePicture) -> tuple[float, float]:
-    """The stretch around the point where nine tenths of the features have opened."""
+    """The range of h around the point where nine tenths of the features have opened."""
     opened = picture.h[np.argmax(picture.rsae.low > 0)] if np.any(picture.rsae.low > 0) else 0.0
     right = min(max(2.0 * float(opened), 0.25 * float(picture.h[-1])), float(picture.h[-1]))
     return max(float(picture.h[0]), -right), right
@@ -169,7 +170,7 @@ def _draw_trade_off(axes: Any, curves: Mapping[str, tuple[np.ndarray, np.ndarray
         axes.plot(l0[-1], mse[-1], "o", color=COLOURS[role], markersize=5)
     axes.axvline(target, color=COLOURS["ink"], linewidth=0.8, linestyle=":", label="teacher's l0")
     axes.set(xlabel="l0 (active features per token)", ylabel="mse")
-    # Below: eight lines leave no corner free.
+    # Placed below: eight lines leave no corner free.
     axes.legend(fontsize="small", frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     finish(axes)
 
@@ -187,7 +188,7 @@ def _ticker() -> Any:
 
 
 def finish(*all_axes: Any, grid: bool = True, right: bool = False) -> None:
-    """The look that all share; every colour one of COLOURS, so that it follows the page's theme."""
+    """Applies the common look. Every colour must be one of COLOURS, so that it follows the page's theme."""
     for axes in all_axes:
         if grid:
             axes.grid(True, color=COLOURS["grid"], linewidth=0.6)
@@ -204,7 +205,7 @@ def finish(*all_axes: Any, grid: bool = True, right: bool = False) -> None:
 
 
 def _plain_log_axis(axis: Any) -> None:
-    # matplotlib's own labels are mathtext, which an SVG with system fonts sets badly.
+    # matplotlib's own labels are mathtext, which is set badly in an SVG with system fonts.
     axis.set_major_formatter(_ticker().FuncFormatter(lambda value, _: _power(np.log10(value))))
     axis.set_minor_formatter(_ticker().NullFormatter())
 
@@ -216,7 +217,7 @@ def _power(exponent: float) -> str:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """A running mean over about a twentieth of the run, shorter at the ends."""
+    """A running mean over about a twentieth of the run, over less at the ends."""
     half = max(1, len(values) // 40)
     total = np.concatenate([[0.0], np.cumsum(values)])
     low, high = np.maximum(np.arange(len(values)) - half, 0), np.minimum(np.arange(len(values)) + half + 1, len(values))

@@ -1,4 +1,4 @@
-"""What metrics.json says, in words and rows: formatting, the best of each column, the headline."""
+"""Presents metrics.json: formatting, the best of each column, and the headline."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 from rsae_triton.report.style import NAMES, roles_in
 
 DASH = "–"
-# Two codes are at one l0 when they differ by less than this fraction of it.
+# Two codes count as at one l0 if they differ by less than this fraction.
 L0_TOLERANCE = 0.01
 Scores = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Column:
-    """One score. better: -1 where low is good, 1 where high is good, 0 where neither."""
+    """A score to show. better: -1 if low is good, 1 if high is good, 0 if neither."""
 
     key: str
     label: str
@@ -40,24 +40,24 @@ COLUMNS = (
 
 
 def number(scores: Scores, key: str) -> float:
-    """The score, or NaN where it is missing, None or not a number."""
+    """The score, or NaN if it is missing, None or not a number."""
     value = scores.get(key)
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
 def text(value: float, digits: str) -> str:
-    """The number in the given format, an en dash for NaN and infinity, a true minus sign."""
+    """Formats a number with a true minus sign; an en dash for NaN and infinity."""
     return format(value, digits).replace("-", "−").replace("%", "\u00a0%") if math.isfinite(value) else DASH
 
 
 def interval(scores: Scores) -> str:
-    """The 95\u00a0% interval of delta_ce, or nothing."""
+    """The 95 % interval of delta_ce, or an empty string."""
     low, high = number(scores, "delta_ce_low"), number(scores, "delta_ce_high")
     return f"{text(low, '.4f')} to {text(high, '.4f')}" if math.isfinite(low) and math.isfinite(high) else ""
 
 
 def best(metrics: Mapping[str, Any], column: Column) -> str | None:
-    """Which of rsae and control is better in a column; None where they look equal or one is missing."""
+    """Returns which of rsae and control is better in a column; None if they look equal or one is missing."""
     values = {role: number(metrics.get(role) or {}, column.key) for role in ("rsae", "control")}
     if not column.better or not all(map(math.isfinite, values.values())):
         return None
@@ -68,7 +68,7 @@ def best(metrics: Mapping[str, Any], column: Column) -> str | None:
 
 @dataclass(frozen=True)
 class Cell:
-    """A number as shown, the interval under it, and whether it is the better of rsae and control."""
+    """A number as text, the interval under it, and whether it is the better of rsae and control."""
 
     text: str
     interval: str
@@ -76,7 +76,7 @@ class Cell:
 
 
 def rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, list[Cell]]]:
-    """Per code (role, name, cells in the order of COLUMNS)."""
+    """The rows of the table, one per code: role, name, and cells in the order of COLUMNS."""
     winners = [best(metrics, column) for column in COLUMNS]
     table = []
     for role in roles_in(metrics):
@@ -94,10 +94,10 @@ def rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, list[Cell]]]:
 
 
 def headline(metrics: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """Who wins at equal l0, in one sentence, and what to know about it, a sentence each.
+    """Says in one sentence who wins at equal l0, and lists remarks of one sentence each.
 
     Args:
-        metrics: metrics.json; missing parts are said to be missing, or left out.
+        metrics: metrics.json; parts that are missing are named or left out.
     """
     matched = metrics.get("matched_l0") or {}
     rsae, control, teacher = (matched.get(role) or {} for role in ("rsae", "control", "teacher"))
@@ -131,7 +131,7 @@ def headline(metrics: Mapping[str, Any]) -> tuple[str, list[str]]:
 
 
 def _untrained(rounds: Scores, teacher: Scores) -> str:
-    """What a round does that is put on the teacher with nothing trained; "" where there is none."""
+    """What an untrained round on the teacher changes; "" if there is none."""
     ours, theirs = number(rounds, "mse"), number(teacher, "mse")
     if not (math.isfinite(ours) and math.isfinite(theirs) and theirs > 0):
         return ""
@@ -184,7 +184,7 @@ def _downstream(rsae: Scores, control: Scores, paired: list[float] | None) -> li
 
 
 def paired_difference(metrics: Mapping[str, Any], key: str) -> list[float] | None:
-    """RSAE minus control at equal l0 on the same text: mean, low and high of the 95 % interval; None if not known."""
+    """RSAE minus control at equal l0 on the same text: mean, low and high of the 95 % interval; None if unknown."""
     found = metrics
     for name in ("paired", "matched_l0", "control", "rsae"):
         found = found.get(name) or {}

@@ -1,4 +1,4 @@
-"""Top activating text of a few features, before (teacher) and after (RSAE)."""
+"""The text on which a few features are most active, before (teacher) and after (RSAE)."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Tokenizer(Protocol):
-    """All that is asked of a tokenizer."""
+    """The part of a tokenizer that is used here."""
 
     def decode(self, token_ids: list[int]) -> str: ...
 
 
 @dataclass(frozen=True)
 class Token:
-    """A piece of text; intensity in [0, 1] is its code over the feature's largest; peak: the snippet is about it."""
+    """A piece of text. intensity: in [0, 1], its code divided by the feature's largest. peak: the token that the
+    snippet shows."""
 
     text: str
     intensity: float
@@ -38,7 +39,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Snippet:
-    """A token with its context: its code `value`, and the document it stands in."""
+    """A token in its context, with its code `value` and the document it is from."""
 
     value: float
     source: str
@@ -47,7 +48,8 @@ class Snippet:
 
 @dataclass(frozen=True)
 class Side:
-    """A feature in one SAE: fraction of tokens it is active on, its threshold (None: it has none), top snippets."""
+    """A feature in one SAE: the fraction of tokens it is active on, its threshold (None: it has none), and its top
+    snippets."""
 
     name: str
     frequency: float
@@ -57,7 +59,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Feature:
-    """One feature before and after; change: ||z_after - z_before|| / ||z_before|| over the held-out tokens."""
+    """A feature before and after. change: ||z_after - z_before|| / ||z_before|| over the held-out tokens."""
 
     index: int
     change: float
@@ -65,16 +67,17 @@ class Feature:
 
 
 def code_change(before: Codes, after: Codes) -> np.ndarray:
-    """||z_after - z_before|| / ||z_before|| of each feature over all tokens, [d_sae]; NaN where it never fired."""
+    """||z_after - z_before|| / ||z_before|| of each feature over all tokens, [d_sae]; NaN if it was never active."""
     difference = np.asarray((after.z - before.z).power(2).sum(axis=0)).ravel()
     norm = np.asarray(before.z.power(2).sum(axis=0)).ravel()
     return np.sqrt(np.divide(difference, norm, out=np.full(len(norm), np.nan), where=norm > 0))
 
 
 def choose_features(before: Codes, after: Codes, n: int = N_FEATURES) -> list[int]:
-    """The features to show: of each band of firing frequency the one whose code changed most, rare ones first.
+    """Chooses the features to show: in each band of firing frequency, the one whose code changed most; rare ones first.
 
-    Bands hold equally many of the features that are active on at least N_ROWS tokens both before and after.
+    Bands have equal numbers of features. Only features that are active on at least N_ROWS tokens both before and after
+    take part.
     """
     frequency = before.firing_frequency()
     enough = N_ROWS / before.z.shape[0]
@@ -91,7 +94,7 @@ def feature_snippets(
     store: ActivationStore | PairedStore,
     tokenizer: Tokenizer,
 ) -> list[Feature]:
-    """The chosen features with their top snippets in teacher and RSAE.
+    """Returns the chosen features with their top snippets in teacher and RSAE.
 
     Args:
         saes, codes: with "teacher" and "rsae". rows: [n_tokens], the store's row of each row of the codes.
@@ -117,7 +120,7 @@ def feature_snippets(
 
 
 class Text:
-    """Finds the text around rows of a store."""
+    """Finds the text around the rows of a store."""
 
     def __init__(
         self,
@@ -138,7 +141,7 @@ class Text:
         self.row_at = {place: row for row, place in enumerate(places)}
 
     def top(self, z: np.ndarray) -> list[int]:
-        """The rows of the largest codes, at most one per context, of contexts that are kept."""
+        """The rows of the largest codes, at most one per context, from kept contexts."""
         found: dict[int, int] = {}
         for row in np.argsort(-np.abs(z), kind="stable").tolist():
             if z[row] == 0 or len(found) == self.n:
@@ -149,11 +152,11 @@ class Text:
         return list(found.values())
 
     def near(self, row: int) -> tuple[list[int], list[str], list[int | None], str]:
-        """Of the token of `row` and its neighbours in the same document: positions, text, rows (None: not among these),
-        and where they stand."""
+        """Returns the token of `row` and its neighbours in the same document: positions, text, rows (None if not among
+        ours), and a description of the place."""
         context, position = int(self.contexts[row]), int(self.positions[row])
         document = self.documents[context, position]
-        # Without BOS: it is at position 0, and wherever the prediction of a position is not counted.
+        # Without BOS, which is at position 0 and wherever a position's prediction is not counted.
         near = range(max(1, position - self.around), min(self.tokens.shape[1], position + self.around + 1))
         near_here = [p for p in near if self.documents[context, p] == document and self.counted[context, p - 1]]
         pieces = _pieces(self.tokenizer, self.tokens[context, near_here].tolist())
@@ -162,7 +165,7 @@ class Text:
         return near_here, pieces, rows, _describe(self.info, int(document))
 
     def snippet(self, row: int, z: np.ndarray) -> Snippet:
-        """The token of `row` and its neighbours, coloured by z [n_tokens]."""
+        """The token of `row` and its neighbours, with the intensities of z [n_tokens]."""
         places, pieces, rows, where = self.near(row)
         largest = float(np.abs(z).max())
         tokens = []
@@ -173,7 +176,7 @@ class Text:
 
 
 def _pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    """The text of each token. From growing prefixes: alone, tokens lose their spaces or hold half a character."""
+    """The text of each token, from decoding growing prefixes: decoded alone, tokens lose spaces or break characters."""
     pieces, before = [], ""
     for end in range(1, len(ids) + 1):
         whole = tokenizer.decode(ids[:end]).rstrip("\ufffd")

@@ -1,4 +1,4 @@
-"""How the four codes look and are called, in plots and tables alike."""
+"""Names, colours and line styles of the codes, for plots and tables alike."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Container
 from typing import Any
 
 ROLES = ("teacher", "init", "rsae", "control")
-"""What every report compares."""
+"""The codes in every report."""
 MORE = {"rounds": "teacher", "rsae-rounds": "rsae", "rectangle": "control", "rectangle-rounds": "control"}
-"""What may be there besides, and behind whom it stands."""
+"""Optional codes, each with the role that it is listed after."""
 NAMES = {
     "teacher": "teacher",
     "rounds": "teacher + a round",
@@ -18,7 +18,7 @@ NAMES = {
     "control": "control",
     "rectangle": "rectangle",
     "rectangle-rounds": "rectangle + a round",
-    # In sweeps only.
+    # These occur in sweeps only.
     "thresholds": "fixed thresholds",
     "scratch": "from scratch",
     "refined": "RSAE, two rounds trained",
@@ -30,8 +30,8 @@ NAMES = {
     **{f"control@{n}": f"control + {n - 1} round{'s' * (n > 2)}, untrained" for n in range(2, 9)},
 }
 
-# For a white background; page.html holds the same names for a dark one. No two values may be equal: the SVG
-# writer finds colours by value.
+# For a white background; page.html holds the same names for a dark one. All values must differ, because the SVG writer
+# finds colours by value.
 COLOURS = {
     "ink": "#24292e",
     "grid": "#d5d9de",
@@ -47,7 +47,7 @@ COLOURS = {
     "rsae-rounds": "#5b3fd0",
     "rectangle-rounds": "#7a9a01",
 }
-# Told apart without colour, too.
+# So that lines can be told apart without colour.
 DASHES: dict[str, Any] = {
     "teacher": (0, (5, 2)),
     "init": (0, (1, 1.5)),
@@ -61,15 +61,15 @@ DASHES: dict[str, Any] = {
 
 
 def roles_in(found: Container[str]) -> list[str]:
-    """ROLES, each followed by what of MORE is found and belongs behind it."""
+    """ROLES, each followed by the entries of MORE that are found and belong after it."""
     return [
         one for role in ROLES for one in (role, *(name for name, of in MORE.items() if of == role and name in found))
     ]
 
 
 def line(role: str, **options: Any) -> dict[str, Any]:
-    """Keyword arguments of a line that shows the code `role`; the second control's is broad and lies below, because
-    the RSAE's runs along it."""
+    """Keyword arguments for the line of the code `role`. The second control's is broad and lies below, because the
+    RSAE's line runs along it."""
     second = role.startswith("rectangle")
     look = {"linewidth": 5.0, "alpha": 0.4, "zorder": 1.5, "linestyle": "-"} if second else {"linewidth": 1.6}
     return {"color": COLOURS[role], "linestyle": DASHES[role], "label": NAMES[role], **look, **options}

@@ -1,4 +1,4 @@
-"""The short table that ends a demo on the terminal."""
+"""The short table at the end of a demo in the terminal."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _SHOWN = (("mse", "l0", "alive_fraction", "delta_ce"), ("mse", "delta_ce"))
 
 
 def summary_table(metrics: Mapping[str, Any]) -> Table:
-    """The four codes as shipped and at equal l0, the better of RSAE and control in bold; the headline below.
+    """The four codes as shipped and at equal l0, with the better of RSAE and control in bold and the headline below.
 
     Args:
-        metrics: metrics.json; what is missing shows as a dash.
+        metrics: metrics.json; missing values are shown as a dash.
     """
     from rich.table import Table
 
@@ -31,7 +31,7 @@ def summary_table(metrics: Mapping[str, Any]) -> Table:
         title_justify="left",
         caption_justify="left",
     )
-    table.add_column("code", overflow="fold")  # this one gives way where the terminal is narrow
+    table.add_column("code", overflow="fold")  # this column is the one that wraps in a narrow terminal
     parts = list(zip((metrics, matched), _SHOWN, ("", "="), strict=True))
     for _, keys, mark in parts:
         for key in keys:
@@ -48,7 +48,7 @@ def summary_table(metrics: Mapping[str, Any]) -> Table:
 
 
 def _caption(metrics: Mapping[str, Any]) -> str:
-    """The headline, and what follows it where that is about what was not trained."""
+    """The headline, followed by the remarks about untrained rounds."""
     first, notes = headline(metrics)
     both = [first, *notes[:1]] if "rounds" in (metrics.get("matched_l0") or {}) else [first]
-    return "\n".join(both).replace("\u00a0", "")  # rich breaks lines there
+    return "\n".join(both).replace("\u00a0", "")  # rich would break lines at this space

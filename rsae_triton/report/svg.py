@@ -1,4 +1,4 @@
-"""A matplotlib figure as SVG inside HTML: system fonts, colours that follow the page's light or dark theme."""
+"""Turns a matplotlib figure into SVG inside HTML, with system fonts and colours that follow the page's theme."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ _VARIABLE = {value.lower(): f"var(--{name})" for name, value in COLOURS.items()}
 
 
 def inline_svg(figure: Any, name: str, title: str, description: str) -> str:
-    """The figure as an <svg> element for HTML.
+    """Returns the figure as an <svg> element.
 
     Args:
-        figure: a matplotlib `Figure`. name: prefix of every id, unique in the page.
-        title, description: what a screen reader says.
+        figure: a matplotlib `Figure`. name: prefix of all ids, unique in the page.
+        title, description: for screen readers.
     """
     import matplotlib as mpl
 
     buffer = io.BytesIO()
-    # fonttype none keeps text as text; a fixed salt gives the same ids, and so the same file, on every run.
+    # fonttype none keeps text as text; a fixed salt gives the same ids, and so the same file, in every run.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = ElementTree.fromstring(buffer.getvalue())
     for parent in svg.iter():
         for child in list(parent):
-            # Its style would reach the whole page, its metadata nobody.
+            # Its style would apply to the whole page, and nobody needs its metadata.
             if child.tag.endswith(("}metadata", "}style")):
                 parent.remove(child)
     for element in svg.iter():
@@ -52,5 +52,5 @@ def _rewrite(key: str, text: str, name: str) -> str:
     if key.endswith("href") and text.startswith("#"):
         return f"#{name}-{text[1:]}"
     text = _ID_REFERENCE.sub(rf"url(#{name}-\1)", text)
-    # Only in style="...": a presentation attribute does not know var().
+    # Only in style="...", because a presentation attribute does not accept var().
     return _COLOUR.sub(lambda match: _VARIABLE[match[0].lower()], text) if key == "style" else text

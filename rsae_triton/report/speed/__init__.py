@@ -1,4 +1,4 @@
-"""What the benchmarks measured: results as JSON, tables, plots, and a guard on ratios. `benchmarks/` measures."""
+"""Benchmark results: JSON files, tables, plots, and a guard on ratios. `benchmarks/` does the measuring."""
 
 from rsae_triton.report.speed.results import exponents, guard, load_results, read_result, write_result
 

@@ -1,4 +1,4 @@
-"""Time and peak memory against each size, all contenders, on logarithmic axes."""
+"""Plots time and peak memory of all contenders against each size, on logarithmic axes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LABELS = {
     "d_sae": "d_sae", "n_tokens": "n_tokens", "degree": "degree, p + q", "groups": "coefficient sets (of 5, 4)",
     "median_s": "seconds a step", "peak_bytes": "transient memory, MB",
 }  # fmt: skip
-# Okabe and Ito's colours; markers and dashes tell lines apart without them.
+# Okabe and Ito's colours; markers and dashes distinguish lines without colour.
 STYLES: dict[str, dict[str, Any]] = {
     "eager, Horner": {"color": "#d55e00", "marker": "o"},
     "eager, powers": {"color": "#e69f00", "marker": "s", "linestyle": "--"},
@@ -25,7 +25,7 @@ STYLES: dict[str, dict[str, Any]] = {
 
 
 def draw(result: dict[str, Any], what: str, path: Path) -> bool:
-    """An SVG with a panel for each sweep there is, False if there is none; what: "median_s" or "peak_bytes"."""
+    """Writes an SVG with a panel for each sweep; returns False if there is none. what: "median_s" or "peak_bytes"."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter, NullLocator
@@ -50,7 +50,7 @@ def draw(result: dict[str, Any], what: str, path: Path) -> bool:
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel(LABELS[what])
     figure.legend(seen.values(), seen.keys(), loc="outside upper center", ncols=min(len(seen), 4), frameon=False)
-    # The same file from the same numbers.
+    # This makes the file a function of the numbers alone.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": what}):
         options: dict[str, Any] = {"format": "svg", "metadata": {"Date": None, "Creator": None}}
         write_atomically(path, lambda one: figure.savefig(one, **options))

@@ -1,4 +1,4 @@
-"""A benchmark's result: one JSON object for one device, read, written and compared by ratios."""
+"""A benchmark's result: one JSON object per device, which is read, written and compared by ratios."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ FLOOR = "bare products"
 SWEEPS = ("d_sae", "n_tokens", "degree", "groups")
 SIZES = ("work", "n_tokens", "d_in", "d_sae", "degree", "groups", "form", "dtype", "tf32", "sweep")
 ENOUGH_TURNS = 3
-"""With fewer there is no verdict on a target, and no warning."""
+"""With fewer turns there is no verdict on a target, and no warning."""
 SLACK = 1.25
 """How much worse a ratio may get before the guard warns."""
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Writes a result as JSON."""
     make_folder(path.parent)
     text = json.dumps(_rounded(result), indent=1) + "\n"
-    # A list of numbers takes one line.
+    # Puts a list of numbers on one line.
     text = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text)
     write_text(path, text)
 
@@ -38,15 +39,15 @@ def _rounded(value: Any) -> Any:
         return {str(key): _rounded(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
         return [_rounded(one) for one in value]
-    # JSON has no infinity.
+    # JSON does not have infinity.
     return (float(f"{value:.6g}") if math.isfinite(value) else None) if isinstance(value, float) else value
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """A result that `write_result` wrote.
+    """Reads a result that `write_result` wrote.
 
     Raises:
-        FormatError: not JSON, or not such a result.
+        FormatError: the file is not JSON, or not such a result.
     """
     result = read_json(path)
     wanted = {"schema", "device", "versions", "ceilings", "cases"}
@@ -56,48 +57,51 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def load_results(folder: Path) -> dict[str, dict[str, Any]]:
-    """{name: result} of the files speed-NAME.json in a folder, GPUs first."""
+    """Returns {name: result} of the files speed-NAME.json in a folder, GPUs first."""
     found = {path.stem.removeprefix("speed-"): read_result(path) for path in sorted(folder.glob("speed-*.json"))}
     return dict(sorted(found.items(), key=lambda item: item[1]["device"]["kind"] != "cuda"))
 
 
 def slug(result: dict[str, Any]) -> str:
-    """A file name for the device."""
+    """A file name for the result's device."""
     return re.sub(r"[^a-z0-9]+", "-", f"{result['device']['kind']} {result['device']['name']}".lower()).strip("-")
 
 
 def key(case: dict[str, Any]) -> str:
-    """What makes two cases the same."""
+    """A key that two results of the same case share."""
     return json.dumps([case[name] for name in SIZES])
 
 
 def timed(case: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The contenders that have a time."""
+    """The contenders that were timed."""
     return {name: one for name, one in case.get("contenders", {}).items() if one.get("median_s")}
 
 
 def eager(case: dict[str, Any]) -> tuple[str, float] | None:
-    """The faster of the eager writings and its median."""
+    """The faster of the two eager implementations, and its median."""
     found = [(name, timed(case)[name]["median_s"]) for name in EAGER if name in timed(case)]
     return min(found, key=lambda pair: pair[1]) if found else None
 
 
 def ours(case: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The timed contenders of this package."""
     return {name: one for name, one in timed(case).items() if name.startswith("ours")}
 
 
 def turns(case: dict[str, Any]) -> int:
-    """How many turns every contender of a case had but eager PyTorch's slower writing, on which nothing rests."""
+    """The least number of turns of any contender, without the slower eager implementation, which no verdict uses."""
     base = eager(case)
     slower = [name for name in EAGER if base is not None and name != base[0]]
     return min((one["turns"] for name, one in timed(case).items() if name not in slower), default=0)
 
 
 def guard(new: dict[str, Any], old: dict[str, Any]) -> tuple[list[str], int]:
-    """Where ours became slower relative to eager PyTorch than SLACK times the committed ratio. Never absolute times.
+    """Finds cases in which ours became slower, relative to eager PyTorch, than SLACK times the committed ratio.
+
+    Absolute times are never compared.
 
     Returns:
-        A line for each, and how many ratios there were to compare.
+        A line for each such case, and the number of ratios that could be compared.
     """
     known = {key(case): case for case in old["cases"]}
     found, compared = [], 0
@@ -118,6 +122,7 @@ def guard(new: dict[str, Any], old: dict[str, Any]) -> tuple[list[str], int]:
 
 
 def title(case: dict[str, Any]) -> str:
+    """A one-line description of a case."""
     sets = {0: "per feature", 1: "shared"}.get(case["groups"], f"{case['groups']} groups")
     dtype = case["dtype"] + (" (tf32)" if case["tf32"] else "")
     p, q = case["degree"]
@@ -125,7 +130,7 @@ def title(case: dict[str, Any]) -> str:
 
 
 def size_of(case: dict[str, Any], sweep: str) -> float:
-    """The number that a sweep varies; a degree counts by p + q, groups of 0 are d_sae."""
+    """The number that a sweep varies; p + q for a degree, d_sae for groups of 0."""
     if sweep == "degree":
         return float(sum(case["degree"]))
     return float(case["groups"] or case["d_sae"]) if sweep == "groups" else float(case[sweep])
@@ -143,9 +148,9 @@ def series(result: dict[str, Any], sweep: str, what: str) -> dict[str, list[tupl
 
 
 def exponents(result: dict[str, Any]) -> Iterator[tuple[str, str, str, float]]:
-    """(sweep, contender, "median_s" or "peak_bytes", exponent): the slope of a least-squares line on logarithms.
+    """Yields (sweep, contender, "median_s" or "peak_bytes", exponent): the slope of a least-squares line on logarithms.
 
-    Of the larger half of the sizes (three at least): what is small is ruled by fixed costs.
+    Only the larger half of the sizes is used (at least three), because small sizes are dominated by fixed costs.
     """
     for sweep in SWEEPS:
         for what in ("median_s", "peak_bytes"):

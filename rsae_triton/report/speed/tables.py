@@ -1,4 +1,4 @@
-"""docs/benchmarks.md and the table of docs/index.md, as Markdown."""
+"""Makes docs/benchmarks.md and the table of docs/index.md, as Markdown."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ at the same shape, and are held to their own definition.
 
 
 def page(results: dict[str, dict[str, Any]], plots: dict[str, list[str]]) -> str:
-    """The whole of docs/benchmarks.md. plots: {name of a result: file names of its plots}."""
+    """The text of docs/benchmarks.md. plots: {name of a result: file names of its plots}."""
     missing = {"cpu", "cuda"} - {one["device"]["kind"] for one in results.values()}
     names = {"cpu": "the CPU", "cuda": "a GPU"}
     devices = f"Not measured yet: {' and '.join(names[one] for one in sorted(missing))}." if missing else ""
@@ -82,7 +82,7 @@ def _device(result: dict[str, Any], plots: list[str]) -> Iterator[str]:
 
 
 def _checks(result: dict[str, Any]) -> Iterator[str]:
-    """What `tools/gpu_check.py` found beside times."""
+    """What `tools/gpu_check.py` found besides times."""
     counts = result.get("checks", {})
     for part in ("correct", "sanitize"):
         if part in counts:
@@ -238,7 +238,7 @@ def readme_table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def plainly(case: dict[str, Any]) -> str:
-    """A whole step's sizes in words; n_tokens where it is known."""
+    """A whole step's sizes in words; with n_tokens if known."""
     tokens = f"{case['n_tokens']} tokens, " if "n_tokens" in case else ""
     sets = "shared" if case["groups"] == 1 else "per feature"
     p, q = case["degree"]
@@ -250,6 +250,7 @@ def _short(one: dict[str, Any] | None) -> str:
 
 
 def seconds(value: float) -> str:
+    """Formats a time."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3)):
         if value >= scale:
             return f"{value / scale:.3g} {unit}"
@@ -257,6 +258,7 @@ def seconds(value: float) -> str:
 
 
 def memory(value: float | None) -> str:
+    """Formats a number of bytes; an empty string for None."""
     if value is None:
         return ""
     return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.3g} MB"

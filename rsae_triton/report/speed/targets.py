@@ -1,4 +1,4 @@
-"""What the speed should be, and whether a result reaches it."""
+"""The speed targets, and whether a result reaches them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ STREAMED = "ours, streamed"
 
 
 class Target(NamedTuple):
-    """One goal: `measured` gives the number (None: the case or a contender has no time)."""
+    """One target: `measured` returns the number (None: the case is missing or a contender has no time)."""
 
     kind: str
     text: str
@@ -26,7 +26,7 @@ class Target(NamedTuple):
 
 
 def _speedup(over: str) -> Callable[[dict[str, Any]], float | None]:
-    """How many times faster the fastest of ours is."""
+    """Returns a function that computes how many times faster the fastest of ours is."""
 
     def measured(case: dict[str, Any]) -> float | None:
         plain = eager(case) if over == "eager" else None
@@ -38,7 +38,7 @@ def _speedup(over: str) -> Callable[[dict[str, Any]], float | None]:
 
 
 def _over(name: str) -> Callable[[dict[str, Any]], float | None]:
-    """The fastest of ours in units of another contender's time."""
+    """Returns a function that computes the fastest of ours in units of another contender's time."""
 
     def measured(case: dict[str, Any]) -> float | None:
         found = _speedup(name)(case)
@@ -48,7 +48,8 @@ def _over(name: str) -> Callable[[dict[str, Any]], float | None]:
 
 
 def _memory(mine: str | None, over: str) -> Callable[[dict[str, Any]], float | None]:
-    """Transient memory of ours (the leanest, or the one named) in units of another contender's."""
+    """Returns a function that computes our transient memory (the leanest, or the one named) relative to another
+    contender's."""
 
     def measured(case: dict[str, Any]) -> float | None:
         names = ("eager, Horner", "eager, powers") if over == "eager" else (over,)
@@ -65,13 +66,14 @@ def _streamed_speedup(case: dict[str, Any]) -> float | None:
 
 
 def _case(n: int | None, d_in: int, d_sae: int, gate: Any, dtype: str, work: str = "step") -> dict[str, Any]:
-    """What a case must agree with; n: None for any."""
+    """The sizes that a case must have; n: None for any."""
     tokens = {} if n is None else {"n_tokens": n}
     return {"work": work, **tokens, "d_in": d_in, "d_sae": d_sae, "degree": list(gate[0]), "groups": gate[1],
             "form": "direct", "dtype": dtype, "sweep": ""}  # fmt: skip
 
 
 def targets() -> Iterator[Target]:
+    """Yields all targets."""
     compiled, jumprelu = "torch.compile", "SAELens JumpReLU"
     for gate, name, bound in ((SHARED, "(3, 2) shared", 2.0), (FEATURE, "(9, 8) per feature", 3.5)):
         case = _case(None, 576, 18432, gate, "fp32")
@@ -99,5 +101,5 @@ def targets() -> Iterator[Target]:
 
 
 def find(result: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any] | None:
-    """The result's case with these sizes."""
+    """Returns the result's case with these sizes, or None."""
     return next((case for case in result["cases"] if all(case[name] == one for name, one in wanted.items())), None)
