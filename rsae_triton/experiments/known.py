@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -109,6 +109,20 @@ class Known:
             split_name(name)
         check_folder(self.out)
 
+    @property
+    def command(self) -> str:
+        """The command that makes the same tables again, wherever they went."""
+        said = ["rsae known"]
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if one.name != "out" and value != one.default:
+                values = value if isinstance(value, tuple) else (value,)
+                said += [
+                    f"--{one.name.replace('_', '-')}",
+                    *(f"{v:g}" if isinstance(v, float) else str(v) for v in values),
+                ]
+        return " ".join(said)
+
     def cells(self) -> Iterator[KnownCell]:
         for seed, l0, correlation, teacher in itertools.product(self.seeds, self.l0s, self.correlations, self.teachers):
             yield KnownCell(self, teacher, l0, correlation, seed)
@@ -187,7 +201,7 @@ def known(config: Known) -> Path:
     rows = summarise_known(results)
     write_text(
         config.out / "known.json",
-        json.dumps({"command": "rsae known", "rows": rows, "cells": results}, indent=1) + "\n",
+        json.dumps({"command": config.command, "rows": rows, "cells": results}, indent=1) + "\n",
     )
     write_text(config.out / "known.md", known_tables(rows))
     return config.out / "known.md"

@@ -1,15 +1,13 @@
 // Loops over the entries of a sparse code (entries.py), compiled for the machine at hand by native.py. Each call works
 // on one thread and on its own part of the output, in a fixed order: results do not depend on the number of threads.
 // Numbers are float32, indices int64, matrices row-major. A comparison is written so that NaN counts as an entry.
+#include "entries.h"
+
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
 #include <cstring>
-#include <vector>
 
 namespace {
-
-constexpr int64_t LANES = 64;
 
 // LANES numbers as float32, or fewer at the end of a row. The whole run has a length the compiler knows.
 inline const float* wide(const float* from, float*, int64_t) { return from; }
@@ -32,18 +30,6 @@ inline bool any_of(int64_t count, Test test) {
     else
         for (int64_t k = 0; k < count; ++k) any |= test(k);
     return any;
-}
-
-inline float dot(const float* __restrict a, const float* __restrict b, int64_t d) {
-    float lanes[LANES] = {};
-    int64_t c = 0;
-    for (; c + LANES <= d; c += LANES)
-        for (int64_t k = 0; k < LANES; ++k) lanes[k] += a[c + k] * b[c + k];
-    float total = 0;
-    for (; c < d; ++c) total += a[c] * b[c];
-    for (int64_t width = LANES / 2; width > 0; width /= 2)
-        for (int64_t k = 0; k < width; ++k) lanes[k] += lanes[k + width];
-    return total + lanes[0];
 }
 
 template <class Number>
@@ -120,16 +106,13 @@ void dots(const float* g, const int64_t* tokens, const int64_t* features, const 
 // out[f] (+)= the sum over the terms i and the entries of f of values[i][e] * g[i][token], features from to to - 1.
 void rows(int64_t terms, const float* const* values, const float* const* g, const int64_t* tokens,
           const int64_t* offsets, int64_t d, float* out, int64_t add, int64_t from, int64_t to) {
+    Sum sum;
     for (int64_t f = from; f < to; ++f) {
-        float* __restrict o = out + f * d;
+        float* o = out + f * d;
         if (!add) std::memset(o, 0, d * sizeof(float));
         for (int64_t e = offsets[f]; e < offsets[f + 1]; ++e)
-            for (int64_t i = 0; i < terms; ++i) {
-                const float value = values[i][e];
-                if (value == 0) continue;
-                const float* __restrict a = g[i] + tokens[e] * d;
-                for (int64_t c = 0; c < d; ++c) o[c] += value * a[c];
-            }
+            for (int64_t i = 0; i < terms; ++i) sum.take(values[i][e], g[i] + tokens[e] * d);
+        sum.add_to(o, d);
     }
 }
 

@@ -8,7 +8,6 @@ and their gradients have the same bits in every run.
     entries = find_entries(x_c, W_enc, b_enc, low)           # h > low, or NaN
     h = encode_at(x_c, W_enc, b_enc, entries)                # entries.values, differentiable
     x_hat = decode_at(z, entries, W_dec)                     # [n_tokens, d_in]
-    c = dots_at(e, entries, W_dec)                           # e[token] . W_dec[feature]
     per_feature = sum_at(z, entries)                         # [d_sae]
     theta_at = each_at(theta, entries)                       # theta[feature]
     norms = lengths(W_dec)                                   # [d_sae]
@@ -54,33 +53,18 @@ class Entries(NamedTuple):
 def encode_at(x_c: Tensor, W_enc: Tensor, b_enc: Tensor, entries: Entries) -> Tensor:
     """h of the entries, `entries.values` as `find_entries` made them; differentiable in all three."""
     with torch.autocast(x_c.device.type, enabled=False):
-        return _Encode.apply(x_c, W_enc, b_enc, _terms(W_enc), *entries)
+        return _Encode.apply(x_c, W_enc, b_enc, terms_of(W_enc), *entries)
 
 
-def decode_at(values: Tensor, entries: Entries, W_dec: Tensor, kept: Tensor | None = None) -> Tensor:
-    """sum over each token's entries of values * W_dec[feature], [n_tokens, d_in]; differentiable in both.
-
-    kept: [n_entries] bool, where values are not zero. The sum leaves the others out; they have a gradient all the same.
-    """
-    inner = entries if kept is None else entries.select(kept)
+def decode_at(values: Tensor, entries: Entries, W_dec: Tensor) -> Tensor:
+    """sum over each token's entries of values * W_dec[feature], [n_tokens, d_in]; differentiable in both."""
     with torch.autocast(values.device.type, enabled=False):
-        return _Decode.apply(values, W_dec, kept, _terms(W_dec), entries, inner)
-
-
-def dots_at(e: Tensor, entries: Entries, W_dec: Tensor) -> Tensor:
-    """e[token] . W_dec[feature] of every entry, [n_entries]; e is [n_tokens, d_in]; differentiable in both."""
-    with torch.autocast(e.device.type, enabled=False):
-        return _Dots.apply(e, W_dec, _terms(W_dec), *entries)
+        return _Decode.apply(values, W_dec, terms_of(W_dec), entries)
 
 
 def at_features(rows: Tensor, entries: Entries) -> Tensor:
     """rows [d_sae, ...] at every entry, [n_entries, ...]; differentiable."""
     return _AtFeatures.apply(rows, entries.features, entries.offsets)
-
-
-def at_tokens(rows: Tensor, entries: Entries) -> Tensor:
-    """rows [n_tokens] at every entry, [n_entries]; differentiable."""
-    return _AtTokens.apply(rows, entries.tokens)
 
 
 def sum_at(values: Tensor, entries: Entries) -> Tensor:
@@ -95,7 +79,7 @@ def each_at(per_feature: Tensor, entries: Entries) -> Tensor:
 
 def lengths(W: Tensor) -> Tensor:
     """The length of each row of W, [d_sae]; differentiable, 0 at rows of zeros."""
-    return _Lengths.apply(W, _terms(W))
+    return _Lengths.apply(W, terms_of(W))
 
 
 def collected(W: Tensor) -> Tensor:
@@ -137,7 +121,7 @@ class _Terms:
         return out
 
 
-def _terms(W: Tensor) -> _Terms | None:
+def terms_of(W: Tensor) -> _Terms | None:
     return getattr(W, "_rsae_terms", None)
 
 
@@ -169,15 +153,17 @@ def _gradient_memory(like: Tensor) -> Tensor:
     return made if made.is_contiguous() else torch.empty(like.shape, dtype=dtype, device=like.device)
 
 
-def _matrix_gradient(
-    values: Tensor, g: Tensor, tokens: Tensor, offsets: Tensor, like: Tensor, terms: _Terms | None
+def matrix_gradient(
+    pairs: list[tuple[Tensor, Tensor]], tokens: Tensor, offsets: Tensor, like: Tensor, terms: _Terms | None
 ) -> Tensor | None:
+    """The sum over pairs (values, g) and entries of value * g[token] in the row of its feature; None where it is left
+    for the end (`collected`)."""
     if terms is not None:
-        terms.add(values, g, tokens, offsets)
+        for values, g in pairs:
+            terms.add(values, g, tokens, offsets)
         return None
-    return loops.rows([(values.contiguous(), g.contiguous())], tokens, offsets, _gradient_memory(like), add=False).to(
-        like.dtype
-    )
+    pairs = [(values.contiguous(), g.contiguous()) for values, g in pairs]
+    return loops.rows(pairs, tokens, offsets, _gradient_memory(like), add=False).to(like.dtype)
 
 
 class _Encode(torch.autograd.Function):
@@ -199,7 +185,7 @@ class _Encode(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = loops.decode(dh, tokens, features, len(x_c), W_enc.t()).to(x_c.dtype)
         if ctx.needs_input_grad[1]:
-            made = _matrix_gradient(dh, x_c, tokens, offsets, W_enc.t(), ctx.terms)
+            made = matrix_gradient([(dh, x_c)], tokens, offsets, W_enc.t(), ctx.terms)
             dW = None if made is None else made.t()
         if ctx.needs_input_grad[2]:
             db = loops.sums(dh, offsets).to(ctx.bias)
@@ -208,52 +194,23 @@ class _Encode(torch.autograd.Function):
 
 class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        values: Tensor,
-        W: Tensor,
-        kept: Tensor | None,
-        terms: _Terms | None,
-        entries: Entries,
-        inner: Entries,
-    ) -> Tensor:
-        own = (values if kept is None else values[kept]).contiguous()
-        ctx.save_for_backward(own, W, inner.tokens, inner.offsets, entries.tokens, entries.features, entries.offsets)
+    def forward(ctx: Any, values: Tensor, W: Tensor, terms: _Terms | None, entries: Entries) -> Tensor:
+        values = values.contiguous()
+        ctx.save_for_backward(values, W, entries.tokens, entries.features, entries.offsets)
         ctx.terms = terms
-        return loops.decode(own, inner.tokens, inner.features, inner.n_tokens, W)
+        return loops.decode(values, entries.tokens, entries.features, entries.n_tokens, W)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        own, W, inner_tokens, inner_offsets, tokens, features, offsets = ctx.saved_tensors
+        values, W, tokens, features, offsets = ctx.saved_tensors
         g = grads[0].contiguous()
         dvalues = dW = None
         if ctx.needs_input_grad[0]:
-            dvalues = loops.dots(g, tokens, features, offsets, W).to(own.dtype)
+            dvalues = loops.dots(g, tokens, features, offsets, W).to(values.dtype)
         if ctx.needs_input_grad[1]:
-            dW = _matrix_gradient(own, g, inner_tokens, inner_offsets, W, ctx.terms)
-        return dvalues, dW, None, None, None, None
-
-
-class _Dots(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, e: Tensor, W: Tensor, terms: _Terms | None, *entries: Any) -> Tensor:
-        tokens, features, _, offsets, _ = entries
-        ctx.save_for_backward(e, W, tokens, features, offsets)
-        ctx.terms = terms
-        return loops.dots(e.contiguous(), tokens, features, offsets, W)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        e, W, tokens, features, offsets = ctx.saved_tensors
-        dc = grads[0].contiguous()
-        de = dW = None
-        if ctx.needs_input_grad[0]:
-            de = loops.decode(dc, tokens, features, len(e), W).to(e.dtype)
-        if ctx.needs_input_grad[1]:
-            dW = _matrix_gradient(dc, e, tokens, offsets, W, ctx.terms)
-        return de, dW, *(None,) * 6
+            dW = matrix_gradient([(values, g)], tokens, offsets, W, ctx.terms)
+        return dvalues, dW, None, None
 
 
 class _Each(torch.autograd.Function):
@@ -311,18 +268,3 @@ class _AtFeatures(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         return loops.sums(grads[0].contiguous(), ctx.saved_tensors[0]), None, None
-
-
-class _AtTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, tokens: Tensor) -> Tensor:
-        ctx.save_for_backward(tokens)
-        ctx.n_tokens = len(rows)
-        return rows[tokens]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        # Sums of runs, not index_add: atomics would add in another order every time.
-        tokens, order = ctx.saved_tensors[0].sort(stable=True)
-        return loops.sums(grads[0][order], loops.offsets_of(tokens, ctx.n_tokens)), None

@@ -1,4 +1,4 @@
-"""Loops over entries in C++ (`entries.cpp`), compiled once for the machine at hand by the compiler that is there.
+"""Loops over entries in C++ (`entries.cpp`, `search.cpp`), compiled once for the machine by a compiler that is there.
 
 A compiler is an offer, not a need: without one, or with RSAE_CPU_ENGINE=tiled, PyTorch's own operations do the same,
 some two to four times slower. What is compiled is kept in the cache folder, by source, compiler and processor.
@@ -26,7 +26,8 @@ from torch import Tensor
 from rsae_triton.common.errors import StorageError
 from rsae_triton.common.files import make_folder, write_atomically
 
-SOURCE = Path(__file__).with_name("entries.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("entries.cpp", "search.cpp"))
+HEADER = Path(__file__).with_name("entries.h")
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 _NATIVE = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
 
@@ -59,7 +60,7 @@ def _library(compiler: str) -> ctypes.CDLL | None:
 
 def _built(program: str) -> ctypes.CDLL:
     """The library, made where it is not there yet."""
-    source = SOURCE.read_bytes()
+    source = b"\0".join(one.read_bytes() for one in (HEADER, *SOURCES))
     version = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=60).stdout
     key = hashlib.sha256(b"\0".join([source, version.encode(), _processor().encode(), repr(_FLAGS).encode()]))
     cache = os.environ.get("RSAE_CACHE")
@@ -77,7 +78,7 @@ def _built(program: str) -> ctypes.CDLL:
 
 def _compile(program: str, path: Path) -> None:
     for native in _NATIVE:
-        command = [program, *_FLAGS, *native, str(SOURCE), "-o", str(path)]
+        command = [program, *_FLAGS, *native, *map(str, SOURCES), "-o", str(path)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         if done.returncode == 0:
             return

@@ -21,20 +21,19 @@ from torch import Tensor
 
 from rsae_triton.common.errors import ConfigError
 from rsae_triton.ops import entry_loops as loops
-from rsae_triton.ops.across import Across, part_of, sum_of
+from rsae_triton.ops.across import Across, sum_of
 from rsae_triton.ops.encode import centred
 from rsae_triton.ops.entries import (
     Entries,
     at_features,
-    at_tokens,
     collected,
     decode_at,
-    dots_at,
     encode_at,
     sum_at,
 )
 from rsae_triton.ops.finding import find_entries
 from rsae_triton.ops.reference import Encoded, GateSpec, GateTensors, rational_gate
+from rsae_triton.ops.search import by_token, search
 from rsae_triton.ops.tiles import wide
 
 
@@ -192,6 +191,7 @@ class Walk:
         else:
             found, self.h = candidates_of(hidden.to(exact), low)
         self.there: Entries = found
+        self._place = by_token(found)
         own_b_dec = b_dec if across is None or across.first else b_dec.detach()
         self.r, self._W = x.to(exact) - own_b_dec.to(exact), collected(W_dec.to(exact))
         self._spec, self._epsilon, self._across = spec, epsilon, across
@@ -208,19 +208,16 @@ class Walk:
         z, active = rational_gate(self.h.unsqueeze(0), self._gate._replace(threshold=theta), self._spec)
         self.z, self.active, self.opened = z.squeeze(0), active.squeeze(0), ~(self.h.detach() <= theta.detach())
 
-    def search(self, p: Tensor) -> None:
-        """The amplitudes of what is open along their own gradient, as far as it pays."""
-        inner, place = self.there.select(self.opened), self.opened.nonzero().squeeze(1)
-        e = self.r - self._sum(decode_at(self.z, self.there, self._W, self.opened))
-        g = (p * self.unit)[place] * dots_at(self._part(e), inner, self._W)
-        m = self._sum(decode_at(g, inner, self._W))
-        alpha = line(m, e, self._epsilon)
-        self.y = self.z.index_add(0, place, at_tokens(self._part(alpha), inner) * g)
-        self.e = e - alpha.unsqueeze(1) * m
+    def search(self, p: Tensor, *, last: bool = False) -> None:
+        """The amplitudes of what is open along their own gradient, as far as it pays; `last`: no correction follows."""
+        self.y, self.e, self._raw = search(
+            self.z, p * self.unit, self.opened, self.r, self._W, self._epsilon, self._place,
+            correct=not last, across=self._across,
+        )  # fmt: skip
 
     def correction(self) -> Tensor:
         """c [n_entries], what the residual says of every candidate."""
-        return self.unit * dots_at(self._part(self.e), self.there, self._W)
+        return self.unit * self._raw
 
     def mix(self, a: Tensor | float, b: Tensor | float, eta: Tensor | float, c: Tensor) -> None:
         """The next round's pre-activations."""
@@ -230,16 +227,10 @@ class Walk:
         """The code after the last round: what the search made negative is not active, and comes off again."""
         off, y, e = self.opened & (self.y.detach() <= 0), self.y, self.e
         if self._across is not None or bool(off.any()):
-            e = e + self._sum(decode_at(y[off], self.there.select(off), self._W))
+            e = e + sum_of(decode_at(y[off], self.there.select(off), self._W), self._across)
             y = torch.where(off, 0, y)
         counts = sum_at(self.active - off.to(self.active.dtype), self.there)
         return RoundCode(self.there, y, counts, sum_at(y.abs(), self.there), e)
-
-    def _sum(self, part: Tensor) -> Tensor:
-        return sum_of(part, self._across)
-
-    def _part(self, whole: Tensor) -> Tensor:
-        return part_of(whole, self._across)
 
 
 def on_entries(
@@ -262,11 +253,11 @@ def on_entries(
     """
     walk = Walk(x, W_enc, b_enc, W_dec, b_dec, gate, spec, more.unit, more.epsilon, **options)
     walk.open(walk.theta)
-    walk.search(walk.at(more.p[0]))
+    walk.search(walk.at(more.p[0]), last=len(more.a) == 0)
     for k in range(len(more.a)):
         rows = torch.stack([more.a[k], more.b[k], more.eta[k], more.threshold[k], more.p[k + 1]], 1)
         a, b, eta, theta, p = walk.at(rows).unbind(1)
         walk.mix(a, b, eta, walk.correction())
         walk.open(theta)
-        walk.search(p)
+        walk.search(p, last=k == len(more.a) - 1)
     return walk.code()

@@ -27,6 +27,10 @@ def test_cells_are_kept_and_scored_at_one_l0(done):
     known(replace(config))
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     found = json.loads((config.out / "known.json").read_text())
+    said = found["command"].split()
+    assert said[:2] == ["rsae", "known"]
+    assert "--seeds 0 1 " in found["command"]
+    assert "--out" not in said
     for cell in found["cells"]:
         teacher = cell["scores"]["teacher"]
         assert set(cell["scores"]) == {"teacher", *config.contenders}
