@@ -193,9 +193,9 @@ def _compiled(
     raw = torch.empty_like(z) if correct else z.new_empty(0)
     native.split(len(r), lambda start, stop: native.library().search(  # type: ignore[union-attr]
         address(r), address(W), integer(W.shape[1]), address(place.starts), address(place.order),
-        address(place.there.features), address(z), address(opened), address(weight), ctypes.c_float(float(epsilon.detach())),
-        address(y), address(c), address(e), address(m), address(after), address(alpha),
-        address(raw) if correct else None, integer(start), integer(stop),
+        address(place.there.features), address(z), address(opened), address(weight),
+        ctypes.c_float(float(epsilon.detach())), address(y), address(c), address(e), address(m), address(after),
+        address(alpha), address(raw) if correct else None, integer(start), integer(stop),
     ), LEAST)  # fmt: skip
     return Found(y, c, e, m, after, alpha, raw)
 
