@@ -1,11 +1,12 @@
-"""`python -m rsae_triton` is `rsae`; torchrun starts it so: `torchrun --nproc-per-node 8 -m rsae_triton train ...`."""
+"""`python -m rsae_triton` is the same as `rsae`; torchrun uses it: `torchrun --nproc-per-node 8 -m rsae_triton train
+...`."""
 
 import signal
 import sys
 
 
 def run() -> int:
-    """`rsae` as a process: a Ctrl-C while torch is imported, and a second one, end it without a traceback."""
+    """Runs `rsae` so that Ctrl-C ends it without a traceback, even while torch is imported or when pressed twice."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from rsae_triton.commands.cli import main
 

@@ -1,1 +1,1 @@
-"""The command line: one file per command; `cli` lists them. Nothing imports this room."""
+"""The command line: one file per command, listed in `cli`. Nothing imports this room."""

@@ -1,6 +1,6 @@
-"""`rsae bench`: what the committed benchmarks say; a new result compared with them; the pages that show them.
+"""`rsae bench`: shows the committed benchmarks, compares a new result with them, and makes the pages about them.
 
-A result of `tools/gpu_check.py` is one too; the routes that it measured go into the table of `ops/routing.py`.
+A result of `tools/gpu_check.py` is accepted too; the routes that it measured go into the table of `ops/routing.py`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Bench:
 
 
 def run_bench(options: Bench, root: Path = Path()) -> None:
-    """Raises ConfigError where there is nothing to show or no place to write to."""
+    """Runs `rsae bench`. Raises ConfigError if there is nothing to show or no place to write to."""
     console = Console(soft_wrap=True)
     folder = root / options.results
     if options.keep and options.new is None:
@@ -49,7 +49,7 @@ def run_bench(options: Bench, root: Path = Path()) -> None:
         if options.keep and result.get("made_by") and (result["tiny"] or result["device"]["kind"] != "cuda"):
             raise ConfigError(f"{options.new} is a dry run of {result['made_by']}; only one on a GPU can be kept")
         old = [one for one in load_results(folder).values() if one["device"]["kind"] == result["device"]["kind"]]
-        # Of several machines' results that of this one, if it is there.
+        # With results of several machines, use the one of this machine if there is one.
         old.sort(key=lambda one: slug(one) != slug(result))
         for one in old[:1]:
             warnings, compared = guard(result, one)
@@ -77,10 +77,10 @@ def run_bench(options: Bench, root: Path = Path()) -> None:
 
 
 def render(results: dict[str, dict[str, Any]], root: Path = Path()) -> list[Path]:
-    """Writes docs/benchmarks.md, two plots for each device, and the table of docs/index.md; returns the files.
+    """Writes docs/benchmarks.md, two plots for each device, and the table of docs/index.md. Returns the files written.
 
     Raises:
-        ConfigError: there is no docs folder, or index.md has not exactly one place for the table.
+        ConfigError: there is no docs folder, or index.md does not have exactly one place for the table.
     """
     docs, readme = root / "docs", root / "docs" / "index.md"
     if not docs.is_dir() or not readme.is_file():

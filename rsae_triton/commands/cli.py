@@ -1,4 +1,4 @@
-"""`rsae ...`: every command is a documented dataclass or function; errors a person can mend take one line."""
+"""`rsae ...`: every command is a documented dataclass or function. An error that the user can fix takes one line."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def export_sae(config: Annotated[Export, tyro.conf.arg(name="")]) -> None:
     print(export(config.run, config.out))
 
 
-# In the order of the help; the configurations' docstrings say what a command does, with examples.
+# In the order of the help. The docstrings of the configurations say what a command does, and give examples.
 COMMANDS: dict[str, tuple[Callable[..., Any], type]] = {
     "demo": (demo, Demo),
     "extract": (extract, Extract),
@@ -139,7 +139,8 @@ COMMANDS: dict[str, tuple[Callable[..., Any], type]] = {
 
 
 def examples(arguments: list[str]) -> str:
-    """The examples of the command that `arguments` ask for help about; without one, the first of each command."""
+    """Returns the examples of the command whose help `arguments` ask for; without a command, the first example of
+    each."""
     texts = {name: config.__doc__ or "" for name, (_, config) in COMMANDS.items()} | {"gates": gates.fit.__doc__ or ""}
     found = {name: dedent(match[1]).splitlines() for name, text in texts.items() if (match := _EXAMPLES.search(text))}
     asked = next((one for one in arguments if one in texts), None)
@@ -147,7 +148,7 @@ def examples(arguments: list[str]) -> str:
     return "\n".join(["examples:", *(f"  {line}" for line in lines)]) if lines else ""
 
 
-# What other tools call it, and what it is called here.
+# Names that other tools use, and the names they have here.
 _ELSEWHERE = {
     "--layer": "--hook blocks.LAYER.hook_resid_post (what that layer gives out)",
     "--hook-name": "--hook",
@@ -161,7 +162,7 @@ _ELSEWHERE = {
 
 
 def misspelt(arguments: list[str]) -> str | None:
-    """What to say of a command or an option that is not there but looks like one that is; None where all is well."""
+    """Returns a hint for an unknown command or option that looks like a known one; None if there is none."""
     known = [*COMMANDS, "gates"]
     command = arguments[0] if arguments else ""
     if command and not command.startswith("-") and command not in known:
@@ -179,7 +180,7 @@ def misspelt(arguments: list[str]) -> str | None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; 0 when it worked, 2 after an error that its one line explains."""
+    """Runs one command. Returns 0 if it worked, 2 after an error that is explained in one line."""
     with steady_output():
         return _main(sys.argv[1:] if arguments is None else arguments)
 
@@ -204,12 +205,12 @@ def _main(arguments: list[str]) -> int:
     except Stopped as stopped:
         Console(stderr=True, soft_wrap=True).print(plain(stopped), highlight=False)
         return 0
-    except SystemExit as end:  # tyro's, after the help, in which docstrings have no examples
+    except SystemExit as end:  # tyro exits after the help; it does not show the examples in docstrings
         if not end.code and {"-h", "--help"} & set(arguments):
             print(examples(arguments))
         raise
     except (RsaeError, OSError, MemoryError, RuntimeError) as error:
-        # Out of memory is a RuntimeError of torch, on the CPU without a class of its own; any other is a bug of ours.
+        # On a CPU, torch reports a lack of memory as a plain RuntimeError; any other RuntimeError is a bug of ours.
         bug = isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError | RsaeError)
         if debug or (bug and "can't allocate memory" not in str(error)):
             raise

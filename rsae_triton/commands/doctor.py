@@ -1,4 +1,4 @@
-"""`rsae doctor`: what this machine has, what will run on it and why, and a self test of some seconds."""
+"""`rsae doctor`: lists what this machine has, says what will run on it and why, and tests it for some seconds."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from rsae_triton.training.memory import free_memory
 State = Literal["ok", "note", "wrong"]
 
 # Lowest and highest minor version that the tests have passed with, or that the code is written for (pyproject.toml);
-# constraints.txt pins what CI runs. Optional ones are what a feature needs, not the package.
+# constraints.txt pins what CI runs. The optional ones are needed by some features, not by the package.
 TESTED: dict[str, tuple[str, str]] = {
     "torch": ("2.6", "2.13"),
     "triton": ("3.2", "3.7"),
@@ -67,7 +67,7 @@ class Doctor:
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: what was looked at, what was found, and whether that is "ok", worth a "note", or "wrong"."""
+    """One finding: what was checked, the result, and whether it is "ok", worth a "note", or "wrong"."""
 
     what: str
     found: str
@@ -75,7 +75,7 @@ class Finding:
 
 
 def doctor(config: Doctor) -> int:
-    """Runs `rsae doctor`; 0 if nothing is wrong."""
+    """Runs `rsae doctor`. Returns 0 if nothing is wrong, else 1."""
     findings = list(examine())
     if config.json:
         print(json.dumps([asdict(one) for one in findings], indent=1))
@@ -89,7 +89,7 @@ def doctor(config: Doctor) -> int:
 
 
 def examine() -> Iterator[Finding]:
-    """Everything `rsae doctor` looks at, in the order it prints."""
+    """Yields all findings, in the order in which they are printed."""
     yield Finding("python", f"{platform.python_version()} ({sys.executable})")
     yield Finding("machine", f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores{_matrix_units()}")
     for name, (low, high) in TESTED.items():
@@ -129,7 +129,7 @@ def _version(name: str, low: str, high: str, *, missing: State, needed_for: str 
 
 
 def _minor(version: str) -> tuple[int, ...]:
-    """The first two numbers: patch releases are taken to be alike."""
+    """The first two numbers of a version; patch releases are assumed to be alike."""
     return tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in version.split("+")[0].split(".")[:2])
 
 
@@ -193,13 +193,13 @@ def _backend() -> Iterator[Finding]:
 
 
 def _self_test() -> Iterator[Finding]:
-    """A small Rational SAE, forward and backward, on every backend of this machine against float64."""
+    """Tests a small Rational SAE, forward and backward, on every backend of this machine against float64."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name in dict.fromkeys(("eager", backends.resolve_backend("auto", device, torch.float32))):
         started = time.perf_counter()
         try:
             error = self_test(name, device)
-        except Exception as problem:  # Triton's own errors and those of the compilers it calls have no common base
+        except Exception as problem:  # errors of Triton and of the compilers it calls have no common base class
             yield Finding(f"self test, {name}", f"failed: {first_line(problem)}", "wrong")
             continue
         seconds = time.perf_counter() - started
@@ -208,7 +208,7 @@ def _self_test() -> Iterator[Finding]:
 
 
 def self_test(backend: str, device: torch.device) -> float:
-    """The largest relative error of a float32 code and its gradients on `backend`, against float64 in plain PyTorch.
+    """Returns the largest relative error of a float32 code and its gradients on `backend`, against float64 PyTorch.
 
     Raises:
         ConfigError: the backend cannot run on the device.

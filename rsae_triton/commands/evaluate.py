@@ -1,4 +1,4 @@
-"""`rsae eval`: scores of saved SAEs on held-out text, beside each other."""
+"""`rsae eval`: scores saved SAEs on held-out text, side by side."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ class Eval(TextOptions):
 
 
 def run_eval(options: Eval) -> dict[str, Any]:
-    """Scores the SAEs, prints the tables and returns what `--out` holds.
+    """Scores the SAEs, prints the tables and returns what is written to `--out`.
 
     Raises:
-        RsaeError: anything a person can mend.
+        RsaeError: something that the user can fix.
     """
     if options.sequences < 0 or options.sequences == 1:
         raise ConfigError(f"--sequences is {options.sequences}; an interval takes at least 2, 0 leaves them out")
@@ -117,7 +117,7 @@ def run_eval(options: Eval) -> dict[str, Any]:
 
 
 def show(result: Mapping[str, Any], console: Console | None = None) -> None:
-    """Prints the tables of `run_eval`'s result."""
+    """Prints the tables of a result of `run_eval`."""
     console = console or Console()
     saes: Mapping[str, Any] = result["saes"]
     meta = result["meta"]
@@ -169,7 +169,7 @@ def _difference(found: list[float] | None) -> str:
 
 @contextmanager
 def bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr."""
+    """Shows a progress bar on stderr; yields the function that advances it."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with LoggedProgress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(label, total=total)
@@ -177,7 +177,7 @@ def bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def provenance(host: HostModel) -> dict[str, Any]:
-    """Where numbers come from: command, model, machine, versions."""
+    """Facts about the run: command, model, machine and versions."""
     return {
         "command": "rsae " + shlex.join(sys.argv[1:]),
         "model": host.name,
@@ -189,7 +189,7 @@ def provenance(host: HostModel) -> dict[str, Any]:
 
 
 def check_writable(out: Path | None) -> None:
-    """Refuses a place where the result cannot go before anything is computed."""
+    """Checks that the result can be written to `out`, before anything is computed."""
     if out is None:
         return
     if out.is_dir():
@@ -201,7 +201,7 @@ def check_writable(out: Path | None) -> None:
 
 
 def write_json(out: Path | None, result: Mapping[str, Any]) -> None:
-    """Writes the result whole or not at all (StorageError); nothing when `out` is None."""
+    """Writes the result completely or not at all (StorageError); does nothing if `out` is None."""
     if out is None:
         return
     make_folder(out.parent)

@@ -1,4 +1,4 @@
-"""`rsae extract`: activations of a language model on disk, several places in one pass."""
+"""`rsae extract`: stores activations of a language model on disk, of several places in one pass."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Extract:
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     """What rows are kept in."""
     center_writing_weights: bool = False
-    """The residual stream of mean zero that SAEs of GPT-2 expect which say so (TransformerLens' default)."""
+    """Center the residual stream (TransformerLens' default), for SAEs of GPT-2 that say they expect it."""
     keep_bos: bool = False
     """Keep BOS positions, whose norms are a hundred times the others' in many models."""
     drop_outliers: float | None = 4.0
@@ -55,7 +55,7 @@ class Extract:
 
 
 def run_extract(config: Extract) -> list[Path]:
-    """Prints the folders of the stores and returns them."""
+    """Runs `rsae extract`: prints the folders of the stores and returns them."""
     for name, least in (("max_documents", 1), ("tokens", 1), ("context", 2)):
         check_integer(f"--{name.replace('_', '-')}", getattr(config, name), least)
     if config.drop_outliers is not None:

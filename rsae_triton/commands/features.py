@@ -1,4 +1,4 @@
-"""`rsae features`: a page on which the features of an SAE can be looked at."""
+"""`rsae features`: writes a page that shows the features of an SAE."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def run_features(config: Features) -> Path:
     """Writes the page and returns its path.
 
     Raises:
-        RsaeError: anything a person can mend.
+        RsaeError: something that the user can fix.
     """
     if config.most < 1 or config.tokens < 2:
         raise ConfigError(f"--most {config.most} --tokens {config.tokens}: give at least 1 and 2")

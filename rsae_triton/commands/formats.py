@@ -1,4 +1,4 @@
-"""`rsae formats`: what is read, counted over SAELens' registry of pretrained SAEs."""
+"""`rsae formats`: lists the formats that are read, and how much of SAELens' registry of pretrained SAEs they cover."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Formats:
 
 
 def run_formats(options: Formats) -> dict[str, Any] | None:
-    """Prints the formats and the count; returns what `--out` holds, None without SAELens."""
+    """Prints the formats and the count. Returns what is written to `--out`, or None without SAELens."""
     check_writable(options.out)
     console = Console()
     if not options.markdown:
@@ -56,7 +56,7 @@ def run_formats(options: Formats) -> dict[str, Any] | None:
 
 
 def count(found: list[Row]) -> dict[str, Any]:
-    """The sums, and the rows they are sums of."""
+    """Returns the totals, and the rows that they are sums of."""
     total, read = sum(one.entries for one in found), sum(one.read for one in found)
     as_kind = {kind: sum(one.read for one in found if one.kind == kind) for kind in ("sae", "transcoder")}
     return {
@@ -71,6 +71,7 @@ def count(found: list[Row]) -> dict[str, Any]:
 
 
 def show(found: list[Row], result: dict[str, Any], console: Console) -> None:
+    """Prints the table of layouts."""
     table = Table(title=f"The registry of sae-lens {result['sae_lens']}", title_justify="left")
     for name in ("SAELens' layout", "read here as", "kind"):
         table.add_column(name, overflow="fold")
@@ -83,6 +84,7 @@ def show(found: list[Row], result: dict[str, Any], console: Console) -> None:
 
 
 def summary(result: dict[str, Any]) -> str:
+    """The totals in one sentence."""
     saes, transcoders = result["read_as"]["sae"], result["read_as"]["transcoder"]
     return (
         f"{result['read']:,} of {result['entries']:,} entries are read ({result['read_share']:.1%}): {saes:,} SAEs and "
@@ -91,7 +93,7 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def markdown(found: list[Row]) -> str:
-    """The table as docs/formats.md has it."""
+    """The table in the form of docs/formats.md."""
     lines = ["| SAELens' layout | releases | entries | kind | read as |", "|---|---|---|---|---|"]
     lines += [f"| {one.layout} | {one.releases} | {one.entries:,} | {one.kind} | {one.format} |" for one in found]
     return "\n".join([*lines, "", f"{summary(count(found))} (sae-lens {importlib.metadata.version('sae-lens')})."])

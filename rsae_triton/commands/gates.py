@@ -1,4 +1,4 @@
-"""The gate commands, as plain functions: typed, documented parameters that tyro turns into a command line."""
+"""The gate commands: plain functions, whose typed and documented parameters tyro turns into a command line."""
 
 import json
 from pathlib import Path
@@ -43,9 +43,9 @@ def certificate(fit: GateFit) -> str:
 
 def _read_samples(path: Path) -> np.ndarray:
     try:
-        # Mapped: a header that claims more than the file holds is refused before memory is taken.
+        # Memory-mapped, so that a header that claims more than the file holds is refused before memory is allocated.
         return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-    except Exception as error:  # a damaged header makes numpy, ast and tokenize raise, each its own
+    except Exception as error:  # for a damaged header, numpy, ast and tokenize raise errors of different types
         raise FormatError(f"cannot read samples from {path}: {error}; save them with numpy.save") from error
 
 

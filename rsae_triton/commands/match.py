@@ -1,4 +1,4 @@
-"""`rsae match`: which features of an SAE kept the meaning they had in its teacher, and which changed."""
+"""`rsae match`: which features of an SAE have kept their meaning in its teacher, and which have changed."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class Match(TextOptions):
 
 
 def run_match(options: Match) -> dict[str, Any]:
-    """Matches the two SAEs, prints the tables and returns what `--out` holds.
+    """Matches the two SAEs, prints the tables and returns what is written to `--out`.
 
     Raises:
-        RsaeError: anything a person can mend.
+        RsaeError: something that the user can fix.
     """
     if options.changed < 0:
         raise ConfigError(f"--changed is {options.changed}; give 0 or a positive number")
@@ -81,12 +81,12 @@ def run_match(options: Match) -> dict[str, Any]:
 
 
 def _numbers(values: Tensor) -> list[float | int | None]:
-    """For JSON, which has no NaN."""
+    """Converts values for JSON, which does not have NaN."""
     return [None if value != value else value for value in values.tolist()]
 
 
 def show(result: Mapping[str, Any], console: Console | None = None) -> None:
-    """Prints the tables of `run_match`'s result."""
+    """Prints the tables of a result of `run_match`."""
     console = console or Console()
     summary, meta = result["summary"], result["meta"]
     n = summary["n_features"]

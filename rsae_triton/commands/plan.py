@@ -1,7 +1,7 @@
-"""`rsae plan`: memory and time of a training step on paper, so that a run can be sized before anything is rented.
+"""`rsae plan`: predicts memory and time of a training step, to size a run before renting machines.
 
-Products, traffic and instructions are those of `cost`; to them come the optimiser's traffic and what processes send
-each other. Ceilings are estimates (`cost.CEILINGS`, `LINKS`) and every time is a prediction.
+Products, traffic and instructions are computed by `cost`; the optimiser's traffic and the communication between
+processes are added here. The hardware ceilings are estimates (`cost.CEILINGS`, `LINKS`), so every time is a prediction.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from rsae_triton.training.memory import SHARE, cut
 
 @dataclass(frozen=True)
 class Links:
-    """Bytes/s that one GPU sends in an all-reduce, inside a node and between nodes, and the seconds one costs at least.
+    """Bytes/s that one GPU sends in an all-reduce, inside a node and between nodes, and the least seconds that one
+    takes.
 
-    At 0.75 of NVLink's data sheet in one direction, and 0.8 of one InfiniBand port per GPU.
+    The numbers are 0.75 of NVLink's data sheet in one direction, and 0.8 of one InfiniBand port per GPU.
     """
 
     memory: float
@@ -39,7 +40,7 @@ LINKS = {
 }
 STRATEGIES = ("sparse", "saved", "chunked", "streamed", "eager")
 ENTRIES = 2.1
-"""Entries of the support for every active code, as in trained SAEs (docs/steps.md)."""
+"""Entries of the support for every active code, in trained SAEs (docs/steps.md)."""
 _MOST, _MOST_GPUS = 2**40, 2**16
 
 
@@ -63,7 +64,7 @@ class Plan:
     gpus_per_node: int = 8
     """GPUs that NVLink connects."""
     device: Literal["A100", "H100", "H200"] = "H100"
-    """What the ceilings are of."""
+    """GPU whose memory and speed are assumed."""
     degree: str = "3,2"
     """Degree of the rational, as p,q."""
     per_feature: bool = False
@@ -73,7 +74,7 @@ class Plan:
     precision: Literal["bf16", "float32"] = "bf16"
     """Precision of the matrix products; weights and optimiser are float32 either way."""
     l0: float = 64.0
-    """Active features a token, for sparse steps (of a gated form)."""
+    """Active features per token, for sparse steps (gated form)."""
     rows: int = 12
     """Rows of the table: the fastest that fit."""
 
@@ -83,10 +84,11 @@ class Estimate:
     """One way to run: bytes per GPU and predicted seconds of one step.
 
     Attributes:
-        tokens_over, features_over: processes along each axis. strategy: see `cost`; pieces: how it is cut.
-        weights, optimiser (gradients and two moments), copies (of the weights, in the products' dtype), activations:
-            bytes on each GPU. memory: the bytes each GPU has.
-        compute, update, communication: seconds. sent: bytes each GPU sends in a step. flops: of each GPU's products.
+        tokens_over, features_over: processes along each axis. strategy: see `cost`. pieces: how the step is cut.
+        weights, optimiser, copies, activations: bytes on each GPU; the optimiser's are gradients and two moments,
+            copies are of the weights in the products' dtype. memory: the bytes that each GPU has.
+        compute, update, communication: seconds. sent: bytes that each GPU sends in a step. flops: of each GPU's
+            products.
     """
 
     tokens_over: int
@@ -118,10 +120,10 @@ class Estimate:
 
 
 def estimates(plan: Plan) -> list[Estimate]:
-    """Every strategy on every layout, the fastest that fit first.
+    """Returns every strategy on every layout; first those that fit, the fastest first.
 
     Raises:
-        ConfigError: sizes that cannot be.
+        ConfigError: impossible sizes.
     """
     for name in ("d_in", "d_sae", "tokens", "gpus", "gpus_per_node", "rows"):
         most = _MOST_GPUS if name.startswith("gpus") else _MOST
@@ -158,8 +160,8 @@ def _estimate(plan: Plan, step: Step, data: int, share: int, strategy: str) -> E
         sizes = {"chunk_tokens": way.chunk_tokens or 0, "chunk_features": way.chunk_features or 0}
         priced = cost(step, "split" if strategy == "saved" else strategy, **sizes)
         pieces = ", ".join(f"{value} {name[6:]}" for name, value in sizes.items() if value)
-    # One pass over each row: Adam reads parameter, gradient and both moments and writes three of them. Before it the
-    # gradient's norm, and with it the decoder's rows; the copies, read and written.
+    # One pass over each row: Adam reads parameter, gradient and both moments and writes three of them. Before it, the
+    # gradient's norm and the decoder's rows are read; after it, the copies are read and written.
     traffic = held * (7 + 1) + 4.0 * step.weights + 1.5 * 2 * copies
     sent, seconds = _communication(plan, step, data, share, parameters, priced.strategy == "streamed", pieces, links)
     return Estimate(
@@ -183,16 +185,16 @@ def _estimate(plan: Plan, step: Step, data: int, share: int, strategy: str) -> E
 def _communication(
     plan: Plan, step: Step, data: int, share: int, parameters: float, streamed: bool, pieces: str, links: Links
 ) -> tuple[float, float]:
-    """Bytes one GPU sends in a step and the seconds that takes, nothing hidden behind anything.
+    """Returns the bytes that one GPU sends in a step and the seconds that takes, with no overlap with computation.
 
-    A ring all-reduce of b bytes among r sends 2 (r - 1) / r b from each.
+    A ring all-reduce of b bytes among r GPUs sends 2 (r - 1) / r b from each.
     """
 
     def ring(count: float, ranks: int, inside: bool) -> tuple[float, float]:
         sent = 2 * (ranks - 1) / ranks * count if ranks > 1 else 0.0
         return sent, sent / (links.inside if inside else links.between) + (links.latency if ranks > 1 else 0.0)
 
-    # Processes that share features have neighbouring ranks.
+    # Processes that share features have consecutive ranks.
     partial = ring(4.0 * step.n_tokens * step.d_in, share, share <= plan.gpus_per_node)
     gradients = ring(4.0 * parameters, data, plan.gpus <= plan.gpus_per_node)
     numbers = ring(4.0 * (step.d_in + 64), plan.gpus, plan.gpus <= plan.gpus_per_node)
@@ -201,7 +203,7 @@ def _communication(
 
 
 def run_plan(plan: Plan, console: Console | None = None) -> list[Estimate]:
-    """Prints the table and returns every estimate."""
+    """Runs `rsae plan`: prints the table and returns all estimates."""
     found = estimates(plan)
     fitting = [one for one in found if one.fits]
     shown = (fitting or found)[: plan.rows]
@@ -209,7 +211,7 @@ def run_plan(plan: Plan, console: Console | None = None) -> list[Estimate]:
     shown += [] if eager in shown else [eager]
     if console is None:
         console = Console()
-        # Thirteen columns squeezed into 80 characters say nothing; a narrow terminal folds the lines instead.
+        # Thirteen columns squeezed into 80 characters are unreadable, so a narrow terminal wraps lines instead.
         console = Console(width=max(console.width, 170))
     best = found[0]
     console.print(
@@ -242,7 +244,7 @@ def run_plan(plan: Plan, console: Console | None = None) -> list[Estimate]:
         many = f"--nnodes {nodes} " if nodes > 1 else ""
         launch = f"torchrun {many}--nproc-per-node {min(plan.gpus, plan.gpus_per_node)} -m rsae_triton train"
         command = launch if plan.gpus > 1 else "rsae train"
-        memory = {"eager": "saved", "sparse": "auto"}  # auto begins densely where a run does
+        memory = {"eager": "saved", "sparse": "auto"}  # with auto, a run begins with dense steps
         console.print(
             f"best: {command} ... --batch-size {plan.tokens} --features-over {best.features_over} --memory "
             f"{memory.get(best.strategy, best.strategy)} --precision {plan.precision}",

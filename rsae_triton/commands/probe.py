@@ -1,4 +1,4 @@
-"""`rsae probe`: sparse probing of saved SAEs beside the raw residual stream."""
+"""`rsae probe`: sparse probing of saved SAEs, compared with the raw residual stream."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ class Probe(HostOptions):
 
 
 def run_probe(options: Probe) -> dict[str, Any]:
-    """Probes the SAEs on every task, prints the tables and returns what `--out` holds.
+    """Probes the SAEs on every task, prints the tables and returns what is written to `--out`.
 
     Raises:
-        RsaeError: anything a person can mend.
+        RsaeError: something that the user can fix.
     """
     if options.items < 10 or options.context < 8:
         raise ConfigError(f"--items {options.items} --context {options.context}: choose at least 10 and 8")
@@ -96,10 +96,11 @@ def run_probe(options: Probe) -> dict[str, Any]:
 
 
 def sets_of(options: Probe) -> list[str]:
-    """The data sets of sae-probes that are asked for.
+    """Returns the names of the requested data sets of sae-probes.
 
     Raises:
-        ConfigError: together with other text or tasks. SourceError: the package is not installed.
+        ConfigError: other text or tasks are requested as well.
+        SourceError: the package is not installed.
     """
     if not options.sets:
         return []
@@ -109,7 +110,7 @@ def sets_of(options: Probe) -> list[str]:
 
 
 def from_sets(options: Probe, names: Sequence[str], host: HostModel) -> dict[Task, Items]:
-    """The items of every data set; of all sets, those with more than two labels are left out."""
+    """Returns the items of every data set. If all sets are requested, those with more than two labels are left out."""
     found: dict[Task, Items] = {}
     with bar("reading data sets", len(names)) as advance:
         for name in names:
@@ -124,7 +125,7 @@ def from_sets(options: Probe, names: Sequence[str], host: HostModel) -> dict[Tas
 
 
 def choose(options: Probe) -> tuple[list[Task], list[Document]]:
-    """The tasks asked for and the documents they are about.
+    """Returns the requested tasks and the documents for them.
 
     Raises:
         ConfigError: an unknown task, or only one of --text and --label.
@@ -139,12 +140,12 @@ def choose(options: Probe) -> tuple[list[Task], list[Document]]:
         if name not in known:
             raise ConfigError(f"no task or kind {name!r}; there are {', '.join(sorted(known))}")
     tasks = [task for task in TASKS if not options.tasks or {task.name, task.kind} & set(options.tasks)]
-    # Whole works: a word's label may depend on the line it is on, and windows are cut here anyway.
+    # Whole works, because a word's label may depend on the line it is on; they are cut into windows here anyway.
     return tasks, demo_documents(lambda line: warnings.warn(line, stacklevel=4))
 
 
 def windows(options: Probe, tasks: Sequence[Task], documents: Sequence[Document], host: HostModel) -> dict[Task, Items]:
-    """The items of every task; a task whose text is missing is left out with a warning.
+    """Returns the items of every task; a task whose text is missing is left out with a warning.
 
     Raises:
         ConfigError: no task has text.
@@ -169,7 +170,8 @@ def windows(options: Probe, tasks: Sequence[Task], documents: Sequence[Document]
 def probe(
     saes: Mapping[str, SparseAutoencoder], host: HostModel, items: Mapping[Task, Items], *, seed: int = 0
 ) -> tuple[dict[Task, Probed], dict[Task, Probed]]:
-    """Per task the sparse probes of every SAE and of the raw dimensions, and the probe of all raw dimensions."""
+    """Returns, per task, the sparse probes of every SAE and of the raw dimensions, and the probe of all raw
+    dimensions."""
     for sae in saes.values():
         sae.to(host.device)
     probed, ceilings = {}, {}
@@ -203,7 +205,7 @@ def _task(task: Task, items: Items, probed: Probed, ceiling: Probed) -> dict[str
 
 
 def _means(probed: Sequence[Probed], names: Sequence[str]) -> dict[str, Any]:
-    """Means over the tasks, and of the paired differences, by k."""
+    """Means over the tasks, of the scores and of the paired differences, by k."""
     return {
         "scores": {str(k): {name: average(probed, name, k) for name in names} for k in KS},
         "paired": {
@@ -213,7 +215,8 @@ def _means(probed: Sequence[Probed], names: Sequence[str]) -> dict[str, Any]:
 
 
 def _raw_wins(probed: Mapping[Task, Probed], names: Sequence[str]) -> dict[str, dict[str, list[str]]]:
-    """By SAE and k, the tasks where raw dimensions are more accurate, the interval of the difference above zero."""
+    """By SAE and k, the tasks on which raw dimensions are more accurate, with the interval of the difference above
+    zero."""
     return {
         name: {
             str(k): [task.name for task, one in probed.items() if one.difference(RAW, name, k)["accuracy"][1] > 0]
@@ -224,7 +227,7 @@ def _raw_wins(probed: Mapping[Task, Probed], names: Sequence[str]) -> dict[str, 
 
 
 def show(result: Mapping[str, Any], console: Console | None = None) -> None:
-    """Prints the tables of `run_probe`'s result."""
+    """Prints the tables of a result of `run_probe`."""
     console = console or Console()
     names = list(result["mean"]["scores"][str(KS[0])])
     meta = result["meta"]

@@ -1,7 +1,7 @@
-"""Times both ways of routing.py on the GPU at hand and puts the result into its table: `make routes`.
+"""`make routes`: times both ways of routing.py on this GPU and puts the result into its table.
 
-Every row of the device: a product with its gate, and dz with the gate's backward pass, each split and fused, at the
-shape that the predictions are made for. Takes some minutes, most of them compiling.
+For every row of the device, a product with its gate, and dz with the gate's backward pass, are timed split and fused,
+at the shape that the predictions are for. This takes some minutes, most of them for compiling.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ Timer = Callable[[Callable[[], object]], float]
 
 
 def median_ms(call: Callable[[], object]) -> float:
-    """Milliseconds, with a cold L2 cache."""
+    """The median time in milliseconds, with a cold L2 cache."""
     from triton.testing import do_bench
 
     return do_bench(call, warmup=25, rep=100, return_mode="median")
 
 
 def name_in_table(device_name: str) -> str:
-    """The name that rows of this GPU have: a short one that is known already, else its own."""
+    """The name of this GPU in the table's rows: a known short name, else its own."""
     return next((name for name in CEILINGS if name.lower() in device_name.lower()), device_name)
 
 
 def measure(device: torch.device, timer: Timer = median_ms, **sizes: int) -> Iterator[dict[str, Any]]:
-    """The table's rows for this device, of source "measured"."""
+    """Yields the table's rows for this device, with source "measured"."""
     return (run() for _, run in rows(device, timer, **sizes))
 
 
@@ -45,7 +45,7 @@ def rows(
     n_tokens: int = routing.N_TOKENS,
     d_sae: int = routing.D_SAE,
 ) -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
-    """What tells the table's rows apart, and what measures each."""
+    """Yields, for each row, the fields that identify it and the functions to time."""
     name = name_in_table(routing.device_name(device))
     for itemsize, dtype in DTYPES.items():
         for p, q in routing.DEGREES:
@@ -94,6 +94,7 @@ def _calls(
 
 
 def main() -> int:
+    """Measures, and writes the table. Returns 0."""
     if not torch.cuda.is_available():
         raise ConfigError("routes are measured on a CUDA device, and there is none; the table keeps its predictions")
     device = torch.device("cuda")

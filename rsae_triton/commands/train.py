@@ -1,4 +1,4 @@
-"""`rsae upgrade`, `rsae train` and `rsae export`: the two stages on a store of activations, for runs of any length."""
+"""`rsae upgrade`, `rsae train` and `rsae export`: both stages on a store of activations, for runs of any length."""
 
 from __future__ import annotations
 
@@ -54,10 +54,11 @@ class Upgrade:
     width: str = "auto"
     """Width of the gated form's ramp, in units of 2 % of the activations' mean norm, or auto."""
     rounds: str = "auto"
-    """How often the encoder looks at what its code has not explained, untrained: auto (2), 1 for the teacher's own
-    encoder, or more."""
+    """How many rounds the encoder makes, untrained: each further round encodes what the code has not yet explained.
+    auto (2), 1 for the teacher's own encoder, or more."""
     validation: Path | None = None
-    """Store of text that the teacher has not seen, on which l0 is set (rounds); `--activations` when not given."""
+    """Store of text that the teacher was not trained on, on which l0 is set (rounds); `--activations` when not
+    given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,7 @@ class Train(TrainSettings):
     """Folder of the SAE to train, in the model's own units."""
     activations: Path
     """Folder of an activation store (`rsae extract`)."""
-    out: Path = tyro.MISSING  # a field without a default would inherit None
+    out: Path = tyro.MISSING  # without MISSING the field would inherit the default None
     """Folder for sae/, metrics.jsonl and checkpoints/."""
     recipe: str = "auto"
     """What is minimised: auto for what fits the SAE, or by name: hard, hard-trained, paper (Rational SAEs); relu,
@@ -111,6 +112,7 @@ class Export:
 
 
 def run_upgrade(config: Upgrade) -> Path:
+    """Runs `rsae upgrade` and returns the folder of the Rational SAE."""
     parse_degree(config.degree)
     parse_coefficients(config.coefficients)
     parse_rounds(config.rounds)
@@ -134,7 +136,7 @@ def run_upgrade(config: Upgrade) -> Path:
 
 @matmul_precision("high")
 def run_train(config: Train) -> Path:
-    """Trains, alone or with the processes that torchrun started; returns the folder of the SAE."""
+    """Runs `rsae train`, alone or as one of torchrun's processes. Returns the folder of the SAE."""
     from rsae_triton.training.distributed import launched, mesh_of
 
     settings = config.settings()
@@ -152,7 +154,7 @@ def run_train(config: Train) -> Path:
         sae = load_sae(config.sae)
         rounds = 1
         if isinstance(sae, FusedRationalSAE) and config.rounds == "after":
-            # Checkpoints are of what is trained, and so is what each process of a mesh holds.
+            # Checkpoints hold what is being trained, and so does each process of a mesh.
             rounds, sae.refinement = sae.rounds, None
         own = sae if mesh is None else mesh.shard(sae)
         own.to(device if mesh is None else mesh.device)
@@ -174,7 +176,7 @@ def run_train(config: Train) -> Path:
 
 
 def _finish(folder: Path, store: ActivationStore, validation: Path | None, rounds: int) -> None:
-    """Sets the l0 of the SAE that was trained, and puts its rounds back, as `train` does it in memory."""
+    """Sets the l0 of the trained SAE and adds its rounds again, as `train` does in memory."""
     sae = load_sae(folder)
     if not isinstance(sae, FusedRationalSAE):
         return
@@ -188,7 +190,7 @@ def _finish(folder: Path, store: ActivationStore, validation: Path | None, round
 
 
 def export(run: Path, out: Path) -> Path:
-    """Writes the SAE of a checkpoint, or of a run's latest, as a plain folder in the model's own units.
+    """Writes the SAE of a checkpoint, or of a run's latest one, as a plain folder in the model's own units.
 
     Raises:
         FormatError: there is no checkpoint that can be read.
@@ -205,7 +207,7 @@ def export(run: Path, out: Path) -> Path:
 
 
 def _readable(run: Path) -> Iterator[tuple[Path, SparseAutoencoder]]:
-    """A run's checkpoints and the SAEs in them, the newest first; one that is damaged is passed over with a warning."""
+    """Yields a run's checkpoints and the SAEs in them, newest first; a damaged one is skipped with a warning."""
     from rsae_triton.sae.sharded import read_sae
 
     for path, _ in Checkpoints(run).newest_first():
