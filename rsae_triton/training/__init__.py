@@ -1,1 +1,1 @@
-"""Stage 2: the training loop, what it minimises, its settings, checkpoints, memory and processes."""
+"""Stage 2: the training loop, the recipes (what is minimised), settings, checkpoints, memory and processes."""

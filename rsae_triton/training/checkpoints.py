@@ -1,11 +1,11 @@
-"""Checkpoints of a training run: a folder each, whole or not there, the last few kept.
+"""Checkpoints of a training run: one folder each, written completely or not at all; the last few are kept.
 
     checkpoints/step-00001000/
-        training.json          step, settings, log, controller: everything that is no tensor
-        state/*.safetensors    weights (`sae.*`), optimiser, RNG, what is known of each feature
+        training.json          step, settings, log, controller: everything that is not a tensor
+        state/*.safetensors    weights (`sae.*`), optimiser, RNG, statistics of each feature
 
-A folder is written under another name, forced to disk and renamed, so that a run killed at any moment leaves the
-checkpoints it had. Processes of one run write one file each; any number of processes reads them (`sharded.py`).
+A folder is written under a temporary name, forced to disk and renamed, so that a run that is killed keeps its earlier
+checkpoints. The processes of a run write one file each; any number of processes can read them (`sharded.py`).
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ FOLDER = "checkpoints"
 
 
 class Checkpoints:
-    """The checkpoints of a run whose results lie in `out`."""
+    """The checkpoints of the run whose results are in `out`."""
 
     def __init__(self, out: Path, keep: int = 2) -> None:
         self.folder, self.keep = out / FOLDER, keep
 
     def steps(self) -> list[int]:
-        """The steps there are checkpoints of, ascending."""
+        """The steps that have a checkpoint, ascending."""
         try:
             names = [path.name for path in self.folder.glob("step-*") if path.is_dir()]
         except OSError as error:
@@ -48,7 +48,7 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def newest_first(self) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """Checkpoints with their training.json; one that is damaged is passed over with a warning."""
+        """Yields checkpoints with their training.json, newest first; a damaged one is skipped with a warning."""
         for step in reversed(self.steps()):
             try:
                 yield self.path(step), read_info(self.path(step))
@@ -56,12 +56,12 @@ class Checkpoints:
                 warnings.warn(f"{error}; going back to the checkpoint before", stacklevel=2)
 
     def clean(self) -> None:
-        """Removes what killed runs left; whoever calls it holds the run's folder."""
+        """Removes what killed runs left behind; the caller must hold the lock of the run's folder."""
         for leftover in self.folder.glob(".step-*"):
             shutil.rmtree(leftover)
 
     def begin(self, step: int) -> Path:
-        """An empty folder to write the checkpoint of `step` into; leftovers of killed runs are removed."""
+        """Returns an empty folder for the checkpoint of `step`, after removing what killed runs left there."""
         try:
             self.clean()
             temporary = self.temporary(step)
@@ -71,22 +71,22 @@ class Checkpoints:
         return temporary
 
     def finish(self, step: int, info: dict[str, Any]) -> Path:
-        """Writes training.json, gives the checkpoint its name and removes the oldest."""
+        """Writes training.json, renames the checkpoint to its final name and removes the oldest."""
         temporary, final = self.temporary(step), self.path(step)
         try:
             files = {path.name: path.stat().st_size for path in sorted((temporary / STATE).iterdir())}
             (temporary / INFO).write_text(json.dumps({"schema": SCHEMA, "step": step, "files": files, **info}))
-            if final.exists():  # of a future that the run went back from
+            if final.exists():  # left from a later step than the run went back to
                 os.rename(final, self.folder / f".step-{step:08d}-old")
             publish(temporary, final)
         except OSError as error:
             raise self.refused(step, error) from error
-        with suppress(OSError):  # the checkpoint is there; what is left over goes with the next one
+        with suppress(OSError):  # the checkpoint is written; what remains is removed with the next one
             self._forget(step)
         return final
 
     def _forget(self, newest: int) -> None:
-        """Removes all but the last `keep` that can be read, beside what is damaged and not older than those."""
+        """Removes all but the last `keep` readable checkpoints. Damaged ones that are not older than those stay."""
         steps = self.steps()
         kept, good = newest, 0
         for step in reversed(steps):
@@ -97,7 +97,7 @@ class Checkpoints:
         else:
             return
         for step in steps:
-            if step < kept:  # under its own name it is whole, or not there
+            if step < kept:  # renamed first, so that under its own name a checkpoint is always complete
                 os.rename(self.path(step), self.folder / f".step-{step:08d}-old")
         for old in self.folder.glob(".step-*-old"):
             shutil.rmtree(old, ignore_errors=True)
@@ -110,10 +110,10 @@ class Checkpoints:
         return True
 
     def save(self, step: int, tensors: dict[str, Tensor], info: dict[str, Any]) -> Path:
-        """Writes a checkpoint of this process alone.
+        """Writes a checkpoint of a single process.
 
         Raises:
-            StorageError: the disk is full or refuses; the checkpoints before are still there.
+            StorageError: the disk is full or refuses; the earlier checkpoints are intact.
         """
         temporary = self.begin(step)
         whole = {name: one.detach().cpu().contiguous() for name, one in tensors.items()}
@@ -124,7 +124,7 @@ class Checkpoints:
         return self.finish(step, info)
 
     def refused(self, step: int, error: Exception) -> StorageError:
-        """The error for a checkpoint that could not be written; removes what there is of it."""
+        """Returns the error for a checkpoint that could not be written, and removes its remains."""
         shutil.rmtree(self.temporary(step), ignore_errors=True)
         free = shutil.disk_usage(self.folder if self.folder.is_dir() else self.folder.parent.parent).free
         last = self.steps()
@@ -135,5 +135,5 @@ class Checkpoints:
         )
 
     def temporary(self, step: int) -> Path:
-        """Where the checkpoint of `step` lies while it is written."""
+        """The folder in which the checkpoint of `step` is written."""
         return self.folder / f".step-{step:08d}"

@@ -1,11 +1,11 @@
-"""Training on many devices: a mesh of processes that torchrun starts, along two axes.
+"""Training on many devices: a mesh of processes started by torchrun, with two axes.
 
-    data       every process sees other tokens; gradients are averaged
-    features   every process holds d_sae / R features (encoder, gate, decoder, optimiser); what crosses processes are
-               the partial sums of x_hat, [n_tokens, d_in] a step, and the gradients of what all share (b_dec, a gate
-               with shared coefficients)
+    data       each process has its own tokens; gradients are averaged
+    features   each process holds d_sae / R features (encoder, gate, decoder, optimiser). Processes exchange the partial
+    sums of x_hat, [n_tokens, d_in] per step, and the gradients of what they share (b_dec, a gate with shared
+    coefficients).
 
-The numbers are those of one process with the whole batch and the whole SAE, to the order in which sums are taken.
+The numbers equal those of one process with the whole batch and the whole SAE, up to the order of sums.
 """
 
 from __future__ import annotations
@@ -42,29 +42,30 @@ if TYPE_CHECKING:
 
 
 class Sharding(NamedTuple):
-    """Of a part of an SAE: the configuration of the whole, and by name the axis each tensor is cut along, or None."""
+    """What a part of an SAE is a part of: the configuration of the whole, and for each tensor's name the axis along
+    which it is cut, or None."""
 
     config: dict[str, Any]
     axes: dict[str, int | None]
 
     def axis(self, name: str, dims: int) -> int | None:
-        """Of a tensor of a checkpoint (`Run.tensors`)."""
+        """The axis along which a tensor of a checkpoint (`Run.tensors`) is cut."""
         kind, _, rest = name.partition(".")
         if kind == "sae":
             return self.axes[rest]
         if kind == "optimizer":
             return self.axes[rest.rpartition(".")[0]] if dims else None
-        return 0  # idle, norms
+        return 0  # idle and norms
 
 
 def launched() -> bool:
-    """Whether torchrun (or its like) started this process."""
+    """Whether torchrun (or a similar launcher) started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 @contextmanager
 def mesh_of(features: int = 1, device: str = "cpu") -> Iterator[Mesh | None]:
-    """The mesh of the processes that torchrun started, NCCL on CUDA and gloo elsewhere; None where it did not."""
+    """Yields the mesh of the processes that torchrun started (NCCL on CUDA, else gloo); None without torchrun."""
     if not launched():
         yield None
         return
@@ -105,7 +106,8 @@ class Mesh(Alone):
     # -- the parts of an SAE
 
     def shard(self, sae: SparseAutoencoder) -> SparseAutoencoder:
-        """This process's part of `sae`, which every process must hold alike; `sae` itself where there is one part.
+        """Returns this process's part of `sae`, which must be the same on every process; `sae` itself if there is one
+        part.
 
         Raises:
             ConfigError: d_sae, or the groups of its gate, cannot be cut into equal parts.
@@ -169,7 +171,7 @@ class Mesh(Alone):
         return bool(raised)
 
     def agree(self, plan: MemoryPlan) -> MemoryPlan:
-        """Rank 0's: processes that cut a step differently would wait for each other for ever."""
+        """Returns rank 0's plan: processes that cut a step differently would wait for each other for ever."""
         plans = [plan]
         dist.broadcast_object_list(plans, src=0, device=self.device)
         return plans[0]
@@ -195,7 +197,7 @@ class Mesh(Alone):
             if parameter.grad is not None:
                 (own if features > 1 and axes[name] is not None else shared).append(parameter.grad)
         counts = terms.counts.clone()
-        # In one order on every process, and all of them on their way before the first is waited for.
+        # In the same order on every process. All are started before the first is waited for.
         works = [self._sum(one, "data") for one in (*own, counts)] + [self._sum(one) for one in shared]
         for work in works:
             _wait(work)
@@ -224,7 +226,7 @@ class Mesh(Alone):
         return self.over_features_(value.clone())
 
     def over_features_(self, value: Tensor) -> Tensor:
-        """As `over_features`, in place."""
+        """`over_features`, in place."""
         _wait(self._sum(value, "features"))
         return value
 
@@ -232,9 +234,10 @@ class Mesh(Alone):
         dist.barrier()
 
     def _sum(self, value: Tensor, axis: str | None = None) -> Any:
-        """Starts to sum `value` in place along an axis, or over all processes; None where there is but one."""
+        """Starts to sum `value` in place along an axis, or over all processes; returns None if there is only one."""
         group = dist.group.WORLD if axis is None else self.mesh.get_group(axis)
-        value = value if value.is_contiguous() else value.t()  # the gradient of W_enc, which lies feature by feature
+        # the gradient of W_enc, which is stored feature by feature
+        value = value if value.is_contiguous() else value.t()
         return dist.all_reduce(value, group=group, async_op=True) if dist.get_world_size(group) > 1 else None
 
     # -- checkpoints
@@ -260,23 +263,24 @@ class Mesh(Alone):
             axis, local = sharding.axis(name, len(shape)), list(shape)
             if axis is not None:
                 local[axis] //= self.features[1]
-            dtype = like[name].dtype if name in like else torch.float32  # Adam's state, before its first step
+            # Adam's state does not exist before the first step
+            dtype = like[name].dtype if name in like else torch.float32
             found[name] = self._whole(torch.empty(local, dtype=dtype, device=self.device), axis)
         read_parts(path, found)
         return {name: one.to_local() if isinstance(one, DTensor) else one for name, one in found.items()}
 
     def _whole(self, part: Tensor, axis: int | None) -> Tensor:
-        """A part as the whole it is of, row by row in memory, as files hold it."""
+        """Returns a part as a distributed tensor of the whole, stored row by row as in files."""
         if axis is None or self.features[1] == 1:
             return part.contiguous()
         return DTensor.from_local(part.contiguous(), self.mesh, [Replicate(), Shard(axis)], run_check=False)
 
     def _all(self, action: Callable[[], Any], checkpoints: Checkpoints, step: int) -> None:
-        """Runs `action` on every process; where it fails on one, all raise, so that nobody is left waiting."""
+        """Runs `action` on every process. If it fails on one, all raise, so that none waits for ever."""
         problem: Exception | None = None
         try:
             action()
-        except Exception as error:  # torch wraps what the other processes met into its own
+        except Exception as error:  # torch wraps the errors of other processes in its own
             problem = error
         failed = torch.tensor(float(problem is not None), device=self.device)
         dist.all_reduce(failed)
@@ -286,9 +290,9 @@ class Mesh(Alone):
 
 
 def feature_axes(sae: SparseAutoencoder) -> dict[str, int | None]:
-    """By name, the axis of every tensor of an SAE that counts features (or groups of them); None where none does."""
+    """The axis of every tensor of an SAE that counts features (or groups of them), by name; None if it has none."""
 
-    # Features that were assigned to groups lie anywhere: every process holds all of the groups.
+    # If features are assigned to groups individually, every process holds all groups.
     gate = sae.gate if isinstance(sae, FusedRationalSAE) else None
     groups = None if gate is None or gate.group_of is None else gate.groups
 
@@ -302,7 +306,7 @@ def feature_axes(sae: SparseAutoencoder) -> dict[str, int | None]:
 
 
 def _cut(sae: SparseAutoencoder, axes: dict[str, int | None], place: int, parts: int) -> SparseAutoencoder:
-    """The `place`-th of `parts` equal parts, with memory of its own."""
+    """Returns part number `place` of `parts` equal parts, in memory of its own."""
     taken: dict[int, Any] = {}
     for name, tensor in (*sae.named_parameters(), *sae.named_buffers()):
         axis = axes[name]

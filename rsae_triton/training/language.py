@@ -1,10 +1,10 @@
-"""The language model in the loop: what splicing a reconstruction in costs it, as a term of the loss.
+"""The language model in the loop: a loss term for the effect of the reconstruction on the model's predictions.
 
     total = mse + weight * sparsity + kl_weight * (mse / KL) * KL(model || model with the reconstruction spliced in)
 
-mse and KL of the factor are running means that are not differentiated: the KL's term is worth kl_weight times the mse,
-whatever the model and the place (arXiv:2503.17272 balances the two so). KL is the mean over the predicted tokens of a
-few whole sequences a step, beside the shuffled rows of the other terms; gradients reach the SAE alone.
+In the factor, mse and KL are running means without gradients: whatever the model and the place, the KL term is worth
+kl_weight times the mse (the balance of arXiv:2503.17272). The KL is the mean over the predicted tokens of a few whole
+sequences per step; the other terms use the shuffled rows. Only the SAE gets gradients.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.training.settings import TrainSettings
 
 MEMORY = 0.9
-"""Of the running means: about ten steps."""
+"""Memory of the running means: about ten steps."""
 
 
 class LanguageLoss:
     """The KL term of one run.
 
     Args:
-        host: the model that the activations were read from. store: of them; its sequences are read again.
+        host: the model that the activations were read from. store: of these activations; its sequences are read again.
         settings: kl_weight, kl_sequences, kl_from and the seed of the order.
 
     Raises:
@@ -58,15 +58,15 @@ class LanguageLoss:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Sequences a step, and tokens of one."""
+        """Sequences per step, and tokens in each."""
         return min(self.settings.kl_sequences, len(self.tokens)), self.tokens.shape[1]
 
     def starts(self, step: int) -> bool:
-        """Whether the term is there at this step."""
+        """Whether the term is used at this step."""
         return step >= self.settings.kl_from * self.settings.steps
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Tokens and counted of a step: the same whether the run was interrupted or not."""
+        """Returns tokens and counted of a step; the same whether or not the run was interrupted."""
         size, count = self.shape[0], len(self.tokens)
         per_epoch = count // size
         epoch, place = divmod(step, per_epoch)
@@ -93,7 +93,7 @@ class LanguageLoss:
         return {"mse": self.mse, "kl": self.kl}
 
     def restore(self, state: Any) -> None:
-        """Takes back what `state` gave; of a checkpoint that lost it the running means begin anew."""
+        """Restores what `state` returned; if a checkpoint lacks it, the running means start again."""
         known = state if isinstance(state, dict) else {}
         self.mse, self.kl = (
             float(known[name]) if isinstance(known.get(name), int | float) else None for name in ("mse", "kl")
@@ -101,21 +101,21 @@ class LanguageLoss:
 
 
 class Cost(NamedTuple):
-    """Bytes that the term takes at most: activations of the layers above the place, and logits."""
+    """The most bytes that the term takes: for activations of the layers above the place, and for logits."""
 
     layers: int
     logits: int
 
 
 def language_memory(host: HostModel, sequences: int, context: int) -> Cost:
-    """What `LanguageLoss` keeps for its backward pass (predicted: fourteen tensors of the model's width a layer)."""
+    """Predicts what `LanguageLoss` keeps for its backward pass: fourteen tensors of the model's width per layer."""
     tokens, size = sequences * context, torch.finfo(host.dtype).bits // 8
     return Cost(14 * tokens * host.d_model * host.n_layers * size, tokens * host.vocab_size * (3 * size + 8))
 
 
 @contextmanager
 def only_the_sae(host: HostModel | None) -> Iterator[None]:
-    """The host's weights without gradients while it is open, as they were afterwards."""
+    """Switches off the gradients of the host's weights within the context, and restores them afterwards."""
     held = [one for one in host.model.parameters() if one.requires_grad] if host is not None else []
     for one in held:
         one.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Stage 2, and the training of teachers and controls: one loop for every SAE of the package."""
+"""The training loop: stage 2, and the training of teachers and controls, for every SAE of the package."""
 
 from __future__ import annotations
 
@@ -40,15 +40,16 @@ __all__ = ["LR", "Activations", "TrainLog", "TrainSettings", "tensor_batches", "
 
 
 class Activations(Protocol):
-    """What can be trained on besides a tensor: an `ActivationStore`, or anything with these two."""
+    """Anything that can be trained on besides a tensor: an `ActivationStore`, or an object with these two members."""
 
     d_in: int
 
     def batches(self, batch_size: int, *, seed: int) -> Iterator[Tensor]:
-        """Shuffled batches [batch_size, d_in], epoch after epoch without end.
+        """Yields shuffled batches [batch_size, d_in], epoch after epoch without end.
 
-        To resume, it also takes start=, the number of batches to leave out; for several processes
-        part=(rank, size), which rows of every batch to give."""
+        To resume, it also takes start=, the number of batches to skip; for several processes part=(rank, size), the
+        share of the rows of every batch.
+        """
 
 
 def train(
@@ -64,31 +65,35 @@ def train(
     validation: Tensor | Activations | None = None,
     **changes: Unpack[TrainOptions],
 ) -> TrainLog:
-    """Trains `sae` in place, all parameters but those that the recipe or `trainable` holds: mse + weight * sparsity.
+    """Trains `sae` in place to minimise mse + weight * sparsity; the recipe and `trainable` may hold some parameters
+    fixed.
 
     Args:
         sae: a teacher, a control or a Rational SAE; with a mesh, this process's part of it (`Mesh.shard`).
         activations: an `ActivationStore`, or [n_tokens, d_in] in the units that `sae` reads; the same on every process.
-        targets: of a transcoder, what it writes, [n_tokens, d_out], row by row beside the activations that it reads; or
-            give a `PairedStore`, which holds both.
-        settings: how it goes; `changes` are fields of `TrainSettings` (steps=400, target_l0=20, out="run", ...)
-            in place of or on top of it.
-        label: shown beside the progress bar. progress: whether it and the memory plan are shown.
+        targets: for a transcoder, the activations that it should write, [n_tokens, d_out], row by row beside the ones
+            it reads. A `PairedStore` as `activations` holds both.
+        settings: a `TrainSettings`. `changes` are fields of it as keyword arguments (steps=400, target_l0=20,
+            out="run", ...), without settings or overriding some of them.
+        label: shown beside the progress bar. progress: whether to show the bar and the memory plan.
         mesh: the processes that train together (`rsae_triton.training.distributed`).
-        host: the language model the activations are of, for objective="mse+kl"; its weights are not trained.
-        validation: activations that are not trained on, on which l0 is set after training: that of an encoder with
-            rounds to what they were made for, that of one round to the teacher's (thresholds are shifted by one
-            constant). Without them rounds are put back on a sample of `activations`, and one round stays as trained.
+        host: for objective="mse+kl", the language model that the activations are from; its weights are not trained.
+        validation: activations that are not trained on, on which l0 is set after training by shifting all thresholds by
+            one constant. With rounds it is set to the l0 that the rounds were made for, with one round to the
+            teacher's. Without validation, rounds are set on a sample of `activations`, and an SAE of one round stays as
+            trained.
 
     Returns:
-        The log; `sae` is changed.
+        The log. `sae` is changed.
 
     Raises:
-        ShapeError: activations of another width. ConfigError: settings that cannot be used, a name that is no setting
-            (with the one that was meant), a checkpoint of another run, or a store of another model or place.
-            NumericsError: activations, gradients or a loss that are not finite; the message names step, tensor and
-            the last checkpoint, and `sae` holds the parameters from before that step.
-        StorageError: a checkpoint cannot be written. Stopped: a SIGTERM came, and the run is saved.
+        ShapeError: activations of another width.
+        ConfigError: settings that cannot be used, an unknown setting (with a suggestion), a checkpoint of another run,
+            or a store of another model or place.
+        NumericsError: activations, gradients or a loss are not finite. The message names the step, the tensor and the
+            last checkpoint, and `sae` holds the parameters from before that step.
+        StorageError: a checkpoint cannot be written.
+        Stopped: SIGTERM was received, and the run has been saved.
     """
     if not isinstance(settings, TrainSettings | None):
         raise ConfigError(f"settings is a {type(settings).__name__}; give TrainSettings(...), or its fields by name")
@@ -143,7 +148,7 @@ def _train(
         warn_of_units(sae, activations)
     if recipe.target_l0 is not None and recipe.target_l0 > sae.d_sae * together.features[1]:
         raise ConfigError(f"target_l0 is {recipe.target_l0:g}; there are {sae.d_sae * together.features[1]} features")
-    # Before the run's folder is made; a store of one process's shards counts for itself.
+    # Before the run's folder is created. A store with this process's shards only has a length of its own.
     rows = len(activations) if isinstance(activations, Tensor) else getattr(activations, "n_tokens", None)
     if rows is not None and getattr(activations, "share", None) is None and rows < settings.batch_size:
         raise ShapeError(f"{rows} tokens are fewer than one batch of {settings.batch_size}; lower batch_size")
@@ -240,7 +245,7 @@ def _loop(
 def _language(
     host: HostModel | None, activations: Tensor | Activations, settings: TrainSettings, together: Alone
 ) -> LanguageLoss | None:
-    """The KL's term, where the objective has one."""
+    """Returns the KL term, if the objective has one."""
     if settings.objective == "mse":
         return None
     if host is None:
@@ -251,7 +256,7 @@ def _language(
 
 
 def _take_up(run: Run, checkpoints: Checkpoints, log: TrainLog) -> None:
-    """Goes on from the latest checkpoint that can be read, if that is asked for and there is one."""
+    """Resumes from the latest readable checkpoint, if asked to and if there is one."""
     settings, out = run.settings, run.settings.out
     assert out is not None
     there = run.together.same(checkpoints.steps())
@@ -271,9 +276,10 @@ def _take_up(run: Run, checkpoints: Checkpoints, log: TrainLog) -> None:
 def tensor_batches(
     x: Tensor, batch_size: int, *, seed: int, start: int = 0, part: tuple[int, int] = (0, 1)
 ) -> Iterator[Tensor]:
-    """Shuffled batches [batch_size, d_in] of x [n_tokens, d_in], epoch after epoch; the order depends on seed only.
+    """Yields shuffled batches [batch_size, d_in] of x [n_tokens, d_in], epoch after epoch; the order depends on seed
+    only.
 
-    start: batches to leave out. part: (rank, size), the rows of every batch to give.
+    start: number of batches to skip. part: (rank, size), the share of the rows of every batch to return.
     """
     generator = torch.Generator().manual_seed(seed)
     per_epoch = len(x) // batch_size
@@ -297,7 +303,8 @@ def _batches(
 
 @contextmanager
 def _wide(sae: SparseAutoencoder) -> Iterator[torch.dtype]:
-    """Weights of at least float32: a step of 1e-4 is lost in bfloat16's eight bits. Afterwards the dtype they had."""
+    """Trains with weights of at least float32, since bfloat16 has too few bits for a step of 1e-4; restores the
+    dtype."""
     before = sae.W_dec.dtype
     if before.itemsize >= 4:
         yield before
@@ -311,7 +318,7 @@ def _wide(sae: SparseAutoencoder) -> Iterator[torch.dtype]:
 
 @contextmanager
 def _training(sae: SparseAutoencoder) -> Iterator[None]:
-    """Training mode, which a BatchTopK encodes differently in; afterwards the mode it was found in."""
+    """Sets training mode, in which BatchTopK encodes differently, and restores the previous mode afterwards."""
     before = sae.training
     sae.train()
     try:
@@ -322,7 +329,7 @@ def _training(sae: SparseAutoencoder) -> Iterator[None]:
 
 @contextmanager
 def _frozen(sae: SparseAutoencoder, recipe: Recipe, trainable: str) -> Iterator[None]:
-    """Takes what the recipe freezes and what `trainable` keeps out of training, and puts it back as it was."""
+    """Excludes from training what the recipe freezes and what `trainable` keeps; restores it afterwards."""
     kept = {*recipe.frozen, *KEPT_BY[trainable]}
     held = [p for name, p in sae.named_parameters() if name.removeprefix("gate.") in kept and p.requires_grad]
     if not any(p.requires_grad for p in set(sae.parameters()) - set(held)):

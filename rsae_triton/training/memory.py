@@ -1,4 +1,4 @@
-"""How a training step is made so that it fits and is fast: whole, in pieces of tokens or of features, or sparse."""
+"""Chooses how a training step is computed, so that it fits into memory and is fast: whole, in pieces, or sparse."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.rational import FusedRationalSAE
 
 MODES = ("auto", "saved", "chunked", "streamed", "sparse")
-# Of what is free, for the step's own tensors: allocators round up and fragment.
+# The usable share of free memory, since allocators round up and fragment.
 SHARE = 0.8
 # Fewer tokens or features at a time make matrix products inefficient.
 LEAST_TOKENS, LEAST_FEATURES, MOST_FEATURES = 256, 512, 4096
-# Of [n_tokens, d_sae], what a sparse step may hold before it gives up and goes the dense way.
+# The share of [n_tokens, d_sae] at which a sparse step gives up and is computed densely.
 MOST_SHARE = 0.25
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How a step is cut.
+    """How a step is computed.
 
     Attributes:
-        mode: "saved" (autograd keeps h and z of the whole batch), "chunked" or "streamed" (`rational_autoencode`), or
-            "entries" (an encoder with rounds, which knows no other way); of one step also "sparse" (one dense product,
+        mode: "saved" (autograd keeps h and z of the whole batch), "chunked" or "streamed" (see `rational_autoencode`),
+            or "entries" (the only mode for an encoder with rounds); for a single step also "sparse" (one dense product,
             all else on the support).
-        chunk_tokens, chunk_features: of `rational_autoencode`; None for all at once.
-        need: bytes the step takes at most, beside x, weights, gradients and optimiser state (predicted, `cost`).
-        free: bytes there are before training, for all of the following; None where that cannot be known.
+        chunk_tokens, chunk_features: arguments of `rational_autoencode`; None for all at once.
+        need: predicted bytes that the step takes at most, besides x, weights, gradients and optimiser state (`cost`).
+        free: bytes available before training for all that follows; None if unknown.
         weights: bytes of the SAE. optimiser: bytes that gradients and Adam's two moments will take.
-        support: which steps are sparse: "never", "auto" (where the support is small: `route.py`) or "always"; a step
-            whose support is too large goes by `mode` in any case. exact: see `TrainSettings`. on_gpu: sparse steps are
-            those of `support_triton`, which never wait and have room for few entries.
+        support: which steps are sparse: "never", "auto" (if the support is small, see `route.py`) or "always". A step
+            whose support is too large uses `mode` in any case. exact: see `TrainSettings`. on_gpu: whether sparse steps
+            are those of `support_triton`, which never synchronise and have room for a limited number of entries.
         language: bytes that a language model in the loop takes.
     """
 
@@ -54,7 +54,7 @@ class MemoryPlan:
     on_gpu: bool = False
 
     def most_entries(self, places: int) -> int:
-        """Beyond how many entries a sparse step gives up; on a GPU, for how many it has room."""
+        """The number of entries above which a sparse step gives up; on a GPU, the number it has room for."""
         return capacity_for(places) if self.on_gpu else max(int(MOST_SHARE * places), 1024)
 
     def __str__(self) -> str:
@@ -89,17 +89,18 @@ def plan_memory(
     language: float = 0.0,
     on_gpu: bool = False,
 ) -> MemoryPlan:
-    """The plan for training steps of `batch_size` tokens.
+    """Plans training steps of `batch_size` tokens.
 
-    "auto" takes the first that fits into 0.8 of what gradients and Adam's state leave free: saved, chunked (same
-    FLOPs, to rounding the same numbers), streamed (a fifth more FLOPs). Only a Rational SAE can be cut. That is how
-    dense steps are made; with "auto" those with a small support are sparse, with "sparse" all of them.
+    For dense steps, "auto" takes the first of these that fits into 0.8 of the memory that gradients and Adam's state
+    leave free: saved, chunked (same FLOPs, and the same numbers up to rounding), streamed (a fifth more FLOPs). Only a
+    Rational SAE can be chunked or streamed. With "auto", steps with a small support are sparse; with "sparse", all are.
 
     Args:
-        aux_k: of the recipe; an auxiliary loss needs the whole code, and so "saved".
-        free: bytes there are; asked of the device when None. language: of them, bytes for a language model in the loop.
-        no_support: why steps cannot be sparse (`on_entries.reason_against`), None where they can. exact: see
-            `TrainSettings`. on_gpu: whether they are Triton's (`on_entries.by_triton`).
+        aux_k: of the recipe; an auxiliary loss needs the whole code and therefore "saved".
+        free: available bytes; the device is asked when None. language: the part of them for a language model in the
+            loop.
+        no_support: why steps cannot be sparse (`on_entries.reason_against`), or None if they can. exact: see
+            `TrainSettings`. on_gpu: whether they use Triton (`on_entries.by_triton`).
 
     Raises:
         ConfigError: an unknown mode, or one that this SAE or recipe cannot be trained in.
@@ -107,7 +108,7 @@ def plan_memory(
     if memory not in MODES:
         raise ConfigError(f"memory is {memory!r}; choose one of {', '.join(MODES)}")
     rational = isinstance(sae, FusedRationalSAE) and not sae.compares_features
-    rational = rational and getattr(sae, "d_out", sae.d_in) == sae.d_in  # pieces have one width
+    rational = rational and getattr(sae, "d_out", sae.d_in) == sae.d_in  # pieces need input and output of one width
     whole = not rational or aux_k > 0
     if whole and memory in ("chunked", "streamed"):
         what = "a recipe with an auxiliary loss" if rational else f"a {sae.architecture} SAE"
@@ -128,7 +129,7 @@ def plan_memory(
     if free is None:
         free = free_memory(sae.W_dec.device)
     later = _later(sae)
-    # On the eager backend autograd keeps what eager PyTorch does.
+    # On the eager backend, autograd keeps as much as plain PyTorch does.
     eager = isinstance(sae, FusedRationalSAE) and sae.backend == "eager"
     budget = None if free is None else SHARE * (free - later - language)
     step = _step(sae, batch_size)
@@ -150,7 +151,7 @@ def plan_memory(
 
 
 def cut(step: Step, budget: float | None, memory: str = "auto", *, eager: bool = False) -> MemoryPlan:
-    """The plan of one step that shall take `budget` bytes at most (None: any number), as `plan_memory` chooses it."""
+    """Plans one step that takes at most `budget` bytes (None: any number), choosing as `plan_memory` does."""
 
     def plan(mode: str, tokens: int | None = None, features: int | None = None) -> MemoryPlan:
         strategy = mode if mode != "saved" else "eager" if eager else "split"
@@ -165,7 +166,7 @@ def cut(step: Step, budget: float | None, memory: str = "auto", *, eager: bool =
         return saved
     chunked = [plan("chunked", tokens) for tokens in _halvings(step.n_tokens, LEAST_TOKENS)]
     if memory == "chunked":
-        # The largest piece that fits, but a piece.
+        # The largest piece that fits, but not the whole.
         pieces = chunked[1:] or chunked
         return next((one for one in pieces if fits(one)), pieces[-1])
     if memory == "auto" and (found := next((one for one in chunked if fits(one)), None)):
@@ -179,7 +180,7 @@ def cut(step: Step, budget: float | None, memory: str = "auto", *, eager: bool =
 
 
 def free_memory(device: torch.device) -> float | None:
-    """Bytes that new tensors can take on a device; None where nobody says."""
+    """Bytes that new tensors can take on a device; None if unknown."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -204,7 +205,7 @@ def _meminfo() -> float | None:
 
 
 def _cgroup(root: str = "/sys/fs/cgroup") -> float | None:
-    """What a container's limit leaves, where there is one (cgroup version 2)."""
+    """The memory that a container's limit leaves, if there is one (cgroup version 2)."""
     try:
         limit, used = (Path(root, name).read_text().strip() for name in ("memory.max", "memory.current"))
         return None if limit == "max" else float(limit) - float(used)
@@ -218,7 +219,7 @@ def _step(sae: SparseAutoencoder, batch_size: int) -> Step:
         return Step(batch_size, sae.d_in, sae.d_sae, itemsize=itemsize)
     gate = sae.gate
     p, q = gate.degree
-    # More than trained supports are, which nobody knows before the first step.
+    # More than trained supports have; the true share is unknown before the first step.
     shares = {"active": 0.02, "support": 0.05} if sae.rounds > 1 else {}
     return Step(
         batch_size, sae.d_in, sae.d_sae, p, q, gate.groups == 1, gate.form, itemsize, rounds=sae.rounds, **shares
@@ -226,7 +227,7 @@ def _step(sae: SparseAutoencoder, batch_size: int) -> Step:
 
 
 def _later(sae: SparseAutoencoder) -> int:
-    """Bytes that training makes besides: gradients and Adam's two moments."""
+    """Bytes that training adds later: gradients and Adam's two moments."""
     return sum(3 * one.numel() * one.element_size() for one in sae.parameters() if one.requires_grad)
 
 

@@ -1,4 +1,4 @@
-"""What a training run says: the log it returns, metrics.jsonl, a progress bar, TensorBoard and Weights & Biases."""
+"""The output of a training run: the log it returns, metrics.jsonl, a progress bar, TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ METRICS = "metrics.jsonl"
 
 @dataclass
 class TrainLog:
-    """What a run did: one entry per logged step in each list, and what it cost."""
+    """The record of a run: lists with one entry per logged step, and what the run cost."""
 
     recipe: str
     steps: int
@@ -37,16 +37,16 @@ class TrainLog:
 
     def add(self, row: dict[str, Any]) -> None:
         names = ("step", "mse", "l0", "weight", "dead")
-        for name, value in zip(names, [row[name] for name in names], strict=True):  # all of a row, or nothing
+        for name, value in zip(names, [row[name] for name in names], strict=True):  # all values of a row, or none
             getattr(self, name).append(value)
 
 
 class Metrics:
-    """Takes one row of numbers per logged step.
+    """Writes one row of numbers per logged step.
 
     Args:
-        log: is added to. out: folder of metrics.jsonl, or None. track: of `TrainSettings`. settings: what the
-            trackers shall show of the run.
+        log: rows are added to it. out: folder of metrics.jsonl, or None. track: see `TrainSettings`. settings: what the
+            trackers show about the run.
     """
 
     def __init__(self, log: TrainLog, out: Path | None, track: tuple[str, ...], settings: dict[str, Any]) -> None:
@@ -75,14 +75,14 @@ class Metrics:
 
     def close(self) -> None:
         if self._file is not None:
-            with suppress(OSError):  # every row was flushed, or said that it could not be
+            with suppress(OSError):  # every row has been flushed, or the failure was reported then
                 self._file.close()
         for _, close in self._sinks:
             close()
 
 
 def take_up(out: Path, step: int, log: TrainLog) -> None:
-    """Cuts metrics.jsonl off at `step`, where a continued run begins, and takes what is before into the log."""
+    """Cuts off metrics.jsonl at `step`, where a resumed run begins, and adds the rows before to the log."""
     path = out / METRICS
     rows = []
     try:
@@ -96,7 +96,7 @@ def take_up(out: Path, step: int, log: TrainLog) -> None:
                 break
             log.add(row)
         except (ValueError, TypeError, LookupError, RecursionError):
-            continue  # a line that a kill cut short, or that is no row
+            continue  # a line that a kill cut short, or that is not a row
         rows.append(row)
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
@@ -125,7 +125,7 @@ def _wandb(out: Path, settings: dict[str, Any]) -> Sink:
         import wandb
     except ImportError as error:
         raise ConfigError("track wandb needs that package; install it with: pip install wandb") from error
-    # One id per folder, so that a continued run goes on in the same curve.
+    # One id per folder, so that a resumed run continues the same curve.
     mark = out / "wandb.id"
     if not mark.is_file():
         write_text(mark, secrets.token_hex(4))
@@ -149,7 +149,8 @@ _SINKS: dict[str, Callable[[Path, dict[str, Any]], Sink]] = {"tensorboard": _ten
 
 @contextmanager
 def progress_bar(label: str, steps: int, done: int, batch_size: int, show: bool) -> Iterator[Callable[[Any], None]]:
-    """A bar with tokens/s, ETA, mse, l0 and the share of features that are alive; called with the row of a step."""
+    """A progress bar with tokens/s, ETA, mse, l0 and the fraction of alive features; yields a function of a step's
+    row."""
     if not show:
         yield lambda _: None
         return
@@ -159,7 +160,7 @@ def progress_bar(label: str, steps: int, done: int, batch_size: int, show: bool)
 
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(bar_width=6),  # the whole line fits into 80 columns
+        BarColumn(bar_width=6),  # so that the line fits into 80 columns
         MofNCompleteColumn(),
         TextColumn("{task.fields[state]}"),
         TimeRemainingColumn(),

@@ -1,7 +1,8 @@
-"""The loss of teachers and controls on the entries of their codes: one dense product instead of five.
+"""The loss of teachers and controls computed on the entries of their codes: one dense product instead of five.
 
-A ReLU SAE's code and gradients are zero where h <= 0, a JumpReLU's below the rectangle under its threshold, those of
-TopK and BatchTopK wherever something larger was kept. The loss is that of `recipes.losses` to rounding.
+The code and the gradients of a ReLU SAE are zero where h <= 0, those of a JumpReLU below the rectangle under its
+threshold, and those of TopK and BatchTopK for all features that were not kept. Up to rounding the loss is that of
+`recipes.losses`.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from rsae_triton.sae.rational import FusedRationalSAE
 TANH_SLOPE = 4.0
 AUXILIARY_SHARE = 1 / 32
 PRE_ACT = 0.003
-"""Weight of the distance of dead features from their thresholds; little decides where they have no other slope."""
+"""Weight of the loss that pulls dead features towards their thresholds, where they have no other gradient."""
 PROBED = 64
-"""Tokens of a batch that say how large its support is."""
+"""How many tokens of a batch are used to estimate the size of its support."""
 
 
 class Terms(NamedTuple):
-    """total, mse, l0 (scalars), counts [d_sae], and how many entries there are."""
+    """The terms total, mse, l0 (scalars), counts [d_sae], and the number of entries."""
 
     total: Tensor
     mse: Tensor
@@ -41,7 +42,8 @@ class Terms(NamedTuple):
 
 
 def reason_against(sae: SparseAutoencoder, *, soft: bool, aux_k: int, frozen: set[str]) -> str | None:
-    """Why an SAE cannot be trained on its entries alone; None where it can. frozen: names that are not trained."""
+    """Returns why an SAE cannot be trained on its entries alone, or None if it can. frozen: names that are not
+    trained."""
     if sae.W_dec.dtype not in (torch.float32, torch.float64):
         return f"weights of {sae.W_dec.dtype}; use sae.float()"
     if type(sae) in (ReluSAE, JumpReluSAE, TopKSAE, BatchTopKSAE):
@@ -63,7 +65,7 @@ def reason_against(sae: SparseAutoencoder, *, soft: bool, aux_k: int, frozen: se
 
 
 def by_triton(sae: SparseAutoencoder, frozen: set[str]) -> bool:
-    """Whether sparse steps of this SAE are those of `support_triton`. frozen: names that are not trained."""
+    """Whether sparse steps of this SAE use `support_triton`. frozen: names that are not trained."""
     if not isinstance(sae, FusedRationalSAE) or sae.W_dec.device.type != "cuda":
         return False
     trained = sae.gate.log_input_scale.requires_grad and "log_input_scale" not in frozen
@@ -72,13 +74,13 @@ def by_triton(sae: SparseAutoencoder, frozen: set[str]) -> bool:
 
 @torch.no_grad()
 def probed_share(sae: SparseAutoencoder, x: Tensor) -> Tensor:
-    """`support_share` as a tensor that nobody waits for."""
+    """`support_share` as a tensor, without waiting for its value."""
     h = torch.addmm(sae.b_enc, _probe(sae, sae.sides(x)[0]), sae.W_enc)
     return (~(h <= _low(sae))).double().mean()
 
 
 def support_share(sae: SparseAutoencoder, x: Tensor) -> float:
-    """How much of [n_tokens, d_sae] the entries are, by some tokens of x."""
+    """Estimates the fraction of [n_tokens, d_sae] that the entries are, from some tokens of x."""
     if isinstance(sae, TopKSAE | BatchTopKSAE):
         return sae.k / sae.d_sae
     x_c = _probe(sae, sae.sides(x)[0])
@@ -88,7 +90,7 @@ def support_share(sae: SparseAutoencoder, x: Tensor) -> float:
 
 
 def _probe(sae: SparseAutoencoder, x: Tensor) -> Tensor:
-    """What the product reads of some tokens. ShapeError where they are no tokens for this SAE."""
+    """The input of the encoder's product for some tokens. Raises ShapeError if x does not fit this SAE."""
     x = sae._check_last(x[:PROBED], "x", "d_in", sae.d_in)
     return _centred(sae, sae.normalization(x).apply(x))
 
@@ -105,7 +107,7 @@ def losses_on_entries(
     exact: bool = False,
     across: Across | None = None,
 ) -> Terms | None:
-    """mse + weight * sparsity of a teacher or control, as `recipes.losses` has it; None where there are more entries
+    """mse + weight * sparsity of a teacher or control, as in `recipes.losses`. Returns None if there are more entries
     than `most`, or NaN where a code is ranked."""
     affine = sae.normalization(x)
     x_c = _centred(sae, affine.apply(x))
@@ -145,8 +147,8 @@ def losses_on_entries(
 
 
 def below_thresholds(sae: SparseAutoencoder, x: Tensor, dead: Tensor) -> Tensor | float:
-    """How far dead features of a ReLU or JumpReLU SAE are below their thresholds, where the auxiliary loss has no slope
-    ("pre-act loss", https://transformer-circuits.pub/2025/january-update)."""
+    """The mean distance of a ReLU or JumpReLU SAE's dead features below their thresholds. It gives them a gradient
+    where the auxiliary loss has none ("pre-act loss", https://transformer-circuits.pub/2025/january-update)."""
     if type(sae) not in (ReluSAE, JumpReluSAE):
         return 0.0
     names = dead.nonzero().squeeze(1)
@@ -168,7 +170,7 @@ def _entries(sae: SparseAutoencoder, x_c: Tensor, most: int | None, exact: bool)
 
 
 def _low(sae: SparseAutoencoder) -> Tensor:
-    """Below which the code and its gradients are zero, [d_sae]."""
+    """The pre-activations below which code and gradients are zero, [d_sae]."""
     if isinstance(sae, FusedRationalSAE):
         return lowest(sae.gate.tensors()).detach()
     if isinstance(sae, JumpReluSAE):
@@ -183,7 +185,8 @@ def _centred(sae: SparseAutoencoder, x: Tensor) -> Tensor:
 def _auxiliary(
     sae: SparseAutoencoder, x_c: Tensor, W_enc: Tensor, W_dec: Tensor, dead: Tensor, k: int
 ) -> Tensor | None:
-    """What the k strongest dead features of every token make of it (arXiv:2406.04093, app. A.2)."""
+    """The reconstruction of the residual by the k strongest dead features of every token (arXiv:2406.04093, app.
+    A.2)."""
     names = dead.nonzero().squeeze(1)
     rows = sae.W_enc.detach().t()[names]
     found = find_largest(x_c.detach(), rows.t(), sae.b_enc.detach()[names], k, least=0.0)

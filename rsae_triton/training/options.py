@@ -1,4 +1,4 @@
-"""The fields of `TrainSettings` as keyword arguments of `train`: what an editor completes and a type checker checks."""
+"""The fields of `TrainSettings` as keyword arguments of `train`, for editors and type checkers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rsae_triton.training.recipes import Recipe
 
 
 class TrainOptions(TypedDict, total=False):
-    """Every field of `TrainSettings`, where each is documented; a test holds the two together."""
+    """All fields of `TrainSettings`, which documents them; a test keeps the two in step."""
 
     steps: int
     recipe: str | Recipe

@@ -1,4 +1,4 @@
-"""What the processes of a run do together; here for one alone, in `distributed.py` for many."""
+"""What the processes of a run do together: here for a single process, in `distributed.py` for many."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from rsae_triton.training.settings import TrainSettings
 
 @dataclass
 class Summed:
-    """Of one step, over all processes: mse, l0, the gradient's norm (a tensor, and its number), activity counts of this
-    process's features, each flag if any process raised it, and the share of the support (of `Losses`)."""
+    """A step's numbers over all processes: mse, l0, the gradient's norm (as tensor and as number), activity counts of
+    this process's features, each flag (True if any process raised it), and the share of the support (see `Losses`)."""
 
     mse: float
     l0: float
@@ -35,10 +35,10 @@ class Summed:
 
 
 class Alone:
-    """One process.
+    """A single process.
 
     Attributes:
-        rank: of this process. data, features: (its place, how many) along the two axes.
+        rank: of this process. data, features: (its place, number of processes) along the two axes.
     """
 
     rank = 0
@@ -46,13 +46,13 @@ class Alone:
     features: tuple[int, int] = (0, 1)
 
     def check(self, sae: SparseAutoencoder, recipe: Recipe, settings: TrainSettings) -> None:
-        """Refuses what these processes cannot train."""
+        """Raises ConfigError for what these processes cannot train."""
 
     def barrier(self) -> None:
-        """Waits for all."""
+        """Waits for all processes."""
 
     def mean(self, value: Tensor) -> Tensor:
-        """Over the processes that see other tokens."""
+        """The mean over the processes that have other tokens."""
         return value
 
     def over_features(self, value: Tensor) -> Tensor:
@@ -71,9 +71,9 @@ class Alone:
         return losses(sae, x, recipe, weight, dead, plan)
 
     def finish(self, sae: SparseAutoencoder, terms: Losses, flags: list[bool]) -> Summed:
-        """Makes gradients and numbers those of the whole batch and the whole SAE."""
+        """Combines gradients and numbers, so that they are of the whole batch and the whole SAE."""
         norm = torch.nn.utils.get_total_norm([one.grad for one in sae.parameters() if one.grad is not None])
-        # One transfer from the device for all of them.
+        # A single transfer from the device for all of them.
         later = [terms.share] if isinstance(terms.share, Tensor) else []
         wanted = (terms.mse, terms.l0, norm, terms.total, *later)
         numbers = torch.stack([one.detach().double() for one in wanted]).tolist()
@@ -83,23 +83,23 @@ class Alone:
         return Summed(mse, l0, norm, grad_norm, terms.counts, flags, finite, share)  # type: ignore[arg-type]
 
     def whole_config(self, sae: SparseAutoencoder) -> dict[str, Any]:
-        """The configuration of the SAE whose part `sae` is."""
+        """The configuration of the SAE that `sae` is a part of."""
         return sae.config()
 
     def same(self, steps: list[int]) -> list[int]:
-        """The steps that the first process found checkpoints of: each would choose its own newest one."""
+        """The steps for which the first process found checkpoints; else each process might choose another one."""
         return steps
 
     def worst(self, problem: RsaeError | None) -> RsaeError | None:
-        """What any process met, so that all raise or go on alike; a ConfigError before others."""
+        """The worst error of any process, so that all raise or continue alike; a ConfigError comes before others."""
         return problem
 
     def any(self, flag: bool) -> bool:
-        """Whether any process raised the flag."""
+        """Whether the flag is True on any process."""
         return flag
 
     def agree(self, plan: MemoryPlan) -> MemoryPlan:
-        """One plan for all."""
+        """Returns one plan for all processes."""
         return plan
 
     def save(
@@ -110,15 +110,16 @@ class Alone:
         tensors: dict[str, Tensor],
         info: dict[str, Any],
     ) -> Path:
-        """Writes a checkpoint of the run's tensors, each process its part."""
-        # Nothing in a step is random today; what an SAE of one's own draws goes on all the same.
+        """Writes a checkpoint of the run's tensors; each process writes its part."""
+        # No step is random today, but a user's own SAE may draw random numbers.
         random = {"rng.cpu": torch.get_rng_state()}
         if torch.cuda.is_initialized():
             random["rng.cuda"] = torch.cuda.get_rng_state()
         return checkpoints.save(step, tensors | random, info)
 
     def load(self, path: Path, sae: SparseAutoencoder, like: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a checkpoint, written by one process or by many; like: those of the run, for their dtypes."""
+        """Reads the tensors of a checkpoint that was written by one process or by many. like: the run's tensors, for
+        dtypes."""
         if not is_sharded(path):
             return read_state(path)
         from rsae_triton.sae.sharded import read_whole

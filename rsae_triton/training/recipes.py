@@ -1,4 +1,4 @@
-"""What is minimised: named recipes for teachers and for Rational SAEs, and the controller that holds l0."""
+"""The objectives: named recipes for teachers and Rational SAEs, and the controller that holds l0."""
 
 from __future__ import annotations
 
@@ -23,23 +23,24 @@ from rsae_triton.training.on_entries import AUXILIARY_SHARE, TANH_SLOPE, below_t
 USUAL_K, USUAL_L0 = 32, 25.0
 GATE_PARAMETERS = ("alpha", "beta", "centre", "log_input_scale")
 
-# Of what rounds mix by; the thresholds of all rounds have the recipe's own factor.
+# Learning-rate factors of what rounds add; the thresholds of all rounds have the recipe's own factor.
 ROUNDS_LR_SCALE = {f"refinement.{name}": 5.0 for name in ("a", "b", "eta", "p")}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One objective: mse + weight * sparsity.
+    """An objective: mse + weight * sparsity.
 
     Attributes:
-        name: how it is called on the command line.
-        sparsity: "l1" on |z| * ||W_dec row||, "l0" on the (differentiable) number of active features, "tanh" on
-            tanh(4 |z| * ||W_dec row||) (a bounded l1 for thresholds trained through a rectangle), or "none".
-        weight: of the sparsity term, in units of the activations' mean norm (l1) or its square (l0), so that it
-            means the same at any scale; its start where `target_l0` steers it.
-        target_l0: hold the l0 of the training batches here by steering the weight; None keeps the weight.
+        name: its name on the command line.
+        sparsity: "l1" of |z| * ||W_dec row||; "l0", the (differentiable) number of active features; "tanh" of 4 |z| *
+            ||W_dec row|| (a bounded l1 for thresholds trained through a rectangle); or "none".
+        weight: of the sparsity term, in units of the activations' mean norm (l1) or its square (l0), so that it means
+            the same at any scale; the initial weight if `target_l0` adjusts it.
+        target_l0: hold the l0 of the training batches at this value by adjusting the weight; None keeps the weight.
         soft: train on the dense rational code instead of the shipped one (the paper's way; see docs/experiments.md).
-        aux_k: dead features that reconstruct the residual (TopK's auxiliary loss, arXiv:2406.04093), 0 for none.
+        aux_k: number of dead features that reconstruct the residual (TopK's auxiliary loss, arXiv:2406.04093); 0 for
+            none.
         frozen: names of gate parameters that stay as stage 1 left them.
         lr_scale: learning-rate factor by parameter-name ending.
     """
@@ -66,17 +67,16 @@ RECIPES = {
     for recipe in (
         Recipe("relu", "l1", weight=0.125),
         Recipe("jumprelu", "l0", weight=0.001, lr_scale={"threshold": 10.0}),
-        # https://transformer-circuits.pub/2025/january-update: the penalty in place of l0, c = 4.
+        # The penalty of https://transformer-circuits.pub/2025/january-update instead of l0, with c = 4.
         Recipe("jumprelu-tanh", "tanh", weight=0.001, lr_scale={"threshold": 10.0}),
         Recipe("topk", "none", weight=0.0, aux_k=256),
         Recipe("batchtopk", "none", weight=0.0, aux_k=256),
-        # The paper to the letter (section 3.3): every parameter, mse + l1 on the soft code.
+        # The paper to the letter (section 3.3): every parameter is trained, on mse + l1 of the soft code.
         Recipe("paper", "l1", weight=0.125, soft=True),
-        # Train the code that is shipped: zeros made by the hard gate, gradients by the rational's slope.
-        # The weight starts at about twice where it settles: thresholds that rise early leave more steps to use them.
-        # `relative_weight` adapts it to the teacher's sparsity.
-        # The gate's own numbers stay as fitted: trained, they bend the slope that trains everything else
-        # (docs/experiments.md).
+        # Trains the shipped code: zeros by the hard gate, gradients by the rational's slope. The weight starts at about
+        # twice the value where it settles, because thresholds that rise early leave more steps to use them;
+        # `relative_weight` adapts it to the teacher's sparsity. The gate's coefficients stay as fitted: if trained,
+        # they bend the slope that trains everything else (docs/experiments.md).
         Recipe("hard", "l0", weight=0.0017, frozen=GATE_PARAMETERS, lr_scale={"threshold": 15.0}),
         Recipe("hard-trained", "l0", weight=0.0017, lr_scale={"threshold": 15.0}),
     )
@@ -84,7 +84,7 @@ RECIPES = {
 
 
 def recipe_for(sae: SparseAutoencoder, name: str = "auto") -> Recipe:
-    """The recipe of this name, or the one that fits the SAE.
+    """Returns the recipe of this name, or the one that fits the SAE ("auto").
 
     Raises:
         ConfigError: an unknown recipe, or one that this SAE cannot be trained with.
@@ -114,11 +114,11 @@ def recipe_for(sae: SparseAutoencoder, name: str = "auto") -> Recipe:
 
 
 def relative_weight(metadata: Mapping[str, Any]) -> float:
-    """What a feature is worth to the teacher an SAE was made from, 1 for the teachers the recipes were chosen on.
+    """How much the teacher of an SAE values sparsity, relative to the teachers that the recipes were chosen on (1).
 
-    Its own sparsity weight over its family's usual one says so, or for TopK the usual k over its own. A teacher that
-    was trained elsewhere does not tell; the weight at which training settles fell as l0 to the power -1.5
-    (docs/experiments.md).
+    This is the teacher's sparsity weight divided by its family's usual one, or for TopK the usual k divided by its k.
+    If the teacher was held at an l0, or trained elsewhere, it is estimated from l0: the weight at which training
+    settles goes as l0 to the power -1.5 (docs/experiments.md).
     """
     objective, stage1 = metadata.get("objective"), metadata.get("stage1")
     if isinstance(objective, Mapping):
@@ -138,19 +138,20 @@ def _positive(value: Any) -> TypeGuard[float]:
 
 
 def training_l0(teacher: SparseAutoencoder, teacher_l0: float) -> float:
-    """The l0 at which a Rational SAE of `teacher` and its controls are trained, to be compared at the teacher's own.
+    """The l0 at which to train a Rational SAE of `teacher` and its controls, which are then compared at the teacher's
+    l0.
 
-    A little above it, because a code can be thresholded down to an l0, never up to it; not so for TopK, whose
-    control cannot go above k, and whose l0 on other text is k as well.
+    It is a little higher, because a code can be thresholded down to an l0 but never up. For TopK it is the same, since
+    its control cannot exceed k and has l0 = k on other text as well.
     """
     return teacher_l0 * (1.0 if isinstance(teacher, TopKSAE) else 1.04)
 
 
 def holding(recipe: Recipe, sae: SparseAutoencoder, target_l0: float | str | None) -> Recipe:
-    """The recipe with l0 held at `target_l0`, where its sparsity term can do that.
+    """Returns the recipe with l0 held at `target_l0`, if its sparsity term can do that.
 
-    target_l0: None keeps the recipe's weight. "auto" holds what the recipe asks for itself, else what stage 1 noted in
-    the SAE (`training_l0` of its teacher), and nothing in an SAE that has not been through it.
+    target_l0: None keeps the recipe's weight. "auto" is the recipe's own target, else the one that stage 1 noted in the
+    SAE (`training_l0` of its teacher), else none.
     """
     if target_l0 == "auto":
         stage1 = sae.metadata.get("stage1")
@@ -162,12 +163,12 @@ def holding(recipe: Recipe, sae: SparseAutoencoder, target_l0: float | str | Non
 
 
 class SparsityController:
-    """The sparsity weight in the units of the loss, steered so that l0 stays at a target if there is one.
+    """The sparsity weight in the units of the loss, adjusted to hold l0 at a target if there is one.
 
-    Proportional-integral control of log(weight) on log(l0 / target), averaged over about 10 batches: scale-free,
-    and never negative. Thresholds integrate the weight themselves, so that integral control alone would swing.
-    The integral part stays within a factor 100 of its start: a target that cannot be reached shows in the log as a
-    weight at its limit, not as a loss that runs away.
+    This is proportional-integral control of log(weight) on log(l0 / target), averaged over about 10 batches, so it is
+    scale-free and the weight stays positive. (Thresholds integrate the weight themselves; integral control alone would
+    oscillate.) The integral part stays within a factor 100 of its start: a target that cannot be reached shows in the
+    log as a weight at its limit, not as a diverging loss.
     """
 
     _STATE = ("weight", "_base", "_low", "_high", "_average")
@@ -188,7 +189,7 @@ class SparsityController:
         self._average: float | None = None
 
     def update(self, l0: float) -> float:
-        """Takes one batch's mean l0 and returns the weight for the next."""
+        """Takes the mean l0 of a batch and returns the weight for the next batch."""
         self._average = l0 if self._average is None else self._memory * self._average + (1 - self._memory) * l0
         if self.target is not None:
             error = math.log(max(self._average, 1e-3) / self.target)
@@ -197,7 +198,7 @@ class SparsityController:
         return self.weight
 
     def state(self) -> dict[str, float | None]:
-        """What `restore` takes back: a controller goes on from there as if it had never stopped."""
+        """The controller's state; after `restore` it continues as if it had not stopped."""
         return {name: getattr(self, name) for name in self._STATE}
 
     def restore(self, state: dict[str, float | None]) -> None:
@@ -207,10 +208,12 @@ class SparsityController:
 
 @dataclass
 class Losses:
-    """The terms of one batch: `total` to differentiate, the rest for the log; counts for dead features. share: how
-    much of [n_tokens, d_sae] the support is, where the step went the sparse way and it was not too large (else 1);
-    None where it was dense. On a GPU a tensor, which is infinite where the entries had no room: the loss is NaN then,
-    and the step is to be made densely."""
+    """The terms of one batch: `total` to differentiate, the rest for the log; counts for dead features.
+
+    share: the fraction of [n_tokens, d_sae] that the support takes, if the step was sparse; 1 if the support was too
+    large for that; None if the step was dense. On a GPU it is a tensor; if the entries did not fit it is infinite, the
+    loss is NaN, and the step must be repeated densely.
+    """
 
     total: Tensor
     mse: Tensor
@@ -228,13 +231,13 @@ def losses(
     plan: MemoryPlan | None = None,
     across: Across | None = None,
 ) -> Losses:
-    """mse (mean over tokens of ||x - x_hat||^2) + weight * sparsity (mean over tokens).
+    """Computes mse (mean over tokens of ||x - x_hat||^2) + weight * sparsity (mean over tokens).
 
     Args:
-        rows: [n_tokens, d_in], of a transcoder what it reads beside what it writes. weight: of the sparsity term.
+        rows: [n_tokens, d_in]; for a transcoder input and target beside each other. weight: of the sparsity term.
         dead: [d_sae] bool, features for the auxiliary loss.
-        plan: how the step is cut to fit into memory; whole when None. across: the other processes that hold
-            features of this SAE; mse is then of the whole, sparsity, l0 and counts of the features here.
+        plan: how the step is cut to fit into memory; whole when None. across: the other processes that hold features of
+            this SAE; mse is then of the whole, while sparsity, l0 and counts are of the features here.
     """
     if isinstance(sae, FusedRationalSAE) and sae.refinement is not None and not recipe.aux_k:
         return _losses_of_rounds(sae, rows, recipe, weight, across)
@@ -265,7 +268,7 @@ def losses(
             across=across,
             target=None if y is x else y,
         )
-        if sparse and cut.entries.device.type == "cuda":  # nobody waits for it
+        if sparse and cut.entries.device.type == "cuda":  # a float would wait for the GPU
             share = torch.where(cut.entries > (places if most is None else most), torch.inf, cut.entries / places)
         elif sparse and (entries := int(cut.entries)) >= 0:
             share = entries / places if most is None or entries <= most else math.inf
@@ -297,7 +300,7 @@ def losses(
 
 
 def _losses_of_rounds(sae: FusedRationalSAE, x: Tensor, recipe: Recipe, weight: float, across: Across | None) -> Losses:
-    """Of an encoder with rounds, which works on entries whatever the plan is."""
+    """The losses of an encoder with rounds, which always works on entries."""
     l1, l0 = (weight if recipe.sparsity == name else 0.0 for name in ("l1", "l0"))
     found = sae.autoencode(x, hard=not recipe.soft, l1_weight=l1, l0_weight=l0, across=across)
     share = max(int(found.entries), 0) / max(len(x) * sae.d_sae, 1)
@@ -305,7 +308,7 @@ def _losses_of_rounds(sae: FusedRationalSAE, x: Tensor, recipe: Recipe, weight: 
 
 
 def auxiliary_loss(sae: SparseAutoencoder, x: Tensor, residual: Tensor, dead: Tensor, k: int) -> Tensor:
-    """How well the k strongest dead features reconstruct what the live ones left (arXiv:2406.04093, app. A.2)."""
+    """How well the k strongest dead features reconstruct the residual of the live ones (arXiv:2406.04093, app. A.2)."""
     h = sae.hidden_pre(x)
     z = keep_largest(h.masked_fill(~dead, -torch.inf), min(k, int(dead.sum()))).relu()
     return (residual - sae.normalization(x).scale * (z @ sae.W_dec)).square().sum(-1).mean()

@@ -1,4 +1,4 @@
-"""Going on with a run: which checkpoint, whether it is of this run, and whether it is whole."""
+"""Resuming a run: finds the checkpoint, and checks that it is of this run and complete."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _BLOCK = 1 << 22
 
 
 def restore(run: Run, checkpoints: Checkpoints, steps: list[int]) -> float:
-    """Goes back to the latest of the checkpoints of `steps` that every process can read, one and the same for all.
+    """Restores the latest of the checkpoints of `steps` that every process can read; the same one on all processes.
 
     Returns:
-        The seconds of training it took.
+        The seconds of training so far.
 
     Raises:
         ConfigError: it is of a run with other settings, another SAE or other activations.
-        FormatError: none can be read.
+        FormatError: no checkpoint can be read.
     """
     for step in reversed(steps):
         path, info, tensors = checkpoints.path(step), {}, {}
@@ -74,7 +74,7 @@ def restore(run: Run, checkpoints: Checkpoints, steps: list[int]) -> float:
 def _check(run: Run, path: Path, info: dict[str, Any]) -> None:
     own, theirs = run.settings.fixed(run.recipe), info["settings"]
     for name, value in own.items():
-        # A setting that the checkpoint is older than was what it is by default.
+        # A setting that is newer than the checkpoint had its default value then.
         if theirs.get(name, getattr(TrainSettings, name, None)) != value:
             raise ConfigError(
                 f"{path} was trained with {name}={theirs.get(name)!r}, not {value!r}; go on with the same, or start in "
@@ -100,7 +100,8 @@ def _controller(run: Run, path: Path, state: dict[str, float | None] | None) -> 
 
 
 def _check_tensors(run: Run, path: Path, tensors: dict[str, Tensor]) -> None:
-    """Everything that a run is, in the right shapes and finite, before anything of the run at hand is changed."""
+    """Checks that a checkpoint has all tensors of the run, in the right shapes and finite, before the run is
+    changed."""
     expected = {name: one for name, one in run.tensors().items() if not name.startswith("optimizer.")}
     for name, one in expected.items():
         found = tensors.get(name)
@@ -120,7 +121,7 @@ def _check_tensors(run: Run, path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def identity_of(activations: Any) -> str:
-    """What tells these activations from others: the store's key, or a hash of the sums of all rows and columns."""
+    """Identifies activations: by the store's key, or by a hash of the sums of all rows and columns."""
     if not isinstance(activations, Tensor):
         manifest = getattr(activations, "manifest", {})
         return str(manifest.get("key", type(activations).__name__))
@@ -128,7 +129,7 @@ def identity_of(activations: Any) -> str:
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[activations.element_size()]
     columns = torch.zeros(activations.shape[1], dtype=torch.int64, device=activations.device)
     for rows in activations.detach().split(max(1, _BLOCK // max(1, activations.shape[1]))):
-        bits = rows.contiguous().view(whole)  # sums of integers do not depend on how they are taken
+        bits = rows.contiguous().view(whole)  # sums of integers do not depend on their order
         digest.update(bits.sum(1, dtype=torch.int64).cpu().numpy().tobytes())
         columns += bits.sum(0, dtype=torch.int64)
     digest.update(columns.cpu().numpy().tobytes())

@@ -1,4 +1,4 @@
-"""What training does about rounds: it leaves them aside, or goes through them, and sets l0 when it is done."""
+"""How training treats rounds: sets them aside or trains through them, and sets l0 afterwards."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from rsae_triton.sae.units import reading
 from rsae_triton.training.settings import TrainSettings
 
 SAMPLE = 8192
-"""Tokens that l0 is set on."""
+"""Number of tokens on which l0 is set."""
 
 
 @contextmanager
 def rounds_aside(
     sae: SparseAutoencoder, settings: TrainSettings, activations: Any, validation: Any, mesh: Any
 ) -> Iterator[Callable[[], None]]:
-    """While it is open `sae` has what is to be trained; what it yields puts rounds back, and sets l0, afterwards.
+    """Within the context, `sae` is what is to be trained. Yields a function that adds the rounds again and sets l0.
 
     Raises:
-        ConfigError: rounds that were to be left aside on a mesh, whose parts know the whole SAE's configuration.
+        ConfigError: rounds would have to be set aside on a mesh, where each process holds only a part of the SAE.
     """
     refinement = sae.refinement if isinstance(sae, FusedRationalSAE) else None
     aside = refinement is not None and settings.rounds == "after"
@@ -54,13 +54,13 @@ def rounds_aside(
     try:
         yield finish
     finally:
-        if sae.refinement is None:  # stopped on the way: as it was given
+        if sae.refinement is None:  # training was interrupted: restore the original state
             sae.refinement = refinement
 
 
 @torch.no_grad()
 def put_back(sae: FusedRationalSAE, rounds: int, activations: Any) -> None:
-    """Rounds for an SAE that was trained without, in place, at the l0 that its first ones were made for."""
+    """Adds rounds, in place, to an SAE that was trained without; at the l0 that the original rounds were made for."""
     with reading(sae, activations):
         x = sample(activations, sae, SAMPLE, 0)
         z = sae.encode(x)
@@ -71,7 +71,7 @@ def put_back(sae: FusedRationalSAE, rounds: int, activations: Any) -> None:
 
 
 def noted_l0(sae: SparseAutoencoder) -> float | None:
-    """The l0 that stage 1 found in the teacher, on validation text where there was any."""
+    """The l0 that stage 1 measured for the teacher; on validation text, if there was any."""
     for name, key in (("rounds", "target_l0"), ("stage1", "validation_l0"), ("stage1", "teacher_l0")):
         facts = sae.metadata.get(name)
         value = facts.get(key) if isinstance(facts, Mapping) else None
@@ -81,7 +81,7 @@ def noted_l0(sae: SparseAutoencoder) -> float | None:
 
 
 def set_l0(sae: SparseAutoencoder, validation: Any) -> None:
-    """The teacher's l0 on validation text, where it is known and thresholds can hold it."""
+    """Sets the l0 on validation text to the teacher's, if that is known and the SAE has thresholds."""
     target = noted_l0(sae)
     if (
         target is not None
@@ -93,7 +93,7 @@ def set_l0(sae: SparseAutoencoder, validation: Any) -> None:
 
 
 def _rows(activations: Any, settings: TrainSettings) -> Tensor:
-    """Some of what was trained on, without reading all of a store."""
+    """A sample of the training activations, without reading all of a store."""
     if isinstance(activations, Tensor):
         return activations
     size = min(SAMPLE, int(getattr(activations, "n_tokens", settings.batch_size)))

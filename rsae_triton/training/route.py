@@ -1,4 +1,4 @@
-"""Which way a training step goes: sparse where the support is small, dense where it is not."""
+"""Decides whether training steps are sparse or dense, by the size of the support."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from rsae_triton.ops.support_triton import DENSITY
 from rsae_triton.training.memory import MemoryPlan
 
 LIMITS = {"compiled": (0.12, 0.16), "tiled": (0.04, 0.06)}
-"""Shares of [n_tokens, d_sae]: dense steps become sparse ones below the first, sparse ones dense above the second; by
-what runs the loops over entries on a CPU (`ops.native`). Between them a run goes on as it is, so that it does not
-change its way at every step (docs/scaling.md)."""
+"""Shares of [n_tokens, d_sae], by what runs the loops over entries on a CPU (`ops.native`). Dense steps become sparse
+below the first; sparse ones become dense above the second. The two differ so that a run does not change its way at
+every step (docs/scaling.md)."""
 EVERY = 10
-"""Dense steps after which the support is looked at again, by some tokens of the batch."""
+"""The number of dense steps after which the support is estimated again, from some tokens of the batch."""
 
 FULL = 0.8
-"""On a GPU the second is the share that entries have room for (`support_triton.DENSITY`), the first this part of it."""
+"""On a GPU, the upper limit is the share that entries have room for (`support_triton.DENSITY`), and the lower limit is
+this fraction of it."""
 
 _log = logging.getLogger(__name__)
 
 
 class Route:
-    """The way of the next step.
+    """Which way the next step is computed.
 
     Attributes:
-        sparse: whether it is sparse. share: how much of [n_tokens, d_sae] the support was when it was last seen.
+        sparse: whether it is sparse. share: the support's share of [n_tokens, d_sae] when it was last measured.
         below, above: the shares at which that changes.
     """
 
@@ -39,25 +40,27 @@ class Route:
         self.sparse, self.share = plan.support == "always", -1.0
 
     def plan(self, step: int, look: Callable[[], float]) -> MemoryPlan:
-        """How step number `step` is made. look: the share of the support, by some tokens of its batch."""
+        """How step number `step` is computed. look: estimates the share of the support from some tokens of the
+        batch."""
         if not self._dense.on_gpu and self._due(step):
             self.saw(look(), step)
         return self._sparse if self.sparse else self._dense
 
     @property
     def dense(self) -> MemoryPlan:
-        """How a step is made whose entries had no room."""
+        """The plan for a step whose entries did not fit."""
         return self._dense
 
     def looks_later(self, step: int) -> bool:
-        """Whether the share is to be found beside a step's other numbers: on a GPU, where looking would be waiting."""
+        """Whether the share is measured together with a step's other numbers: on a GPU, because measuring it first
+        would wait."""
         return self._dense.on_gpu and self._due(step)
 
     def _due(self, step: int) -> bool:
         return self._dense.support == "auto" and not self.sparse and (self.share < 0 or step % EVERY == 0)
 
     def saw(self, share: float, step: int) -> None:
-        """Takes the share of the support in the step `step`, and decides on the steps after it."""
+        """Takes the share of the support in step `step`, and decides on the steps after it."""
         self.share = min(share, 1.0)
         if self._dense.support != "auto":
             return
@@ -70,11 +73,11 @@ class Route:
             )  # fmt: skip
 
     def state(self) -> dict[str, Any]:
-        """What `restore` takes back."""
+        """The state for `restore`."""
         return {"sparse": self.sparse, "share": self.share}
 
     def restore(self, state: Any) -> None:
-        """Goes on from `state`; with anything else (a checkpoint that knows no ways) the next batch is looked at."""
+        """Continues from `state`. If it is anything else (from an old checkpoint), the next batch is measured."""
         if self._dense.support != "auto" or not isinstance(state, dict):
             return
         sparse, share = state.get("sparse"), state.get("share")

@@ -1,4 +1,4 @@
-"""One training run: its state, one optimiser step, and saving and restoring all of it."""
+"""A training run: its state, one optimiser step, and saving and restoring all of it."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ from rsae_triton.training.settings import TrainSettings
 
 
 class Run:
-    """Everything that a training run is between two steps.
+    """The complete state of a training run between two steps.
 
     Attributes:
-        step: steps done. sae, optimizer, controller: what they say. idle: [d_sae], tokens since each feature was
-            last active. norms: [d_sae, 1], what the decoder's rows are held at, or None. language: the KL's term.
-        together: the processes of the run. identity: of the activations. dtype: the SAE's outside of
-            training. memory: what steps on the CPU use again.
+        step: number of steps done. sae, optimizer, controller: the parts of the run. idle: [d_sae], tokens since each
+            feature was last active. norms: [d_sae, 1], the norms at which the decoder's rows are held, or None.
+            language: the KL term.
+        together: the processes of the run. identity: of the activations. dtype: the SAE's dtype outside of training.
+            memory: buffers that steps on the CPU reuse.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Run:
         self.controller: SparsityController | None = None
         self.idle = torch.zeros(sae.d_sae, device=sae.W_dec.device)
         self.norms: Tensor | None = None
-        if settings.decoder_norm != "free" and sae.W_dec.requires_grad:  # a kept decoder is not touched by a bit
+        if settings.decoder_norm != "free" and sae.W_dec.requires_grad:  # a decoder that is kept stays bit-equal
             norms = sae.W_dec.detach().norm(dim=1, keepdim=True)
             self.norms = norms if settings.decoder_norm == "keep" else torch.ones_like(norms)
             if settings.decoder_norm == "unit":
@@ -68,7 +69,7 @@ class Run:
     def advance(
         self, batch: Tensor, stop: bool, due: bool, checkpoints: Checkpoints | None
     ) -> tuple[dict[str, Any], bool, bool]:
-        """One optimiser step on this process's rows -> numbers of the step, and whether any process wants to stop
+        """Makes one optimiser step on this process's rows. Returns its numbers, and whether any process wants to stop
         or to save.
 
         Raises:
@@ -86,7 +87,7 @@ class Run:
         plan = self.route.plan(self.step, lambda: self._support_share(x))
         given = (x, ramp * self.controller.weight, dead if self.recipe.aux_k else None)
         terms, summed, kl = self._gradients(*given, plan, [stop, due])
-        if summed.share == math.inf:  # on some process the entries had no room
+        if summed.share == math.inf:  # on some process the entries did not fit
             plan = self.route.dense
             terms, summed, kl = self._gradients(*given, plan, [stop, due])
             summed.share = 1.0
@@ -112,9 +113,9 @@ class Run:
             "weight": ramp * self.controller.weight,
             "lr": settings.lr * factor,
             "sparse": int(plan.mode == "sparse"),
-            "support": max(self.route.share, 0.0),  # of [n_tokens, d_sae], when it was last looked at
+            "support": max(self.route.share, 0.0),  # share of [n_tokens, d_sae] when it was last measured
             **kl,
-            "grad_norm": summed.grad_norm,  # the tensor would be waited for, and with it the optimiser's step
+            "grad_norm": summed.grad_norm,  # reading the tensor would wait for the optimiser's step
         }
         self.step += 1
         stop, due = summed.flags
@@ -123,12 +124,13 @@ class Run:
     def _gradients(
         self, x: Tensor, weight: float, dead: Tensor | None, plan: MemoryPlan, flags: list[bool]
     ) -> tuple[Losses, Summed, dict[str, float]]:
-        """The loss of x with its gradients on this process, numbers over all of them, and a language loss."""
+        """Computes the loss of x and its gradients on this process, the numbers over all processes, and the language
+        loss."""
         terms = self._differentiate(x, weight, dead, plan)
         kl: dict[str, float] = {}
         if self.language is not None and self.language.starts(self.step):
             mse = float(terms.mse)
-            if math.isfinite(mse):  # else the step is made again, or is the last one
+            if math.isfinite(mse):  # otherwise the step is repeated, or is the last one
                 kl["kl"] = self.language.backward(self.sae, self.step, mse)
         if plan.mode != "sparse" and self.route.looks_later(self.step):
             terms.share = probed_share(self.sae, x)
@@ -137,8 +139,11 @@ class Run:
         return terms, self.together.finish(self.sae, terms, flags), kl
 
     def _looked_at(self, flags: list[bool], checkpoints: Checkpoints | None) -> bool:
-        """Whether the parameters after this step are looked at: where they are saved or returned. Any other step shows
-        in the next one's loss, and finite gradients move finite parameters by no more than some ten times the rate."""
+        """Whether to check the parameters after this step: if they are saved or returned, or the rate is very high.
+
+        Otherwise the next step's loss shows a failure, and finite gradients move finite parameters by at most about ten
+        times the rate.
+        """
         every = self.settings.checkpoint_every
         done = self.step + 1
         saved = checkpoints is not None and (any(flags) or (every is not None and done % every == 0))
@@ -146,11 +151,11 @@ class Run:
         return saved or fast or done == self.settings.steps
 
     def _kept(self) -> list[tuple[Tensor, Tensor]]:
-        """The parameters and copies of them, which are in the CPU's memory where those are on a GPU."""
+        """The parameters with copies of them in the CPU's memory."""
         return [(one, one.detach().to("cpu", copy=True)) for one in _trained(self.sae)]
 
     def _check_step(self, before: list[tuple[Tensor, Tensor]], checkpoints: Checkpoints | None) -> None:
-        """Puts the parameters back and raises NumericsError where the optimiser's step made something infinite."""
+        """If the optimiser's step made something infinite, restores the parameters and raises NumericsError."""
         named = {**dict(self.sae.named_parameters()), **optimizer_tensors(self.sae, self.optimizer)}
         bad = next((name for name, one in named.items() if not bool(one.isfinite().all())), None)
         if not self.together.any(bad is not None):
@@ -163,8 +168,8 @@ class Run:
         )
 
     def _differentiate(self, x: Tensor, weight: float, dead: Tensor | None, plan: MemoryPlan) -> Losses:
-        """Gradients of the loss on x, in as many pieces as settings say, and its terms."""
-        # Saved codes are autograd's: it makes its own gradients.
+        """Computes the gradients of the loss on x, in as many pieces as the settings say, and returns its terms."""
+        # In mode "saved" autograd allocates the gradients itself.
         self.memory.zero_grad(self.sae.parameters(), keep=plan.mode != "saved")
         found = []
         for piece in x.chunk(self.settings.accumulate):
@@ -183,17 +188,17 @@ class Run:
 
     @torch.no_grad()
     def _support_share(self, x: Tensor) -> float:
-        """How large the support is, by some tokens of every process."""
+        """Estimates the share of the support, from some tokens of every process."""
         share = torch.tensor(support_share(self.sae, x), dtype=torch.float64, device=x.device)
         return float(self.together.over_features(self.together.mean(share))) / self.together.features[1]
 
     def features(self) -> dict[str, Any]:
-        """Of the whole SAE: how many features are dead, and which share is alive."""
+        """The number of dead features and the fraction of alive ones, of the whole SAE."""
         dead = int(self.together.over_features((self.idle > self.settings.dead_after).sum()))
         return {"dead": dead, "alive": 1 - dead / (self.sae.d_sae * self.together.features[1])}
 
     def _explain(self, x: Tensor, terms: Losses | None, checkpoints: Checkpoints | None) -> str:
-        """Names the first tensor, in the order of the computation, that is not finite."""
+        """Names the first tensor that is not finite, in the order of the computation."""
         parameters = list(self.sae.named_parameters())
         gradients = [(f"the gradient of {name}", one.grad) for name, one in parameters if one.grad is not None]
         loss = [] if terms is None else [("the loss", terms.total)]
@@ -215,10 +220,10 @@ class Run:
             f"{good}. Lower lr, or clean the activations"
         )
 
-    # -- all of it
+    # -- the whole run
 
     def config(self) -> dict[str, Any]:
-        """The configuration of the whole SAE, in the dtype that it is given back in."""
+        """The configuration of the whole SAE, with the dtype that it has outside of training."""
         return {**self.together.whole_config(self.sae), "dtype": str(self.dtype).removeprefix("torch.")}
 
     def tensors(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""How a training run goes: one documented dataclass, for `train(...)` and for `rsae train`."""
+"""The settings of a training run: one documented dataclass, for `train(...)` and for `rsae train`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from rsae_triton.common.files import as_path
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.training.recipes import Recipe
 
-# What may change between a run and its continuation: nothing of it touches a number.
+# Settings that may change when a run is resumed, because they affect no number.
 FREE = ("out", "resume", "checkpoint_every", "checkpoint_minutes", "keep", "memory", "exact", "track", "project")
 
-# Of each choice of `trainable`, the parameters that stay as they are, bit for bit.
+# The parameters that each choice of `trainable` keeps, bit for bit.
 KEPT_BY: dict[str, tuple[str, ...]] = {
     "all": (),
     "encoder": ("W_dec", "b_dec"),
@@ -27,7 +27,7 @@ LR = 6e-4
 
 
 def trains(sae: SparseAutoencoder, trainable: str) -> bool:
-    """Whether `trainable` leaves anything of this SAE to train: a ReLU or TopK SAE has no gate of its own."""
+    """Whether `trainable` leaves any parameter of this SAE to train: a ReLU or TopK SAE has no gate of its own."""
     return any(name not in KEPT_BY[trainable] for name, _ in sae.named_parameters())
 
 
@@ -70,8 +70,8 @@ class TrainSettings:
     """Which parameters are trained: all; encoder, all but W_dec and b_dec, so that labels people gave to features hold;
     gate, the numbers per feature alone (thresholds, and what a round adds), every weight bit-equal."""
     rounds: Literal["after", "through"] = "after"
-    """Of an encoder with rounds: after, train it with one and put the others back afterwards, untrained, at the l0 they
-    had been set for; through, train through all of them (lower errors, but features are detected less well)."""
+    """For an encoder with rounds. after: train with one round and add the others afterwards, untrained, at the l0 they
+    had been set for; through: train through all of them (lower errors, but features are detected less well)."""
     precision: Literal["float32", "bf16"] = "float32"
     """bf16: matrix products in bfloat16 (autocast); weights, gate, optimiser and sums stay float32."""
     memory: Literal["auto", "saved", "chunked", "streamed", "sparse"] = "auto"
@@ -85,14 +85,14 @@ class TrainSettings:
     deterministic: bool = False
     """Only algorithms that give the same bits every time; slower on a GPU."""
     objective: Literal["mse", "mse+kl"] = "mse"
-    """mse, or mse and KL: what splicing the reconstruction into the language model costs it, through the layers above
-    (`train` then takes a host, and whole sequences beside the shuffled tokens)."""
+    """mse, or mse and KL: the increase in the language model's loss when the reconstruction is spliced in, through the
+    layers above (`train` then takes a host, and whole sequences beside the shuffled tokens)."""
     kl_weight: float = 1.0
-    """Of the KL's term, in units of the mse: it is scaled so that it is worth this many times the mse."""
+    """Weight of the KL term: it is scaled to be worth this many times the mse."""
     kl_sequences: int = 4
-    """Whole sequences a step that the KL is taken on."""
+    """Whole sequences per step on which the KL is computed."""
     kl_from: float = 0.0
-    """Share of the steps after which the KL comes in; it takes most of a step's time."""
+    """Share of the steps before the KL is used; it takes most of a step's time."""
     dead_after: int = 10_000
     """Tokens without activity after which a feature counts as dead."""
     log_every: int = 10
@@ -150,16 +150,18 @@ class TrainSettings:
             raise ConfigError("resume, track and checkpoint_every need a folder: set `out`")
 
     def learning_rate(self, step: int) -> float:
-        """Factor on the learning rate: linear warm-up, flat, linear decay to zero over the last `decay` of all."""
+        """The factor on the learning rate: linear warm-up, constant, then linear decay to zero over the last `decay` of
+        all steps."""
         warmup = self.steps // 20 if self.warmup is None else self.warmup
         up = (step + 1) / warmup if step < warmup else 1.0
         return min(up, (self.steps - step) / max(1.0, self.decay * self.steps))
 
     def sparsity_ramp(self, step: int) -> float:
-        """Factor on the sparsity weight."""
+        """The factor on the sparsity weight."""
         return min(1.0, step / self.sparsity_warmup) if self.sparsity_warmup else 1.0
 
     def fixed(self, recipe: Recipe) -> dict[str, Any]:
-        """What a continuation must not change, `recipe` being what ours stands for; as JSON gives it back."""
+        """The settings that must not change when a run is resumed, as read back from JSON. recipe: the resolved
+        recipe."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in FREE}
         return json.loads(json.dumps({**values, "recipe": asdict(recipe)}))
