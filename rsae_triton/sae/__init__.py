@@ -1,1 +1,1 @@
-"""The SAEs themselves: their base, the rational gate, files on disk, sparse codes, shards."""
+"""The SAEs: their base class, the rational gate, sparse codes, rounds, files on disk and shards."""

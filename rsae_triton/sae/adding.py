@@ -1,7 +1,7 @@
-"""Rounds for any SAE, and nothing trained: the weights stay, bit for bit; l0 stays what it was.
+"""Adds rounds to any SAE without training: the weights stay bit-equal, and l0 stays what it was.
 
-What is chosen, on a sample of activations: the three numbers a, b and eta that all features start from, by the error
-they leave; and the thresholds of the gates, the teacher's own shifted by one constant each, by l0.
+Two things are chosen on a sample of activations: the numbers a, b and eta that all features start from, by the error;
+and the thresholds of the gates, by l0. The thresholds are the teacher's, shifted by one constant per gate.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from rsae_triton.sae.topk_rational import TopKRationalSAE
 from rsae_triton.sae.units import check_place, in_store_units, reading
 
 SEARCHED = 2048
-"""Tokens that a, b and eta are searched on: three numbers need no more."""
+"""Number of tokens for the search of a, b and eta; three numbers need no more."""
 STEPS = (0.2, 0.1)
-"""By how much each is changed, as long as that helps."""
+"""The changes that are tried on each of them, as long as they help."""
 LIMITS = (-0.5, 1.5)
 TRIES = 8
-"""To make up for codes that the last search makes negative."""
+"""Attempts to compensate for codes that the last search makes negative."""
 Starts = tuple[float, float, float]
 
 
@@ -46,9 +46,10 @@ Starts = tuple[float, float, float]
 class AddedRounds:
     """What adding rounds did; kept in the SAE's metadata under "rounds".
 
-    rounds: how many there are. a, b, eta: what all features start from; None where they were there already.
-    target_l0: what the thresholds were set for. l0, mse: on the sample of n_tokens. l0_before, mse_before: of the SAE
-    that was given, on the same.
+    rounds: the number of rounds. a, b, eta: the values that all features start from; None if the SAE had rounds
+    already.
+    target_l0: what the thresholds were set for. l0, mse: on the sample of n_tokens. l0_before, mse_before: of the
+    original SAE on the same sample.
     """
 
     rounds: int
@@ -64,7 +65,7 @@ class AddedRounds:
 
     @property
     def change(self) -> str:
-        """Of the mse, in per cent."""
+        """The change of the mse in per cent, as text."""
         return f"{100 * (self.mse / self.mse_before - 1):+.1f} %" if self.mse_before > 0 else "0 %"
 
     @property
@@ -87,20 +88,21 @@ def with_rounds(
     n_tokens: int = 8192,
     seed: int = 0,
 ) -> FusedRationalSAE:
-    """The same SAE with an encoder of so many rounds; nothing is trained, every weight is the same bit for bit.
+    """Returns the same SAE with an encoder of `rounds` rounds. Nothing is trained, and every weight stays bit-equal.
 
-    Rounds that are there already are kept, the last one is repeated. `sae` itself is left alone.
+    Existing rounds are kept; if more are needed, the last one is repeated. `sae` itself is not changed.
 
     Args:
         sae: a teacher of any family, or a gated Rational SAE.
-        rounds: in all; 1 takes them away.
-        activations: an `ActivationStore`, or [n, d_in] in the SAE's units; best text that the SAE has not been
-            trained on, on which l0 is what it will be elsewhere.
+        rounds: the total number; 1 removes all further rounds.
+        activations: an `ActivationStore`, or [n, d_in] in the SAE's units; best of text that the SAE was not trained
+            on, so that l0 on other text is the same.
         target_l0: mean number of active features; that of `sae` on these activations when None.
-        n_tokens: how many activations to look at. seed: of the sample.
+        n_tokens: size of the sample of activations. seed: of the sample.
 
     Raises:
-        ConfigError: rounds that this SAE cannot have. ShapeError, NumericsError: activations that do not fit.
+        ConfigError: this SAE cannot have these rounds.
+        ShapeError, NumericsError: activations that do not fit or are not finite.
     """
     check_seed(seed)
     check_integer("n_tokens", n_tokens, 1)
@@ -118,7 +120,7 @@ def with_rounds(
 def add_rounds(
     sae: FusedRationalSAE, rounds: int, x: Tensor, target_l0: float, before: tuple[float, float]
 ) -> AddedRounds:
-    """Gives `sae` so many rounds, in place; `before` are l0 and mse of what it is compared with, on the same x."""
+    """Adds rounds to `sae` in place. `before` holds l0 and mse, on the same x, of the code to compare with."""
     had = sae.refinement
     starts: Starts | None = None
     if rounds == 1:
@@ -135,7 +137,7 @@ def add_rounds(
         for name, value in zip(("a", "b", "eta"), starts, strict=True):
             getattr(sae.refinement, name).fill_(value)
     kept = 1 if had is None else had.rounds
-    # Every round that is new stops at the target; of the old ones the last one does, if no other comes after it.
+    # Every new round is set to the target; of the old ones only the last, if none is added after it.
     _hold_rounds(sae, min(kept + 1, rounds), x, target_l0)
     l0, mse = _scores(sae, x)
     a, b, eta = starts or (None, None, None)
@@ -144,12 +146,12 @@ def add_rounds(
 
 @torch.no_grad()
 def hold_l0(sae: FusedRationalSAE, activations: Tensor | Any, target_l0: float, *, n_tokens: int = 8192) -> float:
-    """Shifts the thresholds of the last gate by one constant, in place, until l0 is `target_l0`; returns l0.
+    """Shifts the thresholds of the last gate by one constant, in place, until l0 is `target_l0`; returns the l0.
 
-    Thresholds stay at 0 or above, so that an l0 that needs negative codes is not reached (with a warning).
+    Thresholds stay at 0 or above, so an l0 that would need negative codes is not reached (with a warning).
 
     Args:
-        sae: a gated Rational SAE, of one round or more. activations: as in `with_rounds`.
+        sae: a gated Rational SAE, of one round or more. activations: see `with_rounds`.
     """
     if not isinstance(sae, FusedRationalSAE) or isinstance(sae, TopKRationalSAE) or sae.gate.form != "gated":
         raise ConfigError("l0 is held by thresholds per feature; give a gated FusedRationalSAE")
@@ -165,12 +167,12 @@ def hold_l0(sae: FusedRationalSAE, activations: Tensor | Any, target_l0: float, 
 
 
 def gated(sae: SparseAutoencoder, x: Tensor) -> FusedRationalSAE:
-    """A Rational SAE with thresholds per feature that has the weights and, but for TopK, the code of `sae`.
+    """Returns a Rational SAE with per-feature thresholds, with the weights and (except for TopK) the code of `sae`.
 
     x [n, d_in]: activations.
 
     Raises:
-        ConfigError: a direct form, whose code no threshold makes, or a kind of SAE without a gate.
+        ConfigError: a direct form, whose code does not come from thresholds, or a kind of SAE without a gate.
     """
     if isinstance(sae, FusedRationalSAE) and not isinstance(sae, TopKRationalSAE):
         return copy.deepcopy(sae)
@@ -204,7 +206,7 @@ def gated(sae: SparseAutoencoder, x: Tensor) -> FusedRationalSAE:
 
 
 def search_starts(sae: FusedRationalSAE, x: Tensor, target_l0: float) -> Starts:
-    """a, b and eta, shared by all features, that leave the least error after two rounds of l0 `target_l0`."""
+    """Returns the a, b and eta, shared by all features, with the least error after two rounds at l0 `target_l0`."""
     walk = _first_round(sae, x)
     h, y, e, c = walk.h, walk.y, walk.e, walk.correction()
 
@@ -228,7 +230,7 @@ def search_starts(sae: FusedRationalSAE, x: Tensor, target_l0: float) -> Starts:
 
 
 def _hold_rounds(sae: FusedRationalSAE, first: int, x: Tensor, target_l0: float) -> None:
-    """Shifts the thresholds of the gates from round `first` to the last, each so that its code has this l0."""
+    """Shifts the thresholds of the gates from round `first` to the last, so that each code has this l0."""
     refinement = sae.refinement
     if refinement is None:
         _hold_one_round(sae, x, target_l0)
@@ -250,7 +252,7 @@ def _hold_rounds(sae: FusedRationalSAE, first: int, x: Tensor, target_l0: float)
             shifted, shift = _shifted(walk, theta, wanted + more)
             walk.open(shifted)
             walk.search(p)
-            # What the search makes negative is not active at the end: as many more may open.
+            # Codes that the search makes negative end as inactive, so as many more features may open.
             short = wanted - int((walk.opened & (walk.y > 0)).sum())
             if abs(short) <= 0.001 * wanted:
                 break
@@ -273,18 +275,18 @@ def _first_round(sae: FusedRationalSAE, x: Tensor) -> Walk:
 
 
 def _weight(unit: Tensor) -> Tensor:
-    """In which unit of its own each feature's threshold is shifted: one over the norm of its decoder row."""
+    """The unit in which each feature's threshold is shifted: one over the norm of its decoder row."""
     return torch.where(unit > 0, unit, unit.max()).sqrt()
 
 
 def _shifted(walk: Walk, theta: Tensor, wanted: float) -> tuple[Tensor, float]:
-    """theta [n_entries] shifted so that `wanted` of this round's candidates open, and by how much."""
+    """Returns theta [n_entries], shifted so that `wanted` of this round's candidates open, and the shift."""
     shift = _shift(walk.h, theta, _weight(walk.unit), wanted)
     return (theta + shift * _weight(walk.unit)).clamp_min(0), shift
 
 
 def _shift(h: Tensor, theta: Tensor, weight: Tensor, wanted: float) -> float:
-    """By how much `theta` must rise so that h > max(theta + shift * weight, 0) at `wanted` places."""
+    """Returns the shift for which h > max(theta + shift * weight, 0) at `wanted` places."""
     above = ((h - theta) / weight)[h > 0].sort(descending=True).values
     if not len(above):
         return 0.0
@@ -295,7 +297,7 @@ def _shift(h: Tensor, theta: Tensor, weight: Tensor, wanted: float) -> float:
 
 
 def _hold_one_round(sae: FusedRationalSAE, x: Tensor, target_l0: float) -> None:
-    """Of an encoder of one round, all of whose pre-activations could open."""
+    """Sets the l0 of an encoder of one round, where any pre-activation may open."""
     gate, x = sae.gate, sae.normalization(x).apply(x)
     b_dec = sae.b_dec if sae.apply_b_dec_to_input else None
     squares = sae.W_dec.float().square().sum(1)
@@ -313,7 +315,7 @@ def _hold_one_round(sae: FusedRationalSAE, x: Tensor, target_l0: float) -> None:
 
 
 def _scores(sae: SparseAutoencoder, x: Tensor) -> tuple[float, float]:
-    """l0 and mse, of a part of the rows at a time."""
+    """l0 and mse, computed on some rows at a time."""
     active = squares = 0.0
     for rows in x.split(SEARCHED):
         z = sae.encode(rows)

@@ -1,4 +1,4 @@
-"""The SAEs people have: ReLU, JumpReLU and TopK, in SAELens' layout and with its architecture names."""
+"""The common SAEs: ReLU, JumpReLU and TopK, in SAELens' layout and under its architecture names."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class ReluSAE(SparseAutoencoder):
         return self.hidden_pre(x).relu()
 
     def _scale_nonlinearity_(self, scale: Tensor) -> None:
-        """A ReLU is homogeneous."""
+        """Nothing to do: a ReLU is homogeneous."""
 
 
 class _Rectangle(torch.autograd.Function):
-    """1[h > theta] whose derivative is a rectangle of width `bandwidth` at theta (arXiv:2407.14435, eq. 11-12).
+    """1[h > theta] with a rectangle of width `bandwidth` at theta as its derivative (arXiv:2407.14435, eq. 11-12).
 
     `to_h` also passes that derivative to h; the published JumpReLU passes it to theta only.
     """
@@ -62,7 +62,7 @@ class _Rectangle(torch.autograd.Function):
 
 
 def opened(h: Tensor, theta: Tensor, bandwidth: float, to_h: bool) -> Tensor:
-    """1[h > theta] of a list of places [n], with the rectangle's derivative."""
+    """1[h > theta] at a list of places [n], with the rectangle's derivative."""
     return _Rectangle.apply(h.unsqueeze(0), theta, bandwidth, to_h).squeeze(0)
 
 
@@ -121,12 +121,12 @@ class JumpReluSAE(SparseAutoencoder):
 
 
 class TopKSAE(SparseAutoencoder):
-    """z keeps each token's k largest pre-activations, through a ReLU (arXiv:2406.04093).
+    """Keeps each token's k largest pre-activations, through a ReLU (arXiv:2406.04093).
 
     Args:
         k: active features per token, 1 to d_sae.
-        relu: False keeps the k largest also where they are negative, which happens to tokens with fewer than k
-            positive pre-activations.
+        relu: False keeps the k largest even if they are negative (in tokens with fewer than k positive
+            pre-activations).
     """
 
     architecture: ClassVar[str] = "topk"
@@ -152,6 +152,6 @@ class TopKSAE(SparseAutoencoder):
 
 
 def keep_largest(values: Tensor, k: int) -> Tensor:
-    """Zeros everything but the k largest of the last dimension."""
+    """Sets everything but the k largest values of the last dimension to zero."""
     kept = values.topk(min(k, values.shape[-1]), dim=-1, sorted=False)
     return torch.zeros_like(values).scatter(-1, kept.indices, kept.values)

@@ -1,4 +1,4 @@
-"""What every SAE of this package is: weights in SAELens' layout, shape checks, encoding, decoding, scaling."""
+"""`SparseAutoencoder`, the base class: weights in SAELens' layout, shape checks, encoding, decoding, scaling."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ class SparseAutoencoder(Pretrained):
 
     Attributes:
         W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in]: trainable.
-        compares_features: whether a feature's code depends on the token's other features (TopK), so that neither the
-            features nor a loss over them can be cut into pieces.
-        metadata: provenance (hook_name, model_name, activation_scale, ...), saved and loaded along.
-        units: what the model's activations are multiplied by before this SAE reads them (1.0: its own), or None.
+        compares_features: whether a feature's code depends on the token's other features (TopK). If so, neither the
+            features nor a loss over them can be split into pieces.
+        metadata: provenance (hook_name, model_name, activation_scale, ...), which is saved and loaded with the weights.
+        units: the factor on the model's activations that this SAE expects (1.0: none), or None if unknown.
 
     Args:
         d_in, d_sae: width of the activations and number of features, both at least 1.
         apply_b_dec_to_input: whether b_dec is subtracted from the input before encoding.
-        normalize_activations: what every token goes through first, undone on the reconstruction (`normalization`);
-            h, z, W_enc, W_dec, b_enc and b_dec are then in normalised units, x and x_hat never.
+        normalize_activations: the normalisation of every token before encoding, which is undone on the reconstruction
+            (see `normalization`); h, z and the weights are then in normalised units; x and x_hat never are.
         dtype, device: of the weights. generator: seeds the random initial weights.
-        initialise: False leaves the weights as they are in memory, for weights to be loaded.
+        initialise: False leaves the weights uninitialised, to be loaded.
     """
 
     compares_features: ClassVar[bool] = False
@@ -95,31 +95,32 @@ class SparseAutoencoder(Pretrained):
 
     @abc.abstractmethod
     def encode(self, x: Tensor) -> Tensor:
-        """Activations [..., d_in] -> the sparse code [..., d_sae]."""
+        """Encodes activations [..., d_in] as a sparse code [..., d_sae]."""
 
     def encode_with_counts(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The code, and on how many tokens each feature is active [d_sae].
+        """Returns the code, and on how many tokens each feature is active, [d_sae].
 
-        Where an SAE has trainable thresholds the counts are differentiable, so that l0 can be penalised.
+        If an SAE has trainable thresholds, the counts are differentiable, so that l0 can be penalised.
         """
         z = self.encode(x)
         return z, (z != 0).reshape(-1, self.d_sae).sum(0).float()
 
     def decode(self, feature_acts: Tensor, x: Tensor | None = None) -> Tensor:
-        """Codes [..., d_sae] -> reconstructions [..., d_in].
+        """Decodes codes [..., d_sae] to reconstructions [..., d_in].
 
         Args:
-            x: the activations [..., d_in] the codes were made from. Only an SAE that normalises every token needs
-                it, to give the reconstruction the token's own mean and scale; others ignore it.
+            x: the activations [..., d_in] that the codes were made from. An SAE that normalises every token needs it,
+                to give the reconstruction the token's own mean and scale; others ignore it.
 
         Raises:
-            ConfigError: such an SAE without x.
+            ConfigError: x is needed and missing.
+            ShapeError: a wrong width.
         """
         feature_acts = self._check_last(feature_acts, "feature_acts", "d_sae", self.d_sae)
         return self.denormalize(feature_acts @ self.W_dec + self.b_dec, x)
 
     def denormalize(self, x_hat: Tensor, x: Tensor | None) -> Tensor:
-        """x_hat [..., d_in] with each token's own mean and scale again, as `decode` returns it."""
+        """Restores each token's own mean and scale in x_hat [..., d_in], as `decode` returns it."""
         if self.normalize_activations == "none":
             return x_hat
         if x is not None:
@@ -134,15 +135,15 @@ class SparseAutoencoder(Pretrained):
         return self.normalization(x).undo(x_hat)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Activations [..., d_in] -> reconstructions [..., d_in]."""
+        """Encodes and decodes activations [..., d_in]; returns reconstructions [..., d_in]."""
         return self.decode(self.encode(x), x)
 
     def normalization(self, x: Tensor) -> Affine:
-        """What every token of x [..., d_in] goes through before the encoder; the identity for most SAEs."""
+        """The normalisation of every token of x [..., d_in] before the encoder; the identity for most SAEs."""
         return normalize(x, self.normalize_activations)
 
     def hidden_pre(self, x: Tensor) -> Tensor:
-        """Activations [..., d_in] -> pre-activations h [..., d_sae]."""
+        """Returns the pre-activations h [..., d_sae] of activations [..., d_in]."""
         x = self._check_last(x, "x", "d_in", self.d_in)
         x = self.normalization(x).apply(x)
         if not self.apply_b_dec_to_input:
@@ -152,7 +153,8 @@ class SparseAutoencoder(Pretrained):
         return _CentredLinear.apply(x, self.W_enc, self.b_enc, self.b_dec)
 
     def _check_last(self, tensor: Tensor, name: str, size_name: str, size: int) -> Tensor:
-        """The tensor, if it fits; one of narrower numbers (a bfloat16 model's) in the dtype of the weights."""
+        """Returns the tensor if it fits. A tensor of lower precision (from a bfloat16 model) is converted to the
+        weights' dtype."""
         weights = self.W_dec
         check_tensor(name, tensor, weights.device)
         if tensor.dim() == 0 or tensor.shape[-1] != size:
@@ -172,16 +174,16 @@ class SparseAutoencoder(Pretrained):
         n_tokens: int = 8192,
         seed: int = 0,
     ) -> Any:
-        """This SAE with an encoder that looks `rounds` times, a `FusedRationalSAE`; nothing is trained.
+        """Returns this SAE as a `FusedRationalSAE` with an encoder of `rounds` rounds. Nothing is trained.
 
         See `rsae_triton.sae.adding.with_rounds` for the arguments.
         """
-        # Not an import statement: what adds rounds is built on this module.
+        # Imported here, because the module that adds rounds imports this one.
         adding = importlib.import_module("rsae_triton.sae.adding")
         return adding.with_rounds(self, rounds, activations, target_l0=target_l0, n_tokens=n_tokens, seed=seed)
 
     def extra_repr(self) -> str:
-        """Sizes, place, units and, where they are known, l0 and what the activations were scaled by."""
+        """Sizes, place, units and, where known, l0 and the scale of the activations."""
         said = [f"d_in={self.d_in}, d_sae={self.d_sae}"]
         said += [f"{key}={value}" for key in ("k",) if (value := getattr(self, key, None)) is not None]
         for key in ("model_name", "hook_name"):
@@ -197,28 +199,28 @@ class SparseAutoencoder(Pretrained):
 
     @torch.no_grad()
     def scale_decoder_rows_(self, norms: Tensor) -> None:
-        """Gives every decoder row the norm in `norms` [d_sae, 1] (rows of zeros are left)."""
+        """Gives every decoder row the norm in `norms` [d_sae, 1]; rows of zeros stay."""
         self.W_dec.mul_(norms / self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
 
     @torch.no_grad()
     def constrain_(self) -> None:
-        """Projects onto the feasible set after an optimiser step; nothing to do for most SAEs."""
+        """Projects the parameters onto their valid range after an optimiser step; nothing to do for most SAEs."""
 
     @property
     def row_width(self) -> int:
-        """Width of the rows of activations that it is trained and scored on: d_in, for a transcoder d_in + d_out."""
+        """Width of the rows that it is trained and scored on: d_in, or d_in + d_out for a transcoder."""
         return self.d_in
 
     def sides(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """What it reads and what it is to reconstruct, of such rows: the same, but for a transcoder."""
+        """Splits such rows into input and target, which are the same except for a transcoder."""
         return rows, rows
 
     @property
     def units(self) -> float | None:
-        """What the model's activations are multiplied by before this SAE reads them; None where nobody has said.
+        """The factor on the model's activations that this SAE expects; None if unknown.
 
-        1.0 for SAEs that were loaded, the store's scale for one that was trained on a store from its beginning.
-        Functions that take a store and an SAE bring the two together themselves.
+        It is 1.0 for SAEs that were loaded, and the store's scale for one trained on a store from the beginning.
+        Functions that take a store and an SAE convert between the two themselves.
         """
         value = self.metadata.get(UNITS)
         return None if value is None else float(value)
@@ -233,15 +235,16 @@ class SparseAutoencoder(Pretrained):
 
     @property
     def all_units(self) -> tuple[float, ...] | None:
-        """What `to_units_` takes to come back here: one number, for a transcoder two; None where nobody has said."""
+        """The arguments with which `to_units_` restores the present units: one number, two for a transcoder; None if
+        unknown."""
         return None if self.units is None else (self.units,)
 
     @torch.no_grad()
     def to_units_(self, units: float) -> Self:
-        """The same SAE reading the model's activations times `units` (1.0: its own); codes are unchanged.
+        """Changes the SAE so that it reads the model's activations times `units` (1.0: unscaled). Codes do not change.
 
         Raises:
-            ConfigError: nobody has said which units it reads now (set `sae.units`).
+            ConfigError: the present units are unknown (set `sae.units`).
         """
         check_number("units", units, above=0)
         before = self.units
@@ -252,15 +255,15 @@ class SparseAutoencoder(Pretrained):
             )
         if units != before:
             self.fold_activation_scale_(before / units)
-            self.units = units  # and not what rounding makes of it
+            self.units = units  # exactly, without rounding
         return self
 
     @torch.no_grad()
     def fold_activation_scale_(self, scale: float) -> Self:
-        """Turns an SAE of x * scale into the same SAE of x: codes are unchanged, reconstructions are in x's units.
+        """Turns an SAE of x * scale into the same SAE of x. Codes do not change; reconstructions are in x's units.
 
-        `to_units_` calls it; there is seldom a reason to do so by hand. An SAE that normalises every token sees the
-        same either way, and its weights are left as they are.
+        `to_units_` calls this, so there is seldom a reason to call it directly. An SAE that normalises every token
+        gives the same result either way, and its weights are not changed.
         """
         try:
             check_number("activation scale", scale, above=0)
@@ -283,10 +286,10 @@ class SparseAutoencoder(Pretrained):
     def fold_decoder_norm_(self) -> Self:
         """Gives every decoder row norm 1 and multiplies its feature's codes by the norm it had.
 
-        Reconstructions are unchanged. Rows of zeros are left.
+        Reconstructions do not change. Rows of zeros stay.
 
         Raises:
-            ConfigError: norms are not 1 and the kind of SAE does not allow it (other features of a TopK would win).
+            ConfigError: norms are not 1 and this kind of SAE cannot be rescaled (a TopK would choose other features).
         """
         norms = self.W_dec.float().norm(dim=1)
         norms = torch.where(norms > 0, norms, 1.0)
@@ -300,10 +303,11 @@ class SparseAutoencoder(Pretrained):
         return self
 
     def _scale_activations_(self, scale: float) -> None:
-        """What else changes where W_enc is multiplied by scale and the decoder divided by it: nothing in most SAEs."""
+        """Adapts everything else when W_enc is multiplied by scale and the decoder divided by it; nothing in most
+        SAEs."""
 
     def _scale_nonlinearity_(self, scale: Tensor) -> None:
-        """Makes the nonlinearity f of every feature scale * f(h / scale), scale [d_sae]."""
+        """Changes the nonlinearity f of every feature to scale * f(h / scale), scale [d_sae]."""
         raise ConfigError(f"the decoder norms of a {type(self).__name__} cannot be folded into its codes")
 
 
@@ -315,10 +319,10 @@ def _weights(
     generator: torch.Generator | None,
     initialise: bool,
 ) -> tuple[Tensor, Tensor]:
-    """W_enc and W_dec: random directions and their transpose, or whatever is in memory.
+    """Returns W_enc and W_dec: random directions and their transpose, or uninitialised memory.
 
-    W_enc [d_in, d_sae] lies in memory feature by feature, as W_dec does: what is done for one feature (its column of a
-    product, its gradient, its optimiser step, its shard) reads one run of memory. Files hold it row by row.
+    W_enc [d_in, d_sae] is stored feature by feature, like W_dec. All work on a feature (its column of a product, its
+    gradient, its optimiser step, its shard) then reads contiguous memory. In files it is stored row by row.
     """
     if not initialise:
         encoder, decoder = (torch.empty(d_sae, d_in, device=device, dtype=dtype) for _ in range(2))
@@ -329,7 +333,8 @@ def _weights(
 
 
 class _CentredLinear(torch.autograd.Function):
-    """(x - b_dec) @ W_enc + b_enc for an x without gradient: that of b_dec is a mat-vec, not a third GEMM."""
+    """(x - b_dec) @ W_enc + b_enc for an x without gradient. The gradient of b_dec is then a mat-vec, not a third
+    GEMM."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""BatchTopK: k active features per token on average over the batch, one threshold at inference."""
+"""BatchTopK: k active features per token on average over the batch, and a fixed threshold at inference."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from rsae_triton.sae.base import SparseAutoencoder
 class BatchTopKSAE(SparseAutoencoder):
     """Keeps the n_tokens * k largest pre-activations of a batch while training (arXiv:2412.06410).
 
-    Otherwise (after `eval()`, which is also how it is built and loaded) a token's code must not depend on its
-    neighbours: features above `topk_threshold` are active, the running mean of the smallest value kept in training.
-
-    `load_teacher` reads a saved one as the JumpReLU SAE that it is then, as SAELens does.
+    At inference (after `eval()`, the mode in which it is built and loaded) a token's code must not depend on the rest
+    of the batch. Features above `topk_threshold` are then active; this is the running mean of the smallest value kept
+    in training. `load_teacher` reads a saved BatchTopK SAE as the JumpReLU SAE that it is at inference, as SAELens
+    does.
 
     Args:
         k: active features per token, on average; 1 to d_sae.
@@ -50,7 +50,7 @@ class BatchTopKSAE(SparseAutoencoder):
 
     @torch.no_grad()
     def remember_(self, smallest: Tensor) -> None:
-        """Takes the smallest value that a training batch kept into the running mean."""
+        """Updates the running mean with the smallest value that a training batch kept."""
         started = bool(self.topk_threshold > 0)
         self.topk_threshold.mul_(self.memory if started else 0.0).add_(
             smallest.float(), alpha=1 - self.memory if started else 1.0

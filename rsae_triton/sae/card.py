@@ -1,4 +1,4 @@
-"""The README.md beside saved weights: what the SAE is, its measured numbers, and how to load it."""
+"""Writes the model card, README.md, beside saved weights: what the SAE is, its scores, and how to load it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ROWS = {
     "rsae": "Rational SAE",
     "control": "control: teacher, same steps",
 }
-# Architectures of Rational SAEs and the class that loads them; the classes' module imports this one.
+# Architectures of Rational SAEs and the names of their classes (their modules import this one).
 _RATIONAL = {
     "rational": "FusedRationalSAE",
     "rational_topk": "TopKRationalSAE",
@@ -39,7 +39,7 @@ _COLUMNS = (
 
 
 def write_card(folder: Path, text: str) -> None:
-    """Writes the card, unless the folder holds a README.md that somebody else made."""
+    """Writes the card, unless the folder holds a README.md that is not such a card."""
     path = folder / CARD_FILE
     if path.exists() and (not path.is_file() or _MARK not in path.read_text(encoding="utf-8", errors="replace")):
         return
@@ -47,16 +47,18 @@ def write_card(folder: Path, text: str) -> None:
 
 
 def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any] | None = None) -> str:
-    """The card's text.
+    """Returns the text of the card.
 
     Args:
-        config: what cfg.json holds. metrics: what metrics.json of a run holds; scores by code, "matched_l0", "meta".
+        config: the content of cfg.json. metrics: the content of a run's metrics.json (scores by code, "matched_l0",
+            "meta").
     """
     metadata = config.get("metadata") or {}
     loads = _RATIONAL.get(config["architecture"])
     rational = loads is not None
     front: dict[str, Any] = {
-        # What the hub counts and filters by: SAELens reads these files (a rational one with our module imported).
+        # The hub counts and filters by these tags. SAELens can read the files (a Rational SAE's once our module is
+        # imported).
         "library_name": "saelens",
         "tags": ["sparse-autoencoder", "mechanistic-interpretability", "saelens", "rsae-triton"]
         + ["rational-sae"] * rational,
@@ -173,6 +175,6 @@ def _number(value: Any, form: str) -> str:
 
 
 def _cell(value: Any) -> str:
-    """A value as text: a stranger's name is no markup, no link and no heading of its own."""
+    """Escapes a value: text from others must not become markup, a link or a heading."""
     text = " ".join(printable(str(value)).split())
     return re.sub(r"([\\`*\[\]|#!])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))

@@ -1,4 +1,4 @@
-"""A Rational SAE as the nearest JumpReLU SAE: for tools that know no rational, with what it costs."""
+"""Converts a Rational SAE into the nearest JumpReLU SAE, for tools that only know that, and measures the loss."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from rsae_triton.sae.gate import RationalGate
 from rsae_triton.sae.sides import side_by_side
 from rsae_triton.sae.units import check_place, reading, scales_of
 
-_FEATURES = 512  # fitted at once: a sorted column of the sample is held for each
+_FEATURES = 512  # how many are fitted at once; each needs a sorted column of the sample
 
 
 @dataclass(frozen=True)
 class DenseExport:
     """What the JumpReLU SAE loses, on the half of the activations that it was not fitted to.
 
-    code_error: ||z_jumprelu - z|| / ||z|| over all tokens. mse, l0: of the Rational SAE and of the JumpReLU SAE;
-    mse is the mean over tokens of ||x - x_hat||^2. n_tokens: measured on.
+    code_error: ||z_jumprelu - z|| / ||z|| over all tokens. mse, l0: of the Rational SAE and of the JumpReLU SAE; mse is
+    the mean over tokens of ||x - x_hat||^2. n_tokens: the number of tokens measured.
     """
 
     code_error: float
@@ -45,20 +45,20 @@ class DenseExport:
 def to_jumprelu(
     sae: SparseAutoencoder, activations: Any, targets: Tensor | None = None
 ) -> tuple[JumpReluSAE, DenseExport]:
-    """The JumpReLU SAE whose codes are nearest to `sae`'s in least squares, feature by feature.
+    """Returns the JumpReLU SAE whose codes are nearest to `sae`'s in least squares, feature by feature.
 
-    A JumpReLU computes g * h + c where that exceeds a threshold. For each feature g and c are the regression of its
-    active codes on their pre-activations (or 1 and 0, where those fit better), and the threshold is the best of all
-    cuts of the sample; g and c go into W_enc and b_enc. The decoder is the same. Of an encoder of several rounds the
-    codes depend on all that the others have explained, which no JumpReLU knows: expect the error of one round.
+    A JumpReLU computes g * h + c where that exceeds a threshold. For each feature, g and c are the regression of its
+    active codes on their pre-activations (or 1 and 0, if those fit better), and the threshold is the best of all cuts
+    of the sample. g and c go into W_enc and b_enc; the decoder is the same. With several rounds a code depends on what
+    the other features have explained, which a JumpReLU cannot express: expect the error of one round.
 
     Args:
-        activations: an `ActivationStore`, or [n_tokens, d_in] in the SAE's units, a few thousand or more. Half are
-            fitted to, half measured on.
-        targets: of a transcoder, what it writes; see `upgrade`.
+        activations: an `ActivationStore`, or [n_tokens, d_in] in the SAE's units, a few thousand or more. Half are used
+            to fit, half to measure.
+        targets: for a transcoder, the activations that it should write; see `upgrade`.
 
     Returns:
-        The JumpReLU SAE (`JumpReluTranscoder` of a transcoder) in float32, and what it loses.
+        The JumpReLU SAE (a `JumpReluTranscoder` for a transcoder) in float32, and what it loses.
 
     Raises:
         ShapeError, NumericsError: activations that do not fit, are fewer than two or are not finite.
@@ -111,7 +111,8 @@ def _fit_all(sae: SparseAutoencoder, gate: RationalGate, activations: Tensor) ->
 
 
 def _fit(h: Tensor, z: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """g, c and threshold [n_features] from pre-activations and codes [n_tokens, n_features]; theta is the gate's."""
+    """Returns g, c and threshold [n_features] from pre-activations and codes [n_tokens, n_features]; theta is the
+    gate's."""
     h, order = h.double().sort(dim=0, descending=True)
     z = z.double().gather(0, order)
     active = (z != 0).double()
@@ -130,17 +131,17 @@ def _fit(h: Tensor, z: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _cut(h: Tensor, z: Tensor, gain: Tensor, offset: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
-    """The least squared error over all thresholds, and the threshold; h is sorted, largest first."""
+    """Returns the least squared error over all thresholds, and the threshold; h is sorted, largest first."""
     value = gain * h + offset
-    # Keeping the k largest: their error as codes, and the codes of the rest as zeros. Values must be positive.
+    # The change in error if the k largest are kept instead of set to zero. Values must be positive.
     change = torch.where(value > 0, (z - value).square() - z.square(), torch.inf)
     cost = torch.cat([torch.zeros_like(change[:1]), change.cumsum(0)])
     best, k = cost.min(dim=0)
     padded = torch.cat([value, value[-1:] - 1])
     inside = padded.gather(0, (k - 1).clamp_min(0)[None])[0].where(k > 0, torch.inf)
     outside = padded.gather(0, k[None])[0]
-    # All thresholds between the last that is kept and the first that is not fit the sample alike: the gate's own, if
-    # it is one of them, else the middle; for a feature that keeps none, its largest.
+    # All thresholds between the last kept value and the first dropped one fit the sample equally. The gate's own is
+    # taken if it is among them, else the middle; for a feature that keeps none, its largest value.
     own, middle = gain * theta + offset, torch.where(k > 0, (inside + outside) / 2, outside)
     threshold = torch.where((outside <= own) & (own < inside), own, middle).clamp_min(0)
     return best + z.square().sum(0), threshold

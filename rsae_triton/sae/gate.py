@@ -1,4 +1,4 @@
-"""RationalGate: the trainable scalar function h -> z of a Rational SAE, with its parameters."""
+"""`RationalGate`: the trainable scalar function h -> z of a Rational SAE."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ if TYPE_CHECKING:
 
 
 def smooth_step() -> tuple[list[float], list[float]]:
-    """a, b of g(u) = 1/2 + u / (1 + u^2), type (2, 2).
+    """Returns a, b of g(u) = 1/2 + u / (1 + u^2), of type (2, 2).
 
-    On [-1, 1] it rises from 0 to 1 and is flat at both ends, so that clipping its argument leaves no kink:
-    the smoothest rational stand-in for a Heaviside step, used where the gate's slope trains a threshold.
+    On [-1, 1] it rises from 0 to 1 and is flat at both ends, so that clipping its argument leaves no kink. It replaces
+    a Heaviside step where the gate's slope trains a threshold.
     """
     return [0.5, 1.0, 0.5], [0.0, 1.0]
 
 
 class Precise(nn.Module):
-    """A module that keeps its precision: .to(bfloat16) moves it, but thresholds in bf16 silently stop learning."""
+    """A module whose parameters stay float32: .to(bfloat16) only moves it, because thresholds in bf16 silently stop
+    learning."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def move(tensor: Tensor) -> Tensor:
@@ -40,16 +41,16 @@ class Precise(nn.Module):
 class RationalGate(Precise):
     """A rational gate for `d_sae` features; feature f uses coefficient set ``f * groups // d_sae``, or ``group_of[f]``.
 
-    Trained are alpha = a / s_a and beta = b / s_b, where s_a and s_b are the *unit-influence scales* (how much
-    one unit of a coefficient moves the gate at most), so that every parameter is O(1) although the coefficients
-    themselves reach 1e7. All parameters are float32 whatever dtype the module is moved to.
+    The trained parameters are alpha = a / s_a and beta = b / s_b, where s_a and s_b are the *unit-influence scales*
+    (how much one unit of a coefficient moves the gate at most), so that every parameter is O(1) although the
+    coefficients themselves reach 1e7. All parameters are float32 whatever dtype the module is moved to.
 
     Args:
         d_sae: number of features.
         degree: (p, q), 0 to 12 each.
-        a, b: coefficients [p+1] and [q] (shared at first by all groups), or [groups, p+1] and [groups, q].
+        a, b: coefficients [p+1] and [q] (the same for all groups at first), or [groups, p+1] and [groups, q].
         groups: number of coefficient sets; divides d_sae unless group_of is given. 1 is "shared", d_sae "per feature".
-        group_of: which set each feature uses, [d_sae] integers below groups; equal runs of neighbours when None.
+        group_of: which set each feature uses, [d_sae] integers below groups; None gives neighbouring features one set.
         form, domain, amplitude, backward: see `GateSpec`.
         centre: c, a number or [groups].
         input_scale, output_scale: C_in > 0 and C_out; a number, [groups] or [d_sae].
@@ -58,7 +59,7 @@ class RationalGate(Precise):
         numerator_scale, denominator_scale: unit-influence scales [p+1] and [q]; ones when not given.
 
     Raises:
-        ConfigError, ShapeError, NumericsError: a setting, a size or a value that cannot be used.
+        ConfigError, ShapeError, NumericsError: a setting, a size or a value cannot be used.
     """
 
     numerator_scale: Tensor
@@ -100,7 +101,7 @@ class RationalGate(Precise):
         self.d_sae, self.groups = d_sae, groups
         self.degree = (degree[0], degree[1])
         self.form, self.domain, self.amplitude, self.backward = form, domain, amplitude, backward
-        self.spec()  # refuses bad settings before any tensor is made
+        self.spec()  # refuses bad settings before any tensor is allocated
         p, q = self.degree
         check_room(f"a gate of d_sae={d_sae}, groups={groups}", (max(d_sae, groups * (p + q + 1)),), torch.float32)
         assigned = None if group_of is None else as_tensor("group_of", group_of, None, device).detach().clone()
@@ -137,10 +138,10 @@ class RationalGate(Precise):
         scale_in = tensor("input_scale", input_scale, (groups,), (1,), (d_sae,))
         if bool((scale_in <= 0).any()):
             raise NumericsError(f"input_scale must be positive; got a smallest value of {float(scale_in.min()):g}")
-        # C_in is trained through its logarithm: it stays positive, and a step is a relative change.
+        # C_in is trained through its logarithm, so it stays positive and a step is a relative change.
         self.log_input_scale = nn.Parameter(scale_in.log())
         scale_out = tensor("output_scale", output_scale, (groups,), (1,), (d_sae,))
-        if form == "gated":  # takes no part: as a parameter it would have no gradient, which DDP refuses
+        if form == "gated":  # unused: as a parameter it would have no gradient, which DDP refuses
             self.register_buffer("output_scale", scale_out)
         else:
             self.output_scale = nn.Parameter(scale_out)
@@ -158,15 +159,15 @@ class RationalGate(Precise):
         form: str = "direct",
         **options: Any,
     ) -> RationalGate:
-        """A gate from a certified fit.
+        """Makes a gate from a certified fit.
 
         Args:
-            fit: what `fit_gate` returned: for form="direct" a fit of the gate itself, for form="gated" a fit of
-                the ramp, or of the step at 0.
-            thresholds: per-feature thresholds [d_sae] in units of h. In the direct form one shared (a, b) serves
-                them all because a JumpReLU is homogeneous, J_theta(l h) = l J_{theta/l}(h): feature f gets
-                C_in = C_out = thresholds[f] / fit.theta. In the gated form they become theta_f.
-            options: as for `RationalGate`.
+            fit: a result of `fit_gate`. For form="direct" a fit of the gate itself; for form="gated" a fit of the ramp,
+                or of the step at 0.
+            thresholds: per-feature thresholds [d_sae] in units of h. In the direct form one shared (a, b) serves them
+                all, because a JumpReLU is homogeneous, J_theta(l h) = l J_{theta/l}(h): feature f gets C_in = C_out =
+                thresholds[f] / fit.theta. In the gated form they become theta_f.
+            options: see `RationalGate`.
 
         Raises:
             ConfigError: thresholds with a direct fit whose own theta is 0, or that are not positive.
@@ -211,12 +212,12 @@ class RationalGate(Precise):
         return self.log_input_scale.exp()
 
     def spec(self, hard: bool = True) -> GateSpec:
-        """The kind of gate; hard=False asks for the dense rational code (amplitude "rational" always)."""
+        """The settings of the gate; hard=False is for the dense rational code (always with amplitude "rational")."""
         amplitude = self.amplitude if hard else "rational"
         return GateSpec(*self.degree, self.form, self.domain, amplitude, hard, self.backward if hard else "soft")
 
     def check_groups(self) -> None:
-        """Refuses a `group_of` that does not name a group for every feature (ShapeError, ConfigError)."""
+        """Raises ShapeError or ConfigError if `group_of` does not give every feature one of the groups."""
         if self.group_of is None:
             return
         if self.group_of.shape != (self.d_sae,) or self.group_of.dtype != torch.int64:
@@ -227,8 +228,8 @@ class RationalGate(Precise):
             raise ConfigError(f"group_of names a group outside 0 to {self.groups - 1}; there are groups={self.groups}")
 
     def check_values(self) -> None:
-        """Refuses numbers that no gate can have (NumericsError): scales that are not positive or overflow, thresholds
-        below zero."""
+        """Raises NumericsError for impossible values: scales that are not positive or overflow, or thresholds below
+        zero."""
         for name, values in (("numerator", self.numerator()), ("denominator", self.denominator())):
             check_finite(name, values, "its coefficients overflow")
         for name, scale in (
@@ -241,7 +242,7 @@ class RationalGate(Precise):
         self._check_thresholds()
 
     def _check_thresholds(self) -> None:
-        # A gated code opens only for h > theta >= 0; below an activity threshold under zero nothing would be zero.
+        # A gated code opens for h > theta >= 0 only. With a negative activity threshold no code would be zero.
         gated = [("threshold", self.threshold)] if self.form == "gated" else []
         for name, values in (("activity_threshold", self.activity_threshold), *gated):
             if bool((values < 0).any()):
@@ -250,13 +251,13 @@ class RationalGate(Precise):
                 )
 
     def _per_feature(self, values: Tensor) -> Tensor:
-        """One row for each feature from one row for each group (or for all, or for each feature already)."""
+        """Returns a row for each feature, from rows for groups (or one row for all, or a row per feature)."""
         if self.group_of is not None and len(values) == self.groups > 1:
             return values[self.group_of]
         return values.repeat_interleave(self.d_sae // len(values), dim=0)
 
     def tensors(self) -> GateTensors:
-        """Everything per feature: [1, ...] where one set serves all features, [d_sae, ...] otherwise."""
+        """The numbers per feature: [1, ...] if one set serves all features, [d_sae, ...] otherwise."""
         a, b = self.numerator(), self.denominator()
         centre: Tensor = self.centre
         scale_in, scale_out = self.input_scale, self.output_scale.view(-1)
@@ -266,7 +267,7 @@ class RationalGate(Precise):
         return GateTensors(a, b, centre, scale_in, scale_out, self.threshold, activity)
 
     def forward(self, hidden_pre: Tensor, *, hard: bool = True) -> Tensor:
-        """Pre-activations [..., d_sae] -> codes of the same shape, in plain PyTorch (float32 inside)."""
+        """Computes codes from pre-activations [..., d_sae], in the same shape, in plain PyTorch (float32 inside)."""
         check_tensor("hidden_pre", hidden_pre, self.threshold.device)
         if hidden_pre.shape[-1:] != (self.d_sae,):
             raise ShapeError(f"hidden_pre ends in {tuple(hidden_pre.shape[-1:])}; this gate has d_sae={self.d_sae}")
@@ -276,16 +277,18 @@ class RationalGate(Precise):
 
     @torch.no_grad()
     def constrain_(self) -> None:
-        """Projects onto the feasible set after an optimiser step: a gated code opens only for h > theta >= 0."""
+        """Projects thresholds onto theta >= 0 after an optimiser step, since a gated code opens only for h > theta >=
+        0."""
         if self.form == "gated":
             self.threshold.clamp_(min=0)
 
     @torch.no_grad()
     def scale_features_(self, scale: Tensor) -> None:
-        """Puts feature f into units that are scale[f] > 0 times smaller: g_f(h) becomes s_f * g_f(h / s_f).
+        """Changes the units of feature f to be scale[f] > 0 times smaller: g_f(h) becomes s_f * g_f(h / s_f).
 
-        Thresholds, C_in and the activity threshold are multiplied by scale, in the direct form C_out too (a gated code
-        h * r scales with h). All of them are then per feature: new parameters, which an optimiser has to be told.
+        Thresholds, C_in and the activity threshold are multiplied by scale; in the direct form also C_out (a gated code
+        h * r scales with h). All of them become per-feature. They are new parameters, so an existing optimiser must be
+        rebuilt.
         """
         check_tensor("scale", scale)
         scale = scale.to(self.threshold)
@@ -304,16 +307,17 @@ class RationalGate(Precise):
         self.activity_threshold = self._per_feature(self.activity_threshold) * scale
 
     def plot(self, features: Sequence[int] | None = None) -> Any:
-        """A matplotlib figure of activation against pre-activation; dotted, the rational without its zeros.
+        """Plots activation against pre-activation; the dotted line is the rational without its zeros. Returns a
+        matplotlib figure.
 
-        features: which to draw; five from the lowest threshold to the highest when None.
+        features: which to draw; by default five, from the lowest threshold to the highest.
         """
         from rsae_triton.sae.plot import plot_gate
 
         return plot_gate(self, features)
 
     def config(self) -> dict[str, Any]:
-        """What it takes to build an empty gate of this kind and size."""
+        """The arguments for an empty gate of this kind and size."""
         return {
             "degree": list(self.degree),
             "groups": self.groups,
@@ -329,12 +333,12 @@ class RationalGate(Precise):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> RationalGate:
-        """A gate of `config` (with d_sae) whose numbers are still to be loaded."""
+        """Makes a gate from `config` (with d_sae) whose numbers are still to be loaded."""
         p, q = config["degree"]
         sizes = {}
         for name in ("input_scale", "output_scale", "activity_threshold"):
             sizes[name] = config.get(f"{name}_groups", 1)
-            # Looked at before anything of that size is made: a configuration may say anything.
+            # Checked before anything of that size is allocated: a configuration can contain anything.
             if sizes[name] not in (1, config["groups"], config["d_sae"]):
                 raise ConfigError(f"{name}_groups is {sizes[name]!r}; it must be 1, groups or d_sae")
         return cls(

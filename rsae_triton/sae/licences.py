@@ -1,6 +1,6 @@
-"""What licences ask of whoever passes an SAE on: of the SAE it was made from, and of the model it reads.
+"""Licence terms for passing an SAE on: those of the SAE it was made from, and those of the model it reads.
 
-Only what is known for certain is stated; for the rest the card says to look at the source.
+Only what is known for certain is stated; otherwise the card refers to the source.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ _MODELS = (
 
 
 def licence_of(metadata: Mapping[str, Any]) -> str | None:
-    """The licence's name on the hub: what the metadata say, else that of a suite whose licence is known."""
+    """The licence's name on the hub: the one in the metadata, else that of a suite whose licence is known; None
+    otherwise."""
     if metadata.get("license"):
         return str(metadata["license"])
     source = _source(metadata)
@@ -39,7 +40,7 @@ def licence_of(metadata: Mapping[str, Any]) -> str | None:
 
 
 def notices(metadata: Mapping[str, Any]) -> list[str]:
-    """Sentences for the card: attribution that is owed, or where to look."""
+    """Sentences for the card: attributions that are required, or where to look."""
     source, model = _source(metadata), str(metadata.get("model_name") or "")
     found = [text for pattern, _, text in _SUITES if re.search(pattern, source)]
     if source and not found and not metadata.get("license"):

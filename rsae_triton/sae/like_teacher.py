@@ -1,4 +1,4 @@
-"""What an SAE of any family says about the gate that stands for it: thresholds per feature, and how wide a ramp."""
+"""Derives a gate from an SAE of any family: a threshold per feature, and the width of the ramp."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from rsae_triton.sae.architectures import JumpReluSAE, ReluSAE
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.batch_topk import BatchTopKSAE
 
-# C_in of the gated form, in units of the activations' mean norm, and how much of it active pre-activations must rise
-# above their thresholds in the median; chosen in docs/experiments.md.
+# C_in of the gated form, in units of the activations' mean norm, and the share of it by which active pre-activations
+# must exceed their thresholds in the median; chosen in docs/experiments.md.
 GATE_WIDTH = 0.02
 LEAST_RISE = 0.7
 
 
 def sample(activations: Tensor | Any, teacher: SparseAutoencoder, n_tokens: int, seed: int) -> Tensor:
-    """n_tokens rows to calibrate on, in the teacher's dtype and on its device."""
+    """Draws n_tokens rows for calibration, in the teacher's dtype and on its device."""
     if not isinstance(activations, Tensor) and not hasattr(activations, "tensor"):
         raise ShapeError(f"activations is a {type(activations).__name__}; give a torch.Tensor or an ActivationStore")
     stored = hasattr(activations, "rows") and not isinstance(activations, Tensor)
@@ -34,7 +34,7 @@ def sample(activations: Tensor | Any, teacher: SparseAutoencoder, n_tokens: int,
     if shape[0] == 0:
         raise ShapeError("there are no activations to calibrate on; give at least a few hundred tokens")
     chosen = torch.randperm(shape[0], generator=torch.Generator().manual_seed(seed))[:n_tokens]
-    # Of a store only these rows are read: it may be larger than memory.
+    # Only these rows of a store are read, since it may be larger than memory.
     x = (x.rows(chosen) if stored else x.detach()[chosen.to(x.device)]).to(
         device=teacher.W_enc.device, dtype=teacher.W_enc.dtype
     )
@@ -43,15 +43,16 @@ def sample(activations: Tensor | Any, teacher: SparseAutoencoder, n_tokens: int,
 
 
 def teacher_thresholds(teacher: SparseAutoencoder, h: Tensor, z: Tensor) -> Tensor:
-    """theta_f >= 0 [d_sae]: above it the teacher's feature is active (TopK: as often as it is active)."""
+    """theta_f >= 0 [d_sae], above which the teacher's feature is active (for TopK: at which it is active equally
+    often)."""
     if isinstance(teacher, JumpReluSAE):
         return teacher.threshold.detach().float().clone()
     if isinstance(teacher, BatchTopKSAE):
         return teacher.topk_threshold.detach().float().expand(teacher.d_sae).clone()
     if isinstance(teacher, ReluSAE):
         return torch.zeros(teacher.d_sae, device=h.device)
-    # The m-th largest pre-activation of a feature that fires on m tokens would itself not fire at h > theta, so
-    # the threshold lies halfway to the next; a feature that never fires keeps its largest.
+    # At h > theta, a threshold equal to the m-th largest pre-activation would make the feature fire m - 1 times. So the
+    # threshold lies halfway to the next; a feature that never fires gets its largest.
     fires = (z != 0).sum(0)
     ranked = torch.cat([h.sort(0, descending=True).values, h.amin(0, keepdim=True)]).float()
     last = ranked.gather(0, (fires - 1).clamp_min(0).unsqueeze(0)).squeeze(0)
@@ -60,14 +61,14 @@ def teacher_thresholds(teacher: SparseAutoencoder, h: Tensor, z: Tensor) -> Tens
 
 
 def ramp_width(teacher: SparseAutoencoder, x: Tensor, above: Tensor, width: float | None) -> float:
-    """C_in of a ramp of `width` (see `upgrade`); above [n, d_sae]: pre-activations over their thresholds.
+    """Returns C_in for a ramp of `width` (see `upgrade`). above [n, d_sae]: pre-activations minus thresholds.
 
-    A ramp bets on features below their thresholds as if they were worth what active ones are: it must not reach much
-    deeper than those rise. Where they rise more it is not widened: it gains little, and where many features are near
-    their thresholds l0 could not be held.
+    A ramp treats features below their thresholds as if they were worth as much as active ones, so it must not reach
+    much deeper than active ones rise. Where they rise more it is not widened: that gains little, and with many features
+    near their thresholds l0 could not be held.
     """
     usual = GATE_WIDTH * float(teacher.normalization(x).apply(x).float().norm(dim=1).mean())
-    # h is in units of codes: what a code of 1 adds to a reconstruction is the norm of its decoder row.
+    # h is in units of codes: a code of 1 adds the norm of its decoder row to the reconstruction.
     usual /= max(float(teacher.W_dec.detach().float().norm(dim=1).median()), 1e-12)
     if width is not None:
         return width * usual

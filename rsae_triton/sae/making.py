@@ -1,8 +1,9 @@
-"""What an SAE says of how its activations were made: honoured where a host is loaded or text is read, or warned of.
+"""How an SAE's metadata says its activations were made: followed when a host is loaded or text is read, or warned
+about.
 
 SAELens writes it into cfg.json's metadata: `model_from_pretrained_kwargs` (center_writing_weights, fold_ln, dtype),
-prepend_bos, context_size, seqpos_slice, exclude_special_tokens. An SAE that is read otherwise gives numbers that mean
-nothing: one of GPT-2's centred stream has fvu 390 on the plain one.
+prepend_bos, context_size, seqpos_slice, exclude_special_tokens. With other activations an SAE gives meaningless
+numbers: one of GPT-2's centred stream has fvu 390 on the plain one.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ _RESIDUAL = re.compile(r"blocks\.\d+\.(hook_resid_(pre|mid|post)|hook_(mlp|attn)
 
 @dataclass(frozen=True)
 class Making:
-    """centred: `center_writing_weights`. dtype: of the model, None where it is not said or cannot be used here.
-    context: tokens of a context, None where not said. other: what is not done here, by name."""
+    """How an SAE's activations were made.
+
+    centred: `center_writing_weights`. dtype: of the model; None if not stated or not usable here. context: tokens per
+    context; None if not stated. other: the statements that are not followed here, by name.
+    """
 
     centred: bool
     dtype: str | None
@@ -30,7 +34,7 @@ class Making:
 
 
 def making_of(metadata: Mapping[str, Any]) -> Making:
-    """What `metadata` (of an SAE) says."""
+    """Reads an SAE's `metadata`."""
     loaded = metadata.get("model_from_pretrained_kwargs")
     loaded = loaded if isinstance(loaded, Mapping) else {}
     other = []
@@ -54,7 +58,7 @@ def making_of(metadata: Mapping[str, Any]) -> Making:
 
 
 def warn_of_making(metadata: Mapping[str, Any], name: str, extra: tuple[str, ...] = (), stacklevel: int = 3) -> None:
-    """A warning that names what the SAE says of its activations and what is not done here."""
+    """Warns about the statements on an SAE's activations that are not followed here."""
     other = (*making_of(metadata).other, *extra)
     if other:
         warnings.warn(

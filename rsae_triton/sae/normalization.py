@@ -1,10 +1,10 @@
-"""What some SAEs do to every token before they encode it, and undo on what they decode.
+"""Normalisations that some SAEs apply to every token before encoding, and undo after decoding.
 
     none                    x
     layer_norm              (x - mean) / (std + 1e-5), std unbiased; undone as x_hat * std + mean
     constant_norm_rescale   x * sqrt(d_in) / ||x||; undone as x_hat * ||x|| / sqrt(d_in)
 
-As in SAELens 6 (`SAE._setup_activation_normalization`) and, for layer_norm, openai/sparse_autoencoder
+These are as in SAELens 6 (`SAE._setup_activation_normalization`) and, for layer_norm, openai/sparse_autoencoder
 (`model.LN`), including that the epsilon is added on the way in and not on the way out.
 """
 
@@ -34,7 +34,7 @@ class Affine(NamedTuple):
 
 
 def normalize(x: Tensor, mode: str) -> Affine:
-    """The normalisation of every token of x [..., d_in], in at least float32."""
+    """Returns the normalisation of every token of x [..., d_in], in at least float32."""
     if mode == "none":
         return Affine()
     wide = x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""The figure of a gate: activation against pre-activation, of a few of its features."""
+"""Plots a gate: activation against pre-activation, for a few of its features."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SHOWN = 5
 
 @torch.no_grad()
 def plot_gate(gate: Any, features: Sequence[int] | None) -> Any:
-    """What `RationalGate.plot` returns."""
+    """Draws the figure of `RationalGate.plot`."""
     from matplotlib.figure import Figure
 
     theta = gate.threshold.detach().float().cpu()

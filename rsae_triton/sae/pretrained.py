@@ -1,8 +1,8 @@
-"""Saving and loading: cfg.json and sae_weights.safetensors in SAELens' layout, folders and the hub.
+"""Saving and loading: cfg.json and sae_weights.safetensors in SAELens' layout, in folders and on the hub.
 
-The two files are bound: the weights' file carries the configuration it was saved with, and cfg.json is a copy of it for
-other libraries. Both bear one mark (`metadata.saved_as`), so that a reader between two renames, or after a kill there,
-finds the pair.
+The two files belong together: the weights' file also holds the configuration, and cfg.json is a copy of it for other
+libraries. Both carry one mark (`metadata.saved_as`), so that a reader finds a matching pair even between two renames,
+or after a kill there.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ from rsae_triton.sae.units import UNITS
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
-# The SAELens layout this follows; its readers look at this field first.
+# The version of SAELens whose layout this follows; its readers check this field first.
 SAE_LENS_VERSION = "6.54.0"
 _MARK = "saved_as"
-# In a configuration's metadata, and no provenance.
+# Entries of a configuration's metadata that are not provenance.
 NOT_KEPT = ("sae_lens_version", _MARK)
-# What checkpoints of version 0.1 call the units.
+# The name of the units in checkpoints of version 0.1.
 _UNITS_BEFORE = "trained_at_scale"
 
 
 class Pretrained(nn.Module, abc.ABC):
-    """What of a `SparseAutoencoder` concerns files."""
+    """The part of `SparseAutoencoder` that deals with files."""
 
     architecture: ClassVar[str]
     d_in: int
@@ -79,7 +79,7 @@ class Pretrained(nn.Module, abc.ABC):
         """See `SparseAutoencoder`."""
 
     def config(self) -> dict[str, Any]:
-        """What cfg.json holds: enough to build an empty SAE of this kind."""
+        """The content of cfg.json: enough to build an empty SAE of this kind."""
         return {
             "architecture": self.architecture,
             "d_in": self.d_in,
@@ -88,7 +88,7 @@ class Pretrained(nn.Module, abc.ABC):
             "device": "cpu",
             "apply_b_dec_to_input": self.apply_b_dec_to_input,
             "normalize_activations": self.normalize_activations,
-            # Activations of attention heads [..., head, d_head] are flattened by whoever holds them.
+            # The caller flattens activations of attention heads [..., head, d_head].
             "reshape_activations": "hook_z" if str(self.metadata.get("hook_name")).endswith("hook_z") else "none",
             "metadata": {
                 "sae_lens_version": SAE_LENS_VERSION,
@@ -98,17 +98,17 @@ class Pretrained(nn.Module, abc.ABC):
 
     @classmethod
     def architectures(cls) -> set[str]:
-        """The names in cfg.json that this class loads."""
+        """The architecture names in cfg.json that this class loads."""
         return {cls.architecture}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """An SAE of this kind with the sizes of `config` and weights still to be loaded."""
+        """Makes an SAE of this kind with the sizes in `config`, whose weights are still to be loaded."""
         return cls(**cls.common_arguments(config))
 
     @staticmethod
     def common_arguments(config: dict[str, Any]) -> dict[str, Any]:
-        """The constructor's arguments that every kind shares."""
+        """The constructor's arguments that are common to all kinds."""
         return {
             "d_in": config["d_in"],
             "d_sae": config["d_sae"],
@@ -120,25 +120,26 @@ class Pretrained(nn.Module, abc.ABC):
         }
 
     def save_pretrained(self, folder: str | Path, *, metrics: Mapping[str, Any] | None = None) -> Path:
-        """Writes cfg.json and sae_weights.safetensors (SAELens' layout) together or not at all, and a model card.
+        """Writes cfg.json and sae_weights.safetensors (SAELens' layout), both or neither, and a model card.
 
-        What is written reads the model's own activations, whatever `units` this SAE reads.
+        The saved SAE reads the model's own activations, whatever `units` this SAE reads.
 
         Args:
-            metrics: the scores that go into the card, as metrics.json of a run holds them. A README.md that is not
-                such a card is left alone.
+            metrics: scores for the card, as in a run's metrics.json. A README.md that is not such a card is not
+                changed.
 
         Returns:
             The folder.
 
         Raises:
-            NumericsError: a weight is NaN or infinite. ConfigError: metadata that JSON cannot hold. Then nothing is
-            written. StorageError: the disk refuses.
+            NumericsError: a weight is NaN or infinite; nothing is written.
+            ConfigError: metadata that JSON cannot hold; nothing is written.
+            StorageError: the files cannot be written.
         """
         folder = as_path("folder", folder)
         check_data("W_enc", self.W_enc)
         if self.units not in (None, 1.0):
-            dtype = self.W_enc.dtype  # the factor goes into float32 weights, which are then rounded once
+            dtype = self.W_enc.dtype  # the scale is applied in float32, so that weights are rounded only once
             wide = copy.deepcopy(self).to(torch.promote_types(dtype, torch.float32))
             return wide.to_units_(1.0).to(dtype).save_pretrained(folder, metrics=metrics)
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
@@ -180,17 +181,18 @@ class Pretrained(nn.Module, abc.ABC):
         message: str = "Upload a sparse autoencoder",
         token: str | None = None,
     ) -> str:
-        """Saves into a repository of the Hugging Face hub, which is made if it is not there.
+        """Saves to a repository of the Hugging Face hub, which is created if it does not exist.
 
         Args:
-            repo: "owner/name". metrics: for the card. private: of a repository that is made. revision: a branch,
-                made if it is not there. token: the hub's, where `hf auth login` has not stored one.
+            repo: "owner/name". metrics: for the card. private: for a repository that is created. revision: a branch,
+                created if it does not exist. token: for the hub; not needed after `hf auth login`.
 
         Returns:
             The address of the commit.
 
         Raises:
-            SourceError: the hub cannot be reached, or refuses. NumericsError: as `save_pretrained`.
+            SourceError: the hub cannot be reached, or refuses.
+            NumericsError, ConfigError: see `save_pretrained`.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, metrics=metrics)
@@ -200,14 +202,14 @@ class Pretrained(nn.Module, abc.ABC):
     def from_pretrained(
         cls, source: str | Path, device: torch.device | str = "cpu", *, revision: str | None = None
     ) -> Self:
-        """Loads what `save_pretrained` or `push_to_hub` wrote.
+        """Loads an SAE that `save_pretrained` or `push_to_hub` wrote.
 
         Args:
             source: a folder, or a hub id "owner/name" or "owner/name/folder". revision: of a hub id.
 
         Raises:
-            FormatError: a file is missing, truncated, of another architecture, or lacks a tensor.
-            SourceError: a hub id that cannot be fetched.
+            FormatError: a file is missing, truncated or of another architecture, or a tensor is missing.
+            SourceError: a hub id cannot be fetched.
         """
         device = parse_device(device) or torch.device("cpu")
         folder = local_path(source, revision)
@@ -221,8 +223,8 @@ class Pretrained(nn.Module, abc.ABC):
 
     @classmethod
     def from_files(cls, config: dict[str, Any], weights: dict[str, Tensor], source: str | Path) -> Self:
-        """An SAE from a parsed configuration and its tensors; `source` is named in errors."""
-        # Before anything of the size that the configuration claims is made: the file bounds it.
+        """Makes an SAE from a parsed configuration and its tensors. `source` is for error messages."""
+        # Checked before anything of the claimed size is allocated; the file bounds it.
         found, claimed = getattr(weights.get("W_enc"), "shape", None), (config.get("d_in"), config.get("d_sae"))
         if found is None or tuple(found) != claimed:
             raise FormatError(
@@ -253,7 +255,7 @@ class Pretrained(nn.Module, abc.ABC):
             if tensor.is_floating_point() != expected[name].is_floating_point():
                 raise FormatError(f"{name} in {Path(source) / WEIGHTS_FILE} is {tensor.dtype}; the file is bad")
         sae.load_state_dict(weights)
-        # What was read, in the dtype that it was read into: a finite number can be too large for a narrower one.
+        # Checked in the dtype of the weights, because a finite number in the file can overflow in a narrower one.
         for name, tensor in sae.state_dict().items():
             check_finite(
                 f"{name} in {Path(source) / WEIGHTS_FILE}",
@@ -272,11 +274,12 @@ class Pretrained(nn.Module, abc.ABC):
         return sae
 
     def check_values(self) -> None:
-        """Raises NumericsError for finite weights that no SAE of this kind has, such as a threshold below zero."""
+        """Raises NumericsError for finite weights that are impossible for this kind of SAE, such as a negative
+        threshold."""
 
 
 def parse_dtype(name: str) -> torch.dtype:
-    """ "float32" or "torch.float32" -> torch.float32."""
+    """Converts "float32" or "torch.float32" to torch.float32."""
     dtype = getattr(torch, name.removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype):
         raise FormatError(f"dtype {name!r} is not one torch knows; use float32, bfloat16 or float16")
@@ -284,7 +287,7 @@ def parse_dtype(name: str) -> torch.dtype:
 
 
 def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """cfg.json and the tensors of a saved SAE (`read_pair`).
+    """Reads cfg.json and the tensors of a saved SAE (`read_pair`).
 
     Raises:
         FormatError: missing or unreadable files, or a configuration without an architecture.
@@ -296,10 +299,11 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def read_pair(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The configuration and the tensors of a saved SAE, which belong together.
+    """Returns the configuration and the tensors of a saved SAE, which belong together.
 
-    Where cfg.json is not the one that the weights were saved with (a save is on its way, or was killed), it is the
-    one in the weights' file, with a warning. What the user changes in cfg.json counts: its mark stays.
+    If cfg.json is not the one that the weights were saved with (a save is in progress, or was killed), the copy in the
+    weights' file is returned, with a warning. Changes that the user makes in cfg.json are respected, since its mark
+    stays.
 
     Raises:
         FormatError: missing or unreadable files.
@@ -316,7 +320,7 @@ def read_pair(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if config is not None and (own is None or _mark(config) == _mark(own)):
             break
         if attempt < 2:
-            with alone_in(folder):  # waits for whoever is between the two renames
+            with alone_in(folder):  # waits for a process that is between the two renames
                 pass
             continue
         warnings.warn(
@@ -338,7 +342,7 @@ def carries_config(path: Path) -> bool:
 
 
 def _own(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """The tensors, and the configuration that they were saved with if they are ours."""
+    """The tensors, and for files of ours the configuration that they were saved with."""
     if not (folder / WEIGHTS_FILE).is_file():
         raise FormatError(
             f"{folder / WEIGHTS_FILE} does not exist; an SAE folder holds {CONFIG_FILE} and {WEIGHTS_FILE}"
@@ -361,7 +365,7 @@ def _mark(config: dict[str, Any]) -> Any:
 
 
 def _marked(config: dict[str, Any]) -> str:
-    """cfg.json's text, with a mark that another configuration would not have."""
+    """The text of cfg.json, with a mark that no other configuration has."""
     plain = json.dumps(config, sort_keys=True, ensure_ascii=False)
     mark = hashlib.sha256(as_utf8(CONFIG_FILE, plain)).hexdigest()[:16]
     marked = {**config, "metadata": {**config["metadata"], _MARK: mark}}

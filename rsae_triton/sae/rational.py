@@ -1,4 +1,4 @@
-"""FusedRationalSAE: the drop-in Rational SAE over the fused encoder."""
+"""`FusedRationalSAE`: the drop-in Rational SAE, whose encoder runs fused."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ if TYPE_CHECKING:
 class FusedRationalSAE(SparseAutoencoder):
     """A sparse autoencoder whose nonlinearity is a trainable rational function (arXiv:2606.14990).
 
-    `encode`, `decode` and `forward` take any leading shape; the codes carry exact zeros. Where a CUDA device is
-    there the encoder runs as one Triton kernel, forward and backward, elsewhere through the CPU backend.
+    `encode`, `decode` and `forward` take any leading shape; the codes carry exact zeros. On a CUDA device the encoder
+    runs in Triton kernels, forward and backward; elsewhere it uses the CPU backend.
 
     Args:
         d_in, d_sae: width of the activations, number of features.
         degree, groups, form, domain, amplitude, backward: of the gate, see `RationalGate`. groups=1 shares one
             rational, groups=d_sae gives every feature its own.
-        gate: a ready `RationalGate`; then the six arguments above are taken from it.
+        gate: a ready `RationalGate`, from which the six arguments above are then taken.
         backend: "auto", "triton", "cpu" or "eager" (see `rsae_triton.ops.encode`).
         apply_b_dec_to_input, normalize_activations, dtype, device, metadata, generator, initialise: see
             `SparseAutoencoder`.
 
-    Without `gate` a direct gate starts at the minimax fit of ReLU, a gated one at that of the ramp; both of degree
-    (3, 2) unless another is given.
+    Without `gate`, a direct gate starts as the minimax fit of ReLU and a gated one as that of the ramp, both of degree
+    (3, 2) by default.
     """
 
     architecture: ClassVar[str] = "rational"
@@ -99,27 +99,27 @@ class FusedRationalSAE(SparseAutoencoder):
         with torch.no_grad():
             made.threshold.copy_(self.gate.threshold)
             made.epsilon.fill_(EPSILON * self.d_in)
-            # Weights to be loaded are not there yet, and neither are their norms.
+            # Uninitialised weights have no norms yet.
             squares = self.W_dec.float().square().sum(1)
             made.unit.copy_(torch.where((squares > 0) & squares.isfinite(), 1 / squares, 0))
         return made
 
     @property
     def rounds(self) -> int:
-        """How often the encoder looks: 1, or as many as `with_rounds` has given it."""
+        """The number of rounds of the encoder: 1, or as many as `with_rounds` has added."""
         return 1 if self.refinement is None else self.refinement.rounds
 
     def encode(self, x: Tensor, *, hard: bool = True) -> Tensor:
-        """Activations [..., d_in] -> the sparse code [..., d_sae]; hard=False gives the dense rational code."""
+        """Encodes activations [..., d_in] as a sparse code [..., d_sae]; hard=False gives the dense rational code."""
         return self.encode_with_counts(x, hard=hard)[0]
 
     def encode_with_counts(self, x: Tensor, *, hard: bool = True) -> tuple[Tensor, Tensor]:
-        """As `encode`, with the differentiable activity counts [d_sae] (float32)."""
+        """Returns the code as `encode` does, and the differentiable activity counts [d_sae] (float32)."""
         encoded = self.encode_with_sums(x, hard=hard)
-        return encoded.z, encoded.counts  # a slice of it is more than torch 2.6 can compile
+        return encoded.z, encoded.counts  # torch 2.6 cannot compile a slice of this tuple
 
     def encode_with_sums(self, x: Tensor, *, hard: bool = True) -> Encoded:
-        """As `encode`, with what a sparsity penalty needs: counts and the sums of |z|, [d_sae], differentiable."""
+        """Returns the code as `encode` does, with the sums for a sparsity penalty: counts and sums of |z|, [d_sae]."""
         x = self._check_last(x, "x", "d_in", self.d_in)
         x = self.normalization(x).apply(x)
         if self.refinement is not None:
@@ -130,7 +130,7 @@ class FusedRationalSAE(SparseAutoencoder):
         return rational_encode(x, self.W_enc, self.b_enc, b_dec, gate, spec, self.backend)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Activations [..., d_in] -> reconstructions [..., d_in]."""
+        """Encodes and decodes activations [..., d_in]; returns reconstructions [..., d_in]."""
         if self.refinement is None or self.backend == "eager" or transformed():
             return super().forward(x)
         x = self._check_last(x, "x", "d_in", self.d_in)
@@ -152,14 +152,14 @@ class FusedRationalSAE(SparseAutoencoder):
         across: Across | None = None,
         target: Tensor | None = None,
     ) -> Autoencoded:
-        """The training loss of activations [..., d_in] and its gradients, piece by piece; see `rational_autoencode`.
+        """Computes the training loss of activations [..., d_in] and its gradients in pieces; see `rational_autoencode`.
 
-        Equal to rounding to the same loss built from `encode_with_sums` and `decode`, in a fraction of the memory.
-        `target` is what is to be reconstructed, x when None.
+        The result equals, up to rounding, the same loss built from `encode_with_sums` and `decode`, and takes a
+        fraction of the memory. `target` is what is reconstructed; x when None.
 
         Raises:
-            ConfigError: x requires a gradient and the SAE normalises every token, or a target for an SAE that does, or
-                that has several rounds.
+            ConfigError: x requires a gradient and the SAE normalises every token; or there is a target and the SAE
+                normalises every token or has several rounds.
         """
         refuse_transforms("autoencode")
         x = self._check_last(x, "x", "d_in", self.d_in)
@@ -174,7 +174,7 @@ class FusedRationalSAE(SparseAutoencoder):
         affine = self.normalization(x)
         scale = None
         if normalized:
-            # Undone by another number than it was applied with (`normalization`): the target is not what is encoded.
+            # The target is then not what was encoded, because normalising and undoing it use different epsilons.
             scale = torch.as_tensor(affine.scale)
             target = ((x - affine.shift) / scale.clamp_min(torch.finfo(scale.dtype).tiny)).to(x.dtype)
         result = rational_autoencode(
@@ -201,11 +201,11 @@ class FusedRationalSAE(SparseAutoencoder):
         return result._replace(x_hat=affine.undo(result.x_hat)) if normalized else result
 
     def encode_sparse(self, x: Tensor, capacity: int | None = None, *, k: int | None = None) -> SparseCode:
-        """The code of x [..., d_in] as rows of values and feature indices: `rsae_triton.encode_sparse`."""
+        """Encodes x [..., d_in] as rows of values and feature indices; see `rsae_triton.encode_sparse`."""
         return encode_sparse(self, x, capacity, k=k)
 
     def decode_sparse(self, code: SparseCode, x: Tensor | None = None) -> Tensor:
-        """A code as rows -> reconstructions [..., d_in]; see `rsae_triton.decode_sparse`."""
+        """Decodes rows of values and indices to reconstructions [..., d_in]; see `rsae_triton.decode_sparse`."""
         return decode_sparse(self, code, x)
 
     @torch.no_grad()
@@ -225,16 +225,16 @@ class FusedRationalSAE(SparseAutoencoder):
             self.refinement.scale_activations_(scale)
 
     def to_jumprelu(self, activations: Any, targets: Tensor | None = None) -> tuple[JumpReluSAE, DenseExport]:
-        """The nearest JumpReLU SAE, for tools that know nothing else, and how much it loses; see `export.py`.
+        """Returns the nearest JumpReLU SAE, for tools that only know that, and how much it loses; see `export.py`.
 
-        Of a transcoder, with `targets` as in `upgrade`, the nearest JumpReLU transcoder.
+        For a transcoder, with `targets` as in `upgrade`, it is the nearest JumpReLU transcoder.
         """
         from rsae_triton.sae.export import to_jumprelu
 
         return to_jumprelu(self, activations, targets)
 
     def empty_jumprelu(self, **options: Any) -> JumpReluSAE:
-        """A JumpReLU SAE of this one's sizes, for weights to be put into."""
+        """Makes a JumpReLU SAE with the sizes of this one, to be filled with weights."""
         return JumpReluSAE(
             self.d_in,
             self.d_sae,
@@ -244,7 +244,7 @@ class FusedRationalSAE(SparseAutoencoder):
         )
 
     def config(self) -> dict[str, Any]:
-        rounds = {"rounds": self.rounds} if self.rounds > 1 else {}  # files of one round stay what they were
+        rounds = {"rounds": self.rounds} if self.rounds > 1 else {}  # files of SAEs with one round stay as they were
         return {**super().config(), **self.gate.config(), **rounds}
 
     @classmethod
@@ -254,7 +254,8 @@ class FusedRationalSAE(SparseAutoencoder):
 
     @classmethod
     def from_files(cls, config: dict[str, Any], weights: dict[str, Tensor], source: str | Path) -> Self:
-        """As `SparseAutoencoder.from_files`; FormatError also for features of a coefficient set that is not there."""
+        """See `SparseAutoencoder.from_files`. Also raises FormatError if a feature refers to a missing coefficient
+        set."""
         sae = super().from_files(config, weights, source)
         try:
             sae.gate.check_groups()
@@ -276,7 +277,7 @@ class FusedRationalSAE(SparseAutoencoder):
         revision: str | None = None,
         backend: str = "auto",
     ) -> Self:
-        """Loads what `save_pretrained` or `push_to_hub` wrote; see `SparseAutoencoder.from_pretrained`."""
+        """Loads an SAE that `save_pretrained` or `push_to_hub` wrote; see `SparseAutoencoder.from_pretrained`."""
         resolve_backend(backend, parse_device(device) or torch.device("cpu"), torch.float32)
         sae = super().from_pretrained(source, device, revision=revision)
         sae.backend = backend
@@ -289,6 +290,6 @@ class FusedRationalSAE(SparseAutoencoder):
 
 
 def initial_gate(d_sae: int, degree: tuple[int, int] | None, form: str, options: dict[str, Any]) -> RationalGate:
-    """The gate that nothing has been said about: ReLU's minimax fit, or the ramp at threshold 0."""
+    """The default gate: ReLU's minimax fit, or the ramp at threshold 0."""
     fit = fit_gate("ramp" if form == "gated" else "relu", (3, 2) if degree is None else degree)
     return RationalGate.from_fit(fit, d_sae, form=form, **options)

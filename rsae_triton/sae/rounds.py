@@ -1,6 +1,6 @@
-"""The rounds that a Rational SAE's encoder makes after its first: their numbers, and encoding with them.
+"""The further rounds of a Rational SAE's encoder: their parameters, and encoding with them.
 
-What a round is, is in `ops/rounds.py` and docs/rounds.md. All numbers are per feature; nothing is [d_in, d_sae].
+`ops/rounds.py` and docs/rounds.md say what a round is. All parameters are per feature; none is [d_in, d_sae].
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from rsae_triton.sae.normalization import Affine
 
 MOST_ROUNDS = 64
 STARTS: tuple[float, float, float] = (0.3, 0.7, 0.7)
-"""a, b, eta where nothing is known; what a search on activations starts from."""
+"""Default a, b, eta; a search on activations starts from them."""
 EPSILON = 1.7e-6
-"""Of the line search, in units of the activations' mean square norm."""
+"""The epsilon of the line search, in units of the activations' mean squared norm."""
 TOKENS = 4096
-"""Tokens that are encoded at a time where no gradient is asked for."""
+"""Number of tokens that are encoded at a time if no gradient is needed."""
 
 
 class Refinement(Precise):
-    """The numbers of the rounds after the first; float32 whatever dtype the module is moved to.
+    """The parameters of the rounds after the first; float32 whatever dtype the module is moved to.
 
     Attributes:
-        a, b, eta: [rounds - 1, d_sae], what the next pre-activation keeps of the last one, takes of the code, and of
-            what the residual says. threshold: [rounds - 1, d_sae], of the gates after the first. p: [rounds, d_sae],
-            each feature's weight in a round's search. All of them are trained.
+        a, b, eta: [rounds - 1, d_sae], the weights of the last pre-activation, the code and the residual's correction
+            in the next pre-activation. threshold: [rounds - 1, d_sae], of the gates after the first. p: [rounds,
+            d_sae], each feature's weight in a round's search. All of these are trained.
         unit: [d_sae], 1 / ||W_dec row||^2 when the rounds were added. epsilon: of the search, in squared units of x.
     """
 
@@ -73,19 +73,20 @@ class Refinement(Precise):
 
     @torch.no_grad()
     def scale_features_(self, scale: Tensor) -> None:
-        """Of an SAE whose codes are multiplied by scale [d_sae] and its decoder rows divided by it."""
+        """Adapts to an SAE whose codes are multiplied by scale [d_sae] and whose decoder rows are divided by it."""
         self.threshold.mul_(scale)
         self.unit.mul_(scale.square())
 
     @torch.no_grad()
     def scale_activations_(self, scale: float) -> None:
-        """Of an SAE whose decoder is divided by scale: x is in other units, codes are not."""
+        """Adapts to an SAE whose decoder is divided by scale, so that x has other units and the codes have not."""
         self.unit.mul_(scale**2)
         self.epsilon.div_(scale**2)
 
     @torch.no_grad()
     def with_rounds(self, rounds: int) -> Refinement:
-        """The first of these rounds, or all of them and the last one again and again."""
+        """Returns these parameters for another number of rounds: the first of them, or all with the last one
+        repeated."""
         made = Refinement(self.p.shape[1], rounds, device=self.p.device)
         own = [*range(self.rounds), *[self.rounds - 1] * rounds][:rounds]
         for name in ("a", "b", "eta", "threshold"):
@@ -96,7 +97,7 @@ class Refinement(Precise):
         return made
 
     def check_values(self) -> None:
-        """Refuses numbers that no rounds can have (NumericsError)."""
+        """Raises NumericsError for impossible values."""
         for name, values in (("unit", self.unit), ("threshold", self.threshold)):
             if bool((values < 0).any()):
                 raise NumericsError(f"refinement.{name} must not be negative; got {float(values.min()):g}")
@@ -108,7 +109,7 @@ class Refinement(Precise):
 
 
 class Refined(Protocol):
-    """What of an SAE its rounds need."""
+    """The attributes of an SAE that its rounds need."""
 
     @property
     def W_enc(self) -> Tensor: ...  # noqa: N802
@@ -138,7 +139,7 @@ class Normalizing(Refined, Protocol):
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of an SAE of another library, as its rounds need them."""
+    """The weights of an SAE of another library, in the form that rounds need."""
 
     W_enc: Tensor
     b_enc: Tensor
@@ -151,9 +152,9 @@ class Weights:
 
 
 def encode(sae: Refined, x: Tensor, *, hidden: Tensor | None = None) -> Encoded:
-    """x [..., d_in] in the SAE's normalised units -> the dense code, with sums; as `FusedRationalSAE.encode_with_sums`.
+    """Encodes x [..., d_in], in the SAE's normalised units, as the dense code, with sums as in `encode_with_sums`.
 
-    hidden: [..., d_sae], the first pre-activations where somebody has looked at them, or changed them.
+    hidden: [..., d_sae], the first pre-activations, if the caller has inspected or changed them.
     """
     rows = x.reshape(-1, sae.W_enc.shape[0])
     hidden = None if hidden is None else hidden.reshape(-1, sae.W_enc.shape[1])
@@ -165,8 +166,8 @@ def encode(sae: Refined, x: Tensor, *, hidden: Tensor | None = None) -> Encoded:
 
 
 def entries(sae: Refined, x: Tensor, **options: Any) -> RoundCode:
-    """The code of x [n_tokens, d_in], in the SAE's normalised units, by its candidates."""
-    if "torch._dynamo" in sys.modules:  # a graph break: how many entries there are, nobody knows beforehand
+    """Encodes x [n_tokens, d_in], in the SAE's normalised units; returns the code by its candidates."""
+    if "torch._dynamo" in sys.modules:  # breaks the graph, because the number of entries is not known beforehand
         return torch.compiler.disable(_entries)(sae, x, options)
     return _entries(sae, x, options)
 
@@ -195,7 +196,7 @@ def _dense(sae: Refined, x: Tensor, hidden: Tensor | None) -> Encoded:
 
 
 def reconstruct(sae: Refined, x: Tensor) -> Tensor:
-    """x [..., d_in] in normalised units -> x_hat, in the same: what the last search has left unexplained, off x."""
+    """Returns x_hat for x [..., d_in], both in normalised units: x minus what the last search has left unexplained."""
     rows = x.reshape(-1, sae.W_enc.shape[0])
     size = max(len(rows), 1) if torch.is_grad_enabled() else TOKENS
     parts = [part.to(wide(part.dtype)) - entries(sae, part).residual for part in rows.split(size)]
@@ -205,7 +206,8 @@ def reconstruct(sae: Refined, x: Tensor) -> Tensor:
 def autoencode(
     sae: Normalizing, x: Tensor, *, l1_weight: float, l0_weight: float, across: Across | None
 ) -> Autoencoded:
-    """The training loss of x [..., d_in], as `FusedRationalSAE.autoencode`; only `total` is to be differentiated."""
+    """Computes the training loss of x [..., d_in], as `FusedRationalSAE.autoencode` does; only `total` is
+    differentiable."""
     affine = sae.normalization(x)
     rows = affine.apply(x).reshape(-1, sae.W_enc.shape[0])
     if sae.backend == "eager" and across is None:
@@ -216,13 +218,14 @@ def autoencode(
         code = entries(sae, rows, across=across)
         e, counts, l1_sums, size = code.residual, code.counts, code.l1, len(code.values)
     if sae.normalize_activations != "none":
-        # Undone by another number than it was applied with: the target is not what was encoded.
+        # The target is then not what was encoded, because normalising and undoing it use different epsilons.
         e = x.reshape(-1, sae.W_enc.shape[0]).to(e.dtype) - affine.undo((rows - e).reshape(x.shape)).reshape(
             -1, sae.W_enc.shape[0]
         )
     mean = 1 / max(len(rows), 1)
     mse, l0 = e.square().sum() * mean, counts.sum() * mean
-    with torch.set_grad_enabled(torch.is_grad_enabled() and l1_weight > 0):  # else a pass over W_dec for nothing
+    # without a penalty, the gradient would pass over W_dec for nothing
+    with torch.set_grad_enabled(torch.is_grad_enabled() and l1_weight > 0):
         l1 = torch.dot(l1_sums, torch.linalg.vector_norm(sae.W_dec, dim=1, dtype=e.dtype)) * mean
     total = mse + l1_weight * l1 + l0_weight * l0
     x_hat = (x - e.detach().reshape(x.shape)).to(x.dtype)
@@ -248,7 +251,7 @@ def _options(sae: Refined, x: Tensor) -> dict[str, Any]:
 
 
 def check_rounds(rounds: Any, spec: GateSpec) -> None:
-    """Raises ConfigError unless an SAE with this gate can have so many rounds."""
+    """Raises ConfigError unless an SAE with this gate can have this number of rounds."""
     check_integer("rounds", rounds, 1, MOST_ROUNDS)
     if rounds > 1:
         ops.check_spec(spec)

@@ -1,7 +1,7 @@
 """Checkpoints written by many processes and read by any number, through torch.distributed.checkpoint.
 
-Every process writes its part as a safetensors file that says where in the whole tensor each part lies; nothing is
-pickled. What one process wrote is the special case of one part.
+Every process writes its part as a safetensors file that records each part's position in the whole tensor. Nothing is
+pickled. A checkpoint of a single process is the special case of one part.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _KINDS: dict[str, type[SparseAutoencoder]] = {
 
 
 def write_parts(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes this process's file of a checkpoint; called by every process of the group at once.
+    """Writes this process's file of a checkpoint. All processes of the group must call it together.
 
     Args:
         tensors: DTensors, or plain tensors that are equal on every process.
@@ -38,7 +38,7 @@ def write_parts(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def shapes_of(path: Path) -> dict[str, torch.Size]:
-    """The whole shape of every tensor in a checkpoint.
+    """Returns the whole shape of every tensor in a checkpoint.
 
     Raises:
         FormatError: the files are damaged.
@@ -48,7 +48,7 @@ def shapes_of(path: Path) -> dict[str, torch.Size]:
 
 
 def read_parts(path: Path, into: dict[str, Tensor], *, alone: bool = False) -> None:
-    """Fills the tensors of `into`, whole ones or DTensors, from a checkpoint; every process calls it at once.
+    """Fills the tensors of `into` (whole tensors or DTensors) from a checkpoint. All processes must call it together.
 
     Raises:
         FormatError: the files are damaged.
@@ -57,7 +57,7 @@ def read_parts(path: Path, into: dict[str, Tensor], *, alone: bool = False) -> N
 
 
 def read_whole(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint, whole, in this process alone.
+    """Reads every tensor of a checkpoint completely, in this process alone.
 
     Raises:
         FormatError: the files are damaged.
@@ -73,7 +73,7 @@ def read_whole(path: Path) -> dict[str, Tensor]:
 
 
 def read_sae(path: Path) -> SparseAutoencoder:
-    """The SAE in a checkpoint, in the units and the dtype it is trained in.
+    """Returns the SAE in a checkpoint, in the units and the dtype in which it is trained.
 
     Raises:
         FormatError: files are missing or damaged, or it is of an unknown architecture.
@@ -103,7 +103,7 @@ def _read(path: Path, action: Any) -> Any:
     import warnings
 
     reader = _checkpoint().HuggingFaceStorageReader(str(path / STATE))
-    # It warns that a load without a process group may not be intended; here it is.
+    # torch warns that loading without a process group may be unintended; here it is intended.
     log = logging.getLogger("torch.distributed.checkpoint")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -113,7 +113,7 @@ def _read(path: Path, action: Any) -> Any:
             return action(reader)
     except SourceError:
         raise
-    except Exception as error:  # SafetensorError, KeyError, and torch's wrapper of whatever any process met
+    except Exception as error:  # SafetensorError, KeyError, and torch's wrapper of the errors of other processes
         raise FormatError(f"{path} is damaged ({first_line(error)})") from error
     finally:
         log.setLevel(level)

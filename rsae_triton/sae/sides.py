@@ -1,4 +1,4 @@
-"""What a transcoder is trained and scored on: what it reads beside what it writes, as one tensor or store."""
+"""The rows that a transcoder is trained and scored on: input and target beside each other, in one tensor or store."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from rsae_triton.sae.base import SparseAutoencoder
 
 
 def side_by_side(sae: SparseAutoencoder, activations: Any, targets: Tensor | None) -> Any:
-    """Rows for `sae`: the activations as they are, for a transcoder what it reads beside its targets.
+    """Returns rows for `sae`: the activations as they are, or for a transcoder input and target beside each other.
 
     Raises:
-        ConfigError: a transcoder without targets, or targets for an SAE. ShapeError: rows that do not pair up.
+        ConfigError: a transcoder without targets, or targets for an SAE.
+        ShapeError: activations and targets do not pair up.
     """
     transcoder = sae.row_width != sae.d_in
     paired = isinstance(activations, PairedStore)

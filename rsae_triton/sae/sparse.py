@@ -1,8 +1,8 @@
-"""Codes as rows of values and feature indices: encoding and decoding without a dense [n_tokens, d_sae] code.
+"""Sparse codes as rows of values and feature indices, encoded and decoded without a dense [n_tokens, d_sae] code.
 
-A token has some 20 to 200 active features out of tens of thousands, so a dense decoder multiplies zeros. On a GPU
-the kernels of `kernels/sparse_*.py` write and read rows only; elsewhere `sparse_ops.py` makes the code in chunks and
-`torch.nn.functional.embedding_bag` decodes it. Encoding is for inference; decoding is differentiable.
+A token has some 20 to 200 active features out of tens of thousands, so a dense decoder mostly multiplies zeros. On a
+GPU the kernels of `kernels/sparse_*.py` write and read rows only. Elsewhere `sparse_ops.py` computes the code in
+chunks, and `torch.nn.functional.embedding_bag` decodes it. Encoding is for inference; decoding is differentiable.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ if TYPE_CHECKING:
     from rsae_triton.sae.base import SparseAutoencoder
 
 CAPACITY = 128
-"""Places that the kernels give a token at first where no capacity is asked for."""
+"""Initial number of places per token in the kernels, if no capacity is given."""
 
 
 class SparseCode(NamedTuple):
-    """The features that are not zero, in ascending order, token by token.
+    """The nonzero features of each token, in ascending order.
 
     Attributes:
-        values [..., width]: zeros behind the last place in use.
-        indices [..., width]: int64; zeros behind the last place in use.
-        counts [...]: int64, how many places of each token are in use.
+        values [..., width]: zeros after the last used place.
+        indices [..., width]: int64; zeros after the last used place.
+        counts [...]: int64, the number of used places of each token.
     """
 
     values: Tensor
@@ -60,7 +60,7 @@ class SparseCode(NamedTuple):
     counts: Tensor
 
     def to_dense(self, d_sae: int) -> Tensor:
-        """The dense code [..., d_sae]; differentiable in the values.
+        """Returns the dense code [..., d_sae]; differentiable in the values.
 
         Raises:
             ShapeError: the parts do not fit each other, or an index is not below d_sae.
@@ -70,12 +70,13 @@ class SparseCode(NamedTuple):
         check_room(f"a dense code of d_sae={d_sae}", (self.counts.numel(), d_sae), self.values.dtype)
         check_places(self.indices, self.counts, d_sae)
         values = torch.where(used(self.counts, self.values.shape[-1]), self.values, 0)
-        # Added, not written: the places that are not in use all point at feature 0.
+        # Added, not written, because all unused places point at feature 0.
         return values.new_zeros(*values.shape[:-1], d_sae).scatter_add(-1, self.indices.long(), values)
 
     @classmethod
     def from_dense(cls, feature_acts: Tensor, capacity: int | None = None) -> SparseCode:
-        """What is not zero in feature_acts [..., d_sae] (NaN is not zero); capacity as in `encode_sparse`."""
+        """Collects the nonzero entries of feature_acts [..., d_sae] (NaN counts as nonzero); capacity: see
+        `encode_sparse`."""
         check_data("feature_acts", feature_acts)
         if feature_acts.dim() == 0:
             raise ShapeError("feature_acts is a scalar; give codes of shape [..., d_sae]")
@@ -87,22 +88,24 @@ class SparseCode(NamedTuple):
 def encode_sparse(
     sae: SparseAutoencoder, x: Tensor, capacity: int | None = None, *, k: int | None = None
 ) -> SparseCode:
-    """The code of x as rows: what is not zero in `sae.encode(x)`, up to rounding, without the dense code.
+    """Encodes x as rows: the nonzero entries of `sae.encode(x)`, up to rounding, without making the dense code.
+
+    A `TopKSAE` is encoded with its own k. The kernels rank codes in float32, before these are rounded to the SAE's
+    dtype. No gradient is recorded.
 
     Args:
         sae: a `FusedRationalSAE` or a teacher.
         x: activations [..., d_in].
-        capacity: how wide the rows are. Nothing is dropped: where a token has more active features, all rows become
-            as wide as the fullest token needs (on a GPU x is then encoded twice). None: that width always.
-        k: keep no more than the k largest positive codes of a token, of equal ones those of the lowest index.
-
-    A `TopKSAE` is encoded with its own k. The kernels rank codes in float32, before they are rounded to the SAE's
-    dtype. No gradient is recorded.
+        capacity: width of the rows. Nothing is dropped: if a token has more active features, all rows become as wide as
+            the fullest token needs (on a GPU x is then encoded twice). None: always that width.
+        k: keep only the k largest positive codes of a token; among equal ones, those with the lowest index.
 
     Raises:
-        ShapeError, ConfigError: x, its dtype, capacity or k cannot be used. NumericsError: a code is NaN.
+        ShapeError, ConfigError: x, its dtype, capacity or k cannot be used.
+        NumericsError: a code is NaN.
     """
-    if "torch._dynamo" in sys.modules:  # else nobody compiles, and importing it to say "not this" takes seconds
+    # if dynamo is not loaded nothing is compiled, and importing it just to say so takes seconds
+    if "torch._dynamo" in sys.modules:
         return torch.compiler.disable(_encode_sparse)(sae, x, capacity, k)
     return _encode_sparse(sae, x, capacity, k)
 
@@ -127,7 +130,7 @@ def _encode_sparse(sae: SparseAutoencoder, x: Tensor, capacity: int | None, k: i
     b_dec = sae.b_dec if sae.apply_b_dec_to_input else None
     if known is not None:
         ops.check_inputs(x, sae.W_enc, sae.b_enc, b_dec, None, *known)
-    # Without kernels the k largest codes of a token are looked for in all of its codes, where they are not h.
+    # Without kernels, the k largest are ranked among all codes, unless codes are equal to h.
     if known is None or (k is not None and backend != "triton"):
         parts = _entries_of_topk(sae, rows, k) if isinstance(sae, TopKSAE) else None
         parts = _entries_of_codes(sae, rows, k) if parts is None else parts
@@ -144,17 +147,17 @@ def _encode_sparse(sae: SparseAutoencoder, x: Tensor, capacity: int | None, k: i
 
 
 def decode_sparse(sae: SparseAutoencoder, code: SparseCode, x: Tensor | None = None) -> Tensor:
-    """A code as rows -> reconstructions [..., d_in]; as `sae.decode` of the dense code, and once differentiable.
+    """Decodes rows to reconstructions [..., d_in], as `sae.decode` does with the dense code; differentiable once.
 
-    The gradient of W_dec is dense, [d_sae, d_in]; gradients have the same bits in every run.
+    The gradient of W_dec is dense, [d_sae, d_in]. Gradients are bit-equal in every run.
 
     Args:
-        x: the activations the code was made from, for an SAE that normalises every token (see `sae.decode`).
+        x: the activations that the code was made from, for an SAE that normalises every token (see `sae.decode`).
 
     Raises:
-        ShapeError: the parts of the code do not fit each other, or (on the CPU) an index is not below d_sae. On a
-            GPU, where looking would mean waiting, such an index makes its token's reconstruction NaN.
-        ConfigError: such an SAE without x, or a second derivative.
+        ShapeError: the parts of the code do not fit each other, or (on the CPU) an index is not below d_sae. On a GPU,
+            where a check would have to wait, such an index makes its token's reconstruction NaN.
+        ConfigError: x is needed and missing, or a second derivative.
     """
     check_sae("sae", sae)
     refuse_transforms("decode_sparse")
@@ -169,7 +172,7 @@ def decode_sparse(sae: SparseAutoencoder, code: SparseCode, x: Tensor | None = N
 
 
 def _entries_of_rounds(sae: Any, rows: Tensor, k: int | None) -> Iterator[Entries]:
-    """What is not zero in the code of an encoder of several rounds, for a few thousand tokens at a time."""
+    """Yields the nonzero entries of the code of an encoder with several rounds, for a few thousand tokens at a time."""
     for first, part in chunks(rows, rounds.TOKENS):
         code = rounds.entries(sae, sae.normalization(part).apply(part))
         active = (code.values != 0).nonzero().squeeze(1)
@@ -182,7 +185,8 @@ def _entries_of_rounds(sae: Any, rows: Tensor, k: int | None) -> Iterator[Entrie
 
 
 def _largest(tokens: Tensor, values: Tensor, n_tokens: int, k: int) -> Tensor:
-    """Which entries, ordered by token and feature, are among their token's k largest; of equal ones the first."""
+    """Marks the entries, sorted by token and feature, that are among their token's k largest; of equal ones the
+    first."""
     order = values.argsort(descending=True, stable=True)
     order = order[tokens[order].argsort(stable=True)]
     counts = torch.bincount(tokens, minlength=n_tokens)
@@ -195,14 +199,15 @@ def _backend_of(sae: SparseAutoencoder) -> str:
 
 
 def _gate_of(sae: SparseAutoencoder) -> tuple[GateTensors, GateSpec] | None:
-    """The SAE's nonlinearity as a gate; None where there is none (a TopK of negative codes, an SAE not from here)."""
+    """The SAE's nonlinearity as a gate; None if it is not one (a TopK with negative codes, an SAE of another
+    package)."""
     gate = getattr(sae, "gate", None)
     if isinstance(gate, RationalGate):
         return gate.tensors(), gate.spec()
     batch = sae if isinstance(sae, BatchTopKSAE) and not sae.training else None
     if batch is None and (type(sae) not in (ReluSAE, JumpReluSAE, TopKSAE) or not getattr(sae, "relu", True)):
         return None
-    # h where h > theta: a gated form whose rational multiplies nothing.
+    # h where h > theta is a gated form whose rational is the constant 1.
     zeros = torch.zeros_like(sae.b_enc, dtype=wide(sae.b_enc.dtype))
     threshold = sae.threshold.to(zeros.dtype) if isinstance(sae, JumpReluSAE) else zeros
     if batch is not None:
@@ -290,7 +295,7 @@ def _check_code(code: SparseCode) -> None:
 
 
 def _entries_of_topk(sae: TopKSAE, rows: Tensor, k: int | None) -> Iterator[Entries] | None:
-    """Those of a TopK SAE, whose codes are its largest h; None where one is NaN, or on another device than the CPU."""
+    """Yields the entries of a TopK SAE, which are its largest h; None if one is NaN, or if it is not on the CPU."""
     if type(sae) is not TopKSAE or rows.device.type != "cpu" or k is None:
         return None
     dtype = ops.product_dtype(rows)
@@ -299,7 +304,7 @@ def _entries_of_topk(sae: TopKSAE, rows: Tensor, k: int | None) -> Iterator[Entr
 
 
 def _entries_of_codes(sae: SparseAutoencoder, rows: Tensor, k: int | None) -> Iterator[Entries]:
-    """Codes of rows [n_tokens, d_in] by any SAE, which makes them dense for CHUNK // d_sae tokens at a time."""
+    """Yields the codes of rows [n_tokens, d_in] by any SAE, from dense codes of CHUNK // d_sae tokens at a time."""
     for n0, part in chunks(rows, max(sparse_ops.CHUNK // sae.d_sae, 1)):
         if isinstance(sae, TopKSAE):
             h = sae.hidden_pre(part)

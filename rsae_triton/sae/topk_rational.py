@@ -1,4 +1,4 @@
-"""A Rational SAE whose thresholds are supplied token by token: exact for TopK teachers, at the price of a sort."""
+"""A Rational SAE with a threshold for each token: exact for TopK teachers, at the cost of a sort."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ from rsae_triton.sae.rational import FusedRationalSAE
 class TopKRationalSAE(FusedRationalSAE):
     """z = h * r((h - tau) / C_in) where h > tau, tau halfway between a token's k-th and (k+1)-th pre-activation.
 
-    With tau supplied, a TopK gate is a JumpReLU (design of arXiv:2606.14990, section 3.1), so that one rational fits
-    all tokens. tau is never below 0 (unless relu=False) and carries no gradient; of equal pre-activations, of which
-    16 bits make many, those are kept that a TopK takes. It sorts, in plain PyTorch; `FusedRationalSAE` with thresholds
-    per feature (`upgrade`'s default, calibrated to fire as often as the teacher) needs no sort and runs in the fused
-    kernels.
+    Given tau, a TopK gate is a JumpReLU (arXiv:2606.14990, section 3.1), so one rational fits all tokens. tau is never
+    below 0 (unless relu=False) and has no gradient. Among equal pre-activations, which are frequent in 16 bits, it
+    keeps those that a TopK keeps. It sorts in plain PyTorch; `FusedRationalSAE` with thresholds per feature
+    (`upgrade`'s default, calibrated to fire as often as the teacher) needs no sort and runs in the fused kernels.
 
     Args:
         d_in, d_sae, gate, ...: as for `FusedRationalSAE`; the gate must be gated. k: active features per token.
-        relu: False keeps a token's k largest also where they are negative, as a `TopKSAE` with relu=False does.
+        relu: False keeps a token's k largest even if they are negative, as a `TopKSAE` with relu=False does.
 
     Raises:
         ConfigError: a direct gate, or a k that is not from 1 to d_sae.
@@ -44,14 +43,14 @@ class TopKRationalSAE(FusedRationalSAE):
             raise ConfigError("rounds take thresholds per feature; use upgrade(..., thresholds='feature')")
         check_flag("relu", relu)
         self.k, self.relu = k, relu
-        # Replaced by tau, token by token: as a parameter it would have no gradient, which DDP refuses.
+        # Replaced by tau for each token: as a parameter it would have no gradient, which DDP refuses.
         if isinstance(self.gate.threshold, nn.Parameter):
             unused = self.gate.threshold.detach()
             del self.gate.threshold
             self.gate.register_buffer("threshold", unused)
 
     def encode_with_sums(self, x: Tensor, *, hard: bool = True) -> Encoded:
-        """As `FusedRationalSAE.encode_with_sums`, with this batch's thresholds."""
+        """See `FusedRationalSAE.encode_with_sums`; the thresholds are those of this batch."""
         x = self._check_last(x, "x", "d_in", self.d_in)
         h = self.hidden_pre(x).reshape(-1, self.d_sae)
         wide = h.to(torch.promote_types(h.dtype, torch.float32))
@@ -64,7 +63,7 @@ class TopKRationalSAE(FusedRationalSAE):
         return Encoded(z.to(h.dtype).reshape(*x.shape[:-1], self.d_sae), active.sum(0), z.abs().sum(0))
 
     def token_thresholds(self, h: Tensor) -> Tensor:
-        """tau [n_tokens, 1] (>= 0 with relu) of pre-activations h [n_tokens, d_sae]."""
+        """Returns tau [n_tokens, 1] (>= 0 with relu) for pre-activations h [n_tokens, d_sae]."""
         if self.k == self.d_sae:
             return h.new_zeros(len(h), 1) if self.relu else h.new_full((len(h), 1), torch.finfo(h.dtype).min / 2)
         last, following = h.topk(self.k + 1, dim=1).values[:, -2:].split(1, dim=1)
@@ -74,15 +73,16 @@ class TopKRationalSAE(FusedRationalSAE):
         return between.clamp_min(0) if self.relu else between
 
     def autoencode(self, x: Tensor, **options: Any) -> Any:
-        """Not for thresholds that a token's whole row decides (ConfigError); train with memory="saved"."""
+        """Not available, because a threshold depends on the token's whole row (ConfigError); train with
+        memory="saved"."""
         raise ConfigError("a loss in pieces cannot rank whole tokens; use memory='saved', or thresholds per feature")
 
     def encode_sparse(self, x: Tensor, capacity: int | None = None, *, k: int | None = None) -> Any:
-        """Not for thresholds by token (ConfigError); use upgrade(..., thresholds="feature")."""
+        """Not available with thresholds by token (ConfigError); use upgrade(..., thresholds="feature")."""
         raise ConfigError("sparse encoding takes thresholds per feature; use upgrade(..., thresholds='feature')")
 
     def to_jumprelu(self, activations: Any, targets: Tensor | None = None) -> Any:
-        """Not for thresholds by token (ConfigError); use upgrade(..., thresholds="feature")."""
+        """Not available with thresholds by token (ConfigError); use upgrade(..., thresholds="feature")."""
         raise ConfigError("a JumpReLU SAE has thresholds per feature; use upgrade(..., thresholds='feature')")
 
     def _scale_nonlinearity_(self, scale: Tensor) -> None:
@@ -100,4 +100,4 @@ class TopKRationalSAE(FusedRationalSAE):
 
 
 RATIONAL: tuple[type[FusedRationalSAE], ...] = (FusedRationalSAE, TopKRationalSAE)
-"""The kinds of Rational SAE, each with an `architecture` of its own in cfg.json."""
+"""The kinds of Rational SAE, each with its own `architecture` in cfg.json."""

@@ -1,9 +1,9 @@
-"""Transcoders: what reads activations at one place of a model and reconstructs those at another.
+"""Transcoders: they read activations at one place of a model and reconstruct those at another.
 
     z = gate(x @ W_enc + b_enc),   y_hat = z @ W_dec + b_dec  (+ x @ W_skip.T)
 
-x is what goes into an MLP, say, and y what comes out of it (arXiv:2406.11944; with the skip: arXiv:2501.18823).
-Each kind is the SAE of that nonlinearity with another decoder, under SAELens' name for it if there is one.
+For example, x is the input of an MLP and y its output (arXiv:2406.11944; with the skip: arXiv:2501.18823). Each kind is
+the SAE with that nonlinearity and another decoder, under SAELens' name if it has one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rsae_triton.sae.rational import FusedRationalSAE
 
 
 class Transcoder(SparseAutoencoder):
-    """What all transcoders share; its subclasses are the kinds there are.
+    """Base of all transcoders; each kind is a subclass.
 
     Attributes:
         d_out: width of what is reconstructed. W_dec [d_sae, d_out], b_dec [d_out].
@@ -30,9 +30,9 @@ class Transcoder(SparseAutoencoder):
         metadata: hook_name is where x is read, hook_name_out where y is.
 
     Args:
-        d_in, d_sae, options: as of the SAE of this nonlinearity; b_dec is never subtracted from x, and tokens are not
-            normalised.
-        d_out: d_in when None. skip: whether there is a W_skip; it starts as zeros.
+        d_in, d_sae, options: those of the SAE with this nonlinearity; b_dec is never subtracted from x, and tokens are
+            not normalised.
+        d_out: the width that is written; d_in when None. skip: whether there is a W_skip; it starts as zeros.
     """
 
     def __init__(self, d_in: int, d_sae: int, *, d_out: int | None = None, skip: bool = False, **options: Any) -> None:
@@ -60,19 +60,19 @@ class Transcoder(SparseAutoencoder):
     # -- the forward pass
 
     def decode(self, feature_acts: Tensor, x: Tensor | None = None) -> Tensor:
-        """Codes [..., d_sae] -> reconstructions y_hat [..., d_out].
+        """Decodes codes [..., d_sae] to reconstructions y_hat [..., d_out].
 
         Args:
-            x: what the codes were made from [..., d_in]; needed where there is a W_skip, ignored elsewhere.
+            x: the input that the codes were made from [..., d_in]; needed with a W_skip, otherwise ignored.
 
         Raises:
-            ConfigError: a W_skip, and no x.
+            ConfigError: there is a W_skip, and no x.
         """
         feature_acts = self._check_last(feature_acts, "feature_acts", "d_sae", self.d_sae)
         return self.denormalize(feature_acts @ self.W_dec + self.b_dec, x)
 
     def denormalize(self, x_hat: Tensor, x: Tensor | None) -> Tensor:
-        """What the code alone gives, and what the skip adds to it."""
+        """Adds the skip connection's part to the decoded code."""
         return x_hat if self.W_skip is None else x_hat + self.skipped(x)
 
     def skipped(self, x: Tensor | None) -> Tensor:
@@ -92,7 +92,7 @@ class Transcoder(SparseAutoencoder):
         return self.d_in + self.d_out
 
     def sides(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """x and y of rows [n, d_in + d_out] that hold both side by side, as batches of pairs do."""
+        """Splits rows [n, d_in + d_out], which hold x and y beside each other as batches of pairs do."""
         if rows.shape[-1] != self.row_width:
             raise ShapeError(
                 f"rows have shape {tuple(rows.shape)}; a transcoder takes x beside y, [n, d_in + d_out = "
@@ -104,7 +104,7 @@ class Transcoder(SparseAutoencoder):
 
     @property
     def units_out(self) -> float | None:
-        """As `units`, of what is written."""
+        """Like `units`, for the activations that it writes."""
         value = self.metadata.get(UNITS_OUT)
         return None if value is None else float(value)
 
@@ -122,11 +122,10 @@ class Transcoder(SparseAutoencoder):
 
     @torch.no_grad()
     def to_units_(self, units: float, units_out: float | None = None) -> Self:
-        """The same transcoder, reading the model's activations times `units` and writing them times `units_out`.
+        """Changes the transcoder to read the model's activations times `units` and to write them times `units_out`.
 
         Raises:
-            ConfigError: nobody has said which units it has now, or units other than 1.0 (the model's own) without
-                units_out.
+            ConfigError: the present units are unknown, or units other than 1.0 (the model's own) without units_out.
         """
         if units_out is None and units != 1.0:
             raise ConfigError("a transcoder has two units; give to_units_(units, units_out), such as *store.scales")
@@ -140,17 +139,17 @@ class Transcoder(SparseAutoencoder):
             )
         if (units, units_out) != before:
             self.fold_activation_scale_(before[0] / units, before[1] / units_out)
-        self.units, self.units_out = units, units_out  # and not what rounding makes of them
+        self.units, self.units_out = units, units_out  # exactly, without rounding
         if units == units_out == 1.0:
             self.units_out = None
         return self
 
     @torch.no_grad()
     def fold_activation_scale_(self, scale: float, scale_out: float | None = None) -> Self:
-        """Turns a transcoder of x * scale to y * scale_out into the same one of x to y; codes are unchanged.
+        """Turns a transcoder from x * scale to y * scale_out into the same one from x to y. Codes do not change.
 
         Raises:
-            ConfigError: no scale_out: what is read and what is written have scales of their own.
+            ConfigError: scale_out is missing, since input and output have different scales.
         """
         if scale_out is None:
             raise ConfigError("a transcoder has two scales; give fold_activation_scale_(scale, scale_out)")
@@ -172,7 +171,7 @@ class Transcoder(SparseAutoencoder):
         return self
 
     def with_rounds(self, *_: Any, **__: Any) -> Any:
-        """Not for a transcoder (ConfigError): a further round looks at what the first left of its own target."""
+        """Not available for a transcoder (ConfigError): a further round needs the residual, and so the target."""
         raise ConfigError(NO_ROUNDS)
 
     # -- files
@@ -220,18 +219,18 @@ class JumpReluTranscoder(Transcoder, JumpReluSAE):
 
 
 class TopKTranscoder(Transcoder, TopKSAE):
-    """z keeps each token's k largest pre-activations; sparsify's transcoders. SAELens has none."""
+    """z keeps each token's k largest pre-activations; sparsify's transcoders. SAELens does not have this kind."""
 
     architecture: ClassVar[str] = "topk_transcoder"
 
 
 class RationalTranscoder(Transcoder, FusedRationalSAE):
-    """A transcoder with a rational gate: what `upgrade(teacher, inputs, targets=...)` makes of another."""
+    """A transcoder with a rational gate: the result of `upgrade(teacher, inputs, targets=...)`."""
 
     architecture: ClassVar[str] = "rational_transcoder"
 
     def autoencode(self, x: Tensor, *, target: Tensor | None = None, **options: Any) -> Autoencoded:
-        """As `FusedRationalSAE.autoencode`, with what is to be reconstructed as `target` [..., d_out].
+        """See `FusedRationalSAE.autoencode`; `target` [..., d_out] is what is reconstructed.
 
         Raises:
             ConfigError: no target, or widths that differ (then train with memory="saved").
@@ -244,7 +243,7 @@ class RationalTranscoder(Transcoder, FusedRationalSAE):
             )
         if self.W_skip is None:
             return super().autoencode(x, target=target, **options)
-        # The pieces see what the skip leaves; its own gradient is that of the error it leaves in the end.
+        # The pieces get what the skip leaves over; the gradient of the skip comes from the final error.
         rest = (target - self.skipped(x)).detach()
         cut = super().autoencode(x, target=rest, **options)
         error = (target - cut.x_hat.detach() - self.skipped(x)).square().sum(-1).mean()
@@ -259,9 +258,9 @@ class RationalTranscoder(Transcoder, FusedRationalSAE):
 KINDS: dict[str, type[Transcoder]] = {
     kind.architecture: kind for kind in (ReluTranscoder, JumpReluTranscoder, TopKTranscoder, RationalTranscoder)
 }
-"""By the name in cfg.json, without "skip_"."""
+"""The kinds by their name in cfg.json, without "skip_"."""
 
 
 def kind_of(architecture: str) -> type[Transcoder] | None:
-    """The class of an architecture's name, with or without a skip connection; None for what is no transcoder."""
+    """The class for an architecture's name, with or without a skip connection; None if it is not a transcoder."""
     return KINDS.get(architecture.replace("skip_", ""))

@@ -1,9 +1,9 @@
-"""Which multiple of the model's activations an SAE reads, and bringing it together with the activations at hand.
+"""The scale of the activations that an SAE reads, and conversion to the activations at hand.
 
-A model's residual stream has norms of 1 or of 1,000. Stores scale it to a mean norm of sqrt(d_in), in which rates and
-penalties mean the same everywhere; saved SAEs read the model's own activations. An SAE carries its `units`: the number
-that activations are multiplied by before it reads them (1.0 for the model's own, None for one that only ever saw plain
-tensors). Whatever takes an SAE and a store looks at both and converts, so that no caller has to.
+A model's residual stream has norms of 1 or of 1,000. Stores scale it to a mean norm of sqrt(d_in), so that learning
+rates and penalties mean the same everywhere; saved SAEs read the model's own activations. An SAE carries its `units`:
+the factor on the model's activations that it expects (1.0 for the model's own, None for one that only ever saw plain
+tensors). Whatever takes an SAE and a store compares the two and converts, so that no caller has to.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from rsae_triton.common.names import hub_model, model_metadata
 from rsae_triton.sae.making import making_of
 
 UNITS = "units"
-"""Name in the metadata; saved SAEs read the model's own activations and leave it out."""
+"""Name in the metadata. Saved SAEs read the model's own activations and do not have it."""
 
 _FACTORS = tuple(10 ** (k / 4) for k in range(-12, 13))
 _ROWS = 64
 
 
 def scale_of(activations: Any) -> float | None:
-    """What a store multiplies the model's activations by; None for a tensor, which does not say."""
+    """The factor by which a store multiplies the model's activations; None for a tensor, where it is unknown."""
     scale = None if isinstance(activations, Tensor) else getattr(activations, "scale", None)
     return float(scale) if isinstance(scale, int | float) else None
 
 
 def scales_of(activations: Any) -> tuple[float, ...] | None:
-    """As `scale_of`; a store of pairs has two."""
+    """`scale_of` as a tuple; a store of pairs has two."""
     scales = getattr(activations, "scales", None)
     scale = scale_of(activations)
     return tuple(scales) if isinstance(scales, tuple) else None if scale is None else (scale,)
@@ -46,10 +46,10 @@ def scales_of(activations: Any) -> tuple[float, ...] | None:
 
 @contextmanager
 def reading(sae: Any, activations: Any, *, trains: bool = False) -> Iterator[None]:
-    """While the context is open, `sae` reads rows of `activations` (a store, or its scale); then its own units again.
+    """Within the context, `sae` reads rows of `activations` (a store, or its scale); afterwards its own units again.
 
-    Parameters come back bit for bit; with `trains`, those that are frozen do, and the others with what they have
-    learned. An SAE whose units are not known is taken to read these.
+    Parameters are restored bit for bit. With `trains` this holds for frozen ones only, and the others keep what they
+    learned. An SAE whose units are unknown is assumed to read these.
     """
     scales = (activations,) if isinstance(activations, float) else scales_of(activations)
     before = getattr(sae, "all_units", None)
@@ -62,7 +62,7 @@ def reading(sae: Any, activations: Any, *, trains: bool = False) -> Iterator[Non
         tensor.data = data.clone()
     sae.to_units_(*scales)
     for tensor, data in list(kept.items()):
-        if torch.equal(tensor.data, data):  # not in units of x: what happens to it inside shall last
+        if torch.equal(tensor.data, data):  # not in units of x, so that changes within the context are kept
             tensor.data = kept.pop(tensor)
     try:
         yield
@@ -73,7 +73,7 @@ def reading(sae: Any, activations: Any, *, trains: bool = False) -> Iterator[Non
 
 
 def take_note(sae: Any, activations: Any) -> None:
-    """Writes into the metadata what a store knows and the SAE did not: units, model, place, the scale of its scores."""
+    """Records in the metadata what a store knows and the SAE did not: units, model, place, the scale of its scores."""
     scales, manifest = scales_of(activations), getattr(activations, "manifest", None)
     if scales is None or not isinstance(manifest, Mapping):
         return
@@ -95,10 +95,10 @@ Making = TypeVar("Making", bound=Callable[..., Any])
 
 
 def in_store_units(make: Making) -> Making:
-    """Decorates a function of an SAE (the first argument) and `activations` that returns another SAE.
+    """Decorates a function of an SAE (first argument) and `activations` that returns another SAE.
 
-    Inside, the first one reads the store's rows; afterwards both read what it did, and what was copied of its weights
-    is equal bit for bit.
+    Within the function the SAE reads the store's rows. Afterwards both SAEs read what the first one did, and copied
+    weights are equal bit for bit.
     """
     signature = inspect.signature(make)
 
@@ -107,7 +107,7 @@ def in_store_units(make: Making) -> Making:
         try:
             given = signature.bind(*args, **options).arguments
         except TypeError:
-            return make(*args, **options)  # says what is missing in its own name
+            return make(*args, **options)  # the function reports missing arguments under its own name
         teacher, activations = next(iter(given.values())), given["activations"]
         if not isinstance(getattr(teacher, "metadata", None), dict):
             return make(*args, **options)
@@ -128,7 +128,7 @@ def in_store_units(make: Making) -> Making:
 
 
 def check_same_units(saes: Mapping[str, Any]) -> None:
-    """ConfigError where SAEs that are to read one plain tensor are known to read different units."""
+    """Raises ConfigError if SAEs that are to read one plain tensor are known to read different units."""
     known = {name: units for name, sae in saes.items() if (units := getattr(sae, "all_units", None)) is not None}
     if len(set(known.values())) > 1:
         what = ", ".join(f"{name}: {value[0]:g} times the model's activations" for name, value in known.items())
@@ -139,14 +139,14 @@ def check_same_units(saes: Mapping[str, Any]) -> None:
 
 
 def check_place(sae: Any, activations: Any, name: str = "the SAE", stacklevel: int = 3) -> None:
-    """ConfigError where a store was read from another model, or at another place in it, than the SAE's metadata say.
+    """Raises ConfigError if a store was read from another model, or at another place, than the SAE's metadata say.
 
-    A name that cannot be compared (a path, a module of another library) gives a warning instead.
+    If a name cannot be compared (a path, a module of another library), a warning is given instead.
     """
     manifest = getattr(activations, "manifest", None)
     if not isinstance(manifest, Mapping):
         return
-    read = manifest.get("documents_file") is not None  # by this package, which says how
+    read = manifest.get("documents_file") is not None  # read by this package, which records how
     if read and making_of(sae.metadata).centred and not manifest.get("center_writing_weights"):
         warnings.warn(
             f"{name} says center_writing_weights=True, and these activations are of the model as it is; read them with "
@@ -180,18 +180,19 @@ _MLP = re.compile(r"(blocks\.\d+)\.(?:hook_mlp_out|mlp\.hook_out)")
 
 
 def same_hook(a: str, b: str) -> bool | None:
-    """Whether two names mean one place in a model; None where that cannot be told."""
+    """Whether two names mean the same place in a model; None if that cannot be told."""
     one, other = canonical(a), canonical(b)
     if same_place(one, other):
         return True
     if not _KNOWN.fullmatch(one) or not _KNOWN.fullmatch(other):
         return None
-    mlps = _MLP.fullmatch(one), _MLP.fullmatch(other)  # one place, unless a model normalises what an MLP gives out
+    # the same place, unless the model normalises the output of its MLPs
+    mlps = _MLP.fullmatch(one), _MLP.fullmatch(other)
     return None if mlps[0] and mlps[1] and mlps[0][1] == mlps[1][1] else False
 
 
 def same_model(a: str, b: str) -> bool | None:
-    """Whether two names mean one model, or one and a fine-tuned one; None where one is a path, which says nothing."""
+    """Whether two names mean the same model, or one and its fine-tuned version; None if one is a path."""
     ids = [hub_model(one) for one in (a, b)]
     names = [re.sub(r"[^a-z0-9]", "", one.lower().rstrip("/").split("/")[-1].removesuffix(".gguf")) for one in ids]
     if names[0] in names[1] or names[1] in names[0]:
@@ -205,7 +206,7 @@ def same_model(a: str, b: str) -> bool | None:
 
 @torch.no_grad()
 def warn_of_units(sae: Any, x: Tensor, name: str = "the SAE", stacklevel: int = 3) -> None:
-    """A warning, with the likely cause, where `sae` reconstructs x [n, d_in] worse than the mean of x would."""
+    """Warns, with the likely cause, if `sae` reconstructs x [n, d_in] worse than the mean of x would."""
     rows = x[:: max(1, len(x) // _ROWS)][:_ROWS].to(device=sae.W_dec.device, dtype=sae.W_dec.dtype)
     now = _fvu(sae, rows)
     if not now > 1:
