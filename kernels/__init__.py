@@ -15,6 +15,7 @@ The sparse step, on the entries of the support alone (docs/kernels.md):
     support_mark        h without its bias -> bits of the support and of what is active, counts; one pass over h
     list_entries        bits -> entries (token, feature, h) by feature; list_rows: active codes by token
     entry_gate_forward  entries -> codes; entry_gate_backward: their gradients
+    threshold_forward, threshold_backward: the same of ReLU, JumpReLU and TopK SAEs
     support_decode      rows of codes -> reconstructions; entry_dots: the gradient of every entry's code
     feature_sums        entries -> gradients of both weight matrices, the bias and the thresholds
     adam_rows           the optimiser's step on a weight matrix in one pass
@@ -44,6 +45,7 @@ from .support_list import Entries, Rows, list_entries, list_rows
 from .support_mark import Marks, support_mark
 from .support_products import entry_dots, support_decode
 from .support_sums import FeatureSums, feature_sums
+from .support_threshold import threshold_backward, threshold_forward
 
 __all__ = [
     "INTERPRETED",
@@ -74,4 +76,6 @@ __all__ = [
     "sparse_encode",
     "support_decode",
     "support_mark",
+    "threshold_backward",
+    "threshold_forward",
 ]

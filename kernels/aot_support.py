@@ -15,6 +15,7 @@ from .support_list import count_rows_kernel, list_entries_kernel, list_rows_kern
 from .support_mark import support_mark_kernel
 from .support_products import entry_dots_kernel, support_decode_kernel
 from .support_sums import feature_sums_kernel, long_runs_kernel
+from .support_threshold import BLOCK, threshold_backward_kernel, threshold_forward_kernel
 
 KERNELS = {
     "support_mark": support_mark_kernel,
@@ -23,6 +24,8 @@ KERNELS = {
     "list_rows": list_rows_kernel,
     "entry_gate_forward": entry_gate_forward_kernel,
     "entry_gate_backward": entry_gate_backward_kernel,
+    "threshold_forward": threshold_forward_kernel,
+    "threshold_backward": threshold_backward_kernel,
     "support_decode": support_decode_kernel,
     "entry_dots": entry_dots_kernel,
     "long_runs": long_runs_kernel,
@@ -31,10 +34,12 @@ KERNELS = {
     "remove_radial": remove_radial_kernel,
     "adam_rows": adam_rows_kernel,
 }
-HEAVY = ("support_mark", "feature_sums", "long_runs", "entry_gate_backward")
+HEAVY = ("support_mark", "feature_sums", "long_runs", "entry_gate_backward", "threshold_backward")
 """Three programs to a multiprocessor will do: each has many loads on their way."""
 ROWS = ("row_norms", "remove_radial", "adam_rows")
 GATES = ("entry_gate_forward", "entry_gate_backward")
+ALONE = ("count_rows", "row_norms", "remove_radial", "threshold_backward")
+"""In one dtype, whatever that of the products is."""
 D_IN = 2304
 """Gemma-2-2B's, which the tiles depend on."""
 
@@ -55,6 +60,12 @@ def launch(v: Variant) -> tuple[dict, dict, str]:
         if v.kernel == "entry_gate_backward":
             constants |= {"RATIONAL_BACKWARD": True, "HAS_DCOUNTS": True, "HAS_DL1": True}
         return constants, {"num_warps": 4, "num_stages": 1}, f"{block} w4"
+    if v.kernel in ("threshold_forward", "threshold_backward"):
+        constants = {"BLOCK_E": BLOCK}
+        if v.kernel == "threshold_backward":
+            flags = ("RECTANGLE", "TO_H", "HAS_DCOUNTS", "HAS_DL1", "BOUNDED")
+            constants |= dict.fromkeys(flags, True)
+        return constants, {"num_warps": 4, "num_stages": 1}, f"{BLOCK} w4"
     if v.kernel in ROWS:
         constants = {"BLOCK_D": triton.next_power_of_2(D_IN)}
         if v.kernel != "remove_radial":
@@ -64,6 +75,8 @@ def launch(v: Variant) -> tuple[dict, dict, str]:
         return constants, {"num_warps": row_warps(D_IN)}, f"{constants['BLOCK_D']} w{row_warps(D_IN)}"
     tile = dots_tile(D_IN) if v.kernel == "entry_dots" else decode_tile(D_IN)
     constants = {"BLOCK_E" if v.kernel == "entry_dots" else "BLOCK_J": tile.rows, "BLOCK_D": tile.columns}
+    if v.kernel in ("feature_sums", "long_runs"):
+        constants["SIZED"] = v.sized
     return constants, {"num_warps": tile.warps}, f"{tile.rows}x{tile.columns} w{tile.warps}"
 
 
@@ -71,12 +84,17 @@ def types(v: Variant, element: str) -> dict[str, str]:
     """The arguments that are no 32-bit integers: weights, their gradients and moments are float32."""
     found = dict.fromkeys(("h", "dense", "g", "x", "w", "bias", "copy"), f"*{element}")
     found |= dict.fromkeys(("rows", "values", "z", "dz", "dh", "dt", "dcounts", "dl1", "coefficients"), "*fp32")
+    found |= dict.fromkeys(("norms", "thresholds", "partial", "sizes"), "*fp32") | dict.fromkeys(
+        ("width", "bounded"), "fp32"
+    )
     found |= dict.fromkeys(("matrices", "numbers", "decoder", "encoder", "sums", "out"), "*fp32")
     found |= dict.fromkeys(("weight", "grad", "mean", "square", "norms", "squares"), "*fp32")
-    found |= dict.fromkeys(("support", "active", "partial", "tokens", "features", "counts"), "*i32")
+    found |= dict.fromkeys(("support", "active", "tokens", "features", "counts"), "*i32")
     found |= dict.fromkeys(("offsets", "longer"), "*i64")
     if v.kernel in ("list_rows", "support_decode"):  # codes, in the dtype of the products
         found |= dict.fromkeys(("z", "values"), f"*{element}")
+    if v.kernel == "support_mark":
+        found["partial"] = "*i32"
     if v.kernel == "long_runs":
         found["features"] = "*i64"
     return found
@@ -84,10 +102,11 @@ def types(v: Variant, element: str) -> dict[str, str]:
 
 def variants(arch: int) -> Iterator[Variant]:
     for dtype in (torch.bfloat16, torch.float32):
-        for kernel in sorted(KERNELS.keys() - set(GATES) - {"count_rows", "row_norms", "remove_radial"}):
+        for kernel in sorted(KERNELS.keys() - set(GATES) - set(ALONE)):
             yield Variant(kernel, arch, dtype)
         yield Variant("support_mark", arch, dtype, ragged=True)
-    yield from (Variant(kernel, arch, torch.float32) for kernel in ("count_rows", "row_norms", "remove_radial"))
+        yield from (Variant(kernel, arch, dtype, sized=True) for kernel in ("feature_sums", "long_runs"))
+    yield from (Variant(kernel, arch, torch.float32) for kernel in ALONE)
     for kernel in GATES:
         for degree in ((3, 2), (9, 8), (12, 12)):
             yield from (Variant(kernel, arch, torch.float32, *degree, shared, gated=True) for shared in (True, False))

@@ -13,7 +13,7 @@ PRODUCTS = ("encode_forward", "encode_backward", "sparse_encode")
 NO_GATE = (
     "gather_rows", "keep_largest", "sparse_decode", "sparse_dots", "segment_sum", "support_mark", "list_entries",
     "count_rows", "list_rows", "support_decode", "entry_dots", "long_runs", "feature_sums", "row_norms", "adam_rows",
-    "remove_radial",
+    "remove_radial", "threshold_forward", "threshold_backward",
 )  # fmt: skip
 
 
@@ -34,6 +34,8 @@ class Variant(NamedTuple):
     """The top-k variant of the sparse kernels: codes in float32."""
     frozen: bool = False
     """A backward pass without the gradients of the coefficients."""
+    sized: bool = False
+    """Sums of the sizes that are given, in place of |z|."""
 
     def __str__(self) -> str:
         words = [NAMES[self.dtype]]
@@ -42,7 +44,8 @@ class Variant(NamedTuple):
         if self.kernel not in NO_GATE:
             words += ["gated" if self.gated else "direct", f"({self.p}, {self.q})"]
             words.append("shared" if self.shared else "per feature")
-        return " ".join(words + ["ragged"] * self.ragged + ["top-k"] * self.ranked + ["frozen"] * self.frozen)
+        words += ["ragged"] * self.ragged + ["top-k"] * self.ranked
+        return " ".join(words + ["frozen"] * self.frozen + ["sized"] * self.sized)
 
     @property
     def key(self) -> str:

@@ -23,7 +23,7 @@ RUN, MOST_RUNS = 256, 8192
 
 class FeatureSums(NamedTuple):
     """Sums over each feature's entries: decoder [n_features, d_in] of z g[token], encoder [n_features, d_in] of
-    dh x_c[token]; dh, dt and l1 (of |z|) [n_features] float32."""
+    dh x_c[token]; dh, dt and l1 (of |z|, or of the sizes that are given) [n_features] float32."""
 
     decoder: Tensor
     encoder: Tensor
@@ -34,7 +34,8 @@ class FeatureSums(NamedTuple):
 
 @triton.jit
 def add_run(
-    g, x, tokens, z, dh, dt, start, end, d, d_in, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr
+    g, x, tokens, z, dh, dt, sizes, start, end, d, d_in,
+    SIZED: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Sums over the entries from start up to end: the columns d of both matrices' rows, and three numbers."""
     dec, enc = tl.zeros((BLOCK_J, BLOCK_D), tl.float32), tl.zeros((BLOCK_J, BLOCK_D), tl.float32)
@@ -56,14 +57,14 @@ def add_run(
         enc += slope[:, None] * tl.load(x + at, mask=(slope != 0.0)[:, None] & inside, other=0.0).to(tl.float32)
         by_h += slope
         by_t += tl.load(dt + e, mask=here, other=0.0)
-        size += tl.abs(code)
+        size += tl.load(sizes + e, mask=here, other=0.0) if SIZED else tl.abs(code)
     return tl.sum(dec, axis=0), tl.sum(enc, axis=0), tl.sum(by_h, axis=0), tl.sum(by_t, axis=0), tl.sum(size, axis=0)
 
 
 @triton.jit
 def long_runs_kernel(
-    g, x, tokens, z, dh, dt, offsets, features, longer, matrices, numbers, n_features, d_in, capacity, run,
-    BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    g, x, tokens, z, dh, dt, sizes, offsets, features, longer, matrices, numbers, n_features, d_in, capacity, run,
+    SIZED: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_D columns of one run beyond its feature's first. features [n_runs]: whose run it is; longer
     [n_features + 1]: where a feature's begin. matrices [n_runs, 2, d_in], numbers [n_runs, 3] float32."""
@@ -73,7 +74,9 @@ def long_runs_kernel(
         start = tl.load(offsets + f) + (k - tl.load(longer + f) + 1) * run
         end = tl.minimum(tl.minimum(start + run, tl.load(offsets + f + 1)), capacity)
         d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-        dec, enc, by_h, by_t, size = add_run(g, x, tokens, z, dh, dt, start, end, d, d_in, BLOCK_J, BLOCK_D)
+        dec, enc, by_h, by_t, size = add_run(
+            g, x, tokens, z, dh, dt, sizes, start, end, d, d_in, SIZED, BLOCK_J, BLOCK_D
+        )
         tl.store(matrices + k * 2 * d_in + d, dec, mask=d < d_in)
         tl.store(matrices + (k * 2 + 1) * d_in + d, enc, mask=d < d_in)
         if tl.program_id(1) == 0:
@@ -84,15 +87,15 @@ def long_runs_kernel(
 
 @triton.jit
 def feature_sums_kernel(
-    g, x, tokens, z, dh, dt, offsets, longer, matrices, numbers, decoder, encoder, sums, n_features, d_in, capacity,
-    run, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    g, x, tokens, z, dh, dt, sizes, offsets, longer, matrices, numbers, decoder, encoder, sums, n_features, d_in,
+    capacity, run, SIZED: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_D columns of one feature's row of both matrices. sums [3, n_features] float32."""
     f = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     start = tl.load(offsets + f)
     end = tl.minimum(tl.minimum(start + run, tl.load(offsets + f + 1)), capacity)
-    dec, enc, by_h, by_t, size = add_run(g, x, tokens, z, dh, dt, start, end, d, d_in, BLOCK_J, BLOCK_D)
+    dec, enc, by_h, by_t, size = add_run(g, x, tokens, z, dh, dt, sizes, start, end, d, d_in, SIZED, BLOCK_J, BLOCK_D)
     for k in range(tl.load(longer + f), tl.load(longer + f + 1)):
         dec += tl.load(matrices + k * 2 * d_in + d, mask=d < d_in, other=0.0)
         enc += tl.load(matrices + (k * 2 + 1) * d_in + d, mask=d < d_in, other=0.0)
@@ -115,11 +118,12 @@ def feature_sums(
     g: Tensor,
     x_c: Tensor,
     *,
+    sizes: Tensor | None = None,
     decoder: Tensor | None = None,
     encoder: Tensor | None = None,
 ) -> FeatureSums:
     """z, dh, dt [capacity] float32 of the entries; g, x_c [n_tokens, d_in] of one dtype (g of a transcoder may be of
-    another width, and the entries are gone through twice then).
+    another width, and the entries are gone through twice then). sizes [capacity] float32: added up in place of |z|.
 
     decoder, encoder [n_features, d_in], contiguous: where the matrices' sums go; new float32 memory unless given.
     """
@@ -127,7 +131,7 @@ def feature_sums(
     if len(x_c) != len(g):
         raise ValueError(f"g {tuple(g.shape)} and x_c {tuple(x_c.shape)} are of different numbers of tokens")
     if x_c.shape != g.shape:
-        written = feature_sums(entries, z, dh, dt, g, g, decoder=decoder)
+        written = feature_sums(entries, z, dh, dt, g, g, sizes=sizes, decoder=decoder)
         return written._replace(encoder=feature_sums(entries, z, dh, dt, x_c, x_c, encoder=encoder).encoder)
     g, x_c = g.contiguous(), x_c.contiguous()
     found = []
@@ -150,8 +154,8 @@ def feature_sums(
     matrices, numbers = (g.new_empty((most, *shape), dtype=torch.float32) for shape in ((2, d_in), (3,)))
     tile = decode_tile(d_in)
     columns = triton.cdiv(d_in, tile.columns)
-    shape = {"BLOCK_J": tile.rows, "BLOCK_D": tile.columns, "num_warps": tile.warps}
-    given = (g, x_c, entries.tokens, z, dh, dt, bounds)
+    shape = {"SIZED": sizes is not None, "BLOCK_J": tile.rows, "BLOCK_D": tile.columns, "num_warps": tile.warps}
+    given = (g, x_c, entries.tokens, z, dh, dt, z if sizes is None else sizes, bounds)
     with launching_on(g):
         if capacity > run:
             long_runs_kernel[(most, columns)](

@@ -9,6 +9,7 @@ gate is zero outside its support, the sparse way (`support.py`) makes one of the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -152,7 +153,7 @@ def rational_autoencode(
     else:
         # Not through the operator: what runs on several processes at once cannot be traced as one.
         step = Step(rows, W_enc, b_enc, W_dec, b_dec, gate, spec, *loss, across)
-        results = _Across.apply(step, way, *differentiable)
+        results = Computed.apply(step, lambda own: run(own, way), *differentiable)
     total, mse, l1, l0, counts, x_hat, entries, *_ = results
     return Autoencoded(total, mse, l1, l0, counts, x_hat if x.dim() == 2 else x_hat.reshape(x.shape), entries)
 
@@ -253,17 +254,17 @@ def _scaled(gradients: list[Tensor], by: Tensor) -> list[Tensor]:
 _autoencode.register_autograd(_derivative, setup_context=_save)
 
 
-class _Across(torch.autograd.Function):
-    """`run` on one of several processes."""
+class Computed(torch.autograd.Function):
+    """A step that is computed with its gradients, where it does not go through the operator."""
 
     @staticmethod
-    def forward(ctx: Any, step: Step, way: Way, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, step: Step, make: Callable[[Step], tuple[Tensor, ...]], *inputs: Tensor) -> Any:
         # What is differentiable comes as `inputs`, in the order of step.likes.
         x, W_enc, b_enc, W_dec, b_dec, a, b, centre, input_scale, output_scale, threshold = inputs
         gate = GateTensors(a, b, centre, input_scale, output_scale, threshold, step.gate.activity_threshold)
         own = Step(x, W_enc, b_enc, W_dec, b_dec, gate, *step[6:])
         with torch.autocast(own.x.device.type, enabled=False):
-            results = run(own, way)
+            results = make(own)
         _save(ctx, (step.wanted,), results)
         return results
 

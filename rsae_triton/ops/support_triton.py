@@ -9,7 +9,8 @@ densely instead.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,50 +39,118 @@ def capacity_for(places: int) -> int:
     return max(1024, math.ceil(DENSITY * places / 1024) * 1024)
 
 
+class Code(NamedTuple):
+    """What was found of a batch's code, as the kernels list it.
+
+    Attributes:
+        entries: of the support, by feature (`kernels.Entries`). z: their codes, float32. rows: the active codes by
+            token (`kernels.Rows`). counts: [d_sae], on how many tokens each feature is active.
+        short: a bool tensor, whether entries had no room and were left out.
+    """
+
+    entries: Any
+    z: Tensor
+    rows: Any
+    counts: Tensor
+    short: Tensor
+
+
+Gradients = Callable[[Tensor, "Tensor | None", "Tensor | None", Tensor, float], "Slopes"]
+"""Of the entries: dL/dz, what each feature's count and its sum of |z| have (None for nothing), the norms of the
+decoder's rows, and how many times the gradients of the mean all of these are."""
+
+
+class Slopes(NamedTuple):
+    """dh, dt [capacity] of the entries. Of a penalty that the step's own weights do not say: itself (a scalar, the mean
+    over tokens times its weight); sizes [capacity] and weight, in place of |z| and l1_weight in the norms' gradient."""
+
+    dh: Tensor
+    dt: Tensor
+    penalty: Tensor | None = None
+    sizes: Tensor | None = None
+    weight: float = 0.0
+
+
+def listed(h: Tensor, marks: Any, room: int, gate: Callable[[Any, Tensor], Tensor]) -> Code:
+    """The code of marked h [d_sae, n_tokens]. gate: entries, h -> their codes, also written over h at their places."""
+    device = kernels()
+    entries = device.list_entries(h, marks, room)
+    z = gate(entries, h)  # h's memory holds the codes from here on
+    rows = device.list_rows(h, marks, room)
+    return Code(entries, z, rows, marks.counts, entries.offsets[-1] > room)
+
+
 def run(step: Step, capacity: int | None = None) -> tuple[Tensor, ...]:
     """As `support.run`: total, mse, l1, l0, counts, x_hat, the number of entries (a tensor on the GPU, more than the
     capacity where nothing of this is to be used), and the gradients of total."""
-    x, W_enc, b_enc, W_dec, b_dec, gate, spec, l1_weight, l0_weight = step[:9]
-    subtract, target, scale, dtype, _, across = step[9:]
+    x, W_enc, b_enc, W_dec, b_dec, gate, spec = step[:7]
     device = kernels()
-    (n, _), d_sae, exact = x.shape, len(W_dec), wide(dtype)
-    room = capacity_for(n * d_sae) if capacity is None else capacity
-    mean = 1 / max(n, 1)
-    # Gradients of the mean; in float16 those would vanish, and those of the sum overflow.
-    unit = mean if dtype != torch.float16 else 2.0 ** -math.ceil(math.log2(max(n, 1)) / 2)
-    x_c, W_d = centred(x, b_dec if subtract else None, dtype), W_dec.to(dtype)
-    h = torch.mm(W_enc.t().to(dtype), x_c.t())
+    room = capacity_for(len(x) * len(W_dec)) if capacity is None else capacity
+    x_c = centred(x, b_dec if step.subtract else None, step.dtype)
+    h = torch.mm(W_enc.t().to(step.dtype), x_c.t())
     marks = device.support_mark(h, gate.threshold, gate.input_scale, b_enc)
-    entries = device.list_entries(h, marks, room)
     flags: dict[str, Any] = {"p": spec.p, "q": spec.q, "identity": spec.amplitude == "identity"}
-    z = device.entry_gate_forward(entries, gate, h, **flags)  # h's memory holds the codes from here on
-    rows = device.list_rows(h, marks, room)
+    code = listed(h, marks, room, lambda entries, h: device.entry_gate_forward(entries, gate, h, **flags))
     del h
-    size = entries.offsets[-1]
+
+    def slopes(dz: Tensor, dcounts: Tensor | None, dl1: Tensor | None, norms: Tensor, unit: float) -> Slopes:
+        rational = spec.backward == "rational"
+        made = device.entry_gate_backward(code.entries, dz, dcounts, dl1, gate, **flags, backward_rational=rational)
+        return Slopes(*made)
+
+    return finish(step, x_c, code, slopes)
+
+
+def unit_of(step: Step) -> float:
+    """What gradients are made of in place of the mean over tokens: in float16 those would vanish, and those of the sum
+    overflow."""
+    n = max(len(step.x), 1)
+    return 1 / n if step.dtype != torch.float16 else 2.0 ** -math.ceil(math.log2(n) / 2)
+
+
+def finish(
+    step: Step, x_c: Tensor, code: Code, slopes: Gradients, also: Callable[[Tensor], tuple[Tensor, Any]] | None = None
+) -> tuple[Tensor, ...]:
+    """What `run` returns, from a code and the gradients of its entries.
+
+    also: x_hat - target (times the residual's scale) -> one more term of the loss and the sums of its gradients, in
+    `unit_of` the step.
+    """
+    x, _, _, W_dec, b_dec, _, _, l1_weight, l0_weight, _, target, scale, dtype, _, across = step
+    device = kernels()
+    exact, mean, unit, d_sae = wide(dtype), 1 / max(len(x), 1), unit_of(step), len(W_dec)
+    W_d, entries = W_dec.to(dtype), code.entries
     # NaN where entries were left out, which would be wrong without a word: x_hat, and so the loss and its gradients.
-    bias = torch.where(size > room, torch.nan, b_dec if step.adds_b_dec else 0.0)
+    bias = torch.where(code.short, torch.nan, b_dec if step.adds_b_dec else 0.0)
     bias = bias.expand(b_dec.shape).to(b_dec.dtype)
-    x_hat = device.support_decode(rows, W_d, bias)
+    x_hat = device.support_decode(code.rows, W_d, bias)
     if across is not None:
         x_hat = across.sum(x_hat)
     residual = x_hat - (x if target is None else target)
     if scale is not None:
         residual.mul_(scale)
-    counts = marks.counts.to(exact)
+    counts = code.counts.to(exact)
     mse, l0 = residual.square().sum() * mean, counts.sum() * mean
     norms = torch.linalg.vector_norm(W_dec, dim=1, dtype=exact)
+    extra = None if also is None else also(residual)
     g = residual.mul_(2 * unit if scale is None else scale * (2 * unit))
     g_p = g.to(dtype)
     dz = device.entry_dots(g_p, W_d, entries)
     dcounts = norms.new_full((d_sae,), l0_weight * unit) if l0_weight else None
     dl1 = norms * (l1_weight * unit) if l1_weight else None
-    rational = spec.backward == "rational"
-    dh, dt = device.entry_gate_backward(entries, dz, dcounts, dl1, gate, **flags, backward_rational=rational)
-    sums = device.feature_sums(entries, z, dh, dt, g_p, x_c)
-    l1 = torch.dot(sums.l1, norms) * mean
+    made = slopes(dz, dcounts, dl1, norms, unit)
+    sums = device.feature_sums(entries, code.z, made.dh, made.dt, g_p, x_c, sizes=made.sizes)
+    l1 = torch.dot(sums.l1, norms) * mean if made.sizes is None else torch.zeros_like(mse)  # others were added up
     total = mse + l1_weight * l1 + l0_weight * l0
-    outcome = (total, mse, l1, l0, counts, x_hat.to(x.dtype), size)
-    return *outcome, *_gradients(step, sums, g, norms, l1_weight * unit, mean / unit)
+    if made.penalty is not None:
+        total = total + made.penalty
+    if extra is not None:
+        total = total + extra[0]
+        for one, more in zip(sums[:4], extra[1][:4], strict=True):
+            one.add_(more)
+    weight = made.weight if made.sizes is not None else l1_weight
+    outcome = (total, mse, l1, l0, counts, x_hat.to(x.dtype), entries.offsets[-1])
+    return *outcome, *_gradients(step, sums, g, norms, weight * unit, mean / unit)
 
 
 def _gradients(step: Step, sums: Any, g: Tensor, norms: Tensor, l1_weight: float, rescale: float) -> list[Tensor]:

@@ -50,11 +50,10 @@ class BatchTopKSAE(SparseAutoencoder):
 
     @torch.no_grad()
     def remember_(self, smallest: Tensor) -> None:
-        """Updates the running mean with the smallest value that a training batch kept."""
-        started = bool(self.topk_threshold > 0)
-        self.topk_threshold.mul_(self.memory if started else 0.0).add_(
-            smallest.float(), alpha=1 - self.memory if started else 1.0
-        )
+        """Updates the running mean with the smallest value that a training batch kept; NaN changes nothing."""
+        old, new = self.topk_threshold, smallest.to(self.topk_threshold)
+        mean = torch.where(old > 0, old * self.memory + new * (1 - self.memory), new)
+        old.copy_(torch.where(new.isnan(), old, mean))  # without waiting for a GPU
 
     def config(self) -> dict[str, Any]:
         return {**super().config(), "k": self.k}

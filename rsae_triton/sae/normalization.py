@@ -32,6 +32,13 @@ class Affine(NamedTuple):
     def undo(self, x_hat: Tensor) -> Tensor:
         return x_hat if isinstance(self.scale, float) else (x_hat * self.scale + self.shift).to(x_hat.dtype)
 
+    def target(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What x_hat is compared with before it is undone, and what multiplies the difference: undone by another
+        number than it was applied with, the target is not what is encoded. None where nothing is done."""
+        if isinstance(self.scale, float):
+            return None, None
+        return ((x - self.shift) / self.scale.clamp_min(torch.finfo(self.scale.dtype).tiny)).to(x.dtype), self.scale
+
 
 def normalize(x: Tensor, mode: str) -> Affine:
     """Returns the normalisation of every token of x [..., d_in], in at least float32."""

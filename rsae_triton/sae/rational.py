@@ -172,11 +172,7 @@ class FusedRationalSAE(SparseAutoencoder):
             check_spec(self.gate.spec(hard))
             return rounds_of.autoencode(self, x, l1_weight=l1_weight, l0_weight=l0_weight, across=across)
         affine = self.normalization(x)
-        scale = None
-        if normalized:
-            # The target is then not what was encoded, because normalising and undoing it use different epsilons.
-            scale = torch.as_tensor(affine.scale)
-            target = ((x - affine.shift) / scale.clamp_min(torch.finfo(scale.dtype).tiny)).to(x.dtype)
+        own, scale = affine.target(x)
         result = rational_autoencode(
             affine.apply(x),
             self.W_enc,
@@ -193,7 +189,7 @@ class FusedRationalSAE(SparseAutoencoder):
             exact=exact,
             most_entries=most_entries,
             apply_b_dec_to_input=self.apply_b_dec_to_input,
-            target=target,
+            target=target if own is None else own,
             residual_scale=scale,
             backend=self.backend,
             across=across,

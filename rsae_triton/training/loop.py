@@ -172,7 +172,7 @@ def _train(
             no_support=reason,
             exact=settings.exact,
             language=beside,
-            on_gpu=by_triton(sae, frozen),
+            on_gpu=by_triton(sae, frozen, recipe.aux_k),
         )
         plan = together.agree(plan)
         if show:

@@ -8,6 +8,7 @@ threshold, and those of TopK and BatchTopK for all features that were not kept. 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from rsae_triton.ops.across import Across, sum_of
 from rsae_triton.ops.backends import resolve_backend
+from rsae_triton.ops.encode import product_dtype
 from rsae_triton.ops.entries import Entries, collected, decode_at, each_at, encode_at, lengths, sum_at
 from rsae_triton.ops.finding import find_entries, find_largest, find_most
 from rsae_triton.ops.support import lowest
+from rsae_triton.ops.teacher_triton import Kept, autoencode
 from rsae_triton.sae.architectures import JumpReluSAE, ReluSAE, TopKSAE, opened
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.batch_topk import BatchTopKSAE
@@ -32,13 +35,14 @@ PROBED = 64
 
 
 class Terms(NamedTuple):
-    """The terms total, mse, l0 (scalars), counts [d_sae], and the number of entries."""
+    """The terms total, mse, l0 (scalars), counts [d_sae], and the number of entries. From the kernels that is a tensor,
+    infinite (and the loss NaN) if they had no room."""
 
     total: Tensor
     mse: Tensor
     l0: Tensor
     counts: Tensor
-    entries: int
+    entries: int | Tensor
 
 
 def reason_against(sae: SparseAutoencoder, *, soft: bool, aux_k: int, frozen: set[str]) -> str | None:
@@ -64,17 +68,25 @@ def reason_against(sae: SparseAutoencoder, *, soft: bool, aux_k: int, frozen: se
     return None
 
 
-def by_triton(sae: SparseAutoencoder, frozen: set[str]) -> bool:
-    """Whether sparse steps of this SAE use `support_triton`. frozen: names that are not trained."""
-    if not isinstance(sae, FusedRationalSAE) or sae.W_dec.device.type != "cuda":
+def by_triton(sae: SparseAutoencoder, frozen: set[str], aux_k: int = 0) -> bool:
+    """Whether sparse steps of this SAE use `support_triton` or `teacher_triton`. frozen: names that are not trained.
+    aux_k: of the recipe."""
+    if sae.W_dec.device.type != "cuda":
         return False
-    trained = sae.gate.log_input_scale.requires_grad and "log_input_scale" not in frozen
-    return not trained and resolve_backend(sae.backend, sae.W_dec.device, sae.W_dec.dtype).startswith("triton")
+    if isinstance(sae, FusedRationalSAE):
+        trained = sae.gate.log_input_scale.requires_grad and "log_input_scale" not in frozen
+        return not trained and resolve_backend(sae.backend, sae.W_dec.device, sae.W_dec.dtype).startswith("triton")
+    ranks = isinstance(sae, TopKSAE | BatchTopKSAE)
+    if not ranks and (aux_k or type(sae) not in (ReluSAE, JumpReluSAE)):  # dead features below thresholds need all of h
+        return False
+    return resolve_backend("auto", sae.W_dec.device, sae.W_dec.dtype).startswith("triton")
 
 
 @torch.no_grad()
 def probed_share(sae: SparseAutoencoder, x: Tensor) -> Tensor:
     """`support_share` as a tensor, without waiting for its value."""
+    if isinstance(sae, TopKSAE | BatchTopKSAE):
+        return torch.tensor(sae.k / sae.d_sae, dtype=torch.float64, device=x.device)
     h = torch.addmm(sae.b_enc, _probe(sae, sae.sides(x)[0]), sae.W_enc)
     return (~(h <= _low(sae))).double().mean()
 
@@ -106,9 +118,13 @@ def losses_on_entries(
     most: int | None = None,
     exact: bool = False,
     across: Across | None = None,
+    kernels: bool = False,
 ) -> Terms | None:
     """mse + weight * sparsity of a teacher or control, as in `recipes.losses`. Returns None if there are more entries
-    than `most`, or NaN where a code is ranked."""
+    than `most`, or NaN where a code is ranked. kernels: use Triton (`by_triton`), which never returns None."""
+    if kernels:
+        assert most is not None
+        return _by_kernels(sae, x, sparsity, weight, aux_k, dead, most, across)
     affine = sae.normalization(x)
     x_c = _centred(sae, affine.apply(x))
     W_enc, W_dec = collected(sae.W_enc), collected(sae.W_dec)
@@ -144,6 +160,31 @@ def losses_on_entries(
         total = total + (residual.detach() - affine.scale * left).square().sum(-1).mean() * AUXILIARY_SHARE
         total = total + below_thresholds(sae, x, dead)
     return Terms(total, mse.detach(), l0.detach(), counts.detach(), len(entries.tokens))
+
+
+def _by_kernels(
+    sae: SparseAutoencoder, x: Tensor, sparsity: str, weight: float, aux_k: int, dead: Tensor | None, most: int,
+    across: Across | None,
+) -> Terms:  # fmt: skip
+    threshold = sae.threshold if isinstance(sae, JumpReluSAE) else torch.zeros_like(sae.b_enc)
+    kept = Kept(bounded=weight if sparsity == "tanh" else 0.0)
+    if isinstance(sae, JumpReluSAE):
+        kept = replace(kept, width=sae.bandwidth, to_h=sae.slope_to_h)
+    elif isinstance(sae, TopKSAE | BatchTopKSAE):
+        ranks = {"ranks": "token", "relu": sae.relu} if isinstance(sae, TopKSAE) else {"ranks": "batch"}
+        kept = replace(kept, k=sae.k, **ranks)
+        if aux_k and dead is not None and bool(dead.any()):
+            kept = replace(kept, aux_k=aux_k, aux_weight=AUXILIARY_SHARE, dead=dead)
+    affine = sae.normalization(x)
+    target, scale = affine.target(x)
+    found, smallest = autoencode(
+        affine.apply(x), sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, threshold, kept, most,
+        l1_weight=weight if sparsity == "l1" else 0.0, l0_weight=weight if sparsity == "l0" else 0.0,
+        subtract=sae.apply_b_dec_to_input, target=target, scale=scale, dtype=product_dtype(x), across=across,
+    )  # fmt: skip
+    if smallest is not None and isinstance(sae, BatchTopKSAE):
+        sae.remember_(smallest)
+    return Terms(found.total, found.mse.detach(), found.l0.detach(), found.counts.detach(), found.entries)
 
 
 def below_thresholds(sae: SparseAutoencoder, x: Tensor, dead: Tensor) -> Tensor | float:

@@ -249,7 +249,7 @@ def losses(
     if plan is not None and sparse and not isinstance(sae, FusedRationalSAE):
         found = losses_on_entries(
             sae, x, sparsity=recipe.sparsity, weight=weight, aux_k=recipe.aux_k, dead=dead, most=most,
-            exact=plan.exact, across=across,
+            exact=plan.exact, across=across, kernels=plan.on_gpu,
         )  # fmt: skip
         if found is not None:
             return Losses(*found[:4], share=found.entries / places)

@@ -82,10 +82,11 @@ class Run:
             if not bool(norm.isfinite()):
                 raise NumericsError(self._explain(x, None, checkpoints))
             self.controller = SparsityController(self.recipe, float(norm))
-        dead = self.idle > settings.dead_after
+        may_die = self.step * settings.batch_size > settings.dead_after  # nothing is silent for longer than that
+        dead = self.idle > settings.dead_after if self.recipe.aux_k and may_die else None
         ramp = settings.sparsity_ramp(self.step)
         plan = self.route.plan(self.step, lambda: self._support_share(x))
-        given = (x, ramp * self.controller.weight, dead if self.recipe.aux_k else None)
+        given = (x, ramp * self.controller.weight, dead)
         terms, summed, kl = self._gradients(*given, plan, [stop, due])
         if summed.share == math.inf:  # on some process the entries did not fit
             plan = self.route.dense

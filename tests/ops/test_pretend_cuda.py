@@ -98,7 +98,7 @@ def test_an_upgrade_stays_on_the_gpu(name, options, activations, cuda):
 
 @pytest.mark.parametrize("name", ["relu", "topk", "batchtopk", "saved", "chunked", "streamed", "auto", "sparse"])
 def test_a_training_step_waits_once(name, activations, cuda):
-    """For the numbers that say whether it is finite; TopK also for whether a feature is dead, BatchTopK for its k."""
+    """For the numbers that say whether it is finite; TopK's also for whether a feature is dead, once one may be."""
     sae = (teacher(name) if name in TEACHERS else rational()).to(GPU)
     options = {**QUIET, "memory": "auto" if name in TEACHERS else name, "log_every": 100}
     waits = []
@@ -107,8 +107,43 @@ def test_a_training_step_waits_once(name, activations, cuda):
         trained = copy.deepcopy(sae)
         rt.train(trained, activations[:64].to(GPU), **{**options, "steps": steps})
         waits.append(len(cuda.waits))
-    assert waits[1] - waits[0] == {"topk": 2, "batchtopk": 3}.get(name, 1)
+    assert waits[1] - waits[0] == 1
     assert on_gpu(trained)
+
+
+@pytest.mark.parametrize("options", [{}, {"dead_after": 32}, {"recipe": "jumprelu-tanh"}], ids=str)
+@pytest.mark.parametrize("name", TEACHERS)
+def test_teachers_train_sparsely_as_they_do_densely(name, options, activations):
+    """By the kernels, waiting once a step, and once more where a feature may be dead."""
+    if ("recipe" in options and name != "jumprelu") or ("dead_after" in options and not name.endswith("topk")):
+        pytest.skip("not for this family")
+
+    def trained(device, memory, steps):
+        sae = teacher(name).to(device)
+        log = rt.train(sae, activations[:64].to(device), **{**QUIET, "steps": steps}, memory=memory, lr=0.01,
+                       log_every=100, **options)  # fmt: skip
+        return sae, log
+
+    here, log = trained("cpu", "saved", 4)
+    waits = []
+    with pretend() as cuda:
+        for steps in (3, 4):
+            cuda.waits.clear(), cuda.launches.clear()
+            there, found = trained(GPU, "sparse", steps)
+            waits.append(len(cuda.waits))
+        assert waits[1] - waits[0] == 1 + ("dead_after" in options)
+        assert cuda.launches.count("feature_sums_kernel") >= 4
+        assert found.mse == pytest.approx(log.mse, rel=1e-4)
+        for (key, one), other in zip(there.state_dict().items(), here.state_dict().values(), strict=True):
+            torch.testing.assert_close(one.cpu(), other, rtol=1e-3, atol=1e-5, msg=key)
+
+
+def test_a_topk_teacher_is_sparse_by_itself_where_it_is_wide(activations, cuda):
+    for k, calls in ((6, 0), (1, 3)):
+        sae = TopKSAE(16, 120, k=k, generator=torch.Generator().manual_seed(0)).to(GPU)
+        cuda.launches.clear()
+        rt.train(sae, activations[:64].to(GPU), **{**QUIET, "steps": 4})
+        assert cuda.launches.count("feature_sums_kernel") == calls  # the first step is dense
 
 
 @pytest.mark.parametrize("room", [8, 10_000])

@@ -1,0 +1,158 @@
+"""The gate of ReLU, JumpReLU and TopK SAEs at the entries of a support: codes forward, gradients backward, in float32.
+
+A code is h where it is above a threshold. A JumpReLU's threshold is trained through a rectangle of some width around
+it (arXiv:2407.14435); the others' has no gradient.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import entry_programs
+from .launch import launching_on
+from .support_list import Entries
+
+BLOCK = 256
+"""Entries that a program takes at a time."""
+
+
+class Slopes(NamedTuple):
+    """Gradients of entries, [capacity] float32: dh by h, dt by h - threshold through the rectangle (a threshold's is
+    minus their sum).
+
+    Of the bounded penalty sum tanh(4 |z| norm), else None: sizes [capacity] = 4 |z| (1 - tanh^2), its gradient by the
+    feature's norm, and `bounded`, the penalty of all entries together (a scalar)."""
+
+    dh: Tensor
+    dt: Tensor
+    sizes: Tensor | None
+    bounded: Tensor | None
+
+
+@triton.jit
+def threshold_forward_kernel(
+    values, tokens, features, offsets, z, dense, thresholds, n_features, n_tokens, capacity, BLOCK_E: tl.constexpr
+):  # fmt: skip
+    """z [capacity] float32; also written into dense [n_features, n_tokens], at the entry's place."""
+    total = tl.minimum(tl.load(offsets + n_features), capacity)
+    step = tl.num_programs(0).to(tl.int64) * BLOCK_E
+    for e0 in range(tl.program_id(0).to(tl.int64) * BLOCK_E, total, step):
+        e = e0 + tl.arange(0, BLOCK_E)
+        mask = e < total
+        f = tl.load(features + e, mask=mask, other=0).to(tl.int64)
+        n = tl.load(tokens + e, mask=mask, other=0)
+        h = tl.load(values + e, mask=mask, other=0.0)
+        code = tl.where(h <= tl.load(thresholds + f, mask=mask, other=0.0), 0.0, h)  # so written NaN stays
+        tl.store(z + e, code, mask=mask)
+        tl.store(dense + f * n_tokens + n, code.to(dense.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def threshold_backward_kernel(
+    values, features, offsets, dz, dcounts, dl1, norms, dh, dt, sizes, partial, thresholds,
+    n_features, capacity, width, bounded,
+    RECTANGLE: tl.constexpr, TO_H: tl.constexpr, HAS_DCOUNTS: tl.constexpr, HAS_DL1: tl.constexpr,
+    BOUNDED: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """dh, dt, sizes [capacity]; partial [programs], each program's sum of tanh. width: of the rectangle (RECTANGLE);
+    TO_H: h has its gradient too. bounded: what multiplies the sum of tanh (BOUNDED)."""
+    total = tl.minimum(tl.load(offsets + n_features), capacity)
+    step = tl.num_programs(0).to(tl.int64) * BLOCK_E
+    penalty = tl.zeros((BLOCK_E,), tl.float32)
+    for e0 in range(tl.program_id(0).to(tl.int64) * BLOCK_E, total, step):
+        e = e0 + tl.arange(0, BLOCK_E)
+        mask = e < total
+        f = tl.load(features + e, mask=mask, other=0).to(tl.int64)
+        h = tl.load(values + e, mask=mask, other=0.0)
+        g = tl.load(dz + e, mask=mask, other=0.0)
+        theta = tl.load(thresholds + f, mask=mask, other=0.0)
+        on = mask & ~(h <= theta)
+        sign = tl.where(h > 0.0, 1.0, tl.where(h < 0.0, -1.0, 0.0))
+        if HAS_DL1:
+            g += tl.where(on, tl.load(dl1 + f, mask=mask, other=0.0) * sign, 0.0)
+        if BOUNDED:
+            norm = tl.load(norms + f, mask=mask, other=0.0)
+            small = tl.exp(-8.0 * tl.abs(h) * norm)
+            rest = 4.0 * small / ((1.0 + small) * (1.0 + small))  # 1 - tanh^2
+            g += tl.where(on, bounded * 4.0 * norm * rest * sign, 0.0)
+            tl.store(sizes + e, tl.where(on, 4.0 * tl.abs(h) * rest, 0.0), mask=mask)
+            penalty += tl.where(on, (1.0 - small) / (1.0 + small), 0.0)
+        by_t = tl.zeros_like(h)
+        if RECTANGLE:
+            by_gate = g * h
+            if HAS_DCOUNTS:
+                by_gate += tl.load(dcounts + f, mask=mask, other=0.0)
+            by_t = tl.where(tl.abs(h - theta) < 0.5 * width, by_gate / width, 0.0)
+        by_h = tl.where(on, g, 0.0)
+        if TO_H:
+            by_h += by_t
+        tl.store(dh + e, by_h, mask=mask)
+        tl.store(dt + e, by_t, mask=mask)
+    if BOUNDED:
+        tl.store(partial + tl.program_id(0), tl.sum(penalty))
+
+
+def threshold_forward(entries: Entries, thresholds: Tensor, dense: Tensor) -> Tensor:
+    """-> the codes of the entries [capacity] float32; thresholds [n_features] float32.
+
+    dense [n_features, n_tokens]: memory that gets the codes too, in its dtype, at the entries' places alone.
+    """
+    _check(entries, thresholds)
+    z = torch.empty_like(entries.values)
+    if len(z) > 0:
+        with launching_on(z):
+            threshold_forward_kernel[(entry_programs(len(z), BLOCK),)](
+                entries.values, entries.tokens, entries.features, entries.offsets, z, dense, thresholds,
+                *dense.shape, len(z), BLOCK_E=BLOCK, num_warps=4, num_stages=1,
+            )  # fmt: skip
+    return z
+
+
+def threshold_backward(
+    entries: Entries,
+    thresholds: Tensor,
+    dz: Tensor,
+    dcounts: Tensor | None,
+    dl1: Tensor | None,
+    *,
+    width: float = 0.0,
+    to_h: bool = False,
+    bounded: float = 0.0,
+    norms: Tensor | None = None,
+) -> Slopes:
+    """dz [capacity] float32 -> `Slopes`.
+
+    Args:
+        dcounts, dl1: [n_features], the gradients of each feature's count and of its sum of |z|; None for zero.
+        width: of the rectangle; 0 where thresholds are not trained. to_h: whether its slope also passes to h.
+        bounded: the weight of the bounded penalty, which `norms` [n_features] float32 are needed for; 0 for none.
+    """
+    _check(entries, thresholds)
+    if bounded and norms is None:
+        raise ValueError("the bounded penalty needs the norms of the features")
+    dh, dt, sizes = dz.new_empty((3, *dz.shape))
+    programs = entry_programs(len(dz), BLOCK)
+    partial = dz.new_zeros(max(programs, 1))
+    per_feature = [thresholds if one is None else one.float().contiguous() for one in (dcounts, dl1, norms)]
+    if len(dz) > 0:
+        with launching_on(dz):
+            threshold_backward_kernel[(programs,)](
+                entries.values, entries.features, entries.offsets, dz, *per_feature, dh, dt, sizes, partial,
+                thresholds, len(entries.offsets) - 1, len(dz), float(width), float(bounded),
+                RECTANGLE=width > 0, TO_H=width > 0 and to_h, HAS_DCOUNTS=dcounts is not None,
+                HAS_DL1=dl1 is not None, BOUNDED=bounded > 0, BLOCK_E=BLOCK, num_warps=4, num_stages=1,
+            )  # fmt: skip
+    return Slopes(dh, dt, *((sizes, partial.sum()) if bounded else (None, None)))
+
+
+def _check(entries: Entries, thresholds: Tensor) -> None:
+    if thresholds.shape != (len(entries.offsets) - 1,) or thresholds.dtype != torch.float32:
+        raise ValueError(
+            f"thresholds are {thresholds.dtype} {tuple(thresholds.shape)}, the entries of "
+            f"{len(entries.offsets) - 1} features; one float32 number for each is wanted"
+        )

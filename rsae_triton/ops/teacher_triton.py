@@ -1,0 +1,167 @@
+"""The sparse step of teachers and controls on a GPU: `support_triton`, with other ways to find what is kept of h.
+
+ReLU and JumpReLU codes are found as a Rational SAE's are, by a pass over h that marks what is above a threshold, and so
+is BatchTopK's, once its threshold is known. TopK ranks the features of each token: the library's top-k gives exactly k
+entries for each, which are sorted by feature. No shape depends on a value, and nobody waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from rsae_triton.ops.autoencode import Autoencoded, Computed
+from rsae_triton.ops.backends import kernels
+from rsae_triton.ops.encode import centred
+from rsae_triton.ops.reference import GateSpec, GateTensors
+from rsae_triton.ops.step import Step
+from rsae_triton.ops.support_triton import Code, Slopes, finish, listed, unit_of
+
+TIES = 8
+"""BatchTopK keeps all that equal the last one: there is room for this part of n_tokens * k more (and 1024)."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a teacher keeps of h.
+
+    Attributes:
+        ranks: "" for what is above a threshold, "token" for the k largest of every token, "batch" for the n_tokens * k
+            largest of all (those above 0). k: of these. relu: whether negative ones are kept of a token.
+        width: of the rectangle that a threshold is trained through, 0 for none. to_h: whether it passes its slope to h.
+        bounded: the weight of sum_f tanh(4 |z_f| ||W_dec_f||), a mean over tokens.
+        aux_k, aux_weight: how many of the `dead` features [d_sae] (bool) of every token reconstruct the residual, and
+            the weight of the error (TopK's auxiliary loss); none where `dead` is None.
+    """
+
+    ranks: str = ""
+    k: int = 0
+    relu: bool = True
+    width: float = 0.0
+    to_h: bool = False
+    bounded: float = 0.0
+    aux_k: int = 0
+    aux_weight: float = 0.0
+    dead: Tensor | None = None
+
+    def room(self, n_tokens: int, most: int) -> int:
+        """For how many entries there is memory; most: where nothing says how many there are at most."""
+        if self.ranks == "token":
+            return n_tokens * self.k
+        return n_tokens * self.k * (TIES + 1) // TIES + 1024 if self.ranks == "batch" else most
+
+
+def autoencode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    threshold: Tensor,
+    kept: Kept,
+    most: int,
+    **loss: Any,
+) -> tuple[Autoencoded, Tensor | None]:
+    """-> as `rational_autoencode`, and of "batch" the smallest value that was kept (NaN where entries had no room).
+
+    threshold: [d_sae], of what ranks nothing. most: the room for entries then. loss: the fields of `Step` from
+    l1_weight on, but `wanted`. entries is infinite where there was no room, and the loss NaN.
+    """
+    none = threshold.new_zeros(0)
+    gate = GateTensors(none, none, none, threshold.new_ones(1), none, threshold, none)
+    differentiable = (x, W_enc, b_enc, W_dec, b_dec, *gate[:6])
+    wanted = [torch.is_grad_enabled() and one.requires_grad for one in differentiable]
+    step = Step(x, W_enc, b_enc, W_dec, b_dec, gate, GateSpec(0, 0), wanted=wanted, **loss)
+    smallest: list[Tensor] = []
+    results = Computed.apply(step, lambda own: run(own, kept, most, smallest.append), *differentiable)
+    return Autoencoded(*results[:7]), smallest[0] if smallest else None
+
+
+def run(step: Step, kept: Kept, most: int, smallest: Callable[[Tensor], Any]) -> tuple[Tensor, ...]:
+    """The fields of `Autoencoded`, and the gradients of total in the order of `step.likes`; see `autoencode`."""
+    device, b_enc = kernels(), step.b_enc
+    thresholds = step.gate.threshold.detach().float().contiguous()
+    x_c = centred(step.x, step.b_dec if step.subtract else None, step.dtype)
+    weights, room = step.W_enc.to(step.dtype), kept.room(len(x_c), most)
+    if kept.ranks == "token":
+        h = torch.addmm(b_enc.to(step.dtype), x_c, weights)  # token by token, as top-k reads it
+        thresholds = torch.full_like(thresholds, 0.0 if kept.relu else -torch.inf)
+        code = _of_tokens(h, kept.k, kept.relu)
+        ranked = h if kept.dead is not None else None
+    else:
+        if kept.ranks == "batch":
+            # The bias inside the product: what is ranked and what is compared must be the same numbers.
+            h = torch.addmm(b_enc.to(step.dtype).unsqueeze(1), weights.t(), x_c.t())
+            floor = _smallest(h, len(x_c) * kept.k)
+            above_zero = torch.where(floor > 0, torch.nextafter(floor, torch.zeros_like(floor)), floor)
+            thresholds, bias = above_zero.expand_as(thresholds).contiguous(), torch.zeros_like(thresholds)
+        else:
+            h, bias = torch.mm(weights.t(), x_c.t()), b_enc
+        ranked = h.t().clone() if kept.dead is not None else None  # h's memory gets the codes
+        marks = device.support_mark(h, thresholds, thresholds.new_full((1,), kept.width / 2), bias)
+        code = listed(h, marks, room, lambda entries, h: device.threshold_forward(entries, thresholds, h))
+        if kept.ranks == "batch":
+            smallest(torch.where(code.short, torch.nan, floor))
+    del h
+
+    def slopes(dz: Tensor, dcounts: Tensor | None, dl1: Tensor | None, norms: Tensor, unit: float) -> Slopes:
+        made = device.threshold_backward(
+            code.entries, thresholds, dz, dcounts, dl1, width=kept.width, to_h=kept.to_h,
+            bounded=kept.bounded * unit, norms=norms,
+        )  # fmt: skip
+        if made.bounded is None:
+            return Slopes(made.dh, made.dt)
+        mean = kept.bounded / max(len(x_c), 1)
+        return Slopes(made.dh, made.dt, made.bounded * mean, made.sizes, kept.bounded)
+
+    def also(residual: Tensor) -> tuple[Tensor, Any]:
+        assert ranked is not None
+        assert kept.dead is not None
+        return _auxiliary(step, kept, kept.dead, ranked, x_c, residual)
+
+    outcome = finish(step, x_c, code, slopes, None if ranked is None else also)
+    entries = torch.where(code.short, torch.inf, outcome[6].double())
+    return *outcome[:6], entries, *outcome[7:]
+
+
+def _of_tokens(h: Tensor, k: int, relu: bool) -> Code:
+    """The k largest of every token of h [n_tokens, d_sae]."""
+    device = kernels()
+    (n, d_sae), k = h.shape, min(k, h.shape[1])
+    top = h.topk(k, dim=1, sorted=False)
+    features, z = top.indices.flatten().to(torch.int32), top.values.flatten()
+    codes = z.relu() if relu else z
+    by_feature, order = features.sort(stable=True)  # so by token within a feature
+    offsets = torch.searchsorted(by_feature, torch.arange(d_sae + 1, dtype=torch.int32, device=h.device))
+    entries = device.Entries((order // max(k, 1)).to(torch.int32), by_feature, z[order].float(), offsets)
+    ends = torch.arange(n + 1, device=h.device) * k
+    own = codes[order].float()
+    counts = pad((own != 0).cumsum(0), (1, 0))[offsets].diff()
+    return Code(entries, own, device.Rows(features, codes, ends), counts, offsets[-1] > n * k)
+
+
+def _smallest(h: Tensor, count: int) -> Tensor:
+    """The smallest of the `count` largest of relu(h), float32."""
+    if count == 0:
+        return h.new_zeros((), dtype=torch.float32)
+    return h.flatten().topk(count, sorted=False).values.min().clamp_min(0).float()
+
+
+def _auxiliary(
+    step: Step, kept: Kept, dead: Tensor, h: Tensor, x_c: Tensor, residual: Tensor
+) -> tuple[Tensor, Any]:  # fmt: skip
+    """What the aux_k strongest dead features of every token make of the residual: the error, and its gradients."""
+    device, unit, mean = kernels(), unit_of(step), 1 / max(len(x_c), 1)
+    code = _of_tokens(h.masked_fill(~dead, -torch.inf), kept.aux_k, relu=True)
+    W_d, scale = step.W_dec.to(step.dtype), 1.0 if step.scale is None else step.scale
+    left = device.support_decode(code.rows, W_d, torch.zeros_like(step.b_dec)) * scale
+    error = residual + left  # the residual is x_hat - x here
+    g = (error * (2 * unit * kept.aux_weight) * scale).to(step.dtype)
+    dh = torch.where(code.z > 0, device.entry_dots(g, W_d, code.entries), 0)
+    sums = device.feature_sums(code.entries, code.z, dh, torch.zeros_like(dh), g, x_c)
+    return error.square().sum() * (mean * kept.aux_weight), sums
