@@ -56,13 +56,13 @@ class Code(NamedTuple):
 
 
 Gradients = Callable[[Tensor, "Tensor | None", "Tensor | None", Tensor, float], "Slopes"]
-"""Of the entries: dL/dz, what each feature's count and its sum of |z| have (None for nothing), the norms of the
-decoder's rows, and how many times the gradients of the mean all of these are."""
+"""Called with dL/dz of the entries, the gradients of each feature's count and of its sum of |z| (None for zero), the
+norms of the decoder's rows, and `unit_of` the step, by which all of these are scaled."""
 
 
 class Slopes(NamedTuple):
-    """dh, dt [capacity] of the entries. Of a penalty that the step's own weights do not say: itself (a scalar, the mean
-    over tokens times its weight); sizes [capacity] and weight, in place of |z| and l1_weight in the norms' gradient."""
+    """dh, dt [capacity] of the entries. A penalty other than l1 and l0 also has its value (a scalar: the mean over
+    tokens, times its weight), and sizes [capacity] and a weight: |z| and l1_weight of the norms' gradient."""
 
     dh: Tensor
     dt: Tensor
@@ -72,7 +72,8 @@ class Slopes(NamedTuple):
 
 
 def listed(h: Tensor, marks: Any, room: int, gate: Callable[[Any, Tensor], Tensor]) -> Code:
-    """The code of marked h [d_sae, n_tokens]. gate: entries, h -> their codes, also written over h at their places."""
+    """Lists the code of h [d_sae, n_tokens] from its marks. gate(entries, h) returns the entries' codes and also writes
+    them over h at their places."""
     device = kernels()
     entries = device.list_entries(h, marks, room)
     z = gate(entries, h)  # h's memory holds the codes from here on
@@ -102,8 +103,8 @@ def run(step: Step, capacity: int | None = None) -> tuple[Tensor, ...]:
 
 
 def unit_of(step: Step) -> float:
-    """What gradients are made of in place of the mean over tokens: in float16 those would vanish, and those of the sum
-    overflow."""
+    """Returns the factor that gradients are computed with, instead of 1 / n_tokens: in float16 gradients of the mean
+    would vanish, and those of the sum overflow."""
     n = max(len(step.x), 1)
     return 1 / n if step.dtype != torch.float16 else 2.0 ** -math.ceil(math.log2(n) / 2)
 
@@ -111,10 +112,10 @@ def unit_of(step: Step) -> float:
 def finish(
     step: Step, x_c: Tensor, code: Code, slopes: Gradients, also: Callable[[Tensor], tuple[Tensor, Any]] | None = None
 ) -> tuple[Tensor, ...]:
-    """What `run` returns, from a code and the gradients of its entries.
+    """Returns what `run` does, from a code and the gradients of its entries.
 
-    also: x_hat - target (times the residual's scale) -> one more term of the loss and the sums of its gradients, in
-    `unit_of` the step.
+    also: called with x_hat - target (times the residual's scale); returns one more term of the loss, and the sums of
+    its gradients scaled by `unit_of` the step.
     """
     x, _, _, W_dec, b_dec, _, _, l1_weight, l0_weight, _, target, scale, dtype, _, across = step
     device = kernels()

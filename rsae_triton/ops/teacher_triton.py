@@ -1,8 +1,8 @@
-"""The sparse step of teachers and controls on a GPU: `support_triton`, with other ways to find what is kept of h.
+"""The sparse step of teachers and controls on a GPU: `support_triton` with other ways to find the code in h.
 
-ReLU and JumpReLU codes are found as a Rational SAE's are, by a pass over h that marks what is above a threshold, and so
-is BatchTopK's, once its threshold is known. TopK ranks the features of each token: the library's top-k gives exactly k
-entries for each, which are sorted by feature. No shape depends on a value, and nobody waits.
+ReLU and JumpReLU codes are found like a Rational SAE's: a pass over h marks what is above a threshold. BatchTopK does
+the same once its threshold is known. TopK ranks the features of each token: the library's top-k returns exactly k
+entries for each, which are then sorted by feature. No shape depends on a value, so nothing waits for the GPU.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Kept:
     dead: Tensor | None = None
 
     def room(self, n_tokens: int, most: int) -> int:
-        """For how many entries there is memory; most: where nothing says how many there are at most."""
+        """Returns the number of entries that memory is taken for; most: that number if nothing bounds it."""
         if self.ranks == "token":
             return n_tokens * self.k
         return n_tokens * self.k * (TIES + 1) // TIES + 1024 if self.ranks == "batch" else most
@@ -67,10 +67,11 @@ def autoencode(
     most: int,
     **loss: Any,
 ) -> tuple[Autoencoded, Tensor | None]:
-    """-> as `rational_autoencode`, and of "batch" the smallest value that was kept (NaN where entries had no room).
+    """Returns the same as `rational_autoencode`, and for "batch" the smallest value that was kept (NaN if entries had
+    no room). If there was no room, `entries` is infinite and the loss NaN.
 
-    threshold: [d_sae], of what ranks nothing. most: the room for entries then. loss: the fields of `Step` from
-    l1_weight on, but `wanted`. entries is infinite where there was no room, and the loss NaN.
+    threshold: [d_sae], used if nothing is ranked. most: the room for entries then. loss: the fields of `Step` from
+    l1_weight on, except `wanted`.
     """
     none = threshold.new_zeros(0)
     gate = GateTensors(none, none, none, threshold.new_ones(1), none, threshold, none)
@@ -83,7 +84,8 @@ def autoencode(
 
 
 def run(step: Step, kept: Kept, most: int, smallest: Callable[[Tensor], Any]) -> tuple[Tensor, ...]:
-    """The fields of `Autoencoded`, and the gradients of total in the order of `step.likes`; see `autoencode`."""
+    """Returns the fields of `Autoencoded`, then the gradients of total in the order of `step.likes`; see `autoencode`.
+    smallest: called with the smallest value kept."""
     device, b_enc = kernels(), step.b_enc
     thresholds = step.gate.threshold.detach().float().contiguous()
     x_c = centred(step.x, step.b_dec if step.subtract else None, step.dtype)
@@ -130,7 +132,7 @@ def run(step: Step, kept: Kept, most: int, smallest: Callable[[Tensor], Any]) ->
 
 
 def _of_tokens(h: Tensor, k: int, relu: bool) -> Code:
-    """The k largest of every token of h [n_tokens, d_sae]."""
+    """Lists the k largest of every token of h [n_tokens, d_sae]."""
     device = kernels()
     (n, d_sae), k = h.shape, min(k, h.shape[1])
     top = h.topk(k, dim=1, sorted=False)
@@ -146,7 +148,7 @@ def _of_tokens(h: Tensor, k: int, relu: bool) -> Code:
 
 
 def _smallest(h: Tensor, count: int) -> Tensor:
-    """The smallest of the `count` largest of relu(h), float32."""
+    """Returns the smallest of the `count` largest values of relu(h), in float32."""
     if count == 0:
         return h.new_zeros((), dtype=torch.float32)
     return h.flatten().topk(count, sorted=False).values.min().clamp_min(0).float()
@@ -155,7 +157,8 @@ def _smallest(h: Tensor, count: int) -> Tensor:
 def _auxiliary(
     step: Step, kept: Kept, dead: Tensor, h: Tensor, x_c: Tensor, residual: Tensor
 ) -> tuple[Tensor, Any]:  # fmt: skip
-    """What the aux_k strongest dead features of every token make of the residual: the error, and its gradients."""
+    """Reconstructs the residual with the aux_k strongest dead features of every token. Returns the error and the sums
+    of its gradients."""
     device, unit, mean = kernels(), unit_of(step), 1 / max(len(x_c), 1)
     code = _of_tokens(h.masked_fill(~dead, -torch.inf), kept.aux_k, relu=True)
     W_d, scale = step.W_dec.to(step.dtype), 1.0 if step.scale is None else step.scale

@@ -33,8 +33,8 @@ class Affine(NamedTuple):
         return x_hat if isinstance(self.scale, float) else (x_hat * self.scale + self.shift).to(x_hat.dtype)
 
     def target(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """What x_hat is compared with before it is undone, and what multiplies the difference: undone by another
-        number than it was applied with, the target is not what is encoded. None where nothing is done."""
+        """Returns what x_hat is compared with before it is undone, and the factor of the difference; None and None
+        without a normalisation. The target is not what is encoded, because the epsilons differ (see the module)."""
         if isinstance(self.scale, float):
             return None, None
         return ((x - self.shift) / self.scale.clamp_min(torch.finfo(self.scale.dtype).tiny)).to(x.dtype), self.scale
