@@ -1,4 +1,4 @@
-"""From a language model and text to activations on disk, and replaced activations back into the model."""
+"""Activations: reading them from a language model into stores on disk, and replacing them in the model."""
 
 from rsae_triton.activations.boot import load_host
 from rsae_triton.activations.corpus import check_corpus, load_corpus

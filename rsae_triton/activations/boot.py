@@ -1,4 +1,4 @@
-"""A model by its name as a `HostModel`: weights and tokenizer, and TransformerLens' bridge over the same weights."""
+"""Loads a model by name as a `HostModel`: weights and tokenizer, and TransformerLens' bridge over the same weights."""
 
 from __future__ import annotations
 
@@ -25,12 +25,19 @@ def load_host(
     hook_name: str | None = None,
     center_writing_weights: bool | Literal["where possible"] = False,
 ) -> HostModel:
-    """Load a causal language model: "smollm2" (embedded default), a .gguf file, a model folder, or a hub id.
+    """Loads a causal language model.
 
-    `device` defaults to CUDA where it is, `dtype` to bfloat16 where the hardware multiplies it. `hook_name`
-    becomes the default place. `center_writing_weights` gives GPT-2 the residual stream of mean zero that SAEs
-    trained on TransformerLens' default expect ("where possible": a warning for other models, not an error). Raises
-    SourceError for a model that cannot be had, ConfigError for a bad option or place.
+    Args:
+        name: "smollm2" (the embedded default), a .gguf file, a model folder, or a hub id.
+        device: CUDA by default, if there is one. dtype: bfloat16 by default, if the hardware multiplies it.
+        library: "transformers", "transformer_lens", or "auto": TransformerLens' bridge if it can run the model.
+        hook_name: the default place.
+        center_writing_weights: give GPT-2 the residual stream of mean zero that SAEs trained on TransformerLens'
+            default expect. "where possible": only warn for other models.
+
+    Raises:
+        SourceError: the model cannot be found or loaded.
+        ConfigError: a bad option or place.
     """
     if library not in ("auto", "transformer_lens", "transformers"):
         raise ConfigError(f"library={library!r} is unknown; choose auto, transformer_lens or transformers")
@@ -58,8 +65,8 @@ def load_host(
 
 
 def _boot_bridge(model: Any, tokenizer: Any, name: str, library: Library) -> Any:
-    """A TransformerBridge over a twin of `model`: the bridge rewires the module it is given, so it gets its own,
-    with the same parameters."""
+    """A TransformerBridge over a second module with the same parameters, because the bridge changes the module it is
+    given."""
     try:
         from transformer_lens.model_bridge import TransformerBridge
     except ImportError as error:
@@ -77,7 +84,7 @@ def _boot_bridge(model: Any, tokenizer: Any, name: str, library: Library) -> Any
             device=str(next(model.parameters()).device),
             dtype=next(model.parameters()).dtype,
         )
-    except Exception as error:  # an architecture it has no adapter for, in one of many ways
+    except Exception as error:  # it has no adapter for the architecture, and can fail in many ways
         reason = first_line(error)
         if library == "transformer_lens":
             raise SourceError(f"TransformerLens cannot run {name!r} ({reason}); use library='transformers'") from error

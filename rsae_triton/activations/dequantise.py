@@ -1,4 +1,4 @@
-"""GGUF files as ordinary Hugging Face folders: dequantised once, loaded in a second ever after."""
+"""Converts GGUF files to ordinary Hugging Face folders: dequantised once, and then loaded in a second."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rsae_triton.common.install import advice
 
 
 def embedded_model() -> Path:
-    """The folder of the embedded default, SmolLM2-135M-Instruct; fetched and dequantised if it is not there."""
+    """Returns the folder of the embedded default, SmolLM2-135M-Instruct; fetches and dequantises it if necessary."""
     pinned = DOWNLOADS["smollm2"]
     folder = _folder("smollm2", pinned.sha256)
     if folder.is_dir():
@@ -33,17 +33,17 @@ def embedded_model() -> Path:
 
 
 def gguf_model(path: Path) -> Path:
-    """The folder a .gguf file was dequantised to, made if it is not there or the file has changed since."""
+    """Returns the folder with the dequantised .gguf file; makes it if it is missing or older than the file."""
     if not path.is_file():
         raise SourceError(f"no file at {path}; check the path of the .gguf file")
     stat = path.stat()
-    # Name, size and time of change rather than a digest: hashing a 10 GB file would take longer than using it.
+    # Identified by name, size and time of change: hashing a 10 GB file would take longer than using it.
     identity = hashlib.sha256(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()
     return _dequantise(path, _folder(path.stem, identity))
 
 
 def _folder(name: str, identity: str) -> Path:
-    # Config and tokenizer files of one major version of transformers mean something else, or nothing, to another.
+    # Config and tokenizer files of one major version of transformers may mean something else in another.
     try:
         major = metadata.version("transformers").split(".")[0]
     except metadata.PackageNotFoundError as error:
@@ -54,8 +54,9 @@ def _folder(name: str, identity: str) -> Path:
 
 
 def _dequantise(gguf: Path, folder: Path) -> Path:
-    """Write `gguf` as config.json, model.safetensors (float32) and tokenizer files into `folder`, all or nothing."""
-    if folder.is_dir():  # renamed to when whole; a cache that is not ours to write has no place for a lock
+    """Writes `gguf` as config.json, model.safetensors (float32) and tokenizer files into `folder`, all or nothing."""
+    # complete, since it gets its name last; and a cache that we may not write to has no place for a lock
+    if folder.is_dir():
         return folder
     make_folder(folder.parent)
     with refusals(folder), FileLock(folder.parent / f"{folder.name}.lock"):
@@ -78,15 +79,15 @@ def _write_folder(gguf: Path, folder: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    except Exception as error:  # the readers below raise what their parsing meets
+    except Exception as error:  # the readers below raise whatever their parsing meets
         reason = first_line(error)
         raise FormatError(f"{gguf} cannot be read as a GGUF model ({reason}); fetch the file again") from error
-    # Not save_pretrained: transformers refuses to save what it read from GGUF.
+    # save_pretrained is not used, because transformers refuses to save what it read from GGUF.
     tokenizer.save_pretrained(str(folder))
     state: dict[str, Any] = {}
     stored: set[int] = set()
     for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in stored:  # a tied lm_head is tied again by the config when it is loaded
+        if tensor.data_ptr() not in stored:  # on loading, the config ties a tied lm_head again
             stored.add(tensor.data_ptr())
             state[name] = tensor.contiguous()
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})

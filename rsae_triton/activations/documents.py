@@ -1,4 +1,4 @@
-"""Documents: bounded pieces of labelled text, how they are cleaned, cut, told apart and split."""
+"""Documents: bounded pieces of labelled text, and how to clean, cut, deduplicate and split them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from rsae_triton.common.errors import ConfigError
 
-# About 1500 tokens of English: long enough to fill several contexts, short enough that a source's share
-# of a small corpus still holds dozens of documents.
+# About 1500 tokens of English: long enough to fill several contexts, and short enough that a source's share of a small
+# corpus still holds dozens of documents.
 PIECE_CHARS = 6000
 
 _START = re.compile(r"\*\*\* ?START OF (?:THE|THIS) PROJECT GUTENBERG EBOOK.*?\*\*\*", re.IGNORECASE | re.DOTALL)
@@ -25,12 +25,11 @@ _END = re.compile(
 
 @dataclass(frozen=True)
 class Document:
-    """One piece of text.
+    """A piece of text.
 
-    `source` names the collection ("shakespeare", "kjv", ...), `title` the work. `labels` hold what is known
-    of it (author, president, party, year, book; always source). Pieces with one `group` belong together and
-    never come to lie on both sides of a split; what precedes the group's first "/" is its family, and a
-    split takes its share of every family.
+    `source` is the collection ("shakespeare", "kjv", ...), `title` the work. `labels` hold what is known about it
+    (author, president, party, year, book; always source). Pieces with the same `group` stay on one side of a split. The
+    part of the group before the first "/" is its family; a split takes its share of every family.
     """
 
     text: str
@@ -42,7 +41,7 @@ class Document:
     def __post_init__(self) -> None:
         try:
             self.text.encode()
-        except UnicodeEncodeError:  # half a character, as scraped JSON has it (\\ud800): no tokenizer takes that
+        except UnicodeEncodeError:  # half a character, as in scraped JSON (\\ud800), which no tokenizer accepts
             whole = self.text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             object.__setattr__(self, "text", whole)
             warnings.warn("a text holds half characters; they are replaced by U+FFFD", stacklevel=3)
@@ -52,7 +51,7 @@ class Document:
 
 
 def strip_gutenberg(text: str) -> str:
-    """The text between Project Gutenberg's header and licence; unchanged when neither is there."""
+    """Returns the text between Project Gutenberg's header and licence; the whole text if neither is there."""
     for start in (_START, _OLD_START):
         if match := start.search(text):
             text = text[match.end() :]
@@ -63,7 +62,7 @@ def strip_gutenberg(text: str) -> str:
 
 
 def cut(document: Document, max_chars: int = PIECE_CHARS) -> list[Document]:
-    """Pieces of at most `max_chars` characters, cut at a blank line, else a line end, else a space."""
+    """Cuts a document into pieces of at most `max_chars` characters: at a blank line, else a line end, else a space."""
     text, pieces = document.text.strip(), []
     while text:
         end = len(text)
@@ -79,7 +78,8 @@ def cut(document: Document, max_chars: int = PIECE_CHARS) -> list[Document]:
 
 
 def drop_duplicates(documents: Iterable[Document]) -> list[Document]:
-    """The documents in order, without those whose words (case and spacing apart) came before, or are none."""
+    """Returns the documents in order, without empty ones and those whose words (ignoring case and spacing) came
+    before."""
     seen, kept = set(), []
     for document in documents:
         words = " ".join(document.text.casefold().split())
@@ -91,7 +91,7 @@ def drop_duplicates(documents: Iterable[Document]) -> list[Document]:
 
 
 def corpus_sha256(documents: Iterable[Document]) -> str:
-    """Identity of a corpus: its texts and groups, in order."""
+    """A hash that identifies a corpus by its texts and groups, in order."""
     digest = hashlib.sha256()
     for document in documents:
         for part in (document.group, document.text):
@@ -102,11 +102,11 @@ def corpus_sha256(documents: Iterable[Document]) -> str:
 
 
 def split(documents: list[Document], heldout: float = 0.1, seed: int = 0) -> tuple[list[Document], list[Document]]:
-    """`(train, heldout)`: whole groups, so no work lies on both sides; every family gives about its share.
+    """Returns `(train, heldout)`. Groups stay whole, so no work is on both sides; every family gives about its share.
 
-    Depends on the seed and the group names alone, never on the documents' order. A family of a single group
-    gives its end instead, with one piece dropped between the sides (nothing, if it has fewer than 3 pieces).
-    Raises ConfigError when a side would be empty.
+    The split depends on the seed and the group names only, not on the documents' order. A family with a single group
+    gives its end instead, and one piece is dropped between the sides (with fewer than 3 pieces it gives nothing).
+    Raises ConfigError if a side would be empty.
     """
     if not 0 < heldout < 1:
         raise ConfigError(f"heldout={heldout} is not a share; choose it between 0 and 1, for example 0.1")
@@ -126,7 +126,7 @@ def split(documents: list[Document], heldout: float = 0.1, seed: int = 0) -> tup
             continue
         order = sorted(groups, key=lambda name: hashlib.sha256(f"{seed}|{name}".encode()).digest())
         sizes = {name: sum(len(document.text) for document in groups[name]) for name in order}
-        # A group much larger than the share stays for training, unless all are: then the smallest goes.
+        # A group much larger than the share stays in training; if all groups are, the smallest is held out.
         fitting = [name for name in order if sizes[name] <= 1.5 * budget] or [min(order, key=sizes.__getitem__)]
         for name in fitting[: len(order) - 1]:
             if budget <= 0:

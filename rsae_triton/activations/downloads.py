@@ -1,4 +1,5 @@
-"""Pinned downloads: each file has one address and one SHA-256, and lands whole in the cache folder or not at all."""
+"""Pinned downloads: each file has one address and one SHA-256, and gets into the cache folder completely or not at
+all."""
 
 from __future__ import annotations
 
@@ -15,12 +16,12 @@ from rsae_triton.common.errors import RsaeError, SourceError, StorageError
 from rsae_triton.common.files import file_sha256, scratch, to_disk
 
 _TIMEOUT_S = 60
-_CHUNK = 1 << 14  # what of it has arrived when a connection breaks is lost
+_CHUNK = 1 << 14  # a broken connection loses up to this many bytes that have arrived
 
 
 @dataclass(frozen=True)
 class Download:
-    """One pinned file. `requirement` is its name on PyPI ("name==version"), None where it is not there."""
+    """A pinned file. `requirement` is its name on PyPI ("name==version"), or None."""
 
     filename: str
     url: str
@@ -59,7 +60,7 @@ DOWNLOADS: dict[str, Download] = {
 
 
 def cache_dir() -> Path:
-    """The folder everything downloaded or derived is kept in: $RSAE_CACHE, else the user's cache folder."""
+    """The folder for everything that is downloaded or derived: $RSAE_CACHE, else in the user's cache folder."""
     if override := os.environ.get("RSAE_CACHE"):
         return Path(os.path.expanduser(override))
     import platformdirs
@@ -68,11 +69,11 @@ def cache_dir() -> Path:
 
 
 def fetch(name: str) -> Path:
-    """Path of the pinned file `name` (a key of `DOWNLOADS`), downloaded and checked if it is not there yet.
+    """Returns the path of the pinned file `name` (a key of `DOWNLOADS`); downloads and checks it if necessary.
 
-    Safe to call from several processes at once. A download that breaks off is kept beside it as `.part`, and the
-    next call asks for the rest. Raises SourceError when neither the address nor, for files of PyPI, pip's own index can
-    be reached, or when what arrives has another checksum.
+    Safe to call from several processes at once. An interrupted download is kept as `.part`, and the next call requests
+    the rest. Raises SourceError if neither the address nor (for files of PyPI) pip's own index can be reached, or if
+    the checksum is wrong.
     """
     pinned = DOWNLOADS[name]
     folder = cache_dir() / "downloads"
@@ -92,7 +93,7 @@ def fetch(name: str) -> Path:
             raise StorageError(
                 f"{pinned.filename} cannot be kept in {folder} ({error.strerror or error}); make room or set RSAE_CACHE"
             ) from error
-        # A cache that others filled and that is not ours to write is as good, if it holds the file.
+        # A read-only cache filled by others is as good, if it holds the file.
         path = folder / pinned.filename
         if path.is_file() and file_sha256(path) == pinned.sha256:
             return path
@@ -111,7 +112,7 @@ def _fetch_locked(pinned: Download, folder: Path) -> Path:
     cause: Exception | None = None
     try:
         resumed = _download(pinned, part)
-        if resumed and file_sha256(part) != pinned.sha256:  # the half that was there may be of something else
+        if resumed and file_sha256(part) != pinned.sha256:  # the first half may have been of another file
             part.unlink()
             _download(pinned, part)
         if file_sha256(part) == pinned.sha256:
@@ -137,15 +138,15 @@ def _fetch_locked(pinned: Download, folder: Path) -> Path:
 
 
 def _download(pinned: Download, part: Path) -> bool:
-    """Appends to `part` what it lacks, or writes all of it where the server sends no ranges; whether it appended."""
+    """Downloads the missing part, or everything if the server does not send ranges; returns whether it appended."""
     import requests
 
     have = part.stat().st_size if part.exists() else 0
-    # Unencoded: a range counts the bytes that are sent.
+    # Unencoded, because a range counts the bytes that are sent.
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
     with requests.get(pinned.url, headers=headers, stream=True, timeout=_TIMEOUT_S) as answer:
         if have and answer.status_code == requests.codes.requested_range_not_satisfiable:
-            return True  # nothing is missing, by its length
+            return True  # by its length, nothing is missing
         answer.raise_for_status()
         resumed = answer.headers.get("Content-Range", "").startswith(f"bytes {have}-") and have > 0
         here = have if resumed else 0
@@ -166,7 +167,7 @@ def _download(pinned: Download, part: Path) -> bool:
 
 
 def _pip_download(pinned: Download, folder: Path) -> bool:
-    """Fetch through pip, which knows the mirror and certificates configured on this machine."""
+    """Downloads through pip, which knows the mirrors and certificates configured on this machine."""
     with scratch(folder) as temporary:
         requirements = temporary / "requirements.txt"
         requirements.write_text(f"{pinned.requirement} --hash=sha256:{pinned.sha256}\n")

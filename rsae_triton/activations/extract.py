@@ -1,4 +1,4 @@
-"""Host model and text to activation stores: the options, what identifies a store, and the three splits."""
+"""Reads activations of a host model on text into stores: the options, a store's identity, and the three splits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from rsae_triton.common.files import make_folder, publish
 
 
 class Splits(NamedTuple):
-    """Disjoint stores in the training store's units: fit on `train`, choose on `validation`, report on `test`."""
+    """Disjoint stores in the training store's units: fit on `train`, choose settings on `validation`, report on
+    `test`."""
 
     train: ActivationStore
     validation: ActivationStore
@@ -41,7 +42,7 @@ def extract(
     like: ActivationStore | None = None,
     **options: Any,
 ) -> ActivationStore:
-    """`extract_hooks` of one place, the host's default where none is named."""
+    """`extract_hooks` for one place, by default the host's."""
     return extract_hooks(host, documents, [hook_name], n_tokens, like=None if like is None else [like], **options)[0]
 
 
@@ -63,20 +64,27 @@ def extract_hooks(
     root: str | Path | None = None,
     progress: bool = True,
 ) -> list[ActivationStore]:
-    """Read `n_tokens` activations at each of `hook_names` from `documents`, one store per place, or open those made
-    before. All places are read in one pass, and the host stops at the last of them.
+    """Reads `n_tokens` activations at each of `hook_names` from `documents`, into one store per place; opens existing
+    ones.
 
-    BOS positions are dropped unless `keep_bos`, and so is every other position whose norm exceeds `drop_outliers`
-    times the median (None keeps them): under one in a thousand, with several times the power of all the rest. Rows
-    are kept in host units as `dtype`; the store's scale takes those that are not BOS to mean norm sqrt(d_in). `like`:
-    take scale and outlier limit from these stores instead, one per place (held-out text must be in the training
-    text's units). `rows_as`: one of the places, by whose norms outliers are dropped at all of them, so that their rows
-    are of the same tokens (`extract_pairs`). `root` is the folder that stores lie in, by default in the cache. A run
-    that is killed goes on at
-    the next shard.
+    All places are read in one pass, which ends at the last of them. A run that was killed continues at the next shard.
+    Rows are stored in host units as `dtype`; the store's scale takes those that are not BOS to a mean norm of
+    sqrt(d_in).
 
-    Raises FormatError for text too short or a corrupt store, NumericsError for activations that are not finite,
-    ConfigError for bad options.
+    Args:
+        keep_bos: keep BOS positions, which are dropped by default.
+        drop_outliers: drop positions whose norm exceeds this times the median (None keeps them). These are fewer than
+            one in a thousand, but have several times the power of all others together.
+        like: stores, one per place, whose scale and outlier limit to use instead (held-out text must be in the training
+            text's units).
+        rows_as: one of the places; outliers at all places are then decided by the norms there, so that all stores have
+            rows of the same tokens (`extract_pairs`).
+        root: the folder for the stores; by default in the cache.
+
+    Raises:
+        FormatError: the text is too short, or a store is damaged.
+        NumericsError: activations are not finite.
+        ConfigError: a bad option.
     """
     names = [host.resolve_hook(name) for name in hook_names]
     dtype = parse_dtype(dtype)
@@ -104,7 +112,7 @@ def extract_hooks(
         **({"center_writing_weights": True} if host.centred else {}),
         **({"keep_bos": True, "mean_of": "text"} if keep_bos else {}),
     }
-    # Contexts of 128 in batches of 8 are the fastest on CPU: more overflow its cache.
+    # Contexts of 128 in batches of 8 are fastest on a CPU; larger batches overflow its cache.
     contexts = batch or (max(1, 1024 // context) if host.device.type == "cpu" else 64)
     folders: list[Path] = []
     runs = []
@@ -121,9 +129,10 @@ def extract_hooks(
             folder = Path(root or cache_dir() / "activations") / f"{stem}-{key[:12]}"
             folders.append(folder)
             runs.append((folder, key, identity))
-        # In one order, so that two runs never wait for each other.
+        # Always in the same order, so that two runs cannot wait for each other.
         for folder in sorted(folders):
-            if folder.exists():  # renamed to when whole; a cache that is not ours to write has no place for a lock
+            # complete, since it gets its name last; and a cache that we may not write to has no place for a lock
+            if folder.exists():
                 continue
             make_folder(folder.parent)
             locks.enter_context(FileLock(folder.parent / f".{folder.name}.lock"))
@@ -142,7 +151,7 @@ def extract_hooks(
 
 @contextmanager
 def _refusals(folders: list[Path]) -> Iterator[None]:
-    """What the system refuses, as a StorageError that says how to go on."""
+    """Turns refusals of the system into a StorageError that says how to continue."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -166,7 +175,8 @@ def extract_splits(
     seed: int = 0,
     **options: Any,
 ) -> Splits:
-    """Split by work and `extract` each side; `options` as for `extract`. Validation and test halve `heldout`."""
+    """Splits the documents by work and extracts each side; `options`: see `extract`. Validation and test halve
+    `heldout`."""
     train_documents, validation_documents, test_documents = split_three_ways(documents, heldout, seed)
     train = extract(host, train_documents, hook_name, n_train, seed=seed, **options)
     options |= {"seed": seed, "like": train}
@@ -177,6 +187,6 @@ def extract_splits(
 def split_three_ways(
     documents: list[Document], heldout: float = 0.1, seed: int = 0
 ) -> tuple[list[Document], list[Document], list[Document]]:
-    """The documents `extract_splits` trains on, validates on and tests on."""
+    """Returns the documents that `extract_splits` uses for training, validation and test."""
     train, held = split(documents, heldout, seed)
     return train, *split(held, 0.5, seed + 1)

@@ -1,4 +1,4 @@
-"""A store from activations that were read elsewhere."""
+"""Makes a store from activations that were obtained elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rsae_triton.common.checks import check_data, check_finite, check_integer
 from rsae_triton.common.errors import ConfigError, NumericsError, RsaeError, ShapeError
 from rsae_triton.common.files import as_path, as_utf8, file_sha256, whole_folder
 
-_LOOK = 1 << 20  # numbers looked at at a time
+_LOOK = 1 << 20  # how many numbers are checked at a time
 
 
 def store_tensor(
@@ -23,12 +23,14 @@ def store_tensor(
 ) -> ActivationStore:
     """Writes x [n_tokens, d_in], in the model's own units and in its dtype, as an activation store.
 
-    Rows keep their order on disk; reading shuffles them. `provenance` (model, hook_name, ...) goes into the manifest.
-    x may be mapped from a file larger than memory (`torch.from_numpy(np.memmap(...))`): a shard is looked at at a time.
+    Rows keep their order on disk; reading shuffles them. `provenance` (model, hook_name, ...) goes into the manifest. x
+    may be mapped from a file larger than memory (`torch.from_numpy(np.memmap(...))`), since only one shard is read at a
+    time.
 
     Raises:
-        ShapeError, NumericsError: x is not [n_tokens, d_in], or not finite. ConfigError: the folder is there already,
-            or provenance that JSON cannot hold. StorageError: the disk refuses; nothing is left of the store.
+        ShapeError, NumericsError: x is not [n_tokens, d_in], or not finite.
+        ConfigError: the folder exists already, or JSON cannot hold the provenance.
+        StorageError: the files cannot be written; nothing is left of the store.
     """
     folder = as_path("folder", folder)
     check_data("x", x)
@@ -65,7 +67,7 @@ def _write(partial: Path, x: torch.Tensor, rows_per_shard: int, provenance: dict
     if mean_norm == 0:
         raise NumericsError("all activations are zero")
     save_file({"mean": (total / len(x)).float()}, partial / "mean.safetensors")
-    # Nobody else writes into a folder that is not there yet under its name.
+    # The folder does not have its final name yet, so no other process writes into it.
     for name in sorted(path.name for path in partial.iterdir()):
         files[name] = {"bytes": (partial / name).stat().st_size, "sha256": file_sha256(partial / name)}
     key = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""A language model as this package uses it: residuals out, losses with replaced residuals back."""
+"""The language model: returns its activations, and its losses when activations are replaced."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from rsae_triton.common.names import EMBEDDED, EMBEDDED_ID, hub_model
 Library = Literal["auto", "transformer_lens", "transformers"]
 Replace = Callable[[torch.Tensor], torch.Tensor]
 
-# Layer 16 of SmolLM2's 30: behind the middle, where features are least about the token alone.
+# Layer 16 of SmolLM2's 30: behind the middle, where features depend least on the token alone.
 _DEFAULT_DEPTH = 0.53
 _RESIDUAL = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
 _SERVED = ("hook_resid_pre", "hook_resid_post", "mlp.hook_in", "mlp.hook_out", "hook_mlp_out")
 
 
 class SpliceLoss(NamedTuple):
-    """Of every predicted token, float32 [B, T - 1]: `nll` in nats, and `kl` of the clean from this prediction."""
+    """Losses of every predicted token, float32 [B, T - 1]: `nll` in nats, and `kl`, KL(clean || replaced), if asked
+    for."""
 
     nll: torch.Tensor
     kl: torch.Tensor | None
@@ -36,15 +37,15 @@ class SpliceLoss(NamedTuple):
 class HostModel:
     """A causal language model whose activations are read and replaced at named places.
 
-    Places have TransformerLens' names, and are known by other libraries' names too (`places`). Residual streams and
-    what goes into and comes out of MLPs are served by the Hugging Face module with either library (the same numbers bit
-    for bit, 8 % faster); any other name needs TransformerLens, whose bridge shares every weight with the module.
+    Places have TransformerLens' names; other libraries' names work too (`places`). Residual streams and the inputs and
+    outputs of MLPs are always read from the Hugging Face module (bit-equal to TransformerLens, and 8 % faster). All
+    other places need TransformerLens, whose bridge shares every weight with the module.
 
     Attributes:
-        model: the Hugging Face module. tokenizer: its tokenizer. name: what it was loaded by.
-        bridge: TransformerLens' `TransformerBridge` over the same weights, for `run_with_cache` and its like; None
-            where TransformerLens is not installed or cannot run the model.
-        default_hook: the place that is read where none is named.
+        model: the Hugging Face module. tokenizer: its tokenizer. name: the name it was loaded by.
+        bridge: TransformerLens' `TransformerBridge` over the same weights, for `run_with_cache` and the like; None if
+            TransformerLens is not installed or cannot run the model.
+        default_hook: the place that is read if none is given.
     """
 
     def __init__(
@@ -62,12 +63,12 @@ class HostModel:
         self.max_context: int = getattr(config, "max_position_embeddings", None) or 2**31
         self._resumable: dict[int, bool] = {}
         middle = f"blocks.{min(round(_DEFAULT_DEPTH * self.n_layers), self.n_layers - 1)}.hook_resid_pre"
-        self.default_hook: str = middle  # what resolve_hook suggests, while the one asked for is looked up
+        self.default_hook: str = middle  # resolve_hook suggests this one while it checks the requested hook
         self.default_hook = self.resolve_hook(default_hook)
 
     @property
     def hub_id(self) -> str:
-        """The model's id on the hub as far as it is known; what files that others read call it by."""
+        """The model's id on the hub, as far as it is known; used in files for other libraries."""
         return EMBEDDED_ID if self.name == EMBEDDED else hub_model(self.name)
 
     @property
@@ -84,14 +85,14 @@ class HostModel:
 
     @property
     def bos_token_id(self) -> int:
-        """The token a context begins with: the tokenizer's BOS, else its EOS. ConfigError without either."""
+        """The token that begins a context: the tokenizer's BOS, else its EOS. Raises ConfigError if it has neither."""
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
             if token is not None:
                 return int(token)
         raise ConfigError(f"the tokenizer of {self.name!r} has neither a BOS nor an EOS token; use another model")
 
     def fingerprint(self) -> str:
-        """A digest of the weights (64 values of each parameter), dtype and vocabulary: equal means the same model."""
+        """A digest of the weights (64 values of each parameter), dtype and vocabulary; the same for the same model."""
         digest = hashlib.sha256(f"{self.dtype}|{len(self.tokenizer)}|{self.bos_token_id}".encode())
         for name, weight in self.model.named_parameters():
             flat = weight.detach().reshape(-1)
@@ -102,21 +103,21 @@ class HostModel:
     # --- places -----------------------------------------------------------------------------------------------
 
     def hook_names(self) -> list[str]:
-        """Every name `resolve_hook` accepts."""
+        """All names of places, in TransformerLens' form."""
         served = [f"blocks.{layer}.{place}" for layer in range(self.n_layers) for place in _SERVED]
         served = [name for name in served if stream.tap(self.model, name) is not None]
         return served if self.bridge is None else list(dict.fromkeys([*served, *self.bridge.hook_dict]))
 
     def resolve_hook(self, hook_name: str | None = None) -> str:
-        """TransformerLens' name of a place, from any that it is known by (`places.canonical`); the default for None.
+        """Returns TransformerLens' name for a place, given any of its names (`places.canonical`); the default for None.
 
         Raises:
-            ConfigError: there is no such place; with names that are near.
+            ConfigError: there is no such place; the message suggests similar names.
         """
         if hook_name is None:
             return self.default_hook
         hook_name = places.canonical(hook_name)
-        if hook_name == f"blocks.{self.n_layers}.hook_resid_pre":  # what the last layer gives out, by another name
+        if hook_name == f"blocks.{self.n_layers}.hook_resid_pre":  # another name for the output of the last layer
             hook_name = f"blocks.{self.n_layers - 1}.hook_resid_post"
         names = self.hook_names()
         if hook_name in names:
@@ -136,7 +137,7 @@ class HostModel:
         raise ConfigError(f"no hook {hook_name!r} in {self.name!r}{absent}; {hint}")
 
     def hook_width(self, hook_name: str | None = None) -> int:
-        """d_in at a place: the width of what `residual` returns there."""
+        """The width d_in of the activations at a place, as `residual` returns them."""
         tokens = torch.tensor([[self.bos_token_id] * 2], device=self.device)
         return self.residual(tokens, hook_name).shape[-1]
 
@@ -144,9 +145,9 @@ class HostModel:
 
     @torch.no_grad()
     def residual(self, tokens: torch.Tensor, hook_name: str | None = None) -> torch.Tensor:
-        """The activations [B, T, d] at `hook_name` for `tokens` [B, T], in host units and the host's dtype.
+        """Returns the activations [B, T, d] at `hook_name` for `tokens` [B, T], in host units and the host's dtype.
 
-        The forward pass stops there. Activations with several trailing axes (heads) are flattened into d.
+        The forward pass ends there. Activations with several trailing axes (heads) are flattened into d.
         """
         name = self.resolve_hook(hook_name)
         tokens = self._check_tokens(tokens)
@@ -166,7 +167,7 @@ class HostModel:
         return found[0]
 
     def residuals(self, tokens: torch.Tensor, hook_names: Sequence[str | None]) -> list[torch.Tensor]:
-        """`residual` at several places from one forward pass, which ends at the last of them."""
+        """Returns `residual` at several places, from one forward pass that ends at the last of them."""
         if len(hook_names) == 1:
             return [self.residual(tokens, hook_names[0])]
         names = [self.resolve_hook(name) for name in hook_names]
@@ -195,7 +196,7 @@ class HostModel:
 
     @torch.no_grad()
     def complete(self, prompt: str, n_tokens: int = 40) -> str:
-        """`prompt` and the n_tokens that the model finds likeliest after it, one by one."""
+        """Returns `prompt` with n_tokens more, each of them the most likely next token."""
         inputs = self.tokenizer(prompt, return_tensors="pt")["input_ids"]
         if inputs.shape[1] == 0 or int(inputs[0, 0]) != self.bos_token_id:
             inputs = torch.cat([torch.tensor([[self.bos_token_id]]), inputs.long()], dim=1)
@@ -209,11 +210,12 @@ class HostModel:
     def next_token_loss(
         self, tokens: torch.Tensor, hook_name: str | None = None, replace: Replace | None = None
     ) -> torch.Tensor:
-        """Negative log likelihood [B, T - 1], float32 nats, of `tokens`[:, 1:] given what stands before each.
+        """Returns the negative log likelihood [B, T - 1], float32 nats, of `tokens`[:, 1:], each given the tokens
+        before it.
 
-        `replace` maps the UNSCALED residual [B, T, d], in host units, BOS position included, to what shall stand
-        in its place (None: the clean model). The BOS position is the caller's affair: it is ~100x as long
-        as the others and no SAE has seen it, so a replacement should hand positions that hold BOS through unchanged.
+        `replace` maps the UNSCALED residual [B, T, d], in host units, BOS positions included, to its replacement (None:
+        the clean model). A replacement should return BOS positions unchanged: their norm is about a hundred times that
+        of the others, and no SAE was trained on them.
         """
         return self.splice(tokens, hook_name, {"": replace})[""].nll
 
@@ -227,10 +229,13 @@ class HostModel:
         kl: bool = False,
         read_at: str | None = None,
     ) -> dict[str, SpliceLoss]:
-        """`next_token_loss` under several replacements at once; the layers before the hook run only once.
+        """Returns `next_token_loss` for several replacements; the layers before the hook run only once.
 
-        Returns one SpliceLoss per replacement, in order. `kl` also gives KL(clean || replaced) per token. `read_at`:
-        another place that runs before this one; `replace` is then called with (activations here, activations there).
+        Args:
+            replacements: by name; the result has a SpliceLoss for each, in the same order.
+            kl: also compute KL(clean || replaced) per token.
+            read_at: another place, which runs before this one; `replace` is then called with (activations here,
+                activations there).
         """
         name = self.resolve_hook(hook_name)
         if read_at is not None:
@@ -252,7 +257,7 @@ class HostModel:
     def _splice_pair(
         self, tokens: torch.Tensor, read_at: str, name: str, replacements: Mapping[str, Any], kl: bool
     ) -> dict[str, SpliceLoss]:
-        """`splice` of what is read at one place and written at another, in one forward pass each."""
+        """`splice` for activations that are read at one place and replaced at another; one forward pass for each."""
         clean = self.model(input_ids=tokens, use_cache=False).logits if kl else None
         losses = {}
         for key, replace in replacements.items():
@@ -287,9 +292,10 @@ class HostModel:
             return self.model(input_ids=tokens, use_cache=False).logits
 
     def kl(self, tokens: torch.Tensor, hook_name: str | None, replace: Replace) -> torch.Tensor:
-        """KL(clean || replaced) of every prediction [B, T - 1] in nats, differentiable through what `replace` returns.
+        """Returns KL(clean || replaced) of every prediction [B, T - 1] in nats, differentiable through the result of
+        `replace`.
 
-        As `splice`; the layers before the hook run without gradients, those behind it with.
+        Arguments are as in `splice`. The layers before the hook run without gradients, those behind it with.
         """
         name = self.resolve_hook(hook_name)
         tokens = self._check_tokens(tokens)
@@ -310,7 +316,7 @@ class HostModel:
         def checked(value: torch.Tensor) -> torch.Tensor:
             if replace is None:
                 return value
-            new = replace(value.clone())  # a caller may write into what it is handed
+            new = replace(value.clone())  # because `replace` may write into its argument
             if new.shape != value.shape:
                 raise ShapeError(f"replace returned {tuple(new.shape)} for a residual of {tuple(value.shape)}; keep it")
             return new.to(value.device, value.dtype)
@@ -326,7 +332,7 @@ class HostModel:
         return stream.resumed(self.model, tokens, depth, checked(resid))
 
     def _can_resume(self, tokens: torch.Tensor, depth: int) -> bool:
-        """Whether later layers see earlier ones through the residual stream alone: tried once, on one sequence."""
+        """Whether later layers depend on earlier ones through the residual stream only; tried once, on one sequence."""
         if depth not in self._resumable:
             one = tokens[:1]
             whole = self.model(input_ids=one, use_cache=False).logits.float()
@@ -355,7 +361,7 @@ class HostModel:
 
 
 def _token_losses(logits: torch.Tensor, tokens: torch.Tensor, clean: torch.Tensor | None) -> SpliceLoss:
-    """Row by row: float32 log-probabilities of a whole batch would take gigabytes."""
+    """Computes the losses row by row: float32 log-probabilities of a whole batch would take gigabytes."""
     nlls, kls = [], []
     for row, targets in enumerate(tokens[:, 1:]):
         log_p = functional.log_softmax(logits[row, :-1].float(), dim=-1)

@@ -17,10 +17,11 @@ import torch
 from rsae_triton.common.errors import SourceError
 
 Tap = Callable[[Callable[[torch.Tensor], Any]], AbstractContextManager[None]]
-"""Puts the activations at one place through a function while the context is open."""
+"""A context that puts the activations at one place through a function."""
 _MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
 _AFTER_MLP = (
-    "post_feedforward_layernorm"  # Gemma 2 and 3, OLMo 2: what the MLP gives the residual stream goes through it
+    # Gemma 2 and 3, OLMo 2: the MLP's contribution to the residual stream passes through it
+    "post_feedforward_layernorm"
 )
 
 
@@ -29,7 +30,7 @@ class _Reached(Exception):  # noqa: N818  (a signal that ends the forward pass, 
 
 
 def decoder_layers(model: Any) -> torch.nn.ModuleList:
-    """The list of `model`'s transformer blocks. Raises SourceError for an architecture without one."""
+    """Returns `model`'s list of transformer blocks. Raises SourceError for an architecture without one."""
     count = model.config.get_text_config().num_hidden_layers
     for module in model.modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == count:
@@ -40,7 +41,7 @@ def decoder_layers(model: Any) -> torch.nn.ModuleList:
 
 
 def read(model: Any, tokens: torch.Tensor, depth: int) -> torch.Tensor:
-    """The residual [B, T, d] at `depth`; nothing behind it is computed."""
+    """Returns the residual [B, T, d] at `depth`; the layers behind it are not run."""
     found: list[torch.Tensor] = []
 
     def take(hidden: torch.Tensor) -> None:
@@ -56,12 +57,12 @@ def read(model: Any, tokens: torch.Tensor, depth: int) -> torch.Tensor:
 
 
 def read_many(model: Any, tokens: torch.Tensor, taps: dict[str, Tap]) -> dict[str, torch.Tensor]:
-    """The activations [B, T, d] at several places, in one pass that ends at the last of them."""
+    """Returns the activations [B, T, d] at several places, from one pass that ends at the last of them."""
     found: dict[str, torch.Tensor] = {}
 
     def keep(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
         def take(hidden: torch.Tensor) -> torch.Tensor:
-            # A copy: some layers write into their input.
+            # A copy, because some layers write into their input.
             found[name] = hidden.clone()
             if len(found) == len(taps):
                 raise _Reached
@@ -82,16 +83,16 @@ def read_many(model: Any, tokens: torch.Tensor, taps: dict[str, Tap]) -> dict[st
 def replaced(
     model: Any, tokens: torch.Tensor, depth: int, replace: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """Logits [B, T, vocab] of a whole forward pass with the residual at `depth` put through `replace`."""
+    """Returns logits [B, T, vocab] of a whole forward pass in which `replace` is applied to the residual at `depth`."""
     with tapped(model, depth, replace):
         return model(input_ids=tokens, use_cache=False).logits
 
 
 def resumed(model: Any, tokens: torch.Tensor, depth: int, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits [B, T, vocab] of the layers behind `depth`, started from `hidden` [B, T, d].
+    """Returns logits [B, T, vocab] of the layers behind `depth`, started from `hidden` [B, T, d].
 
-    The earlier layers hand their input through, so this takes the remaining layers' time only. Right for
-    models whose later layers see the earlier ones through the residual stream alone.
+    The earlier layers pass their input through, so only the remaining layers take time. This is right for models whose
+    later layers depend on earlier ones through the residual stream only.
     """
     layers = decoder_layers(model)
     as_tuple = _returns_tuple(model, tokens)
@@ -110,9 +111,10 @@ def resumed(model: Any, tokens: torch.Tensor, depth: int, hidden: torch.Tensor) 
 
 
 def tap(model: Any, name: str) -> Tap | None:
-    """How to reach a place by TransformerLens' name in a Hugging Face model; None for one that only a bridge serves.
+    """Returns how to reach a place, by TransformerLens' name, in a Hugging Face model; None if only a bridge can.
 
-    Served are hook_resid_pre and hook_resid_post, mlp.hook_in, mlp.hook_out and hook_mlp_out (what the MLP adds).
+    The places are hook_resid_pre and hook_resid_post, mlp.hook_in, mlp.hook_out and hook_mlp_out (the MLP's
+    contribution to the residual stream).
     """
     found = re.fullmatch(
         r"blocks\.(\d+)\.(hook_resid_pre|hook_resid_post|mlp\.hook_in|mlp\.hook_out|hook_mlp_out)", name
@@ -130,7 +132,7 @@ def tap(model: Any, name: str) -> Tap | None:
 
 @contextmanager
 def tapped_module(module: torch.nn.Module, inside: bool, function: Callable[[torch.Tensor], Any]) -> Iterator[None]:
-    """Put a module's first input, or what it returns, through `function` while the context is open."""
+    """Within the context, applies `function` to a module's first input, or to its output."""
     handle = (
         module.register_forward_pre_hook(functools.partial(_before, function), with_kwargs=True)
         if inside
@@ -155,7 +157,8 @@ def _after(function: Callable[[torch.Tensor], Any], _module: Any, _inputs: Any, 
 
 
 def _returns_tuple(model: Any, tokens: torch.Tensor) -> bool:
-    """Whether blocks return (hidden, ...) or hidden: it differs by architecture and version of transformers."""
+    """Whether blocks return (hidden, ...) or hidden, which depends on the architecture and the version of
+    transformers."""
     known = getattr(model, "_rsae_layer_returns_tuple", None)
     if known is None:
         seen: list[bool] = []
@@ -172,7 +175,7 @@ def _returns_tuple(model: Any, tokens: torch.Tensor) -> bool:
 
 @contextmanager
 def tapped(model: Any, depth: int, function: Callable[[torch.Tensor], Any]) -> Iterator[None]:
-    """Put the residual at `depth` through `function` while the context is open."""
+    """Within the context, applies `function` to the residual at `depth`."""
     layers = decoder_layers(model)
     inside = depth < len(layers)
     with tapped_module(layers[depth if inside else depth - 1], inside, function):

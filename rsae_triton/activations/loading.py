@@ -1,4 +1,4 @@
-"""Finding a language model: its Hugging Face module and tokenizer from a name, a folder or a file."""
+"""Finds and loads a language model: its Hugging Face module and tokenizer, from a name, a folder or a file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _DTYPES = {
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """A torch dtype from its name. Raises ConfigError for one that a host model cannot run in."""
+    """Returns a torch dtype by name. Raises ConfigError for one that a host model cannot run in."""
     found = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if found is None or found not in _DTYPES.values():
         raise ConfigError(f"dtype {dtype!r} is not usable here; choose one of {', '.join(_DTYPES)}")
@@ -30,7 +30,7 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it (there 1.8x as fast as float32 on CPU), else float32."""
+    """bfloat16 if the hardware multiplies it (on a CPU then 1.8 times as fast as float32), else float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     try:
@@ -41,8 +41,8 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 
 def find_model(name: str) -> tuple[str, bool]:
-    """`(where, is_hub)`: a local folder (dequantised first where `name` is GGUF), or a hub id."""
-    path = Path(os.path.expanduser(name))  # Path.expanduser raises where there is no such user
+    """Returns `(where, is_hub)`: a local folder (dequantised first if `name` is a GGUF file), or a hub id."""
+    path = Path(os.path.expanduser(name))  # Path.expanduser raises if there is no such user
     if name == EMBEDDED:
         return str(embedded_model()), False
     if path.suffix.lower() == ".gguf":
@@ -57,10 +57,11 @@ def find_model(name: str) -> tuple[str, bool]:
 
 
 def load_model(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
-    """`(model, tokenizer)`: a causal language model in eval mode on `device`, without gradients.
+    """Returns `(model, tokenizer)`: a causal language model in eval mode on `device`, without gradients.
 
-    Raises SourceError when it cannot be had (unknown, offline, transformers missing), FormatError when a local
-    folder is broken.
+    Raises:
+        SourceError: it cannot be loaded (unknown, offline, transformers missing).
+        FormatError: a local folder is damaged.
     """
     where, is_hub = find_model(name)
     try:
@@ -71,14 +72,14 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any
             f"a host model needs the package `transformers`; install it with: {advice('host')}"
         ) from error
     offline = is_hub and not hub_reachable()
-    # On CPU at context 128 eager attention is a tenth faster than sdpa, and it is what TransformerLens runs.
+    # On a CPU with contexts of 128, eager attention is a tenth faster than sdpa; and TransformerLens uses it.
     options: dict[str, Any] = {"attn_implementation": "eager"} if device.type == "cpu" else {}
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, local_files_only=offline, **options)
         tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=offline)
-    except Exception as error:  # OSError, ValueError, and whatever a broken file makes the parsers raise
+    except Exception as error:  # OSError, ValueError, and whatever the parsers raise for a damaged file
         reason = first_line(error)
         if offline:
             known = f" (on the hub: {where})" if where != name else ""

@@ -1,4 +1,5 @@
-"""The order in which an epoch reads the rows of a store: random, a function of the seed, cheap at any place."""
+"""The order in which an epoch reads the rows of a store: random, a function of the seed, and cheap to start
+anywhere."""
 
 from __future__ import annotations
 
@@ -8,21 +9,21 @@ from collections.abc import Sequence
 
 import torch
 
-# Rows that are shuffled among each other; 8 bytes each are held. Shards are in random order, so that a window of a
+# This many rows are shuffled together, which takes 8 bytes for each. Shards are in random order, so a window of a
 # larger store is drawn from all over it.
 WINDOW = 1 << 22
 
 
 def mix_seed(seed: int, number: int) -> int:
-    """A seed for the `number`-th part of what `seed` determines; neighbouring seeds share none."""
+    """A seed for part `number` of what `seed` determines; neighbouring seeds have no part in common."""
     return int.from_bytes(hashlib.sha256(f"{seed}|{number}".encode()).digest()[:7], "little")
 
 
 class EpochOrder:
     """A random order of the rows of shards with `shard_rows` rows each, computed window by window.
 
-    Up to `window` rows in all it is one permutation. Beyond, shards are shuffled, taken together into windows of at
-    least that many rows, and the rows of a window shuffled.
+    If there are at most `window` rows, it is one permutation. Otherwise shards are shuffled and grouped into windows of
+    at least that many rows, and the rows of each window are shuffled.
     """
 
     def __init__(self, shard_rows: Sequence[int], seed: int, window: int = WINDOW) -> None:
@@ -47,7 +48,7 @@ class EpochOrder:
         self._rows = torch.empty(0, dtype=torch.long)
 
     def rows(self, first: int, last: int) -> torch.Tensor:
-        """The rows at places first, ..., last - 1 of the order."""
+        """The rows at positions first, ..., last - 1 of the order."""
         parts, begin = [], 0
         for number, end in enumerate(self._ends):
             if first < end and last > begin:

@@ -1,4 +1,4 @@
-"""Documents to token contexts of one fixed length, taking turns between sources."""
+"""Packs documents into token contexts of one fixed length, alternating between sources."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from rsae_triton.activations.host import HostModel
 
 
 class Contexts(NamedTuple):
-    """A batch of contexts: int32 `tokens` [B, T], first column BOS, and `documents` [B, T], the index of each
-    token's document in the list that was packed."""
+    """A batch of contexts: int32 `tokens` [B, T], with BOS in the first column, and `documents` [B, T], the index of
+    each token's document in the list that was packed."""
 
     tokens: np.ndarray
     documents: np.ndarray
 
 
 def reading_order(documents: Sequence[Document], sizes: dict[int, int], seed: int) -> Iterator[int]:
-    """Indices of `documents`, shuffled within each source, always next the source that gave least so far.
+    """Yields indices of `documents`, shuffled within each source, always from the source that has given least so far.
 
-    `sizes` is filled by the consumer with the tokens of every index it was handed. So any number of tokens holds
-    all sources in equal shares, as far as their texts go.
+    The consumer fills `sizes` with the number of tokens of every index it received. So any number of tokens contains
+    equal shares of all sources, as far as their texts go.
     """
     queues: dict[str, list[int]] = {}
     for index, document in enumerate(documents):
@@ -42,9 +42,10 @@ def reading_order(documents: Sequence[Document], sizes: dict[int, int], seed: in
 
 
 def pack(documents: Sequence[Document], host: HostModel, context: int, batch: int, seed: int) -> Iterator[Contexts]:
-    """Batches of `batch` contexts of `context` tokens, the last batch shorter; a last part of a context is dropped.
+    """Yields batches of `batch` contexts of `context` tokens; the last batch is shorter, and an incomplete context
+    dropped.
 
-    Every context begins with BOS, and BOS stands between two documents that share one.
+    Every context begins with BOS, and there is a BOS between two documents in the same context.
     """
     bos = host.bos_token_id
     sizes: dict[int, int] = {}
@@ -52,7 +53,7 @@ def pack(documents: Sequence[Document], host: HostModel, context: int, batch: in
     owners: list[int] = []
     rows: list[tuple[list[int], list[int]]] = []
     for index in reading_order(documents, sizes, seed):
-        # verbose=False: a document longer than the model's context is no mistake here
+        # verbose=False: documents may be longer than the model's context
         ids = host.tokenizer(documents[index].text, add_special_tokens=False, verbose=False)["input_ids"]
         sizes[index] = len(ids)
         if len(tokens) > 1:

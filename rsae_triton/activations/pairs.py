@@ -1,4 +1,4 @@
-"""Activations at two places, row by row of the same tokens: what a transcoder is trained and scored on."""
+"""Activations at two places for the same tokens, row by row: for training and scoring transcoders."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from rsae_triton.common.errors import ConfigError
 
 
 class PairedStore:
-    """Two stores of the same tokens: `inputs` where a transcoder reads, `targets` where it writes.
+    """Two stores of the same tokens: `inputs`, where a transcoder reads, and `targets`, where it writes.
 
-    Rows are [d_in + d_out], both sides in SAE units of their own (mean norm sqrt(d)); `scales` are the two factors.
+    Rows are [d_in + d_out], each side in its own SAE units (mean norm sqrt(d)); `scales` are the two factors.
 
     Args:
         inputs, targets: `ActivationStore`s, or their folders, that `extract_pairs` made.
@@ -65,7 +65,7 @@ class PairedStore:
         return torch.cat([self.inputs.tensor(dtype), self.targets.tensor(dtype)], dim=1)
 
     def rows(self, which: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Rows by their numbers, int64 [n] -> [n, d_in + d_out]; the others stay on the disk."""
+        """Returns rows by their numbers, int64 [n] -> [n, d_in + d_out]; other rows are not read from disk."""
         return torch.cat([self.inputs.rows(which, dtype), self.targets.rows(which, dtype)], dim=1)
 
     def chunks(self, size: int) -> Iterator[torch.Tensor]:
@@ -74,19 +74,19 @@ class PairedStore:
             yield torch.cat([x, y], dim=1)
 
     def batches(self, batch_size: int, seed: int = 0, **options: Any) -> Iterator[torch.Tensor]:
-        """Batches [batch_size, d_in + d_out], shuffled; arguments as for `ActivationStore.batches`."""
+        """Yields batches [batch_size, d_in + d_out], shuffled; arguments are those of `ActivationStore.batches`."""
         sides = (one.batches(batch_size, seed, **options) for one in (self.inputs, self.targets))
         for x, y in zip(*sides, strict=True):
             yield torch.cat([x, y], dim=1)
 
     @cached_property
     def mean(self) -> torch.Tensor:
-        """The mean of what is written, float32 [d_out]."""
+        """The mean of the targets, float32 [d_out]."""
         return self.targets.mean
 
     @property
     def sequences(self) -> Sequences:
-        """The contexts that rows were read from, as in `ActivationStore`."""
+        """The contexts that the rows were read from, as in `ActivationStore`."""
         return self.inputs.sequences
 
     @property
@@ -107,12 +107,12 @@ class PairedStore:
 
 
 def row_width(activations: Any) -> int:
-    """Width of the rows that a store gives."""
+    """The width of a store's rows."""
     return int(activations.d_in) + (activations.d_out if isinstance(activations, PairedStore) else 0)
 
 
 class PairedSplits(NamedTuple):
-    """As `Splits`, of pairs."""
+    """Like `Splits`, for pairs."""
 
     train: PairedStore
     validation: PairedStore
@@ -129,10 +129,9 @@ def extract_pairs(
     like: PairedStore | None = None,
     **options: Any,
 ) -> PairedStore:
-    """Reads activations at two places in one pass, and keeps the same tokens of both.
+    """Reads activations at two places in one pass, keeping the same tokens of both.
 
-    BOS and outliers are dropped by what is read at `hook_name`, whatever the norm at the other place is; the rest is as
-    in `extract_hooks`.
+    BOS and outliers are dropped by the norms at `hook_name` alone; everything else is as in `extract_hooks`.
     """
     inside, outside = host.resolve_hook(hook_name), host.resolve_hook(hook_name_out)
     if inside == outside:
@@ -162,7 +161,7 @@ def extract_pair_splits(
     seed: int = 0,
     **options: Any,
 ) -> PairedSplits:
-    """As `extract_splits`, of pairs."""
+    """Like `extract_splits`, for pairs."""
     parts = split_three_ways(documents, heldout, seed)
     places, options = (hook_name, hook_name_out), {**options, "seed": seed}
     train = extract_pairs(host, parts[0], *places, n_train, **options)

@@ -1,11 +1,11 @@
-"""Places in a language model by all the names that libraries give them, as one: TransformerLens' own.
+"""Translates the names that libraries have for places in a language model to TransformerLens' names.
 
     blocks.5.hook_resid_pre    blocks.5.hook_in, model.layers.5.input
     blocks.5.hook_resid_post   blocks.5.hook_out, blocks.6.hook_in, model.layers.5, layers.5 (sparsify), layer 5
     blocks.5.mlp.hook_in       model.layers.5.mlp.input
     blocks.5.mlp.hook_out      model.layers.5.mlp, layers.5.mlp, and blocks.5.hook_mlp_out where nothing follows the MLP
 
-"layer 5" is what layer 5 gives out, as in the names of Gemma Scope, Llama Scope and Neuronpedia.
+"layer 5" is the output of layer 5, as in the names of Gemma Scope, Llama Scope and Neuronpedia.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _RESIDUAL = {"in": "pre", "out": "post"}
 
 
 def canonical(name: str) -> str:
-    """TransformerLens' name of a place that is known by another; else `name` itself."""
+    """Returns TransformerLens' name for a place with another known name; otherwise `name` itself."""
     name = name.strip()
     if found := re.fullmatch(r"blocks\.(\d+)\.hook_(in|out)", name):
         return f"blocks.{found[1]}.hook_resid_{_RESIDUAL[found[2]]}"
@@ -38,7 +38,7 @@ def canonical(name: str) -> str:
 
 
 def same_place(one: str, other: str) -> bool:
-    """Whether two names are of one place: also hook_resid_post of a layer and hook_resid_pre of the next."""
+    """Whether two names are of the same place; also hook_resid_post of a layer and hook_resid_pre of the next."""
 
     def place(name: str) -> str:
         found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", canonical(name))
@@ -48,13 +48,13 @@ def same_place(one: str, other: str) -> bool:
 
 
 def suggestion(name: str, names: Sequence[str], fallback: str) -> str:
-    """What to say of a name that is no place: the names that look like it, else one that is known to be there."""
+    """A hint for an unknown name: names that look like it, else one that is known to exist."""
     near = difflib.get_close_matches(canonical(name), names, n=3)
     return f"did you mean {' or '.join(near)}?" if near else f"try {fallback}"
 
 
 def other_names(name: str) -> list[str]:
-    """The names that libraries have for the place called `name`, TransformerLens' own first."""
+    """All names of the place called `name`, TransformerLens' own first."""
     own = canonical(name)
     names = [own]
     if found := re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", own):

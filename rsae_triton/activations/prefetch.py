@@ -1,4 +1,4 @@
-"""Batches made in the background while the ones before are used."""
+"""Makes batches in the background while earlier ones are in use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def prefetched(make: Callable[[], Iterator[T]], depth: int) -> Iterator[T]:
-    """What `make()` yields, made by a thread that is at most `depth` items ahead; its errors are raised here.
+    """Yields the items of `make()`, which a thread makes at most `depth` items ahead; its errors are raised here.
 
     The thread ends with the iterator: when it is closed, exhausted or collected.
     """

@@ -20,8 +20,8 @@ from rsae_triton.common.files import as_path, check_inside, file_sha256, read_js
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-# Up to here a store is checksummed when it is opened and held in memory when it is read at random. Beyond, sizes
-# are compared, and rows come from the mapped files.
+# Smaller stores are checksummed when opened and held in memory when read at random. For larger ones, sizes are compared
+# and rows are read from the mapped files.
 _SMALL_BYTES = 2 << 30
 
 
@@ -31,8 +31,8 @@ def _check_dtype(dtype: torch.dtype) -> None:
 
 
 class Sequences(NamedTuple):
-    """Whole contexts, for losses and snippets: `tokens` and `documents` int64 [n_sequences, context]; `counted`
-    bool [n_sequences, context - 1] is False where the token to predict is a BOS between two documents."""
+    """Whole contexts, for losses and snippets: `tokens` and `documents` int64 [n_sequences, context]; `counted` bool
+    [n_sequences, context - 1] is False where the token to predict is a BOS between two documents."""
 
     tokens: torch.Tensor
     documents: torch.Tensor
@@ -40,12 +40,17 @@ class Sequences(NamedTuple):
 
 
 class ActivationStore:
-    """Rows of activations in SAE units (mean norm sqrt(d_in) on the training tokens) and where each came from.
+    """Rows of activations in SAE units (mean norm sqrt(d_in) on the training tokens), and where each comes from.
 
-    Open one with `ActivationStore(folder)`; `extract` makes them. Raises FormatError, naming the file and the
-    folder to delete, when something is missing, foreign or corrupt. `verify` compares every checksum (default:
-    only in stores below 2 GiB). `shards`=(rank, size) opens every size-th shard only, beginning with the rank-th: the
-    share of one of several processes, which needs to have no other on its disk.
+    Open one with `ActivationStore(folder)`; `extract` makes them.
+
+    Args:
+        verify: compare every checksum (default: only for stores below 2 GiB).
+        shards: (rank, size) opens only every size-th shard, beginning with number rank: the share of one of several
+            processes, which then needs no other shard on its disk.
+
+    Raises:
+        FormatError: something is missing, foreign or damaged; the message names the file and the folder to delete.
     """
 
     def __init__(
@@ -54,7 +59,7 @@ class ActivationStore:
         self.folder, self.share = as_path("folder", folder), shards
         if shards is not None and not (isinstance(shards, tuple) and [type(one) for one in shards] == [int, int]):
             raise ConfigError(f"shards is {shown(shards)}; give two integers (rank, size)")
-        # What each file was when the store was opened; one made anew since has other rows, and another scale.
+        # The state of each file when the store was opened; a file made since has other rows and another scale.
         self._opened: dict[str, tuple[int, ...]] = {}
         if not (self.folder / MANIFEST).is_file():
             raise FormatError(f"{self.folder} holds no {MANIFEST}, so it is no activation store; check the path")
@@ -94,9 +99,9 @@ class ActivationStore:
         return self._load(self.manifest["mean_file"], mean=(self.d_in,))["mean"] * self.scale
 
     def tensor(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Every row in memory, [n_tokens, d_in], in SAE units."""
+        """All rows in memory, [n_tokens, d_in], in SAE units."""
         _check_dtype(dtype)
-        shards = self._shards  # checked against what the manifest claims, before memory is taken for it
+        shards = self._shards  # checked against the manifest before memory is allocated
         rows = torch.empty(self.n_tokens, self.d_in, dtype=dtype)
         start = 0
         for shard in shards:
@@ -106,12 +111,12 @@ class ActivationStore:
         return rows
 
     def rows(self, which: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Rows by their numbers, int64 [n] -> [n, d_in], in SAE units; the others stay on the disk."""
+        """Returns rows by their numbers, int64 [n] -> [n, d_in], in SAE units; other rows are not read from disk."""
         _check_dtype(dtype)
         return (self._from_files(which).float() * self.scale).to(dtype)
 
     def chunks(self, size: int) -> Iterator[torch.Tensor]:
-        """All rows in order, float32 [<= size, d_in] at a time, in SAE units."""
+        """Yields all rows in order, float32 [<= size, d_in] at a time, in SAE units."""
         for shard in self._shards:
             for part in shard["activations"].split(size):
                 yield part.float() * self.scale
@@ -128,14 +133,16 @@ class ActivationStore:
         part: tuple[int, int] = (0, 1),
         prefetch: int | None = None,
     ) -> Iterator[torch.Tensor]:
-        """Batches [batch_size, d_in] of rows in SAE units, shuffled anew each epoch, for ever or for `epochs`.
+        """Yields batches [batch_size, d_in] of rows in SAE units, shuffled anew each epoch, for ever or for `epochs`.
 
-        Batch number i is the same whenever seed and batch_size are: `start` = number of batches already taken
-        resumes. The rows left over at an epoch's end are skipped (others each epoch).
+        Batch number i depends only on seed and batch_size, so `start` = number of batches already used resumes a run.
+        Rows left over at the end of an epoch are skipped (different ones each epoch).
 
-        part: (rank, size), for one of several processes: its rows of every batch, batch_size / size of them; from a
-        store opened with shards=(rank, size), of its own shards' rows. prefetch: batches read ahead by a thread;
-        4 where rows are read from files, 0 where they are in memory.
+        Args:
+            part: (rank, size), for one of several processes: its batch_size / size rows of every batch; in a store
+                opened with shards=(rank, size), of its own shards' rows.
+            prefetch: number of batches that a thread reads ahead; by default 4 if rows are read from files, 0 if they
+                are in memory.
         """
         rank, size = part
         check_integer("batch_size", batch_size, 1)
@@ -190,27 +197,28 @@ class ActivationStore:
 
     @cached_property
     def tokens(self) -> torch.Tensor:
-        """The token each row stands at, int64 [n_tokens]."""
+        """The token at each row, int64 [n_tokens]."""
         return self._column("tokens")
 
     @cached_property
     def documents(self) -> torch.Tensor:
-        """The row's document, int64 [n_tokens]: an index into `document_info`."""
+        """The document of each row, int64 [n_tokens]: an index into `document_info`."""
         return self._column("documents")
 
     @cached_property
     def positions(self) -> torch.Tensor:
-        """The row's position in its context, int64 [n_tokens]; 0 is BOS, and kept only if the manifest says so."""
+        """The position of each row in its context, int64 [n_tokens]; 0 is BOS, which is kept only if the manifest says
+        so."""
         return self._column("positions")
 
     @cached_property
     def contexts(self) -> torch.Tensor:
-        """The row's context, int64 [n_tokens]: an index into `sequences`, as far as they are kept."""
+        """The context of each row, int64 [n_tokens]: an index into `sequences`, as far as these are kept."""
         return self._column("contexts")
 
     @cached_property
     def sequences(self) -> Sequences:
-        """The first contexts the rows were read from (all of them in a store of held-out text)."""
+        """The first contexts that the rows were read from (all of them in a store of held-out text)."""
         loaded = self._load(self._text_file("sequences_file"))
         tokens = loaded.get("tokens", torch.empty(0)).long()
         if tokens.dim() != 2 or "documents" not in loaded or loaded["documents"].shape != tokens.shape:
@@ -219,11 +227,11 @@ class ActivationStore:
 
     @cached_property
     def document_info(self) -> list[dict[str, Any]]:
-        """Of every document: source, title, group, labels."""
+        """Source, title, group and labels of every document."""
         file = self._text_file("documents_file")
         self._check_unchanged(file)
         try:
-            # JSON escapes what else would end a line in the middle of a title.
+            # JSON escapes everything else that could end a line within a title.
             documents = [
                 json.loads(line) for line in (self.folder / file).read_text(encoding="utf-8").split("\n") if line
             ]
@@ -234,7 +242,7 @@ class ActivationStore:
         return documents
 
     def labels(self, name: str) -> list[str | None]:
-        """The label `name` ("source", "author", "party", ...) of every document, None where it has none."""
+        """The label `name` ("source", "author", "party", ...) of every document, or None."""
         return [info["labels"].get(name) for info in self.document_info]
 
     # --- files ------------------------------------------------------------------------------------------------
@@ -279,11 +287,11 @@ class ActivationStore:
         return found
 
     def _check_manifest(self) -> None:
-        """Numbers that mean something, and names of files that lie in the folder itself."""
+        """Checks that the manifest's numbers make sense, and that its file names are in the folder itself."""
         if min(self.d_in, self.n_tokens) < 1 or not 0 < self.scale < float("inf"):
             raise self._broken(MANIFEST, f"has d_in={self.d_in}, n_tokens={self.n_tokens}, scale={self.scale}")
         text = [self.manifest[f"{kind}_file"] for kind in ("sequences", "documents")]
-        # A store of one's own tensor has no text.
+        # A store made from a tensor has no text.
         named = [self.manifest["mean_file"], *(name for name in text if name is not None)]
         for name in (*self.manifest["files"], *(shard["file"] for shard in self.manifest["shards"]), *named):
             if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
@@ -305,13 +313,13 @@ class ActivationStore:
         dtype = getattr(torch, str(self.manifest.get("dtype")), None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
             raise self._broken(MANIFEST, f"has dtype={shown(self.manifest.get('dtype'))}")
-        for shard in shards:  # before memory is taken for rows that are only claimed
+        for shard in shards:  # before memory is allocated for rows that are only claimed
             held = self.manifest["files"][shard["file"]]["bytes"]
             if not isinstance(held, int) or shard["rows"] * self.d_in * dtype.itemsize > held:
                 raise self._broken(MANIFEST, f"claims {shown(shard['rows'])} rows in {shard['file'][:60]}")
 
     def _shares(self, n_tokens: int) -> None:
-        """Leaves in the manifest at hand what this process reads."""
+        """Reduces the manifest to the shards that this process reads."""
         shards = self.manifest["shards"]
         if sum(shard["rows"] for shard in shards) != n_tokens:
             raise self._broken(MANIFEST, "counts other rows than its shards")

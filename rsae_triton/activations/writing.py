@@ -1,4 +1,4 @@
-"""Writing one activation store: forward passes to shards, the manifest last, and going on after a kill."""
+"""Writes an activation store: forward passes into shards, the manifest last; continues after a kill."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from rsae_triton.common.errors import FormatError, NumericsError
 from rsae_triton.common.files import file_sha256, write_atomically, write_text
 
 _PROGRESS = "progress.json"
-_SHARD_BYTES = 64 << 20  # half a minute of extraction on two cores: what a killed run loses at most
+_SHARD_BYTES = 64 << 20  # half a minute of extraction on two cores, which is the most that a killed run loses
 _PAIRED_ROWS = 1 << 15
-_MEDIAN_CONTEXTS = 64  # the median norm is taken on the first 64 contexts
+_MEDIAN_CONTEXTS = 64  # the median norm is that of the first 64 contexts
 _KEPT_SEQUENCES = 2048
 
 
 class _Block(NamedTuple):
-    """A batch of contexts with the residuals [B, T, d] read from them; `is_bos` [B, T]. `norms` are the residuals', and
-    `lengths` what outliers are told by: the same, but where rows are kept as at another place."""
+    """A batch of contexts with the residuals [B, T, d] read from them; `is_bos` [B, T]. `norms` are those of the
+    residuals. Outliers are decided by `lengths`: the same, unless rows are kept by the norms at another place."""
 
     residual: torch.Tensor
     norms: torch.Tensor
@@ -46,7 +46,7 @@ class _Block(NamedTuple):
 
 
 class _Pending:
-    """Rows on their way into the next shard."""
+    """Rows that wait to be written to the next shard."""
 
     def __init__(self, contexts: int) -> None:
         self.contexts = contexts
@@ -55,16 +55,16 @@ class _Pending:
         self._columns: dict[str, list[torch.Tensor]] = {}
 
     def add(self, block: _Block, limit: float | None, dtype: torch.dtype, room: int, keep_bos: bool) -> int:
-        """Take at most `room` rows of `block`; returns how many were kept."""
+        """Takes at most `room` rows of `block`; returns how many were kept."""
         outlier = torch.zeros_like(block.is_bos) if limit is None else (block.lengths > limit) & ~block.is_bos
         keep = (~outlier if keep_bos else ~block.is_bos & ~outlier).nonzero()[:room]
         row, position = keep.unbind(1)
         is_bos = block.is_bos[row, position]
-        # The block's counts are of what was read up to the last kept row, so that rates are rates of one text.
+        # Counts are of the text up to the last kept row, so that rates refer to the same text.
         self.bos_kept += int(is_bos.sum())
         self.bos_dropped += 0 if keep_bos else int(block.is_bos.sum())
         self.outliers_dropped += int(outlier.sum())
-        # Units must not depend on whether BOS, a hundred times as long as others, is kept.
+        # Units must not depend on whether BOS is kept, whose norm is a hundred times larger.
         self.norm_sum += float(block.norms[row, position].double()[~is_bos].sum())
         on_device = keep.to(block.residual.device).unbind(1)
         for name, column in {
@@ -81,17 +81,18 @@ class _Pending:
         return len(keep)
 
     def tensors(self, seed: int, bos: int) -> dict[str, torch.Tensor]:
-        """The columns in one random order of rows, and the float64 sum of the activations [d_in] of text."""
+        """Returns the columns in one random order of rows, and the float64 sum of the activations [d_in] other than
+        BOS."""
         order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(seed))
         tensors = {name: torch.cat(parts)[order] for name, parts in self._columns.items()}
-        # The mean is that of the rows that are not BOS, whose norm is a hundred times as large, as the units are.
+        # BOS is left out of the mean, as it is of the units, because its norm is a hundred times larger.
         text = tensors["tokens"] != bos
         return tensors | {"sum": tensors["activations"][text].sum(0, dtype=torch.float64)}
 
 
 @dataclass
 class _Shard:
-    """What is known of a finished shard; `contexts` counts those read up to its end. `norm_sum` is without BOS."""
+    """Facts about a finished shard; `contexts` counts those read up to its end, `norm_sum` is without BOS."""
 
     file: str
     rows: int
@@ -106,7 +107,7 @@ class _Shard:
 
 @dataclass
 class Extraction:
-    """One extraction, of one place, into the folder `partial`."""
+    """The extraction of one place into the folder `partial`."""
 
     host: HostModel
     documents: Sequence[Document]
@@ -116,7 +117,7 @@ class Extraction:
     partial: Path
 
     def begin(self) -> None:
-        """Takes up what a killed run left."""
+        """Continues from what a killed run left."""
         self.state = self._resume()
         shards: list[_Shard] = self.state["shards"]
         self.wanted: int = self.identity["requested_tokens"]
@@ -130,14 +131,16 @@ class Extraction:
 
     @property
     def read(self) -> int:
-        """Contexts that need not be read again."""
+        """The number of contexts that need not be read again."""
         return self._pending.contexts + sum(len(block.tokens) for block in self._head)
 
     def take(
         self, tokens: torch.Tensor, documents: torch.Tensor, residual: torch.Tensor, leading: torch.Tensor | None = None
     ) -> int:
-        """The next contexts [B, T] and their activations; returns how many rows were kept. leading: the activations by
-        whose norms outliers are told, where these are of another place."""
+        """Takes the next contexts [B, T] and their activations; returns how many rows were kept.
+
+        leading: activations of another place, whose norms then decide about outliers.
+        """
         norms = residual.float().norm(dim=-1)
         if not torch.isfinite(norms).all():
             raise NumericsError(
@@ -152,7 +155,7 @@ class Extraction:
         return self._keep()
 
     def _keep(self) -> int:
-        """Takes the rows of the blocks that wait, the first ones once their norms' median is known."""
+        """Takes the rows of waiting blocks; the first blocks wait until the median of their norms is known."""
         before, blocks, self._head = self.done, self._head, []
         if self.state["median_norm"] is None and blocks:
             self.state["norm_limit"], self.state["median_norm"] = self._norm_limit(blocks)
@@ -160,7 +163,7 @@ class Extraction:
         for block in blocks:
             room = self.wanted - self.done
             self.done += self._pending.add(block, self.state["norm_limit"], self.dtype, room, keep_bos)
-            # Stores whose rows are of the same tokens have the same shards, whatever their widths.
+            # Stores with rows of the same tokens have the same shards, whatever their widths.
             paired = self._pending.rows >= _PAIRED_ROWS and "rows_as" in self.identity
             if paired or (self._pending.bytes >= _SHARD_BYTES and "rows_as" not in self.identity) or self.complete:
                 self._save(self.state, self._pending)
@@ -170,7 +173,7 @@ class Extraction:
         return self.done - before
 
     def end(self) -> None:
-        """Writes the last shard; the text is at its end."""
+        """Writes the last shard, at the end of the text."""
         self._keep()
         if self._pending.rows:
             self._save(self.state, self._pending)
@@ -185,7 +188,7 @@ class Extraction:
             )
 
     def finish(self, key: str) -> None:
-        """Write everything beside the shards, the manifest last."""
+        """Writes everything besides the shards, the manifest last."""
         state = self.state
         shards: list[_Shard] = state["shards"]
         rows = sum(shard.rows for shard in shards)
@@ -247,7 +250,7 @@ class Extraction:
         (self.partial / _PROGRESS).unlink()
 
     def _norm_limit(self, head: list[_Block]) -> tuple[float | None, float]:
-        """`(limit, median)` of the norms on `head`; the limit of the given units, if there are any."""
+        """Returns `(limit, median)` of the norms on `head`; the limit is that of the given units, if there are any."""
         norms = torch.cat([block.lengths for block in head])[:_MEDIAN_CONTEXTS]
         is_bos = torch.cat([block.is_bos for block in head])[:_MEDIAN_CONTEXTS]
         median = float(norms[~is_bos].median())
@@ -259,7 +262,7 @@ class Extraction:
     def _save(self, state: dict[str, Any], pending: _Pending) -> None:
         number = len(state["shards"])
         file = f"shard-{number:05d}.safetensors"
-        # The checksum is of what is written here, whatever comes to lie there.
+        # The checksum is of what is written here, whatever may happen to the file later.
         data = save(pending.tensors(mix_seed(self.identity["seed"], number), self.host.bos_token_id))
         write_atomically(self.partial / file, lambda temporary: temporary.write_bytes(data))
         state["shards"].append(
@@ -269,7 +272,7 @@ class Extraction:
         _write_json(self.partial / _PROGRESS, {**state, "shards": [asdict(shard) for shard in state["shards"]]})
 
     def _resume(self) -> dict[str, Any]:
-        """The state a killed run left, if its shards are whole; else a new one in an empty folder."""
+        """The state that a killed run left, if its shards are complete; else a new one in an empty folder."""
         try:
             state = json.loads((self.partial / _PROGRESS).read_text())
             state["shards"] = [_Shard(**shard) for shard in state["shards"]]
@@ -285,7 +288,7 @@ class Extraction:
 
 
 def write_shards(extractions: Sequence[Extraction], progress: bool) -> None:
-    """Writes what is missing of the shards of several places, from one pass through model and text."""
+    """Writes the missing shards of several places, from one pass through model and text."""
     some = extractions[0]
     for one in extractions:
         one.begin()
