@@ -1,1 +1,1 @@
-"""Errors, checks of arguments, files, the hub, progress: what every room uses. Imports no other room."""
+"""What every room uses: errors, argument checks, files, the hub, progress. Imports no other room."""

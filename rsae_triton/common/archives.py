@@ -1,6 +1,6 @@
-"""Reading archives that strangers made: .npz of numpy, .pt and .pth of torch.
+"""Safely reads archives from unknown sources: numpy's .npz, and torch's .pt and .pth.
 
-As in `files`, memory is in proportion to the file on disk, and no code of the file is run.
+As in `files`, memory is in proportion to the file on disk, and no code in the file is run.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch import Tensor
 from rsae_triton.common.errors import FormatError, first_line
 from rsae_triton.common.pickles import MAX_ENTRIES, check_pickle
 
-_MAX_PICKLE = 4 << 20  # the structure of a checkpoint without its tensors
+_MAX_PICKLE = 4 << 20  # the structure of a checkpoint, without its tensors
 _MAX_DEPTH = 16
-_END, _LOCATOR, _END_64 = 22, 20, 56  # bytes of an archive's closing records
+_END, _LOCATOR, _END_64 = 22, 20, 56  # sizes in bytes of an archive's closing records
 
 
 def read_npz(path: Path) -> dict[str, Tensor]:
-    """The arrays of a .npz file; pickled objects in it are refused, and so is one that swells when unpacked."""
+    """Reads the arrays of a .npz file. Raises FormatError for pickled objects and for files that expand enormously."""
     try:
         with zipfile.ZipFile(path) as archive:
             packed = path.stat().st_size
             swollen = sum(member.file_size for member in archive.infolist())
-            # Weights do not compress; zeros do, a thousandfold, which is what a bomb is made of.
+            # Weights do not compress. Zeros do, a thousandfold, as in a zip bomb.
             if swollen > 8 * packed + (1 << 20):
                 raise FormatError(f"{path} unpacks from {packed:,} to {swollen:,} bytes; weights do not, it is refused")
             for member in archive.infolist():
@@ -39,14 +39,14 @@ def read_npz(path: Path) -> dict[str, Tensor]:
             return {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in arrays.files}
     except FormatError:
         raise
-    except Exception as error:  # a damaged header makes zipfile, zlib, ast and tokenize raise, each its own
+    except Exception as error:  # for a damaged header, zipfile, zlib, ast and tokenize raise errors of different types
         raise FormatError(
             f"{path} is truncated or not a .npz file of plain arrays ({error}); fetch it again"
         ) from error
 
 
 def _check_npy(path: Path, member: zipfile.ZipInfo, stream: Any) -> None:
-    """What the header of an array claims must be what the archive holds."""
+    """Checks that the archive holds as much as the header of an array claims."""
     version = np.lib.format.read_magic(stream)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read_header(stream)
@@ -60,10 +60,11 @@ def _check_npy(path: Path, member: zipfile.ZipInfo, stream: Any) -> None:
 
 
 def read_torch(path: Path) -> dict[str, Any]:
-    """A dictionary saved by torch.save, nested or not, of tensors and plain values; tensors are mapped from the file.
+    """Reads a dictionary saved by torch.save, possibly nested, of tensors and plain values. Tensors are mapped from the
+    file.
 
-    Nothing but tensors and plain containers is ever built: the pickle is inspected before it is read, and
-    `weights_only` guards the reading.
+    Only tensors and plain containers are ever built: the pickle is inspected before it is read, and `weights_only`
+    guards the reading. Raises FormatError for anything else.
     """
     if not path.is_file():
         raise FormatError(f"{path} does not exist")
@@ -77,19 +78,19 @@ def read_torch(path: Path) -> dict[str, Any]:
             members = archive.infolist()
             if any(member.compress_type != zipfile.ZIP_STORED for member in members):
                 raise FormatError(f"{path} is compressed; torch does not save so, and it is refused")
-            names = [member.filename.lower() for member in members]  # torch looks names up in any case
+            names = [member.filename.lower() for member in members]  # torch ignores case when it looks names up
             pickles = [member for member in members if member.filename.lower().endswith("data.pkl")]
             if len(pickles) != 1 or pickles[0].file_size > _MAX_PICKLE or len(set(names)) < len(names):
                 raise FormatError(f"{path} is a zip archive, but not one of torch.save with tensors in it")
             data = archive.read(pickles[0])
-        # What torch's own reader of archives finds under that name must be what is looked at here.
+        # What is inspected here must be what torch's own reader of archives finds under that name.
         if torch._C.PyTorchFileReader(str(path)).get_record("data.pkl") != data:
             raise _two_faced(path)
         check_pickle(path, data)
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FormatError:
         raise
-    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError and more for damaged files
+    except Exception as error:  # for damaged files torch raises UnpicklingError, RuntimeError, EOFError and more
         reason = first_line(error)
         raise FormatError(f"{path} is damaged or holds more than tensors ({reason}); fetch it again") from error
     if not isinstance(found, Mapping):
@@ -105,9 +106,10 @@ def _two_faced(path: Path) -> FormatError:
 
 
 def _check_one_directory(path: Path) -> None:
-    """An archive ends with its directory: entries, the 64-bit end record and its locator, the end record, nothing more.
+    """Checks that an archive ends with exactly one directory: entries, 64-bit end record and its locator, end record.
 
-    Readers of archives look for these in different ways, and where there are two, find different ones."""
+    Readers of archives look for these in different ways, so with two directories they would find different ones.
+    """
     size = path.stat().st_size
     with open(path, "rb") as file:
         file.seek(max(0, size - _END - _LOCATOR - _END_64))
@@ -124,7 +126,7 @@ def _check_one_directory(path: Path) -> None:
         if struct.unpack("<Q", locator[8:16])[0] != stops or record[:4] != b"PK\6\6":
             raise _two_faced(path)
         wide_size, wide = struct.unpack("<QQ", record[40:56])
-        # The narrow fields repeat the wide ones, or say that they cannot.
+        # The 32-bit fields repeat the 64-bit ones, or are marked as too small.
         if directory_size not in (wide_size, 0xFFFFFFFF) or directory not in (wide, 0xFFFFFFFF):
             raise _two_faced(path)
         directory_size, directory = wide_size, wide
@@ -135,13 +137,13 @@ def _check_one_directory(path: Path) -> None:
 def named_tensors(
     found: Mapping[Any, Any], prefix: str = "", depth: int = 0, left: list[int] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a nested dictionary with its dotted name."""
+    """Yields every tensor of a nested dictionary with its dotted name."""
     left = [MAX_ENTRIES] if left is None else left
     if depth > _MAX_DEPTH:
         raise FormatError(f"{prefix[:60]}...: dictionaries nested more than {_MAX_DEPTH} deep are no checkpoint")
     for key, value in found.items():
         left[0] -= 1
-        if left[0] < 0:  # a few bytes of pickle can put one dictionary into itself ten times, and that ten times
+        if left[0] < 0:  # a few bytes of pickle can nest one dictionary in itself ten times on every level
             raise FormatError(f"{prefix[:60]}...: more than {MAX_ENTRIES:,} entries are no checkpoint")
         if isinstance(value, Tensor):
             yield f"{prefix}{key}", value

@@ -1,4 +1,4 @@
-"""What a checkpoint's folder holds, and reading it: training.json beside state/*.safetensors."""
+"""Reads the folder of a checkpoint: training.json and state/*.safetensors."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _KINDS: dict[str, Any] = {
 
 
 def read_info(path: Path) -> dict[str, Any]:
-    """training.json of a checkpoint.
+    """Reads training.json of a checkpoint.
 
     Raises:
-        FormatError: it is missing, damaged, or of another schema, or a file it names is missing or cut short.
+        FormatError: it is missing, damaged or of another schema, or a file that it names is missing or truncated.
     """
     info = read_json(path / INFO)
     if info.get("schema") != SCHEMA:
@@ -44,7 +44,7 @@ def read_info(path: Path) -> dict[str, Any]:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint that one process wrote, mapped from its file.
+    """Reads every tensor of a checkpoint that a single process wrote, mapped from its file.
 
     Raises:
         FormatError: files are missing or damaged.
@@ -53,4 +53,5 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def is_sharded(path: Path) -> bool:
+    """Whether several processes wrote the checkpoint."""
     return not (path / STATE / "state.safetensors").is_file()

@@ -1,4 +1,4 @@
-"""What the public doors ask of numbers and tensors, in one wording: what is wrong, then what to give."""
+"""Checks of the arguments of public functions. All messages say what is wrong, and then what to give."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from rsae_triton.common.errors import ConfigError, NumericsError, ResourceError,
 
 
 def shown(value: Any) -> str:
-    """`value` as it stands in a message: on one line, and short."""
+    """`value` as shown in a message: on one line, and short."""
     try:
         text = " ".join(repr(value).split())
-    except ValueError:  # Python does not print an integer of more than 4300 digits
+    except ValueError:  # Python does not print integers of more than 4300 digits
         text = f"a very long {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean lr?" where one of `known` is near `name`, else nothing: the end of a message."""
+    """Returns "; did you mean lr?" if one of `known` is similar to `name`, else "": the end of a message."""
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def check_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raises ConfigError where one of the `given` names is not `known`, with those that are near it."""
+    """Raises ConfigError if one of the `given` names is not `known`; the message suggests similar ones."""
     known = list(known)
     for name in given:
         if name not in known:
@@ -39,13 +39,13 @@ def check_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:
 
 
 def check_flag(name: str, value: Any) -> None:
-    """Raises ConfigError unless `value` is True or False: "no" would count as true."""
+    """Raises ConfigError unless `value` is True or False, since a text such as "no" would count as true."""
     if not isinstance(value, bool):
         raise ConfigError(f"{name} is {shown(value)}; give True or False")
 
 
 def check_integer(name: str, value: Any, least: int, most: int | None = None) -> None:
-    """Raises ConfigError unless `value` is an integer (no bool) from `least` to `most`."""
+    """Raises ConfigError unless `value` is an integer (not a bool) from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
         wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ConfigError(f"{name} is {shown(value)}; give an integer {wanted}")
@@ -62,7 +62,7 @@ def check_number(
     """Raises ConfigError unless `value` is a finite number, >= `least`, > `above`, <= `most`."""
     try:
         number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # an integer that no float holds
+    except OverflowError:  # an integer too large for a float
         number = False
     if not number or value < least or value <= above or value > most:
         low = f" above {above:g}" if above > -math.inf else f" of at least {least:g}" if least > -math.inf else ""
@@ -71,7 +71,7 @@ def check_number(
 
 
 def check_tensor(name: str, value: Any, device: torch.device | None = None) -> None:
-    """Raises ShapeError unless `value` is a dense tensor, ConfigError unless it is of floats and on the device."""
+    """Raises ShapeError unless `value` is a dense tensor, ConfigError unless it is floating-point and on the device."""
     if not isinstance(value, Tensor):
         raise ShapeError(f"{name} is a {type(value).__name__}; give a torch.Tensor")
     if value.is_nested:
@@ -85,17 +85,17 @@ def check_tensor(name: str, value: Any, device: torch.device | None = None) -> N
 
 
 def check_data(name: str, value: Any) -> None:
-    """As `check_tensor`, of a tensor whose numbers are about to be looked at: on meta there are none."""
+    """`check_tensor` for a tensor whose values will be read; on the meta device there are none."""
     check_tensor(name, value)
     if value.is_meta:
         raise ConfigError(f"{name} is on meta and holds no data; give a tensor on cpu or cuda")
 
 
 def as_tensor(name: str, value: Any, dtype: torch.dtype | None, device: torch.device | None) -> Tensor:
-    """A number, numbers, an array or a tensor -> a dense tensor. Raises ConfigError for anything else."""
+    """Converts a number, numbers, an array or a tensor to a dense tensor. Raises ConfigError for anything else."""
     if isinstance(value, Tensor) and (value.layout is not torch.strided or value.is_meta):
         raise ConfigError(f"{name} is {'on meta' if value.is_meta else value.layout}; give a dense tensor with data")
-    if "complex" in str(getattr(value, "dtype", "")):  # its imaginary part would be dropped
+    if "complex" in str(getattr(value, "dtype", "")):  # its imaginary part would be lost
         raise ConfigError(f"{name} is {value.dtype}; give real numbers")
     try:
         return torch.as_tensor(value, dtype=dtype, device=device)
@@ -104,7 +104,7 @@ def as_tensor(name: str, value: Any, dtype: torch.dtype | None, device: torch.de
 
 
 def check_finite(name: str, tensor: Tensor, advice: str) -> None:
-    """Raises NumericsError with how many values are NaN or infinite and where the first stands."""
+    """Raises NumericsError that says how many values are NaN or infinite, and where the first one is."""
     if bool(torch.isfinite(tensor).all()):
         return
     bad = ~torch.isfinite(tensor)
@@ -116,8 +116,8 @@ def check_finite(name: str, tensor: Tensor, advice: str) -> None:
 
 
 def check_room(what: str, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Raises ShapeError for a tensor of more elements than 64 bits can count, ResourceError for one that no address
-    space holds; memory that is merely short is found when it is taken."""
+    """Raises ShapeError for a tensor with more elements than 64 bits can count, ResourceError for one that no address
+    space holds. (Whether memory suffices is only found on allocation.)"""
     elements = math.prod(sizes)
     if elements >= 2**62:
         raise ShapeError(f"{what} would have {elements:.3g} elements; sizes are wrong")
@@ -126,10 +126,10 @@ def check_room(what: str, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 def parse_device(device: Any) -> torch.device | None:
-    """A device that can be used, from its name.
+    """Returns a usable device by name.
 
     Raises:
-        ConfigError: no such device, or one that this torch or this machine does not have.
+        ConfigError: there is no such device, or this torch or this machine does not have it.
     """
     if device is None:
         return None

@@ -1,7 +1,7 @@
-"""The errors a user can meet. Each message says what was wrong and what to do about it.
+"""All errors that a user can meet. Each message says what was wrong and what to do about it.
 
-The command line prints the message of any `RsaeError` on one line and exits with 2, and so that of the system's own
-errors (disk, permissions, memory); anything else is a bug and shows its traceback.
+The command line prints the message of any `RsaeError` on one line and exits with 2. It does the same for errors of the
+system (disk, permissions, memory). Anything else is a bug and shows its traceback.
 """
 
 
@@ -22,29 +22,29 @@ class FormatError(RsaeError, ValueError):
 
 
 class NumericsError(RsaeError, ValueError):
-    """A value is NaN, infinite or out of the range where the result would mean anything."""
+    """A value is NaN, infinite, or outside the range in which the result has a meaning."""
 
 
 class SourceError(RsaeError):
-    """Something outside could not be had: a model, a text, a download, an optional library."""
+    """Something external is unavailable: a model, a text, a download, an optional library."""
 
 
 class ResourceError(RsaeError, OSError):
-    """The machine does not have what it takes: memory, or (`StorageError`) room and permission to write."""
+    """The machine lacks a resource: memory, or (`StorageError`) space or permission to write."""
 
 
 class ConvergenceError(NumericsError):
-    """A solver stopped before its certificate held; the message carries the best bracket it had."""
+    """A solver stopped before its result was certified; the message contains the best bounds it had."""
 
 
 class StorageError(ResourceError):
-    """A file could not be written: the disk is full, or refuses."""
+    """A file could not be written: the disk is full or refuses."""
 
 
 class Stopped(RsaeError):  # noqa: N818  (nothing went wrong)
-    """A run was asked to stop, and saved itself; the message says how to go on."""
+    """A run was asked to stop and has saved itself; the message says how to resume."""
 
 
 def first_line(error: BaseException, most: int = 160) -> str:
-    """What another library's error says, short enough for a line of ours; its type where it says nothing."""
+    """The message of another library's error, shortened for a line of ours; its type if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:most]

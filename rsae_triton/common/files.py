@@ -1,7 +1,7 @@
-"""Reading files that strangers made, and writing ours whole or not at all.
+"""Reads files from unknown sources safely, and writes files completely or not at all.
 
-Every reader takes memory in proportion to the file on disk, whatever the file claims about itself, and answers
-a truncated, foreign or dangerous one with a `FormatError` that names it.
+Every reader takes memory in proportion to the file on disk, whatever the file claims about itself. For a truncated,
+foreign or dangerous file it raises a `FormatError` that names the file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MAX_TEXT = 16 << 20
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of at most 16 MiB."""
+    """Reads the object in a JSON file of at most 16 MiB."""
     size = path.stat().st_size if path.is_file() else None
     if size is None:
         raise FormatError(f"{path} does not exist")
@@ -44,12 +44,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, mapped from it."""
+    """Reads the tensors of a safetensors file, mapped from it."""
     return read_with_metadata(path)[0]
 
 
 def read_with_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file, mapped from it, and the text in its header; both of one and the same file."""
+    """Reads the tensors of a safetensors file, mapped from it, and the text in its header; both from the same open
+    file."""
     if not path.is_file():
         raise FormatError(f"{path} does not exist")
     try:
@@ -67,8 +68,8 @@ def read_with_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def check_inside(folder: Path, name: str) -> None:
-    """Raises FormatError if `name` in `folder` is a link to somewhere else: who sends a folder does not choose what is
-    read on this machine. The hub's cache, which links its snapshots to the blobs beside them, is let through."""
+    """Raises FormatError if `name` in `folder` is a link to another place: the author of a folder must not choose what
+    is read on this machine. The hub's cache, which links its snapshots to blobs beside them, is allowed."""
     path = folder / name
     if not path.is_symlink():
         return
@@ -85,7 +86,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def as_utf8(name: str, text: str) -> bytes:
-    """Raises ConfigError where there is half a character (a lone surrogate): JSON can hold it, a file cannot."""
+    """Encodes text. Raises ConfigError for half a character (a lone surrogate), which JSON can hold but a file
+    cannot."""
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -103,8 +105,8 @@ def file_sha256(path: Path) -> str:
 
 
 def as_path(name: str, value: Any) -> Path:
-    """A path from text. Raises ConfigError for what no file can be called, and for names that are not UTF-8, which
-    safetensors writes to and does not read from."""
+    """Returns a path from text. Raises ConfigError for impossible file names, and for names that are not UTF-8, since
+    safetensors can write to these but not read from them."""
     try:
         path = Path(value)
         if (
@@ -120,9 +122,9 @@ def as_path(name: str, value: Any) -> Path:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keeps other processes and threads that replace files of the folder waiting; leaves no file behind.
+    """Within the context, other processes and threads that replace files of the folder wait. Leaves no file behind.
 
-    Nothing is kept where the system has no such locks.
+    Has no effect if the system has no such locks.
     """
     try:
         import fcntl
@@ -131,7 +133,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         return
     try:
         handle = os.open(folder, os.O_RDONLY)
-    except PermissionError:  # a folder that can be written and not listed
+    except PermissionError:  # a folder that can be written but not listed
         yield
         return
     try:
@@ -143,7 +145,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder and those above it. Raises StorageError where that is not possible."""
+    """Creates a folder and its parents. Raises StorageError if that is impossible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -151,10 +153,10 @@ def make_folder(folder: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises StorageError unless files can be written into the folder, or into the nearest above it that is there;
-    leaves nothing behind. Asked before hours of work whose result goes there."""
+    """Raises StorageError unless files can be written into the folder, or into its nearest existing parent. Leaves
+    nothing behind. To be called before hours of work whose result goes there."""
     as_path("the folder", folder)
-    # A link to nowhere is there too, and nothing can be written into it.
+    # A link to nowhere exists too, and nothing can be written into it.
     above = next((one for one in (folder, *folder.absolute().parents) if os.path.lexists(one)), Path("/"))
     try:
         with scratch(above):
@@ -164,11 +166,11 @@ def check_folder(folder: Path) -> None:
 
 
 FIGURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp", ".eps", ".ps", ".tif", ".tiff")
-"""Suffixes of pictures that matplotlib writes."""
+"""File name suffixes of pictures that matplotlib can write."""
 
 
 def check_figure(name: str, path: Path) -> None:
-    """Raises ConfigError or StorageError unless a picture can be written to `path`; asked before it is made."""
+    """Raises ConfigError or StorageError unless a picture can be written to `path`; to be called before it is made."""
     if path.suffix.lower() not in FIGURES:
         ends = f"ends in {path.suffix}" if path.suffix else "has no suffix"
         raise ConfigError(f"{name} is {shown(str(path))}, which {ends}; give one of the suffixes {', '.join(FIGURES)}")
@@ -178,7 +180,8 @@ def check_figure(name: str, path: Path) -> None:
 
 
 def read_finished(path: Path, *keys: str) -> dict[str, Any] | None:
-    """What a finished part of a study wrote, None where it is not there; with a warning where it is not whole."""
+    """Reads the result of a finished part of a study; None if there is none, or (with a warning) if it is
+    incomplete."""
     if not path.is_file():
         return None
     try:
@@ -194,21 +197,21 @@ def read_finished(path: Path, *keys: str) -> dict[str, Any] | None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes beside `path` and renames: a killed run leaves the old file or the new one, never half of one.
+    """Writes to a temporary file and renames it: a killed run leaves the old file or the new one, never half of one.
 
     Raises:
-        StorageError: the disk is full, or the folder cannot be written; what was there before is untouched.
+        StorageError: the disk is full, or the folder cannot be written; the old file is unchanged.
     """
     write_together(path.parent, {path.name: write})
 
 
 def write_together(folder: Path, files: Mapping[str, Callable[[Path], Any]]) -> None:
-    """As `write_atomically` for files that belong together: none is replaced before all are written and on the disk.
+    """`write_atomically` for files that belong together: none is replaced before all are written and on the disk.
 
-    They are replaced in the order given; a process that is killed in between leaves the first of them new.
+    They are replaced in the given order; if the process is killed in between, the first of them are new.
 
     Raises:
-        StorageError: as there; the message says which files are new, if any are.
+        StorageError: see `write_atomically`; the message says which files are new, if any are.
     """
     done: list[str] = []
     name = next(iter(files))
@@ -217,7 +220,7 @@ def write_together(folder: Path, files: Mapping[str, Callable[[Path], Any]]) -> 
             for name, write in files.items():
                 path = place / name
                 path.touch()
-                mode = path.stat().st_mode  # what the user's umask gives; safetensors makes its files 0600
+                mode = path.stat().st_mode  # the mode by the user's umask; safetensors creates its files with 0600
                 write(path)
                 path.chmod(mode)
                 to_disk(path)
@@ -236,10 +239,11 @@ def write_together(folder: Path, files: Mapping[str, Callable[[Path], Any]]) -> 
 
 @contextmanager
 def whole_folder(final: Path) -> Iterator[Path]:
-    """A new folder to fill, which takes the name `final` when the block ends well, and is removed where it does not.
+    """Yields a new folder to fill. It gets the name `final` if the block succeeds, and is removed otherwise.
 
     Raises:
-        ConfigError: `final` is there already, or another process was first. StorageError: the disk refuses.
+        ConfigError: `final` exists already, or another process was first.
+        StorageError: the files cannot be written.
     """
     taken = f"{final} is there already; choose another folder"
     if os.path.lexists(final):
@@ -259,7 +263,7 @@ def whole_folder(final: Path) -> Iterator[Path]:
 
 @contextmanager
 def refusals(path: Path) -> Iterator[None]:
-    """What the system refuses while `path` is made, as a StorageError that names it."""
+    """Turns refusals of the system while `path` is written into a StorageError that names it."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -271,9 +275,9 @@ def refusals(path: Path) -> Iterator[None]:
 
 @contextmanager
 def scratch(folder: Path) -> Iterator[Path]:
-    """A new folder in `folder`, held with a lock while it is in use and removed after.
+    """Yields a new folder within `folder`, which is locked while in use and removed afterwards.
 
-    Those that killed processes left, which nobody holds, are removed first.
+    Folders that killed processes left, which are not locked, are removed first.
     """
     for left in folder.glob(".rsae-*.tmp"):
         with suppress(OSError):
@@ -284,7 +288,7 @@ def scratch(folder: Path) -> Iterator[Path]:
         held = _hold(made, wait=True)
         if made.is_dir():
             break
-        _release(held)  # somebody who cleaned up came in between
+        _release(held)  # another process cleaned up in between
     try:
         yield made
     finally:
@@ -303,7 +307,8 @@ def _remove_unheld(path: Path) -> None:
 
 
 def _hold(path: Path, *, wait: bool) -> int | None:
-    """Locks a file or folder for this process and thread; None where another holds it or the system has no locks."""
+    """Locks a file or folder for this process and thread; returns None if another holds it or the system has no
+    locks."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -329,15 +334,15 @@ def to_disk(path: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # a file system that cannot
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # a file system that cannot do it
             raise
     finally:
         os.close(handle)
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Gives a folder that is full its name: forced to the disk, with the rights that the umask gives to its files."""
-    for left in partial.glob(".rsae-*.tmp"):  # that could not be removed when it was done with
+    """Gives a filled folder its name: forces it to the disk and sets the access rights of its files by the umask."""
+    for left in partial.glob(".rsae-*.tmp"):  # that could not be removed after use
         shutil.rmtree(left, ignore_errors=True)
     probe = partial / ".mode"
     probe.touch()

@@ -1,6 +1,6 @@
-"""The Hugging Face hub: whether it is there, what of a repository is wanted, and sending a folder to it.
+"""The Hugging Face hub: checks whether it can be reached, fetches files of a repository, and uploads a folder.
 
-Its client is asked for only after a connection has opened: it retries an unreachable host for 23 seconds.
+Its client is only called after a connection has been opened, because it retries an unreachable host for 23 seconds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rsae_triton.common.errors import ConfigError, FormatError, SourceError, fir
 
 _TIMEOUT_S = 5
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w .,:=@+-]+)*")
-# Path("hf://a/b") has one slash less; commands hand addresses on as paths.
+# Path("hf://a/b") has one slash less, and commands pass addresses as paths.
 _URL = re.compile(r"https?:/{1,2}([\w.:-]+)/(.+)")
 _DATA = (".json", ".safetensors", ".npz", ".pt", ".pth")
 _NEAR = (".json", "config.yaml")
@@ -24,7 +24,7 @@ _PICKLED = (".pt", ".pth")
 
 
 def hub_reachable() -> bool:
-    """Whether a connection to the hub's host opens (assumed where a proxy does the connecting)."""
+    """Whether a connection to the hub's host can be opened (assumed if a proxy makes the connections)."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "TRUE", "YES", "ON"}:
         return False
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
@@ -39,7 +39,7 @@ def hub_reachable() -> bool:
 
 
 def require_hub(what: str) -> None:
-    """Raise SourceError, beginning with `what`, when the hub cannot be reached."""
+    """Raises SourceError, beginning with `what`, if the hub cannot be reached."""
     if not hub_reachable():
         raise SourceError(
             f"{what} cannot be fetched: the Hugging Face hub is unreachable; "
@@ -48,23 +48,24 @@ def require_hub(what: str) -> None:
 
 
 def local_path(source: str | Path, revision: str | None = None) -> Path:
-    """A local file or folder as it is; a hub id fetched into the hub's cache.
+    """Returns a local file or folder as it is; fetches a hub id into the hub's cache.
 
     Args:
-        source: a path, or what `address` reads. What exists locally is never looked up on the hub.
+        source: a path, or a text that `address` understands. What exists locally is never looked up on the hub.
         revision: branch, tag or commit of a hub id.
 
     Raises:
-        FormatError: neither a path nor a hub id, or a repository that holds several SAEs and no choice among them.
-        SourceError: the hub, the repository or the revision cannot be had. ConfigError: two revisions.
+        FormatError: neither a path nor a hub id, or a repository of several SAEs without a choice among them.
+        SourceError: the hub, the repository or the revision cannot be reached.
+        ConfigError: two revisions are given.
     """
     if not isinstance(source, str | Path) or not str(source):
         raise FormatError(f"source is {source!r}; give a folder, a file, or a hub id such as owner/repository/folder")
-    path, name = Path(os.path.expanduser(source)), str(source)  # Path.expanduser raises where there is no such user
+    path, name = Path(os.path.expanduser(source)), str(source)  # Path.expanduser raises if there is no such user
     try:
         if path.exists():
             return path
-    except OSError as error:  # a name that no file can have
+    except OSError as error:  # an impossible file name
         raise FormatError(f"{name[:60]}... cannot be a path ({error.strerror}); check it") from error
     there = address(name, revision)
     if there is None:
@@ -81,18 +82,19 @@ class Address(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As people write it, without the revision."""
+        """The usual notation, without the revision."""
         return f"{self.repo}/{self.inside}" if self.inside else self.repo
 
 
 def address(name: str, revision: str | None = None) -> Address | None:
-    """The place on the hub that a text names; None for a text that names none.
+    """Returns the place on the hub that a text names; None if it names none.
 
-    Known are "owner/repository/folder", "owner/repository@revision/folder", "hf://" before either, and addresses of
-    the hub's pages (https://huggingface.co/owner/repository/tree/main/folder); a slash at the end is no matter.
+    Understood are "owner/repository/folder", "owner/repository@revision/folder", "hf://" before either, and addresses
+    of the hub's pages (https://huggingface.co/owner/repository/tree/main/folder), with or without a slash at the end.
 
     Raises:
-        FormatError: an address of another host, or of something that is no model. ConfigError: two revisions.
+        FormatError: an address of another host, or of something other than a model.
+        ConfigError: two revisions are given.
     """
     given, name = name, name.strip().split("#")[0]
     said = None
@@ -136,7 +138,7 @@ def _fetch(repo: str, inside: str, revision: str | None) -> Path:
     if not hub_reachable():
         try:
             folder = hub.snapshot_download(repo, revision=revision, local_files_only=True)
-        except Exception as error:  # of several kinds, by version; all of them mean: not cached
+        except Exception as error:  # of various types, depending on the version; all mean that it is not cached
             raise SourceError(
                 f"no local path named {repo!r}, and as a hub id it cannot be fetched: the Hugging Face hub is "
                 "unreachable and its cache does not hold it; check the name and the connection"
@@ -161,7 +163,8 @@ def _fetch(repo: str, inside: str, revision: str | None) -> Path:
 
 
 def _wanted(repo: str, names: list[str], inside: str) -> list[str]:
-    """Of a repository's files: the one that `inside` names, or those in that folder, and the configurations near."""
+    """Chooses among a repository's files: the one that `inside` names, or those in that folder and nearby
+    configurations."""
     folder = PurePosixPath(inside)
     if inside in names:
         near = [name for name in names if PurePosixPath(name).parent == folder.parent and name.endswith(_NEAR)]
@@ -187,7 +190,7 @@ def _wanted(repo: str, names: list[str], inside: str) -> list[str]:
 
 
 def upload(folder: Path, repo: str, *, private: bool, revision: str | None, message: str, token: str | None) -> str:
-    """Makes the repository if it is not there and commits the folder's files to it; returns the commit's address.
+    """Creates the repository if necessary and commits the folder's files to it; returns the commit's address.
 
     Raises:
         SourceError: the hub cannot be reached, or refuses.

@@ -1,4 +1,4 @@
-"""What to install for an optional part, in a line that works wherever this package came from."""
+"""Says how to install an optional part, wherever this package came from."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from importlib import metadata
 
 
 def advice(extra: str) -> str:
-    """The pip command for the packages of an extra, by their own names: no index need know this package.
+    """Returns the pip command for an extra ("host", "probe", ...), with the packages' own names.
 
-    extra: "host", "probe", ...
+    So the command works even if no index has this package.
     """
     try:
         wanted = metadata.requires("rsae-triton") or []

@@ -1,4 +1,4 @@
-"""The names models go by: TransformerLens' short names and other spellings, as ids of the Hugging Face hub."""
+"""Names of models: converts TransformerLens' short names and other spellings to ids of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ EMBEDDED = "smollm2"
 EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EMBEDDED_NOTE = "a 4-bit GGUF of SmolLM2-135M-Instruct, dequantised: close to the hub's weights, not equal to them"
 
-# Short name -> hub id: an exact name, or a pattern and what it becomes.
+# Short name -> hub id: an exact name, or a pattern and its replacement.
 _EXACT = {
     "gpt2-small": "gpt2",
     "distillgpt2": "distilgpt2",
@@ -26,17 +26,18 @@ _CACHED = re.compile(r"models--([^/\\]+?)(?:--([^/\\]+))?[/\\]snapshots[/\\][^/\
 
 
 def hub_model(name: str) -> str:
-    """The hub's id of a model, as far as it is known by another name; else `name` itself.
+    """Returns the hub's id of a model with another known name; otherwise `name` itself.
 
-    "gpt2-small" and "pythia-70m-deduped" are TransformerLens' names, "gemma-v3-270m-pt" is what Gemma Scope 2's files
-    say. A path into the hub's cache becomes the id that it was fetched by.
+    "gpt2-small" and "pythia-70m-deduped" are TransformerLens' names; "gemma-v3-270m-pt" is used in Gemma Scope 2's
+    files. A path into the hub's cache becomes the id that was fetched.
     """
     if cached := _CACHED.search(name):
         return "/".join(part for part in cached.groups() if part)
     owner, _, short = name.rpartition("/")
     if re.match(r"gemma-(v3-|3-270m-pt)", short) and owner in ("", "google"):
         short = short.replace("gemma-v3-", "gemma-3-")
-        return f"google/{short.replace('-pt', '') if '270m' in short else short}"  # the hub's 270m has no -pt
+        # on the hub, the 270m model has no -pt
+        return f"google/{short.replace('-pt', '') if '270m' in short else short}"
     if owner:
         return name
     if name in _EXACT:
@@ -53,19 +54,19 @@ def hub_model(name: str) -> str:
 
 
 def model_metadata(name: str) -> dict[str, str]:
-    """What an SAE keeps of the model that it was trained on: its id on the hub, as every library asks for, and for the
-    embedded model what it really was."""
+    """What an SAE records about the model it was trained on: the hub id that other libraries ask for, and for the
+    embedded model what it really is."""
     if name == EMBEDDED:
         return {"model_name": EMBEDDED_ID, "host": EMBEDDED, "host_note": EMBEDDED_NOTE}
     return {"model_name": hub_model(name)}
 
 
 def _by_transformer_lens(name: str) -> str:
-    """What TransformerLens' own table says, where that is installed and knows the name."""
+    """Looks a name up in TransformerLens' own table, if that is installed."""
     if find_spec("transformer_lens") is None:
         return name
     try:
         from transformer_lens.supported_models import MODEL_ALIASES
-    except Exception:  # another version, or one that does not import here: it is only asked for a name
+    except Exception:  # of another version, or failing to import: this is only a look-up
         return name
     return next((str(hub) for hub, aliases in MODEL_ALIASES.items() if name in aliases), name)

@@ -1,8 +1,8 @@
-"""What a checkpoint's pickle would build, found without building it.
+"""Finds out what a checkpoint's pickle would build, without building it.
 
-A pickle is a program for a small stack machine. Here it is run on descriptions of values instead of values: which
-functions it calls, what its dictionaries are keyed by, and how large the whole would be if it were written out (a list
-that holds another ten times, and so on, grows tenfold a level; hashing or printing that takes for ever).
+A pickle is a program for a small stack machine. Here it runs on descriptions of values instead of values: which
+functions it calls, what the keys of its dictionaries are, and how large everything would be if written out. (A list
+that holds another ten times, and so on, grows tenfold on every level, and takes for ever to hash or print.)
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ _PAIRS = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 @dataclass(eq=False)
 class _Value:
-    """A value that is not built: what it is, and what it holds."""
+    """A value that is not built: its type, and what it holds."""
 
     kind: str
     parts: list[_Value] = field(default_factory=list)
-    weight: int = 0  # of what it would be written out in full; 0: not counted yet, -1: being counted
+    weight: int = 0  # its size when written out in full; 0: not counted yet, -1: being counted
 
 
 _MARK = _Value("mark")
@@ -49,12 +49,12 @@ _PLAIN = _Value("plain")
 
 
 def check_pickle(path: Path, data: bytes) -> None:
-    """Raises FormatError unless `data` builds tensors and plain containers of a bounded size, with text or numbers as
-    keys; `path` is named in the message."""
+    """Raises FormatError unless `data` builds only tensors and plain containers of a bounded size, with text or numbers
+    as keys. `path` is for the message."""
     made: list[_Value] = []
     try:
         result = _run(path, data, made)
-    except (IndexError, KeyError, ValueError) as error:  # a stack that runs empty, a memo without the entry
+    except (IndexError, KeyError, ValueError) as error:  # an empty stack, or a missing entry of the memo
         raise FormatError(f"{path} is damaged: its pickle is not one ({error}); fetch it again") from error
     for one in (*made, result):
         if _weight(path, one) > MAX_ENTRIES:
@@ -150,14 +150,14 @@ def _check_keys(path: Path, keys: list[_Value]) -> None:
 
 
 def _check_storage(path: Path, named: _Value) -> None:
-    """What a tensor's memory is called by: five values, none of which can be large."""
+    """Checks the description of a tensor's memory: five values, none of which may be large."""
     plain = named.kind == "tuple" and all(one is _PLAIN or one.kind.startswith("global") for one in named.parts)
     if not plain or len(named.parts) != 5:
         raise FormatError(f"{path} was not written by torch.save (its storages are named otherwise); it is refused")
 
 
 def _weight(path: Path, value: _Value) -> int:
-    """How many values there are in `value` when what is shared is counted wherever it stands."""
+    """The number of values in `value`, counting shared ones each time they occur."""
     waiting = [value]
     while waiting:
         one = waiting[-1]

@@ -1,4 +1,4 @@
-"""Progress bars that say something where there is no terminal as well: in a log, a line every half minute."""
+"""Progress bars that also work without a terminal: in a log they print a line every half minute."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EVERY = 30.0
 
 
 class LoggedProgress(Progress):
-    """A rich `Progress` that prints its line now and then without a terminal, where rich is silent until the end."""
+    """A rich `Progress` that regularly prints its line without a terminal, where rich is silent until the end."""
 
     _printed: float | None = None
 

@@ -1,6 +1,6 @@
-"""Imported first: while `rsae` imports torch, for seconds, a Ctrl-C ends it without a traceback.
+"""Imported first, so that Ctrl-C ends `rsae` without a traceback even during the seconds of importing torch.
 
-In any other program that imports the package nothing happens. `rsae_triton.__main__.run` sets the signal back.
+It does nothing in any other program that imports the package. `rsae_triton.__main__.run` restores the signal.
 """
 
 import signal

@@ -1,4 +1,4 @@
-"""Text on a terminal, or where there is none: what strangers put into names is shown and not obeyed."""
+"""Output to a terminal or a pipe: text in names from others is shown and cannot control the terminal."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any, TextIO
 
 
 def printable(text: Any) -> str:
-    """`text` with control characters, characters that change the direction of writing, and halves of characters written
-    out, as repr does: an escape sequence in a stranger's file moves no cursor."""
+    """Writes out, as repr does, control characters, characters that change the direction of writing, and halves of
+    characters in `text`, so that an escape sequence in a foreign file cannot move the cursor."""
     return "".join(one if _harmless(one) else ascii(one)[1:-1] for one in str(text))
 
 
@@ -22,16 +22,16 @@ def _harmless(one: str) -> bool:
 
 
 def plain(text: Any) -> str:
-    """`text` for a rich console or table as it is, brackets too."""
+    """Escapes `text` for a rich console or table, so that brackets are shown as they are."""
     from rich.markup import escape
 
     return escape(printable(text))
 
 
 class Patient:
-    """A stream whose reader may go away (head, a pager, a closed terminal) without ending what is being computed.
+    """A stream whose reader may go away (head, a pager, a closed terminal) without ending the computation.
 
-    What cannot be written is dropped from then on.
+    What cannot be written from then on is dropped.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -55,7 +55,7 @@ class Patient:
         if isinstance(error, ValueError) and not self._stream.closed:
             raise error
         self._gone = True
-        with suppress(OSError, ValueError):  # what Python flushes at exit goes nowhere, and complains to nobody
+        with suppress(OSError, ValueError):  # so that the flush at exit neither fails nor complains
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self._stream.fileno())
             os.close(null)
@@ -66,7 +66,7 @@ class Patient:
 
 @contextmanager
 def steady_output() -> Iterator[None]:
-    """While a command runs: output whose reader goes away, or whose encoding lacks a character, ends nothing; warnings
+    """While a command runs, a reader that goes away or an encoding without some character does not end it; and warnings
     are `printable`."""
     before, form = (sys.stdout, sys.stderr), warnings.formatwarning
     for stream in before:

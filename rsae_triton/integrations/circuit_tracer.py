@@ -1,9 +1,9 @@
-"""circuit-tracer: transcoders in the layout that it traces circuits with, one file per layer and config.yaml.
+"""circuit-tracer: writes transcoders in its layout, one file per layer and a config.yaml.
 
     write_transcoders({0: first, 1: second}, "out/transcoders")
 
-Its activation functions are ReLU and JumpReLU: a Rational transcoder goes in as the nearest JumpReLU one
-(`to_jumprelu`, which says what that costs). `load_teacher` reads the files back.
+It supports ReLU and JumpReLU only, so a Rational transcoder must first be converted to the nearest JumpReLU one
+(`to_jumprelu`, which says how much that loses). `load_teacher` reads the files back.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ def write_transcoders(
     """Writes layer_N.safetensors for every layer, in the model's own units, and config.yaml.
 
     Args:
-        transcoders: by layer. circuit-tracer itself wants every layer from 0 on, of one d_sae.
-        scan: its name for a set of feature pictures. repo: the hub repository the folder is going to; the paths in
-            config.yaml are then those there, else those of this folder.
+        transcoders: by layer. circuit-tracer itself needs every layer from 0 on, all with the same d_sae.
+        scan: its name for a set of feature pictures. repo: the hub repository that the folder will be uploaded to; the
+            paths in config.yaml are then paths in it, else paths in this folder.
 
     Returns:
         The folder.
 
     Raises:
-        ConfigError: a kind that circuit-tracer does not have, widths that differ, or places that do.
+        ConfigError: a kind that circuit-tracer does not have, or transcoders of different widths or places.
     """
     folder = as_path("folder", folder)
     if not isinstance(transcoders, Mapping) or not transcoders:
@@ -71,10 +71,10 @@ def write_transcoders(
 
 
 def tensors(transcoder: Transcoder) -> dict[str, Tensor]:
-    """The weights of one transcoder as circuit-tracer has them: W_enc and W_dec [d_transcoder, d_model].
+    """The weights of a transcoder in circuit-tracer's layout: W_enc and W_dec are [d_transcoder, d_model].
 
     Raises:
-        ConfigError: a kind that it does not have.
+        ConfigError: a kind that circuit-tracer does not have.
     """
     if not isinstance(transcoder, ReluTranscoder | JumpReluTranscoder):
         hint = "; use to_jumprelu(inputs, targets=...) first" if hasattr(transcoder, "gate") else ""
@@ -100,7 +100,7 @@ def tensors(transcoder: Transcoder) -> dict[str, Tensor]:
 
 
 def _places(layer: int, transcoder: Transcoder) -> tuple[str, str]:
-    """Its two hooks without the layer, which must be the one it is written for."""
+    """The names of its two hooks without the layer, after checking that they are in this layer."""
     names = []
     for key in ("hook_name", "hook_name_out"):
         found = re.fullmatch(r"blocks\.(\d+)\.(.+)", str(transcoder.metadata.get(key)))

@@ -1,7 +1,7 @@
-"""SAEBench: an SAE with the attributes that its `BaseSAE` documents (`custom_saes/base_sae.py`, version 0.6).
+"""SAEBench: wraps an SAE with the attributes that its `BaseSAE` documents (`custom_saes/base_sae.py`, version 0.6).
 
-SAEBench tells SAEs by what they have, not by their class, so that it need not be installed here. It wants decoder
-rows of norm 1, which the wrapper's copy is given without changing what it reconstructs.
+SAEBench checks attributes, not classes, so it need not be installed here. It requires decoder rows of norm 1; the
+wrapper's copy is rescaled to that without changing its reconstructions.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ class SAEBenchConfig:
 
 
 class SAEBenchSAE(nn.Module):
-    """An SAE as SAEBench wants one: W_enc, W_dec, b_enc, b_dec, device, dtype, cfg, encode, decode, forward, to.
+    """An SAE with SAEBench's interface: W_enc, W_dec, b_enc, b_dec, device, dtype, cfg, encode, decode, forward, to.
 
     Args:
-        sae: copied, and its decoder norms folded into its codes. model_name: TransformerLens' name of the model, and
-            hook_name "blocks.L..."; what the SAE's metadata says when None.
+        sae: is copied; the copy's decoder norms are folded into its codes. model_name: TransformerLens' name of the
+            model. hook_name: "blocks.L...". Both are taken from the SAE's metadata when None.
 
     Raises:
         ConfigError: no model or layer is known, or the SAE normalises every token (SAEBench decodes codes alone).
@@ -107,11 +107,11 @@ class SAEBenchSAE(nn.Module):
         return self.sae.b_dec
 
     def encode(self, x: Tensor) -> Tensor:
-        """Activations [..., d_in] -> codes [..., d_sae], with exact zeros."""
+        """Encodes activations [..., d_in] as codes [..., d_sae], with exact zeros."""
         return self.sae.encode(x)
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        """Codes [..., d_sae] -> reconstructions [..., d_in]."""
+        """Decodes codes [..., d_sae] to reconstructions [..., d_in]."""
         return self.sae.decode(feature_acts)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ class SAEBenchSAE(nn.Module):
 
     @torch.no_grad()
     def check_decoder_norms(self) -> bool:
-        """Whether every decoder row has norm 1, to the tolerances that SAEBench uses (dead rows of zeros have not)."""
+        """Whether every decoder row has norm 1, within SAEBench's tolerances (all-zero rows do not)."""
         norms = self.W_dec.float().norm(dim=1)
         tolerance = 1e-2 if self.dtype in (torch.bfloat16, torch.float16) else 1e-5
         return torch.allclose(norms, torch.ones_like(norms), atol=tolerance)

@@ -3,8 +3,8 @@
     import rsae_triton.integrations.saelens
     sae = sae_lens.SAE.load_from_disk("out/my_rsae")
 
-Everything of SAELens that takes an SAE then takes a rational one: `HookedSAETransformer`, `SAETransformerBridge`
-(`use_error_term` too), `run_evals`, the training runner.
+Everything in SAELens that takes an SAE then also takes a rational one: `HookedSAETransformer`, `SAETransformerBridge`
+(also with `use_error_term`), `run_evals`, the training runner.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TESTED = "6.54"
 
 
 def check_version() -> None:
-    """SourceError without a SAELens that this can work with, a warning for one that it was not tested with."""
+    """Raises SourceError without a usable SAELens; warns about a version that has not been tested."""
     try:
         found = version("sae-lens")
     except PackageNotFoundError as error:
@@ -78,10 +78,10 @@ class _GateConfig:
 
 @dataclass
 class RationalSAEConfig(SAEConfig, _GateConfig):
-    """Configuration of a `RationalSAE`; cfg.json of our `save_pretrained` is one."""
+    """Configuration of a `RationalSAE`; the same as the cfg.json of our `save_pretrained`."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As ours: files of one round are what they were before there were more."""
+        """The same fields as ours. For one round there is no field `rounds`, as before rounds existed."""
         made = super().to_dict()
         return made if self.rounds != 1 else {name: value for name, value in made.items() if name != "rounds"}
 
@@ -91,14 +91,14 @@ class RationalSAEConfig(SAEConfig, _GateConfig):
 
 
 class _Rational:
-    """What the SAE for inference and the one for training share: weights, gate, encoding, folding."""
+    """What the SAEs for inference and for training have in common: weights, gate, encoding, folding."""
 
     b_enc: nn.Parameter
     gate: RationalGate
     refinement: rounds.Refinement | None
 
     def _initialize_rational(self: Any) -> None:
-        """b_enc and the gate. On the meta device numbers are to be loaded, so that none are computed."""
+        """Makes b_enc and the gate. On the meta device the numbers will be loaded, so none are computed."""
         cfg = self.cfg
         self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae, dtype=self.dtype, device=self.device))
         self.refinement = rounds.Refinement(cfg.d_sae, cfg.rounds, device=self.device) if cfg.rounds != 1 else None
@@ -118,7 +118,7 @@ class _Rational:
         self.gate = initial_gate(cfg.d_sae, degree, cfg.form, options).to(self.device)
 
     def _pre_and_post(self: Any, x: Tensor) -> tuple[Tensor | None, Tensor]:
-        """hidden_pre, where somebody looks at it, and the code."""
+        """Returns hidden_pre, if a hook needs it, and the code."""
         sae_in = self.process_sae_in(x)
         hook = self.hook_sae_acts_pre
         if hook._forward_hooks or hook._backward_hooks:
@@ -127,12 +127,12 @@ class _Rational:
             return hidden_pre, self.hook_sae_acts_post(z)
         if self.refinement is not None:
             return None, self.hook_sae_acts_post(self._further_rounds(sae_in, None))
-        # Nobody between product and gate: the fused encoder.
+        # No hook is between product and gate, so the fused encoder is used.
         z = rational_encode(sae_in, self.W_enc, self.b_enc, None, self.gate.tensors(), self.gate.spec())[0]
         return None, self.hook_sae_acts_post(z)
 
     def _further_rounds(self: Any, sae_in: Tensor, hidden_pre: Tensor | None) -> Tensor:
-        """The code of all rounds; those after the first go on from hidden_pre where somebody has looked at it."""
+        """Returns the code of all rounds; if a hook needs hidden_pre, the later rounds continue from it."""
         centred = self.cfg.apply_b_dec_to_input
         b_dec = torch.zeros_like(self.b_dec) if centred else self.b_dec
         weights = rounds.Weights(self.W_enc, self.b_enc, self.W_dec, b_dec, self.gate, self.refinement)
@@ -140,7 +140,7 @@ class _Rational:
 
     @torch.no_grad()
     def fold_W_dec_norm(self: Any) -> None:  # noqa: N802
-        """Unit decoder rows; codes are multiplied by the norms they had, reconstructions are unchanged."""
+        """Scales decoder rows to unit norm and codes by the norms. Reconstructions do not change."""
         norms = self.fold_and_get_W_dec_norm()
         self.gate.scale_features_(norms.float())
         if self.refinement is not None:
@@ -150,19 +150,20 @@ class _Rational:
         self.cfg.activity_threshold_groups = len(self.gate.activity_threshold)
 
     def fold_activation_norm_scaling_factor(self: Any, scaling_factor: float) -> None:
-        """SAELens' own, and the rounds in the units that the decoder then has."""
+        """Does what SAELens does, and converts the rounds to the decoder's new units."""
         super().fold_activation_norm_scaling_factor(scaling_factor)  # type: ignore[misc]
         if self.refinement is not None:
             self.refinement.scale_activations_(scaling_factor)
 
     def fold_activation_whitening(self: Any, *matrices: Any, **options: Any) -> None:
-        """SAELens' own; not for rounds, whose error is measured in the units that whitening leaves (ConfigError)."""
+        """Does what SAELens does. Raises ConfigError for several rounds, whose error is measured in the whitened
+        units."""
         if self.refinement is not None:
             raise ConfigError("whitening cannot be folded into an encoder with rounds; take them away: with_rounds(1)")
         super().fold_activation_whitening(*matrices, **options)  # type: ignore[misc]
 
     def process_state_dict_for_loading(self: Any, state_dict: dict[str, Any]) -> None:
-        """Puts right what SAELens did when it read everything, the gate too, in the dtype of the weights."""
+        """Restores precision after SAELens has read everything, also the gate, in the dtype of the weights."""
         low = sorted(
             name
             for name, one in state_dict.items()
@@ -190,23 +191,23 @@ class RationalSAE(_Rational, SAE):
         self._initialize_rational()
 
     def encode(self, x: Tensor) -> Tensor:
-        """Activations [..., d_in] -> the sparse code [..., d_sae]."""
+        """Encodes activations [..., d_in] as a sparse code [..., d_sae]."""
         return self._pre_and_post(x)[1]
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        """Codes [..., d_sae] -> reconstructions [..., d_in]."""
+        """Decodes codes [..., d_sae] to reconstructions [..., d_in]."""
         sae_out = self.hook_sae_recons(feature_acts @ self.W_dec + self.b_dec)
         return self.reshape_fn_out(self.run_time_activation_norm_fn_out(sae_out), self.d_head)
 
 
 @dataclass
 class RationalTrainingSAEConfig(TrainingSAEConfig, _GateConfig):
-    """Configuration for training one with SAELens.
+    """Configuration for training a Rational SAE with SAELens.
 
     Args:
         l0_coefficient: weight of the mean number of active features (gated form; the gradient goes through the step).
         l1_coefficient: weight of the mean of sum |z| * ||W_dec row||.
-        init_threshold, init_input_scale: theta and C_in of a gate that is not loaded, in units of hidden_pre.
+        init_threshold, init_input_scale: theta and C_in of a new gate, in units of hidden_pre.
     """
 
     l0_coefficient: float = 1.0
@@ -222,7 +223,7 @@ class RationalTrainingSAEConfig(TrainingSAEConfig, _GateConfig):
 
 
 class RationalTrainingSAE(_Rational, TrainingSAE):
-    """A Rational SAE for SAELens' training runner: mse + l0 + l1 on the code that is shipped."""
+    """A Rational SAE for SAELens' training runner: mse + l0 + l1 on the shipped code."""
 
     def initialize_weights(self) -> None:
         if self.cfg.rounds != 1:
@@ -231,7 +232,7 @@ class RationalTrainingSAE(_Rational, TrainingSAE):
         self._initialize_rational()
 
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The code and hidden_pre, both [..., d_sae]."""
+        """Returns the code and hidden_pre, both [..., d_sae]."""
         sae_in = self.process_sae_in(x)
         hidden_pre = self.hook_sae_acts_pre(sae_in @ self.W_enc + self.b_enc)
         return self.hook_sae_acts_post(self.gate(hidden_pre)), hidden_pre
@@ -259,10 +260,10 @@ class RationalTrainingSAE(_Rational, TrainingSAE):
 
 
 def transcoder_to_saelens(sae: Transcoder) -> Any:
-    """A ReLU or JumpReLU transcoder as SAELens' own class for it, with copied weights, in the model's units.
+    """Converts a ReLU or JumpReLU transcoder to SAELens' class for it, with copied weights, in the model's units.
 
     Raises:
-        ConfigError: a kind that SAELens does not have; a Rational one goes through `to_jumprelu`.
+        ConfigError: a kind that SAELens does not have; convert a Rational one with `to_jumprelu` first.
     """
     config = sae.config()
     if config["architecture"] not in SAE_CLASS_REGISTRY:
@@ -276,7 +277,7 @@ def transcoder_to_saelens(sae: Transcoder) -> Any:
 
 
 def to_saelens(sae: FusedRationalSAE) -> RationalSAE:
-    """The same SAE as a SAELens `SAE` of the model's own activations, with weights of its own.
+    """Converts to a SAELens `SAE` of the model's own activations, with its own copy of the weights.
 
     Raises:
         ConfigError: a subclass that computes something else, such as `TopKRationalSAE`.
@@ -292,7 +293,7 @@ def to_saelens(sae: FusedRationalSAE) -> RationalSAE:
 
 
 def from_saelens(sae: Any) -> FusedRationalSAE:
-    """A SAELens `RationalSAE` or `RationalTrainingSAE` as our own, with copied weights."""
+    """Converts a SAELens `RationalSAE` or `RationalTrainingSAE` to ours, with copied weights."""
     config = sae.cfg.to_dict()
     return FusedRationalSAE.from_files(config, sae.state_dict(), "the SAELens SAE").to(sae.W_enc.device)
 

@@ -1,7 +1,7 @@
-"""Runs a language model with an SAE in the place of its activations, and leaves the model as it was.
+"""Runs a language model with its activations at one place replaced by an SAE's reconstruction.
 
-For TransformerLens 3 and 4 (`TransformerBridge`, and `HookedTransformer` where there is one) and for plain
-Hugging Face models; none of them is imported here.
+Works with TransformerLens 3 and 4 (`TransformerBridge`, and `HookedTransformer` where it exists) and with plain Hugging
+Face models; none of them is imported here.
 """
 
 from __future__ import annotations
@@ -37,27 +37,28 @@ def splice(
     use_error_term: bool = False,
     norm_limit: float | None = None,
 ) -> Iterator[None]:
-    """While the context is open, activations at one place of `model` are what `sae` reconstructs.
+    """Within the context, activations at one place of `model` are replaced by `sae`'s reconstruction of them.
 
         with splice(model, rsae):
             logits = model(tokens)
 
-    Contexts can be nested, for several SAEs. Afterwards, also when the body raises, the model is as before.
+    Contexts can be nested, for several SAEs. Afterwards the model is as before, even if the body raises.
 
     Args:
         model: a TransformerLens model, a Hugging Face model, or the host that `load_host` returns.
-        sae: any SAE of the package; one that reads other units than the model's own (`sae.units`) is given these.
-        hook_name: the place, by any of its names (`rsae_triton.activations.places`); what the SAE's metadata says when
-            None. In a Hugging Face model those of residual streams and MLPs are known, or the path of a module whose
-            output is replaced. A transcoder reads there, and writes at its metadata's hook_name_out. Attention heads
-            [batch, token, head, d_head] are flattened for the SAE.
-        use_error_term: add what the SAE did not reconstruct, without its gradient: the model's output is
-            unchanged, and gradients go through the code.
-        norm_limit: activations with a larger norm are left as they are (attention sinks such as BOS are a
-            hundredfold longer than the rest, and no SAE has been trained on them).
+        sae: any SAE of the package; if it reads other units than the model's own (`sae.units`), activations are
+            converted.
+        hook_name: the place, by any of its names (`rsae_triton.activations.places`); the one in the SAE's metadata when
+            None. In a Hugging Face model, names of residual streams and MLPs work, or the path of a module whose output
+            is replaced. A transcoder reads there, and writes at its metadata's hook_name_out. Attention heads [batch,
+            token, head, d_head] are flattened for the SAE.
+        use_error_term: add the reconstruction error, without its gradient: the model's output does not change, and
+            gradients go through the code.
+        norm_limit: activations with a larger norm are not replaced (attention sinks such as BOS have a hundred times
+            the usual norm, and no SAE has been trained on them).
 
     Raises:
-        ConfigError: no such place, or nothing passed there although the model ran.
+        ConfigError: no such place, or the model ran without computing that place.
         ShapeError: activations there have another width.
     """
     check_sae("sae", sae)
@@ -77,17 +78,17 @@ def splice(
 def replaced(
     model: Any, sae: SparseAutoencoder, hook_name: str | None, replace: Callable[[Tensor], Tensor], count: list[int]
 ) -> Iterator[None]:
-    """While the context is open, activations where `sae` reads go through `replace`; see `splice`.
+    """Within the context, the activations that `sae` reads go through `replace`; see `splice`.
 
     Args:
-        model: as for `splice`, or a `HostModel`. count: [how often `replace` was called], which `replace` counts.
+        model: see `splice`; also a `HostModel`. count: [number of calls of `replace`], which `replace` increments.
     """
     if isinstance(model, HostModel):
         with ExitStack() as stack:
-            for own in filter(None, (model.model, model.bridge)):  # whichever of them is run
+            for own in filter(None, (model.model, model.bridge)):  # either of them may be run
                 try:
                     stack.enter_context(replaced(own, sae, hook_name, replace, count))
-                except ConfigError:  # a place that only the other library knows
+                except ConfigError:  # a place that only the other library has
                     if model.bridge is None or own is model.bridge:
                         raise
             yield
@@ -110,7 +111,7 @@ def replaced(
 
 
 def _check_centred(model: Any, sae: SparseAutoencoder) -> None:
-    """A warning where the SAE says that its activations were centred, and the model's embedding is not."""
+    """Warns if the SAE says that its activations were centred, and the model's embedding is not centred."""
     if not making_of(sae.metadata).centred:
         return
     embedding = getattr(model, "W_E", None)
@@ -132,7 +133,7 @@ def _check_centred(model: Any, sae: SparseAutoencoder) -> None:
 def _transcoded(
     model: Any, sae: Transcoder, hook_name: str | None, *, use_error_term: bool, norm_limit: float | None
 ) -> Iterator[None]:
-    """Reads at one place and writes at the other, in units of the model's activations."""
+    """Reads at one place and writes at the other, both in units of the model's activations."""
     place, outside = hook_name or sae.metadata.get("hook_name"), sae.metadata.get("hook_name_out")
     if not place:
         raise ConfigError("the transcoder's metadata names no hook_name; pass it: where in the model does it read?")
@@ -175,7 +176,7 @@ def _transcoded(
 def replacement(
     sae: SparseAutoencoder, *, use_error_term: bool, norm_limit: float | None, count: list[int]
 ) -> Callable[[Tensor], Tensor]:
-    """Activations [..., d_in] -> what stands in their place; count[0] is how often it was asked."""
+    """Returns the function that replaces activations [..., d_in]; count[0] is the number of its calls."""
 
     def replace(x: Tensor) -> Tensor:
         count[0] += 1
@@ -200,7 +201,8 @@ def replacement(
 
 
 def hook_points(model: Any) -> dict[str, Any]:
-    """The places of a TransformerLens model by all their names: SAELens' bridge leaves the aliases out of hook_dict."""
+    """The places of a TransformerLens model by all their names, since SAELens' bridge omits the aliases from
+    hook_dict."""
     found: dict[str, Any] = {}
     for cls in reversed(type(model).__mro__):
         if isinstance(inherited := vars(cls).get("hook_dict"), property):
@@ -220,7 +222,7 @@ def _lens(model: Any, place: str, replace: Callable[[Tensor], Tensor]) -> Iterat
         )
     point = points[place]
     before = list(point.fwd_hooks)
-    # Permanent for TransformerLens, so that a run_with_hooks in the body does not take it off; taken off here.
+    # Permanent for TransformerLens, so that a run_with_hooks in the body does not remove it; it is removed here.
     point.add_hook(lambda value, hook: replace(value), dir="fwd", is_permanent=True)
     added = [handle for handle in point.fwd_hooks if handle not in before]
     try:
