@@ -1,1 +1,2 @@
-"""Tensors in, tensors out: the gate's definition, its backends, the training step, what each costs. Knows no SAE."""
+"""Operations on tensors: the definition of the gate, its backends, the training step, and what each costs. Knows no
+SAE."""

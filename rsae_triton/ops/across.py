@@ -1,4 +1,4 @@
-"""Sums across processes that hold the features of one SAE between them."""
+"""Sums across the processes that share the features of one SAE."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 class Across(NamedTuple):
-    """How a part of an SAE works with the others.
+    """How a part of an SAE works with the other parts.
 
     Attributes:
-        sum: adds up a tensor over the processes, in place, and returns it. first: whether this process is the one
-            that adds b_dec, and takes its gradient through the decoder.
+        sum: adds up a tensor over the processes, in place, and returns it. first: whether this is the process that adds
+            b_dec and computes its gradient through the decoder.
     """
 
     sum: Callable[[Tensor], Tensor]
@@ -22,7 +22,7 @@ class Across(NamedTuple):
 
 
 class _Sum(torch.autograd.Function):
-    """Every process goes on with the same sum, so that each part's gradient is that of the sum."""
+    """All processes continue with the same sum, so the gradient of each part is that of the sum."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, across: Across) -> Tensor:
@@ -34,14 +34,15 @@ class _Sum(torch.autograd.Function):
 
 
 def decode_across(feature_acts: Tensor, W_dec: Tensor, b_dec: Tensor, across: Across) -> Tensor:
-    """Codes [..., part of d_sae] -> the whole reconstruction [..., d_in], added up in float32 at least."""
+    """Decodes codes [..., part of d_sae] to the whole reconstruction [..., d_in], summed in at least float32."""
     part = feature_acts @ W_dec
     part = part.to(torch.promote_types(part.dtype, torch.float32))
     return _Sum.apply(part + b_dec if across.first else part, across)
 
 
 class _Part(torch.autograd.Function):
-    """What all processes hold alike goes into each one's own part: its gradient is the sum over the parts."""
+    """A tensor that is the same on all processes enters each one's own part, so its gradient is the sum over the
+    parts."""
 
     @staticmethod
     def forward(ctx: Any, whole: Tensor, across: Across) -> Tensor:
@@ -54,10 +55,10 @@ class _Part(torch.autograd.Function):
 
 
 def sum_of(part: Tensor, across: Across | None) -> Tensor:
-    """The sum of all processes' parts, on every process; `part` itself where there is one."""
+    """Returns the sum of all processes' parts, on every process; `part` itself if there is only one."""
     return part if across is None else _Sum.apply(part, across)
 
 
 def part_of(whole: Tensor, across: Across | None) -> Tensor:
-    """A tensor that all processes hold alike, where each goes on by itself until the next `sum_of`."""
+    """Passes on a tensor that is the same on all processes, each of which continues alone until the next `sum_of`."""
     return whole if across is None else _Part.apply(whole, across)

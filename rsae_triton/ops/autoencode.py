@@ -1,10 +1,11 @@
-"""The whole loss of an SAE with its gradients, in pieces: no [n_tokens, d_sae] tensor exists but the piece at hand.
+"""The training loss of an SAE and its gradients, computed in pieces, so that memory holds one piece of [n_tokens,
+d_sae].
 
-The gradient of the loss is known as soon as a piece's reconstruction is (its upstream gradient is one number), so
-every piece is encoded, decoded and differentiated before the next begins, the way Liger's fused linear cross entropy
-works. Pieces of tokens cost the 10 n d_in d_sae FLOPs of the five matrix products. Pieces of features ("streamed")
-need the whole reconstruction first and encode a second time: 12, with memory that does not depend on d_sae. Where the
-gate is zero outside its support, the sparse way (`support.py`) makes one of the five products: 2.
+The gradient of the loss is known as soon as a piece's reconstruction is (its upstream gradient is a single number). So
+every piece is encoded, decoded and differentiated before the next begins, as in Liger's fused linear cross entropy.
+Pieces of tokens cost the 10 n d_in d_sae FLOPs of the five matrix products. Pieces of features ("streamed") need the
+whole reconstruction first, so they encode twice: 12 n d_in d_sae, with memory that does not depend on d_sae. If the
+gate is zero outside its support, the sparse way (`support.py`) computes one of the five products: 2 n d_in d_sae.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from rsae_triton.ops.step import Step
 from rsae_triton.ops.tiles import wide
 
 N_RESULTS, N_GRADIENTS = 7, 11
-"""The fields of `Autoencoded`; x, W_enc, b_enc, W_dec, b_dec and the gate's first six tensors."""
+"""The number of fields of `Autoencoded`, and of gradients: x, W_enc, b_enc, W_dec, b_dec and the gate's first six
+tensors."""
 MEMORIES = ("dense", "sparse")
 
 
@@ -35,11 +37,11 @@ class Autoencoded(NamedTuple):
     """The loss of one batch and its parts.
 
     Attributes:
-        total: mse + l1_weight * l1 + l0_weight * l0, a scalar; the only one to differentiate (detach the others).
+        total: mse + l1_weight * l1 + l0_weight * l0, a scalar; the only differentiable field.
         mse: mean over tokens of ||x - x_hat||^2. l1: mean over tokens of sum_f |z_f| ||W_dec_f||.
         l0: mean number of active features. counts: [d_sae], on how many tokens each feature is active.
-        x_hat: [..., d_in] in x's dtype. entries: how many places of [n_tokens, d_sae] the support has; -1 where the
-            dense way ran. A tensor of the GPU where the sparse way ran there.
+        x_hat: [..., d_in] in x's dtype. entries: the number of places in the support; -1 for a dense step. After a
+            sparse step on a GPU it is a tensor there.
     """
 
     total: Tensor
@@ -73,38 +75,40 @@ def rational_autoencode(
     backend: str = "auto",
     across: Across | None = None,
 ) -> Autoencoded:
-    """x -> loss, differentiated on the way: `total.backward()` only scales gradients that are there already.
+    """Computes the training loss of x and its gradients; `total.backward()` only scales gradients that exist already.
 
-    Largest memory beside weights, gradients and [n_tokens, d_in]: two or three [chunk_features, chunk_tokens] tensors.
+    The largest tensors besides weights, gradients and [n_tokens, d_in] are two or three [chunk_features, chunk_tokens].
 
     Args:
-        x: [..., d_in]. W_enc: [d_in, d_sae]. b_enc: [d_sae]. W_dec: [d_sae, d_in]. b_dec: [d_in]. One dtype, one
+        x: [..., d_in]. W_enc: [d_in, d_sae]. b_enc: [d_sae]. W_dec: [d_sae, d_in]. b_dec: [d_in]. All of one dtype and
             device; under autocast the matrix products are in the autocast dtype. x may require a gradient.
         gate, spec: the gate (`RationalGate.tensors()` and `.spec()`).
-        l1_weight, l0_weight: of the mean over tokens of sum_f |z_f| ||W_dec_f||, and of the number of active
+        l1_weight, l0_weight: weights of the mean over tokens of sum_f |z_f| ||W_dec_f||, and of the number of active
             features. The latter has a gradient in the gated form only.
         chunk_tokens: tokens at a time; all of them when None.
-        chunk_features: features at a time; all of them when None. Less than d_sae encodes twice (12 instead of 10
-            n d_in d_sae FLOPs).
+        chunk_features: features at a time; all of them when None. Fewer than d_sae means encoding twice (12 instead of
+            10 n d_in d_sae FLOPs).
         memory: "dense", in pieces as the chunks say, or "sparse": one product, and all else on the support of a gate
-            that is gated, clamped and hard, with frozen coefficients. Losses and gradients are the same to rounding.
-        exact: of the sparse way: its product in full precision throughout. Otherwise a CPU with bfloat16 in hardware
-            may look for the support with that, and make h again where it is; the same again to rounding.
-        most_entries: of the sparse way: where the support is larger, the step is made densely; a quarter of
-            [n_tokens, d_sae] when None. Not with `across`, where all processes must go one way. On a GPU (backend
-            "triton") nobody waits to see: the entries have room for so many (`support_triton.capacity_for` when None),
-            and where there are more, `entries` says so and x_hat, the loss and its gradients are NaN.
+            that is gated, clamped and hard, with frozen coefficients. Losses and gradients are the same up to rounding.
+        exact: make the product of a sparse step entirely in full precision. Otherwise a CPU with bfloat16 in hardware
+            may find the support with that and recompute h on it; again the same up to rounding.
+        most_entries: if the support is larger than this, a sparse step is computed densely; a quarter of [n_tokens,
+            d_sae] when None. Not available with `across`, where all processes must do the same. On a GPU (backend
+            "triton") the size is not waited for: memory has room for this number of entries
+            (`support_triton.capacity_for` when None), and if there are more, `entries` says so and x_hat, the loss and
+            its gradients are NaN.
         apply_b_dec_to_input: whether b_dec is subtracted from x before encoding.
-        target: [..., d_in], what x_hat is compared with; x when None. residual_scale: [...] or [..., 1], what
-            multiplies each token's target - x_hat. Both are constants; an SAE that normalises its input needs them
-            for an mse in the input's units.
-        backend: as in `rational_encode`; "eager" runs the written-out formulas in plain PyTorch.
-        across: the other processes that hold features of this SAE. mse is then that of all of them, l1, l0 and counts
-            are of the features here, and gradients of b_dec and of shared coefficients are to be added up.
+        target: [..., d_in], what x_hat is compared with; x when None. residual_scale: [...] or [..., 1], multiplies
+            each token's target - x_hat. Both are constants; an SAE that normalises its input needs them for an mse in
+            the input's units.
+        backend: see `rational_encode`; "eager" runs the written-out formulas in plain PyTorch.
+        across: the other processes that hold features of this SAE. mse is then that of all of them; l1, l0 and counts
+            are of the features here; gradients of b_dec and of shared coefficients must be summed by the caller.
 
     Raises:
-        ShapeError: sizes that do not fit. ConfigError: settings that cannot be used; in backward: a gradient for
-            anything but `total`, a second backward pass, or a second derivative.
+        ShapeError: sizes that do not fit.
+        ConfigError: settings that cannot be used; in the backward pass: a gradient for anything but `total`, a second
+            backward pass, or a second derivative.
     """
     for name, needed in (("W_dec", W_dec), ("b_dec", b_dec)):
         check_tensor(name, needed)
@@ -151,7 +155,7 @@ def rational_autoencode(
     if across is None:
         results = _autoencode(rows, W_enc, b_enc, W_dec, b_dec, *gate, *settings(spec), *way, *loss)
     else:
-        # Not through the operator: what runs on several processes at once cannot be traced as one.
+        # Not through the operator, because a computation of several processes cannot be traced as one.
         step = Step(rows, W_enc, b_enc, W_dec, b_dec, gate, spec, *loss, across)
         results = Computed.apply(step, lambda own: run(own, way), *differentiable)
     total, mse, l1, l0, counts, x_hat, entries, *_ = results
@@ -159,7 +163,7 @@ def rational_autoencode(
 
 
 class Way(NamedTuple):
-    """How a step is computed: in chunks (0: all at once), or on its support, with at most so many entries (below 0:
+    """How to compute a step: in chunks (0: all at once), or on its support, with at most this many entries (negative:
     any number)."""
 
     chunk_tokens: int
@@ -171,8 +175,8 @@ class Way(NamedTuple):
 
 
 def run(step: Step, way: Way) -> tuple[Tensor, ...]:
-    """What the operator does: -> the N_RESULTS fields of `Autoencoded` and the N_GRADIENTS gradients of total (of no
-    elements where not wanted)."""
+    """Computes what the operator returns: the N_RESULTS fields of `Autoencoded`, then the N_GRADIENTS gradients of
+    total (empty tensors where not wanted)."""
     most = None if way.most < 0 else way.most
     triton = way.sparse and backends.resolve_backend(way.backend, step.x.device, step.dtype).startswith("triton")
     if triton and support_triton.can_run(step.spec, step.wanted):
@@ -244,7 +248,7 @@ def _derivative(ctx: Any, total: Tensor | None, *others: Tensor | None) -> tuple
 
 
 def _scaled(gradients: list[Tensor], by: Tensor) -> list[Tensor]:
-    if type(by) is not Tensor:  # a tracer: no value to look at, nothing to be written over
+    if type(by) is not Tensor:  # a tracer: it has no value to inspect, and nothing to overwrite
         return [one * by for one in gradients]
     if by.device.type == "cpu" and float(by) == 1:
         return gradients
@@ -255,11 +259,11 @@ _autoencode.register_autograd(_derivative, setup_context=_save)
 
 
 class Computed(torch.autograd.Function):
-    """A step that is computed with its gradients, where it does not go through the operator."""
+    """A step that is computed with its gradients, without the operator."""
 
     @staticmethod
     def forward(ctx: Any, step: Step, make: Callable[[Step], tuple[Tensor, ...]], *inputs: Tensor) -> Any:
-        # What is differentiable comes as `inputs`, in the order of step.likes.
+        # The differentiable tensors come as `inputs`, in the order of step.likes.
         x, W_enc, b_enc, W_dec, b_dec, a, b, centre, input_scale, output_scale, threshold = inputs
         gate = GateTensors(a, b, centre, input_scale, output_scale, threshold, step.gate.activity_threshold)
         own = Step(x, W_enc, b_enc, W_dec, b_dec, gate, *step[6:])
@@ -275,7 +279,7 @@ class Computed(torch.autograd.Function):
 
 @register_flop_formula(torch.ops.rsae.autoencode)
 def _flops(x: torch.Size, W_enc: torch.Size, *rest: Any, **_: Any) -> int:
-    """FlopCounterMode's: matrix products alone, as it counts everything."""
+    """For FlopCounterMode: counts the matrix products only, as that does everywhere."""
     (d_in, d_sae), wanted, way = W_enc, rest[-1], Way(*rest[-13:-7])
     if way.sparse:
         return 2 * x[0] * d_in * d_sae

@@ -1,4 +1,4 @@
-"""The backends behind one interface, and the one place where a backend is chosen.
+"""All backends behind one interface; the only place where a backend is chosen.
 
 "triton"  kernels on a CUDA device (or in Triton's interpreter), the faster of two ways (routing.py) or, as
           "triton:split" and "triton:fused", the way that is named
@@ -37,7 +37,7 @@ OLDEST = (8, 0)
 
 
 def kernels() -> ModuleType:
-    """The Triton kernels; imported late because Triton exists on Linux only."""
+    """The module of the Triton kernels, imported on first use because Triton exists on Linux only."""
     try:
         module = importlib.import_module("rsae_triton.kernels")
     except ImportError as error:
@@ -50,10 +50,10 @@ def kernels() -> ModuleType:
 
 @functools.cache
 def start_driver() -> None:
-    """Starts the part of Triton that launches kernels, which a C compiler makes the first time.
+    """Starts the part of Triton that launches kernels; on the first start, it is built by a C compiler.
 
     Raises:
-        SourceError: it does not start: no C compiler, no headers of Python (as in slim containers), no libcuda.
+        SourceError: it cannot start: there is no C compiler, no Python headers (as in slim containers), or no libcuda.
     """
     if kernels().INTERPRETED:
         return
@@ -61,7 +61,7 @@ def start_driver() -> None:
 
     try:
         driver.active.get_current_target()
-    except Exception as error:  # a RuntimeError, CalledProcessError or AssertionError, as it comes
+    except Exception as error:  # it may be a RuntimeError, CalledProcessError or AssertionError
         raise SourceError(
             f"Triton cannot start here ({first_line(error)}): it needs libcuda, and gcc or clang with Python's "
             "headers; install them (Debian, Ubuntu: apt install gcc python3-dev), or use backend='eager'"
@@ -70,7 +70,7 @@ def start_driver() -> None:
 
 @functools.cache
 def _kernels_start() -> bool:
-    """Whether the kernels can be launched; says once why not, because eager PyTorch is many times slower on a GPU."""
+    """Whether the kernels can be launched. If not, warns once, because eager PyTorch is many times slower on a GPU."""
     try:
         start_driver()
     except SourceError as error:
@@ -80,12 +80,12 @@ def _kernels_start() -> bool:
 
 
 def triton_runs_on(device: torch.device) -> bool:
-    """Whether the kernels can be launched on tensors of this device, without a word where they cannot."""
+    """Whether the kernels can be launched on tensors of this device; gives no warning."""
     return device.type == "cuda" and unsupported(device) is None and _kernels_start()
 
 
 def _supported(device: torch.device) -> bool:
-    """Whether the kernels run on a CUDA device; says once why not on an AMD one."""
+    """Whether the kernels run on a CUDA device; warns once if it is one of AMD."""
     reason = unsupported(device)
     if reason is not None and torch.version.hip is not None:
         _say_once(f"the triton backend {reason}")
@@ -104,8 +104,8 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 
 def unsupported(device: torch.device) -> str | None:
-    """Why the kernels do not run on a CUDA device, or None. An AMD GPU calls itself one too, with a capability (MI300:
-    9.4) that would get the tiles of Hopper, which do not fit it."""
+    """Returns why the kernels do not run on a CUDA device, or None. An AMD GPU also counts as a CUDA device; its
+    capability (MI300: 9.4) would select the tiles of Hopper, which do not fit it."""
     if torch.version.hip is not None:
         return (
             f"has tiles for NVIDIA GPUs alone, {device} is an AMD GPU (ROCm {torch.version.hip}); use backend='auto', "
@@ -115,7 +115,7 @@ def unsupported(device: torch.device) -> str | None:
 
 
 def too_old(device: torch.device) -> str:
-    """Why the kernels do not run on a CUDA device older than `OLDEST`."""
+    """The reason to give for a CUDA device that is older than `OLDEST`."""
     return (
         "needs compute capability {}.{} (Ampere: bfloat16 in hardware), {} has {}.{}; "
         "use backend='auto', which takes eager PyTorch there"
@@ -128,11 +128,11 @@ def interpreting() -> bool:
 
 
 def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Which backend runs for tensors of this device and dtype.
+    """Returns the backend for tensors of this device and dtype.
 
     Raises:
-        ConfigError: an unknown name, or a backend that cannot work on this device or dtype. SourceError: Triton is
-            asked for by name and cannot be had, or cannot start.
+        ConfigError: an unknown name, or a backend that cannot work on this device or dtype.
+        SourceError: Triton is requested by name and is missing or cannot start.
     """
     if backend not in BACKENDS:
         raise ConfigError(f"backend is {backend!r}; choose one of {', '.join(BACKENDS)}")
@@ -160,7 +160,7 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
 def choose(
     backend: str, device: torch.device, dtype: torch.dtype, d_in: int, gate: GateTensors, spec: GateSpec, training: bool
 ) -> tuple[str, Route]:
-    """The backend for the functions below and the way it goes; raises as `resolve_backend`."""
+    """Returns the backend for the functions below and the way it takes; raises as `resolve_backend` does."""
     kind, _, way = resolve_backend(backend, device, dtype).partition(":")
     if way or kind != "triton":
         return kind, Route(way or "split", way or "split", backend)
@@ -169,7 +169,7 @@ def choose(
 
 
 class Codes(NamedTuple):
-    """z [d_sae, n_tokens]; h likewise, or None where it was not asked for; counts and l1 [d_sae]."""
+    """z [d_sae, n_tokens]; h of the same shape, or None if not requested; counts and l1 [d_sae]."""
 
     z: Tensor
     h: Tensor | None
@@ -178,7 +178,8 @@ class Codes(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """dh [d_sae, n_tokens], its sum over tokens [d_sae], and those of the gate, each in its tensor's own shape."""
+    """dh [d_sae, n_tokens], its sum over tokens [d_sae], and the gradients of the gate, each in its tensor's own
+    shape."""
 
     dh: Tensor
     b_enc: Tensor
@@ -197,10 +198,10 @@ def encode(
     fused: bool = False,
     space: Workspace | None = None,
 ) -> Codes:
-    """x_c [n_tokens, d_in], W_enc [d_in, d_sae] -> `Codes`.
+    """Encodes x_c [n_tokens, d_in] with W_enc [d_in, d_sae]; returns `Codes`.
 
-    b_enc: None where the thresholds already account for it. fused: the gate is applied inside the matrix product,
-    where the backend can (Triton). space: where h and z are kept, under these names.
+    b_enc: None if the thresholds already account for it. fused: apply the gate inside the matrix product, if the
+    backend can (Triton). space: where h and z are kept, under these names.
     """
     if backend == "triton" and fused:
         save = x_c.dtype if save_h else None
@@ -221,9 +222,9 @@ def encode(
 def gate_forward(
     backend: str, h: Tensor, gate: GateTensors, spec: GateSpec, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """h [d_sae, n_tokens] -> z of its shape and dtype, counts and l1 [d_sae].
+    """Computes z (in h's shape and dtype), counts and l1 [d_sae] from h [d_sae, n_tokens].
 
-    out: where the CPU backend writes z; may be h itself.
+    out: memory for z in the CPU backend; may be h itself.
     """
     if backend == "triton":
         return kernels().rational_forward(h, gate, **kernel_flags(spec))
@@ -247,9 +248,9 @@ def decode_backward(
     fused: bool = False,
     out: Tensor | None = None,
 ) -> Gradients:
-    """`gate_backward` of dz = W_dec g^T, for g [n_tokens, d_in] the gradient of z^T W_dec.
+    """`gate_backward` for dz = W_dec g^T, where g [n_tokens, d_in] is the gradient of z^T W_dec.
 
-    fused: without dz in memory, where the backend can (Triton). out: memory that dz, then dh, may take.
+    fused: without storing dz, if the backend can (Triton). out: memory to use for dz and then dh.
     """
     if backend == "triton" and fused:
         flags = {**kernel_flags(spec), "backward_rational": spec.backward == "rational"}
@@ -272,9 +273,10 @@ def gate_backward(
     coefficients: bool = True,
     inplace: bool = False,
 ) -> Gradients:
-    """The gradients of `gate_forward`; those of counts and l1 may be None. Arguments as `explicit.gate_backward`.
+    """The gradients of `gate_forward`; the incoming ones of counts and l1 may be None. Arguments: see
+    `explicit.gate_backward`.
 
-    inplace: dz may be overwritten (take dh from what is returned).
+    inplace: dz may be overwritten (use the returned dh).
     """
     if backend == "triton":
         flags = {**kernel_flags(spec), "backward_rational": spec.backward == "rational"}
@@ -291,13 +293,13 @@ def gate_backward(
 
 
 def _in_order(sums: Any, gate: GateTensors) -> GateTensors:
-    """The kernels' GateGrads, whose first six are those of the gate."""
+    """Takes the gate's gradients from the kernels' GateGrads, of which they are the first six."""
     in_order = [*sums[:6], torch.zeros_like(gate.activity_threshold)]
     return GateTensors(*in_order)
 
 
 def kernel_flags(spec: GateSpec) -> dict[str, Any]:
-    """What a kernel is compiled for, as its keyword arguments."""
+    """The keyword arguments that a kernel is compiled for."""
     return {
         "p": spec.p,
         "q": spec.q,
@@ -309,7 +311,7 @@ def kernel_flags(spec: GateSpec) -> dict[str, Any]:
 
 
 def _fold(per_feature: Tensor, like: Tensor) -> Tensor:
-    """Per-feature gradients summed in float64 to the shape of the coefficients they belong to."""
+    """Sums per-feature gradients in float64 to the shape of the coefficients they belong to."""
     if per_feature.shape == like.shape:
         return per_feature.to(like.dtype)
     return per_feature.double().sum(0, keepdim=True).to(like.dtype)

@@ -1,9 +1,9 @@
-"""What one training step of an SAE costs, on paper: FLOPs, bytes, fp32 instructions, memory, and predicted time.
+"""Predicts the cost of a training step of an SAE: FLOPs, bytes, fp32 instructions, memory and time.
 
-A step is loss = mse + sparsity, forward and backward, without the optimiser, for an x that needs no gradient.
-A strategy is a list of kernels, and a kernel takes the longest of three times: matrix products at the device's rate,
-traffic at its bandwidth, fp32 instructions at its issue rate. tests/ops/test_cost.py counts small steps operator by
-operator and holds the formulas to that. Times are predictions until a benchmark says otherwise (docs/kernels.md).
+A step is loss = mse + sparsity, forward and backward, without the optimiser, for an x that needs no gradient. A
+strategy is a list of kernels. A kernel takes the longest of three times: for its matrix products at the device's rate,
+for its traffic at the bandwidth, and for its fp32 instructions at the issue rate. tests/ops/test_cost.py counts small
+steps operator by operator and compares. Times are predictions until a benchmark says otherwise (docs/kernels.md).
 
     eager      plain PyTorch; autograd also multiplies out the gradient of x - b_dec
     compiled   the same under torch.compile: pointwise chains fused, sums of coefficient gradients in groups
@@ -27,15 +27,16 @@ STRATEGIES = ("eager", "compiled", "split", "fused", "chunked", "streamed", "spa
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a device reaches, not what its data sheet says: rates per second.
+    """The rates per second that a device reaches in practice, which are below its data sheet.
 
     Attributes:
-        products: FLOP/s of the library's matrix products by bytes of an element. bandwidth: bytes/s.
-        instructions: fp32 instructions/s over all lanes. launch: seconds a kernel costs beside its work.
-        triton_products: of `products`, what a Triton product with a large tile reaches. l2: bytes/s from the L2 cache,
-            which limits one with a small tile. generation: which tiles it has (the major compute capability).
-        hidden: of a gate inside a product, the part that another program's product hides.
-        measured: False where these are estimates from data sheets.
+        products: FLOP/s of the library's matrix products, by bytes per element. bandwidth: bytes/s.
+        instructions: fp32 instructions/s over all lanes. launch: seconds that a kernel costs besides its work.
+        triton_products: the fraction of `products` that a Triton product with a large tile reaches. l2: bytes/s from
+            the L2 cache, which limits a product with a small tile. generation: selects the tiles (the major compute
+            capability).
+        hidden: the fraction of a gate inside a product that is hidden behind another program's product.
+        measured: False if these are estimates from data sheets.
     """
 
     name: str
@@ -51,7 +52,7 @@ class Ceilings:
 
 
 # 2 bytes: bf16; 4 bytes: tf32. Products at 0.68 and bandwidth at 0.9 of the data sheet; instructions at 0.85 of
-# multiprocessors * lanes * boost clock; L2 at 0.9 of 5120 bytes a clock.
+# multiprocessors * lanes * boost clock; L2 at 0.9 of 5120 bytes per clock.
 CEILINGS = {
     ceilings.name: ceilings
     for ceilings in (
@@ -62,8 +63,9 @@ CEILINGS = {
 }
 
 
-# [features, tokens] of the fused kernels' tiles by generation, bytes of an element, backward or not, and whether there
-# are many coefficients: those of kernels/configs.py, which a test compares (it cannot be imported without Triton).
+# [features, tokens] of the fused kernels' tiles, by generation, bytes per element, whether backward, and whether there
+# are many coefficients. These are the tiles of kernels/configs.py, which cannot be imported without Triton; a test
+# compares them.
 TILES = {
     8: {
         (2, False, False): (128, 128), (2, False, True): (128, 64), (4, False, False): (128, 64),
@@ -80,10 +82,10 @@ TILES = {
 
 @dataclass(frozen=True)
 class Step:
-    """One step: sizes, the gate, and the bytes of an element of x, W, h and z (the gate itself is float32).
+    """A step: sizes, the gate, and the bytes per element of x, W, h and z (the gate itself is float32).
 
-    active, support: shares of [n_tokens, d_sae] that are active, and in the support (the sparse way's entries). rounds:
-    how often the encoder looks (the way of "rounds").
+    active, support: fractions of [n_tokens, d_sae] that are active, and in the support (the entries of a sparse step).
+    rounds: number of rounds of the encoder (for the strategy "rounds").
     """
 
     n_tokens: int
@@ -100,18 +102,19 @@ class Step:
 
     @property
     def codes(self) -> int:
-        """Elements of a [n_tokens, d_sae] tensor."""
+        """Number of elements of a [n_tokens, d_sae] tensor."""
         return self.n_tokens * self.d_sae
 
     @property
     def weights(self) -> int:
-        """Elements of one weight matrix."""
+        """Number of elements of a weight matrix."""
         return self.d_in * self.d_sae
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Work of one launch (or of `launches` alike): FLOPs of matrix products, bytes of traffic, fp32 instructions."""
+    """The work of a launch (or of several equal `launches`): FLOPs of matrix products, bytes of traffic, fp32
+    instructions."""
 
     name: str
     flops: float = 0.0
@@ -119,26 +122,26 @@ class Kernel:
     instructions: float = 0.0
     launches: int = 1
     l2_bytes: float = 0.0
-    """Traffic that the L2 cache serves: rows of matrices that are gathered again and again."""
+    """Traffic served by the L2 cache: rows of matrices that are gathered repeatedly."""
     tile: tuple[bool, bool] | None = None
-    """Of a Triton product: whether it is the backward one, and has many coefficients."""
+    """For a Triton product: whether it is the backward one, and whether there are many coefficients."""
 
     def seconds(self, on: Ceilings, itemsize: int) -> float:
         rate = on.products.get(itemsize, on.products[min(on.products)])
         if self.tile:
             features, tokens = TILES[on.generation][(2 if itemsize == 2 else 4, *self.tile)]
-            # A step of the inner dimension reads features + tokens elements for that many times two FLOPs.
+            # A step along the inner dimension reads features + tokens elements for features * tokens * 2 FLOPs.
             intensity = 2 * features * tokens / (itemsize * (features + tokens))
             rate = min(rate * on.triton_products, on.l2 * intensity)
         gate, product = self.instructions / on.instructions, self.flops / rate
-        # Inside a product the instructions that nothing hides come on top.
+        # Inside a product, instructions that are not hidden add to the time.
         work = max(product, gate) + (1 - on.hidden) * min(product, gate) if self.flops else gate
         return max(work, self.bytes / on.bandwidth, self.l2_bytes / on.l2) + self.launches * on.launch
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The kernels of a step and the most bytes alive at once, beside x, weights, their gradients and the gate."""
+    """The kernels of a step, and the most bytes alive at once besides x, weights, their gradients and the gate."""
 
     strategy: str
     step: Step
@@ -151,22 +154,22 @@ class Cost:
         return total
 
     def seconds(self, on: Ceilings) -> float:
-        """Predicted, or from measured ceilings: see `Ceilings.measured`."""
+        """The time in seconds; a prediction unless the ceilings were measured (`Ceilings.measured`)."""
         return sum(kernel.seconds(on, self.step.itemsize) for kernel in self.kernels)
 
 
 def forward_instructions(p: int, q: int) -> float:
-    """fp32 instructions for one element of the gate, counted in the machine code of sm_90."""
+    """fp32 instructions per element for the gate, counted in the machine code of sm_90."""
     return _between(p + q, (5, 18), (9, 28), (17, 37))
 
 
 def backward_instructions(p: int, q: int) -> float:
-    """The same for its backward pass with every coefficient's gradient."""
+    """The same for its backward pass, with the gradients of all coefficients."""
     return _between(p + q, (5, 53), (9, 68), (17, 97))
 
 
 def cost(step: Step, strategy: str, *, chunk_tokens: int = 0, chunk_features: int = 0) -> Cost:
-    """What a step costs under a strategy; chunks of 0 mean all at once.
+    """Returns the cost of a step under a strategy; chunks of 0 mean all at once.
 
     Raises:
         ConfigError: an unknown strategy.
@@ -184,29 +187,30 @@ def cost(step: Step, strategy: str, *, chunk_tokens: int = 0, chunk_features: in
 
 
 def peak_bytes(step: Step, strategy: str, chunk_tokens: int, chunk_features: int) -> float:
-    """The most bytes of tensors alive at once, beside x, the weights, their gradients and what is [d_sae]."""
+    """The most bytes of tensors alive at once, besides x, the weights, their gradients and tensors of size d_sae."""
     e, rows = step.itemsize, step.n_tokens * step.d_in
     if strategy == "eager":
-        # Counted: what autograd saves of the gate in float32, and its largest temporaries.
+        # Counted: what autograd saves for the gate in float32, and the gate's largest temporaries.
         own = (40 if step.form == "direct" else 36) + 4 * step.p + (8 + 4 * step.q if step.q else 0)
         return step.codes * (own + (2 if e < 4 else 0)) + 4 * rows * e
     if strategy in ("compiled", "split", "fused"):
-        # h, then z beside dz, or dz beside dh.
+        # h, then z together with dz, or dz together with dh.
         return 3 * step.codes * e + 4 * rows * e
     if strategy == "sparse":
-        # h, bits along tokens and features, and some 36 bytes an entry of the lists' room.
+        # h, bits along tokens and along features, and some 36 bytes for each entry that the lists have room for.
         return step.codes * (e + 0.25 + 36 * 1.25 * max(step.support, 0.01)) + 4 * rows * max(e, 4)
     if strategy == "rounds":
-        # What autograd keeps of every round: some 24 numbers an entry, and half a dozen [n_tokens, d_in] tensors.
+        # Autograd keeps some 24 numbers per entry and half a dozen [n_tokens, d_in] tensors for every round.
         return step.codes * step.support * (64 + 96 * step.rounds) + rows * 4 * (4 + 6 * step.rounds)
     piece = min(chunk_tokens, step.n_tokens) * min(chunk_features, step.d_sae)
     part = min(chunk_tokens, step.n_tokens) * step.d_in
-    # h, and z whose memory dz and dh then take; x_c, x_hat and the residual in float32 and as factor of products.
+    # h, and z, whose memory is then used for dz and dh; x_c, x_hat and the residual, in float32 and in the products'
+    # dtype.
     return 2 * piece * e + rows * e + part * (8 + 2 * e)
 
 
 def product_seconds(step: Step, on: Ceilings, *, backward: bool, fused: bool) -> float:
-    """Of one encoder product and its gate, or of dz and the gate's backward pass: the two ways there are."""
+    """Time of an encoder product and its gate, or of dz and the gate's backward pass, fused or split."""
     kernels = list(_ours(step, "fused" if fused else "split", step.n_tokens, step.d_sae))
     if fused:
         return kernels[1 if backward else 0].seconds(on, step.itemsize)
@@ -214,7 +218,8 @@ def product_seconds(step: Step, on: Ceilings, *, backward: bool, fused: bool) ->
 
 
 def _product(name: str, step: Step, count: float = 1, **more: Any) -> Kernel:
-    """`count` of the step's matrix products; every one reads or writes a code, a weight matrix and an [n, d_in]."""
+    """`count` of the step's matrix products, each of which reads or writes a code, a weight matrix and an [n, d_in]
+    tensor."""
     traffic = count * step.itemsize * (step.codes + step.weights + step.n_tokens * step.d_in)
     extra = more.pop("bytes", 0.0)
     return Kernel(name, 2.0 * step.codes * step.d_in * count, traffic + extra, launches=max(1, round(count)), **more)
@@ -233,8 +238,8 @@ def _compiled(step: Step) -> Iterable[Kernel]:
     yield _product("products", step, 6)
     yield Kernel("gate", 0, 2 * step.codes * e, step.codes * forward_instructions(step.p, step.q))
     yield Kernel("gate backward", 0, 3 * step.codes * e, step.codes * backward_instructions(step.p, step.q))
-    # An assumption, to be measured: coefficient sums are kernels of their own that read h and dz again, all scalars
-    # in one, sums per feature four at a time.
+    # This is an assumption, still to be measured: coefficient sums are separate kernels that read h and dz again, all
+    # scalars in one kernel and sums per feature four at a time.
     groups = 1 if step.shared else -(-(step.p + step.q + 5) // 4)
     again = step.codes * forward_instructions(step.p, step.q)
     yield Kernel("coefficient sums", 0, 2 * step.codes * e * groups, again * groups, launches=groups)
@@ -246,7 +251,7 @@ def _ours(step: Step, strategy: str, chunk_tokens: int, chunk_features: int) -> 
     forward, backward = forward_instructions(step.p, step.q), backward_instructions(step.p, step.q)
     encodings = 2 if chunk_features < step.d_sae else 1
     if strategy == "fused":
-        many = step.p + step.q >= 8  # as kernels/configs.py has it
+        many = step.p + step.q >= 8  # the same condition as in kernels/configs.py
         tiles = (False, many and not step.shared), (True, many)
         yield _product("encode + gate", step, tile=tiles[0], instructions=codes * forward, bytes=codes * e)
         yield _product("dz + gate backward", step, tile=tiles[1], instructions=codes * backward, bytes=codes * e)
@@ -258,8 +263,8 @@ def _ours(step: Step, strategy: str, chunk_tokens: int, chunk_features: int) -> 
     yield Kernel("db_dec", 0, step.weights * e, step.weights)
     token_pieces = -(-step.n_tokens // chunk_tokens)
     if token_pieces > 1:
-        # Every piece but the first reads and writes the float32 sums of both weights' gradients, and in a narrow
-        # dtype also what it adds.
+        # Every piece but the first reads and writes the float32 sums of both weights' gradients; in a narrow dtype it
+        # also reads and writes its own contribution.
         each = 2 * 4 + (2 * e if e < 4 else 0)
         yield Kernel("sums of pieces", 0, (token_pieces - 1) * 2 * each * step.weights, launches=0)
 
@@ -268,14 +273,14 @@ def _sparse(step: Step) -> Iterable[Kernel]:
     e, codes, rows = step.itemsize, step.codes, step.n_tokens * step.d_in
     entries, active = codes * step.support, codes * step.active
     yield _product("product", step)
-    # Reading or writing one number of many that lie apart moves a sector of 32 bytes.
+    # Reading or writing a single number that lies alone moves a sector of 32 bytes.
     yield Kernel("mark", 0, codes * (e + 0.25), codes * 8, launches=2)
     yield Kernel("entries", 0, codes / 8 + entries * (32 + 12), launches=3)
     yield Kernel("gate", 0, entries * (12 + 4 + 32), entries * forward_instructions(step.p, step.q))
     yield Kernel("rows", 0, codes / 4 + active * (32 + 4 + e), launches=4)
     yield Kernel("decode", 0, step.weights * e + rows * 4, active * step.d_in, l2_bytes=active * step.d_in * e)
     yield Kernel("residual", 0, rows * (8 + 4 + 4 + 8 + 4 + e), launches=6)
-    # Entries are sorted by feature: its row of W_dec is read once, and then found in the multiprocessor's own cache.
+    # Entries are sorted by feature, so its row of W_dec is read once and then found in the multiprocessor's own cache.
     gathered = entries * step.d_in
     yield Kernel("dots", 0, (step.weights + rows) * e, 2 * gathered, l2_bytes=gathered * e + step.weights * e)
     yield Kernel("gate backward", 0, entries * 24, entries * backward_instructions(step.p, step.q))
@@ -285,10 +290,10 @@ def _sparse(step: Step) -> Iterable[Kernel]:
 
 
 def _rounds(step: Step) -> Iterable[Kernel]:
-    """The sparse way, and on top of it what every round decodes, and asks of the decoder, forward and backward.
+    """The sparse step, and for every round the decoding and the dot products with the decoder, forward and backward.
 
-    A search decodes what is active twice and takes its dots once; a further round takes those of the whole support.
-    Each of them is undone by two of the kind on the way back, one of which makes rows of the decoder's gradient.
+    A search decodes the active codes twice and takes their dot products once; a further round takes those of the whole
+    support. The backward pass of each costs two of the same kind, one of which makes rows of the decoder's gradient.
     """
     yield from _sparse(step)
     e, rows, support, active = step.itemsize, step.n_tokens * step.d_in, step.support, step.active
@@ -300,15 +305,15 @@ def _rounds(step: Step) -> Iterable[Kernel]:
 
 
 def optimizer_seconds(step: Step, on: Ceilings, *, rows: bool) -> float:
-    """Of Adam on float32 weights with what is around it: dropping the radial part, clipping, the rows' norms.
+    """Time of Adam on float32 weights, with removing the radial part, clipping, and restoring the rows' norms.
 
-    Bytes a parameter: 72 as operations of torch's; 36 by rows (30 with a copy in bfloat16, 4 or 8 for the norm).
+    Bytes per parameter: 72 with torch's operations; 36 by rows (30 with a copy in bfloat16, 4 or 8 for the norm).
     """
     return 2 * step.weights * (36 if rows else 72) / on.bandwidth
 
 
 def _between(x: float, *points: tuple[float, float]) -> float:
-    """Linear between the points and beyond the last two on either side."""
+    """Interpolates linearly between the points, and extrapolates beyond the last two on either side."""
     k = next((k for k in range(1, len(points) - 1) if x <= points[k][0]), len(points) - 1)
     (x0, y0), (x1, y1) = points[k - 1], points[k]
     return max(0.0, y0 + (y1 - y0) * (x - x0) / (x1 - x0))

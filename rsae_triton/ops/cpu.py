@@ -1,8 +1,8 @@
-"""The CPU backend: the pointwise gate without [n_tokens, d_sae] temporaries.
+"""The CPU backend: computes the pointwise gate without [n_tokens, d_sae] temporaries.
 
-Two engines compute what `explicit.py` defines. *inductor* compiles it with torch.compile into one C++ loop (it needs
-a compiler and seconds of warm-up); *tiled* (`tiles.py`) works through cache-sized tiles in place, on plain threads.
-A rule of shapes alone chooses, so that the same run always takes the same path; RSAE_CPU_ENGINE=tiled|inductor
+Two engines compute what `explicit.py` defines. *inductor* compiles it with torch.compile into one C++ loop (it needs a
+compiler and seconds of warm-up); *tiled* (`tiles.py`) works through cache-sized tiles in place, on plain threads. The
+choice depends on shapes alone, so that the same run always takes the same path; RSAE_CPU_ENGINE=tiled|inductor
 overrides.
 """
 
@@ -27,23 +27,23 @@ from rsae_triton.ops import explicit, tiles
 from rsae_triton.ops.reference import GateSpec, GateTensors
 from rsae_triton.ops.tiles import wide
 
-# From here on a call is large enough to be one of many: compiling pays.
+# From this size on, a call is taken to be one of many, for which compiling pays.
 INDUCTOR_ELEMENTS = 2**20
-# From this degree p + q on Inductor makes two loops of a pass, with tensors of h's size between them. In blocks of this
-# many elements for each thread they stay in the cache, and in memory that malloc has already.
+# From this degree p + q on, Inductor splits a pass into two loops with temporaries of h's size. In blocks of this many
+# elements per thread, these stay in the cache and in memory that has already been allocated.
 MANY, BLOCK = 12, 2**19
 
 _log = logging.getLogger(__name__)
 
 
-# Codes that nothing learns from are made once, not four hundred times: from here on compiling pays for them, too.
+# Codes that are not trained on are made once and not hundreds of times; from this size on, compiling pays for them too.
 LOOKING_ELEMENTS = 2**25
 _looking: ContextVar[bool] = ContextVar("looking", default=False)
 
 
 @contextmanager
 def looking(only: bool) -> Iterator[None]:
-    """While the context is open, `only` says that codes are looked at and not trained."""
+    """Within the context, `only` says that codes are inspected and not trained on."""
     before = _looking.set(only)
     try:
         yield
@@ -52,7 +52,7 @@ def looking(only: bool) -> Iterator[None]:
 
 
 def engine_for(n_elements: int) -> str:
-    """ "inductor" for training-size batches where a C++ compiler is found, else "tiled"."""
+    """Returns "inductor" for training-size batches if there is a C++ compiler, else "tiled"."""
     forced = os.environ.get("RSAE_CPU_ENGINE")
     if forced not in (None, "", "tiled", "inductor"):
         raise ConfigError(f"RSAE_CPU_ENGINE is {forced!r}; set it to tiled or inductor, or unset it")
@@ -66,12 +66,13 @@ def engine_for(n_elements: int) -> str:
 def gate_forward(
     h: Tensor, gate: GateTensors, spec: GateSpec, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `explicit.gate_forward`: h [d_sae, n_tokens] -> z in h's dtype, counts and l1 [d_sae] float32 or wider.
+    """Computes `explicit.gate_forward`: z in h's dtype from h [d_sae, n_tokens]; counts and l1 [d_sae] in at least
+    float32.
 
-    out: where z is written, h's own memory if it is h; new memory costs a page fault every 1024 numbers.
+    out: memory for z, which may be h itself (new memory costs a page fault every 1024 numbers).
     """
     if engine_for(h.numel()) == "inductor":
-        # One memory is handed over once: torch.compile refuses two inputs that are the same storage.
+        # The same memory is passed only once, because torch.compile refuses two inputs with the same storage.
         z = torch.empty_like(h, memory_format=torch.contiguous_format) if out is None else out
         found = []
         for rows in _blocks(h, spec):
@@ -97,7 +98,7 @@ def gate_backward(
     *,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor, GateTensors]:
-    """As `explicit.gate_backward`, with dh in h's dtype; inplace: dh is written over dz."""
+    """Computes `explicit.gate_backward`, with dh in h's dtype; inplace: dh overwrites dz."""
     if engine_for(h.numel()) == "inductor":
         given = [one for one in (dcounts, dl1) if one is not None]
         option = (spec, coefficients, dcounts is not None, dl1 is not None, inplace)
@@ -136,7 +137,7 @@ def _backward(option: tuple[GateSpec, bool, bool, bool, bool], h: Tensor, dz: Te
 
 
 def _blocks(h: Tensor, spec: GateSpec) -> list[slice]:
-    """Runs of features."""
+    """Splits the features into blocks."""
     n_features, n_tokens = h.shape
     many = spec.p + spec.q >= MANY
     step = max(1, BLOCK * torch.get_num_threads() // max(1, n_tokens)) if many else n_features
@@ -144,7 +145,7 @@ def _blocks(h: Tensor, spec: GateSpec) -> list[slice]:
 
 
 def _rows(gate: GateTensors, rows: slice) -> GateTensors:
-    """The gate of some features; what is shared stays as it is."""
+    """The gate of some of the features; shared values stay shared."""
     return GateTensors(*(one[rows] if len(one) > 1 else one for one in gate))
 
 
@@ -153,7 +154,8 @@ def _joined(found: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
 
 
 class _Compiled:
-    """Functions compiled by Inductor, one per kind of gate; a compiler that fails is reported once and not retried."""
+    """Functions compiled by Inductor, one for each kind of gate; a failing compiler is reported once and not tried
+    again."""
 
     works = True
 
@@ -187,7 +189,7 @@ def _compile(function: Callable[..., Any], option: Any, dtype: torch.dtype, thre
     def flat(*tensors: Tensor) -> Any:
         return function(option, *tensors)
 
-    # Dynamo counts recompilations per code object (8 and it gives up): every kind of gate gets its own.
+    # Dynamo counts recompilations per code object and gives up after 8, so every kind of gate gets its own.
     own = types.FunctionType(flat.__code__.replace(), globals(), closure=flat.__closure__)
     return torch.compile(own, dynamic=True, fullgraph=True, options=_options(threads))
 

@@ -1,7 +1,7 @@
 """The differentiable encoder as a torch operator, `torch.ops.rsae.encode`, over the backends of backends.py.
 
-The operators are opaque to torch.compile, with a fake kernel that knows the shapes, so that fullgraph, FakeTensor and
-AOTAutograd work; their derivative is written out and, being no operator of its own with one, is not differentiable.
+The operators are opaque to torch.compile and have a fake kernel that knows the shapes, so that fullgraph, FakeTensor
+and AOTAutograd work. Their derivative is written out, and has no derivative itself.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ GATE_SCHEMA = (
     "Tensor activity_threshold, int p, int q, str form, str domain, str amplitude, bool hard, str backward"
 )
 N_GATE = 14
-"""How many arguments of GATE_SCHEMA there are: seven tensors, seven settings."""
+"""The number of arguments in GATE_SCHEMA: seven tensors and seven settings."""
 
 
 def rational_encode(
@@ -39,13 +39,13 @@ def rational_encode(
     spec: GateSpec,
     backend: str = "auto",
 ) -> Encoded:
-    """x -> code, through whichever backend fits; once differentiable (backend="eager": as often as one likes).
+    """Encodes x with the best backend; differentiable once (with backend="eager" any number of times).
 
-    Under autocast the matrix products are in the autocast dtype; x - b_dec before and the gate after are not.
+    Under autocast the matrix products are in the autocast dtype, but not x - b_dec before them and the gate after them.
 
     Args:
         x: [..., d_in]. W_enc: [d_in, d_sae]. b_enc: [d_sae]. All of one dtype and device.
-        b_dec: [d_in], subtracted from x; None where the SAE does not.
+        b_dec: [d_in], subtracted from x; None if the SAE does not subtract it.
         gate, spec: the gate (`RationalGate.tensors()` and `.spec()`); evaluated in float32, float64 for float64 x.
 
     Returns:
@@ -79,7 +79,7 @@ def _reference_encode(
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """What the matrix products are made in: x's dtype, or that of autocast."""
+    """The dtype of the matrix products: x's dtype, or that of autocast."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.is_floating_point() else x.dtype
 
@@ -144,7 +144,7 @@ def check_inputs(
     "bool save_h) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    """-> z_fm [d_sae, n_tokens], counts, l1 [d_sae], and h_fm like z_fm (of no elements unless save_h)."""
+    """Returns z_fm [d_sae, n_tokens], counts and l1 [d_sae], and h_fm like z_fm (empty unless save_h)."""
     gate, spec, (backend, dtype, save_h) = unpack(rest)
     with torch.autocast(x.device.type, enabled=False):
         chosen, route = backends.choose(backend, x.device, dtype, W_enc.shape[0], gate, spec, training=save_h)
@@ -152,7 +152,7 @@ def _encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, *rest
         x_c = centred(x, b_dec, dtype)
         with cpu.looking(not save_h):
             z, h, counts, l1 = backends.encode(chosen, x_c, *weights, gate, spec, save_h=save_h, fused=fused)
-        # The kernels' sums are two rows of one tensor; an operator's outputs must not share memory.
+        # The kernels' sums are two rows of one tensor, but outputs of an operator must not share memory.
         return z, counts, l1.clone(), z.new_empty(0) if h is None else h
 
 
@@ -201,7 +201,8 @@ def _encode_backward(
     h: Tensor,
     *rest: Any,
 ) -> list[Tensor]:
-    """The gradients of x, W_enc, b_enc, b_dec and the gate's first six tensors, those with `needs` alone."""
+    """Returns the gradients of x, W_enc, b_enc, b_dec and the gate's first six tensors, computing only those in
+    `needs`."""
     gate, spec, (backend, dtype, needs) = unpack(rest)
     with torch.autocast(x.device.type, enabled=False):
         chosen, _ = backends.choose(backend, x.device, dtype, W_enc.shape[0], gate, spec, training=True)
@@ -239,29 +240,29 @@ _encode_backward.register_autograd(_refuse)
 
 
 def product_like(like: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in memory that is laid out as `like` is, row by row or column by column: as a gradient of `like`, it need
-    not be copied."""
+    """Returns a @ b with the memory layout of `like` (row-major or column-major), so that as a gradient of `like` it
+    need not be copied."""
     return a @ b if like.is_contiguous() or not like.t().is_contiguous() else (b.t() @ a.t()).t()
 
 
 def unpack(rest: tuple[Any, ...]) -> tuple[GateTensors, GateSpec, tuple[Any, ...]]:
-    """The arguments of GATE_SCHEMA as a gate and its settings, and what follows them."""
+    """Splits the arguments of GATE_SCHEMA into a gate, its settings, and what follows them."""
     return GateTensors(*rest[:7]), GateSpec(*rest[7:N_GATE]), rest[N_GATE:]
 
 
 def centred(x: Tensor, b_dec: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x - b_dec, subtracted before it is rounded to the dtype of the matrix product."""
+    """Returns x - b_dec, subtracted before rounding to the dtype of the matrix product."""
     return (x if b_dec is None else x - b_dec).to(dtype)
 
 
 def through_encoder(W_enc: Tensor, db_enc: Tensor) -> Tensor:
-    """W_enc @ db_enc in the gradient's precision: minus the gradient of b_dec through the encoder.
+    """Returns W_enc @ db_enc in the gradient's precision: minus the gradient of b_dec through the encoder.
 
-    A mat-vec: autograd forms the whole gradient of x - b_dec, a third GEMM, and sums it.
+    This is a mat-vec, whereas autograd would form the whole gradient of x - b_dec, a third GEMM, and sum it.
     """
     if W_enc.dtype == db_enc.dtype:
         return torch.mv(W_enc, db_enc)
-    # The vector as two numbers of the weights' precision, rather than a copy of the weights in the vector's.
+    # The vector is split into two numbers of the weights' precision, instead of copying the weights to the vector's.
     high = db_enc.to(W_enc.dtype)
     both = torch.stack([high, (db_enc - high).to(W_enc.dtype)], dim=1)
     return (W_enc @ both).to(db_enc.dtype).sum(1)
@@ -269,7 +270,7 @@ def through_encoder(W_enc: Tensor, db_enc: Tensor) -> Tensor:
 
 @register_flop_formula(torch.ops.rsae.encode)
 def _encode_flops(x: torch.Size, W_enc: torch.Size, *_: Any, **__: Any) -> int:
-    """FlopCounterMode's: matrix products alone, as it counts everything."""
+    """For FlopCounterMode: counts the matrix products only, as that does everywhere."""
     return 2 * x[0] * W_enc[0] * W_enc[1]
 
 

@@ -1,9 +1,9 @@
-"""Entries: the few places of [n_tokens, d_sae] that matter, and the differentiable functions over them.
+"""Entries: the few places of [n_tokens, d_sae] that matter, and differentiable functions of them.
 
-A code is zero at almost every place, and so is every gradient with respect to it. `finding.find_entries` makes the
-dense product in blocks of features and keeps what is above a threshold of each feature; what follows (the code, its
-reconstruction, dots with the decoder, all gradients) works on the entries. The functions here are differentiable once,
-and their gradients have the same bits in every run.
+A code is zero at almost every place, and so is every gradient with respect to it. `finding.find_entries` computes the
+dense product in blocks of features and keeps what exceeds each feature's threshold. Everything after that (the code,
+its reconstruction, dot products with the decoder, all gradients) works on the entries. The functions here are
+differentiable once, and their gradients have the same bits in every run.
 
     entries = find_entries(x_c, W_enc, b_enc, low)           # h > low, or NaN
     h = encode_at(x_c, W_enc, b_enc, entries)                # entries.values, differentiable
@@ -12,7 +12,7 @@ and their gradients have the same bits in every run.
     theta_at = each_at(theta, entries)                       # theta[feature]
     norms = lengths(W_dec)                                   # [d_sae]
 
-Where a matrix is used several times, take `W = collected(W_dec)` first: its gradient is then made in one pass.
+If a matrix is used several times, call `W = collected(W_dec)` first: its gradient is then computed in one pass.
 """
 
 from __future__ import annotations
@@ -51,39 +51,41 @@ class Entries(NamedTuple):
 
 
 def encode_at(x_c: Tensor, W_enc: Tensor, b_enc: Tensor, entries: Entries) -> Tensor:
-    """h of the entries, `entries.values` as `find_entries` made them; differentiable in all three."""
+    """Returns h of the entries, which equals `entries.values` from `find_entries` but is differentiable in all
+    three."""
     with torch.autocast(x_c.device.type, enabled=False):
         return _Encode.apply(x_c, W_enc, b_enc, terms_of(W_enc), *entries)
 
 
 def decode_at(values: Tensor, entries: Entries, W_dec: Tensor) -> Tensor:
-    """sum over each token's entries of values * W_dec[feature], [n_tokens, d_in]; differentiable in both."""
+    """Sums values * W_dec[feature] over each token's entries, [n_tokens, d_in]; differentiable in both."""
     with torch.autocast(values.device.type, enabled=False):
         return _Decode.apply(values, W_dec, terms_of(W_dec), entries)
 
 
 def at_features(rows: Tensor, entries: Entries) -> Tensor:
-    """rows [d_sae, ...] at every entry, [n_entries, ...]; differentiable."""
+    """Returns the row of each entry's feature, [n_entries, ...], from rows [d_sae, ...]; differentiable."""
     return _AtFeatures.apply(rows, entries.features, entries.offsets)
 
 
 def sum_at(values: Tensor, entries: Entries) -> Tensor:
-    """The sum of each feature's values, [d_sae]; differentiable."""
+    """Sums each feature's values, [d_sae]; differentiable."""
     return _Sum.apply(values, entries.features, entries.offsets)
 
 
 def each_at(per_feature: Tensor, entries: Entries) -> Tensor:
-    """per_feature[feature] of every entry, for per_feature [d_sae]; differentiable."""
+    """Returns per_feature[feature] for every entry, from per_feature [d_sae]; differentiable."""
     return _Each.apply(per_feature, entries.features, entries.offsets)
 
 
 def lengths(W: Tensor) -> Tensor:
-    """The length of each row of W, [d_sae]; differentiable, 0 at rows of zeros."""
+    """The norm of each row of W, [d_sae]; differentiable, with gradient 0 at all-zero rows."""
     return _Lengths.apply(W, terms_of(W))
 
 
 def collected(W: Tensor) -> Tensor:
-    """W itself, for the functions above: what they contribute to its gradient is made in one pass at the end."""
+    """Returns W for use in the functions above: their contributions to its gradient are combined in one pass at the
+    end."""
     if not (torch.is_grad_enabled() and W.requires_grad):
         return W
     terms = _Terms()
@@ -93,8 +95,8 @@ def collected(W: Tensor) -> Tensor:
 
 
 class _Terms:
-    """What a matrix's gradient is made of: sums over entries of value * g[token] (`found`: values, g, tokens, offsets),
-    and its own rows times a number each (`scales`)."""
+    """The parts of a matrix's gradient: sums over entries of value * g[token] (`found`: values, g, tokens, offsets),
+    and multiples of its own rows (`scales`)."""
 
     def __init__(self) -> None:
         self.found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
@@ -105,7 +107,7 @@ class _Terms:
         self.found.append((values.contiguous(), g.contiguous(), tokens, offsets))
 
     def made(self, W: Tensor, out: Tensor) -> Tensor:
-        """The sum of all for W, in `out`, both [d_sae, d_in]."""
+        """Adds up all parts for W in `out`, both [d_sae, d_in]."""
         add = False
         groups: dict[int, list[tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
         for one in self.found:
@@ -122,6 +124,7 @@ class _Terms:
 
 
 def terms_of(W: Tensor) -> _Terms | None:
+    """The parts that belong to a matrix from `collected`; None for any other."""
     return getattr(W, "_rsae_terms", None)
 
 
@@ -147,7 +150,7 @@ class _Collect(torch.autograd.Function):
 
 
 def _gradient_memory(like: Tensor) -> Tensor:
-    """Row-major memory of this shape, in the precision that sums need; that of the last step where there is some."""
+    """Row-major memory of this shape, in the precision that sums need; that of the last step if available."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     made = current().gradient(like, dtype)
     return made if made.is_contiguous() else torch.empty(like.shape, dtype=dtype, device=like.device)
@@ -156,8 +159,8 @@ def _gradient_memory(like: Tensor) -> Tensor:
 def matrix_gradient(
     pairs: list[tuple[Tensor, Tensor]], tokens: Tensor, offsets: Tensor, like: Tensor, terms: _Terms | None
 ) -> Tensor | None:
-    """The sum over pairs (values, g) and entries of value * g[token] in the row of its feature; None where it is left
-    for the end (`collected`)."""
+    """Returns the sum of value * g[token] over pairs (values, g) and entries, in the row of each entry's feature; None
+    if it is left for the end (`collected`)."""
     if terms is not None:
         for values, g in pairs:
             terms.add(values, g, tokens, offsets)

@@ -1,7 +1,7 @@
-"""Loops over entries, each by PyTorch's operations (any device, any dtype) or in C++ (float32 on the CPU, native.py).
+"""Loops over entries, by PyTorch's operations (any device, any dtype) or in C++ (float32 on the CPU, native.py).
 
-Both do the same to rounding. Entries are sorted by feature, then token; `offsets` [d_sae + 1] says where each feature's
-begin. Matrices have one row a token or a feature.
+Both give the same results up to rounding. Entries are sorted by feature, then token; `offsets` [d_sae + 1] are the
+start of each feature's entries. Matrices have one row per token or per feature.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from rsae_triton.ops import native
 from rsae_triton.ops.native import address, integer
 
 CHUNK = 2**22
-"""Numbers that are gathered at a time where no library does it without."""
+"""How many numbers are gathered at a time, where no library function avoids gathering."""
 LEAST = 1024
-"""Entries or rows that are worth a thread of their own."""
+"""Number of entries or rows from which another thread pays."""
 
 
 class Screen(NamedTuple):
-    """What a product in bfloat16 is checked with: a bound of its error, margin[row] * lengths[token], and what h is
-    made from again: x [n_tokens, d_in] and the weights of the rows, in float32."""
+    """Data for checking a product in bfloat16: the error bound margin[row] * lengths[token], and what h is recomputed
+    from, x [n_tokens, d_in] and the weights of the rows, in float32."""
 
     margin: Tensor
     lengths: Tensor
@@ -37,7 +37,7 @@ class Screen(NamedTuple):
 
 
 def rounded_rows(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows in bfloat16, the length of each rounded row, and the length of what rounding took from it."""
+    """Returns rows rounded to bfloat16, the norm of each rounded row, and the norm of its rounding error."""
     library = native.library()
     assert library is not None
     out, sizes = torch.empty_like(weights, dtype=torch.bfloat16), weights.new_empty(2, len(weights))
@@ -49,7 +49,7 @@ def rounded_rows(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Growing:
-    """Entries as they are found, in memory that grows."""
+    """Collects entries as they are found, in memory that grows."""
 
     def __init__(self, like: Tensor, capacity: int) -> None:
         self._like, self._capacity, self.used, self.candidates = like, max(capacity, 1024), 0, 0
@@ -62,8 +62,8 @@ class Growing:
     def scan(
         self, h: Tensor, bias: Tensor, low: Tensor, first: int, counts: Tensor, screen: Screen | None = None
     ) -> None:
-        """Takes what is above `low` in h [rows, n_tokens], float32 or bfloat16, rows of features first and on; with
-        `screen`, h is in bfloat16 and made again where it may be above."""
+        """Takes what is above `low` in h [rows, n_tokens] (float32 or bfloat16), for the features from `first` on. With
+        `screen`, h is in bfloat16 and is recomputed where it may be above."""
         library = native.library()
         assert library is not None
         name = "screen" if screen else "find_float" if h.dtype == torch.float32 else "find_bfloat16"
@@ -92,9 +92,9 @@ class Growing:
 
 
 class Largest:
-    """The k largest pre-activations of every token, block of features by block.
+    """The k largest pre-activations of every token, updated block of features by block.
 
-    least: what a value must exceed; where a token has fewer than k, its other places stay empty (feature -1).
+    least: what a value must exceed. If a token has fewer than k such values, its other places stay empty (feature -1).
     """
 
     def __init__(self, n_tokens: int, k: int, least: float, like: Tensor) -> None:
@@ -104,7 +104,7 @@ class Largest:
         self.nan = False
 
     def take(self, h: Tensor, bias: Tensor, first: int) -> None:
-        """h [rows, n_tokens] without bias, of features first and on."""
+        """Takes h [rows, n_tokens], without bias, for the features from `first` on."""
         n_tokens, k = self.values.shape
         if native.usable(h, self.floor):
             library = native.library()
@@ -119,7 +119,7 @@ class Largest:
         values = (h + bias[:, None]).t()
         self.nan |= bool(values.isnan().any())
         features = torch.arange(first, first + len(h), device=h.device).expand(n_tokens, -1)
-        # What was there first: of equal values a stable sort leaves the lowest feature in front.
+        # Earlier features come first: among equal values, a stable sort then keeps the lowest feature.
         both = torch.cat([self.values, torch.where(values > self.floor[:, None], values, -torch.inf)], 1)
         order = both.sort(dim=1, descending=True, stable=True).indices[:, :k]
         self.values = both.gather(1, order)
@@ -128,10 +128,10 @@ class Largest:
 
 
 def decode(values: Tensor, tokens: Tensor, features: Tensor, n_tokens: int, W: Tensor) -> Tensor:
-    """sum over each token's entries of value * W[feature], [n_tokens, d]."""
+    """Sums value * W[feature] over each token's entries, [n_tokens, d]."""
     if native.usable(values, W):
         out = W.new_zeros(n_tokens, W.shape[1])
-        # A thread takes columns: every entry is added in order, whatever their number.
+        # Each thread takes some columns, so entries are added in order, whatever the number of threads.
         native.split(W.shape[1], lambda start, stop: native.library().decode(  # type: ignore[union-attr]
             address(values), address(tokens), address(features), integer(len(values)), address(W),
             integer(W.shape[1]), address(out), integer(start), integer(stop),
@@ -147,7 +147,7 @@ def decode(values: Tensor, tokens: Tensor, features: Tensor, n_tokens: int, W: T
 
 
 def dots(g: Tensor, tokens: Tensor, features: Tensor, offsets: Tensor, W: Tensor) -> Tensor:
-    """g[token] . W[feature] of every entry."""
+    """Returns g[token] . W[feature] for every entry."""
     if native.usable(g, W):
         out = g.new_empty(len(tokens))
         native.split(len(tokens), lambda start, stop: native.library().dots(  # type: ignore[union-attr]
@@ -158,7 +158,7 @@ def dots(g: Tensor, tokens: Tensor, features: Tensor, offsets: Tensor, W: Tensor
     dtype = torch.promote_types(torch.promote_types(g.dtype, W.dtype), torch.float32)
     if g.device.type == "cpu" and dtype == g.dtype == W.dtype:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that compressed tensors are in beta
+            warnings.simplefilter("ignore")  # about compressed tensors being in beta
             pattern = torch.sparse_csr_tensor(
                 offsets, tokens, g.new_zeros(len(tokens)), size=(len(W), len(g)), check_invariants=False
             )
@@ -171,7 +171,8 @@ def dots(g: Tensor, tokens: Tensor, features: Tensor, offsets: Tensor, W: Tensor
 
 
 def rows(terms: list[tuple[Tensor, Tensor]], tokens: Tensor, offsets: Tensor, out: Tensor, *, add: bool) -> Tensor:
-    """out[f] = the sum over terms (values, g) and the entries of f of value * g[token]; added to out[f] if `add`."""
+    """Sets out[f], or with `add` adds to it, the sum of value * g[token] over terms (values, g) and the entries of
+    f."""
     if not terms:
         return out if add else out.zero_()
     d = out.shape[1]
@@ -195,12 +196,12 @@ def rows(terms: list[tuple[Tensor, Tensor]], tokens: Tensor, offsets: Tensor, ou
 
 
 def sums(values: Tensor, offsets: Tensor) -> Tensor:
-    """The sum of each feature's values, [d_sae]; of values of one feature in order, so the same every time."""
+    """Sums each feature's values in order, [d_sae], so that the result is the same every time."""
     return torch.segment_reduce(values, "sum", offsets=offsets, initial=0)
 
 
 def offsets_of(sorted_ids: Tensor, length: int) -> Tensor:
-    """Where each of `length` ids begins in a sorted list of ids, and the end: [length + 1]."""
+    """Returns where each of `length` ids begins in a sorted list of ids, and the end: [length + 1]."""
     offsets = sorted_ids.new_zeros(length + 1)
     torch.cumsum(torch.bincount(sorted_ids, minlength=length), 0, out=offsets[1:])
     return offsets

@@ -1,8 +1,8 @@
-"""The gate's forward and its derivative written out, feature-major, without autograd.
+"""The gate and its derivative, written out in feature-major order, without autograd.
 
-One formula, three users: Inductor compiles these functions into one fused loop each (`backend="cpu"` with a C++
-compiler), the tests hold the kernels against them, and they say in one page what a backend has to return.
-Shapes: h, z, dz are [d_sae, n_tokens]; everything of `GateTensors` has G = 1 or d_sae rows.
+These functions have three uses: Inductor compiles each into a fused loop (`backend="cpu"` with a C++ compiler), tests
+compare the kernels with them, and they define what a backend has to return.
+Shapes: h, z, dz are [d_sae, n_tokens]; all tensors of `GateTensors` have G = 1 or d_sae rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def _column(values: Tensor) -> Tensor:
 
 
 def _horner(s: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
-    """A polynomial and its derivative at s; coefficients [G, degree+1]."""
+    """Evaluates a polynomial and its derivative at s; coefficients [G, degree+1]."""
     value = _column(coefficients[:, -1]).expand_as(s)
     slope = torch.zeros_like(s)
     for k in range(coefficients.shape[1] - 2, -1, -1):
@@ -28,7 +28,7 @@ def _horner(s: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rational(h: Tensor, gate: GateTensors, spec: GateSpec) -> tuple[Tensor, ...]:
-    """t, s, Q, r, r' and sign(B) of every element."""
+    """Returns t, s, Q, r, r' and sign(B) for every element."""
     t = (h - _column(gate.threshold)) / _column(gate.input_scale)
     s = (t.clamp(-1, 1) if spec.domain == "clamp" else t) - _column(gate.centre)
     P, dP = _horner(s, gate.a)
@@ -38,12 +38,13 @@ def _rational(h: Tensor, gate: GateTensors, spec: GateSpec) -> tuple[Tensor, ...
     B, dB = _horner(s, torch.cat([torch.zeros_like(gate.b[:, :1]), gate.b], dim=1))
     Q, sign = 1 + B.abs(), B.sign()
     r = P / Q
-    # Never Q^2 or P' Q: those overflow float32 long before r does.
+    # Never forms Q^2 or P' Q, which overflow float32 long before r does.
     return t, s, Q, r, (dP - r * sign * dB) / Q, sign
 
 
 def gate_forward(h: Tensor, gate: GateTensors, spec: GateSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """h [d_sae, n_tokens] -> code z of the same shape; per feature [d_sae] the count of active tokens and sum |z|."""
+    """Returns the code z of h [d_sae, n_tokens], in the same shape, and for each feature the number of active tokens
+    and sum |z|."""
     opened = (h > _column(gate.threshold)).to(h.dtype)
     if spec.amplitude == "identity":
         z = h * opened
@@ -67,16 +68,16 @@ def gate_backward(
     spec: GateSpec,
     coefficients: bool = True,
 ) -> tuple[Tensor, Tensor, GateTensors]:
-    """The gradients of `gate_forward`.
+    """Returns the gradients of `gate_forward`.
 
     Args:
-        h, dz: [d_sae, n_tokens]. dcounts, dl1: [d_sae] or None, the gradients that arrive at counts and l1. Only the
-            gated form's counts have a gradient; that of l1 joins dz as dl1 * sign(z), sign(0) = 0.
-        coefficients: False leaves the gradients of a, b and centre at zero (they are frozen) and saves their sums.
+        h, dz: [d_sae, n_tokens]. dcounts, dl1: [d_sae] or None, the incoming gradients of counts and l1. Only the gated
+            form's counts have a gradient; that of l1 joins dz as dl1 * sign(z), sign(0) = 0.
+        coefficients: False skips the gradients of a, b and centre (which are frozen), leaving them zero.
 
     Returns:
-        dh [d_sae, n_tokens]; its sum over tokens (the gradient of b_enc) [d_sae]; and the gradients of the gate,
-        **per feature** ([d_sae, ...] also where the coefficients are shared: the caller folds them).
+        dh [d_sae, n_tokens]; its sum over tokens (the gradient of b_enc) [d_sae]; and the gradients of the gate, **per
+        feature** ([d_sae, ...] even if the coefficients are shared; the caller sums them).
     """
     t, s, Q, r, slope, sign = _rational(h, gate, spec)
     inside = (t.abs() <= 1).to(h.dtype) if spec.domain == "clamp" else torch.ones_like(t)

@@ -1,7 +1,7 @@
-"""Where the entries of a sparse code are: the dense product in blocks, and what is kept of each block.
+"""Finds the entries of a sparse code: computes the dense product in blocks, and keeps what matters of each.
 
-A block of features stays in the cache until its entries are found, and is gone. Which product is made, and how a block
-is searched, depends on the machine and the shapes alone.
+A block of features stays in the cache until its entries are found, and is then discarded. How the product is computed
+and a block searched depends on the machine and the shapes alone.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from rsae_triton.ops.entries import Entries
 from rsae_triton.ops.products import bfloat16_products, rows_by_tokens
 
 BLOCK = 1024
-"""Features of a block."""
+"""Number of features in a block."""
 MANY = 1 / 40
-"""Of the places so far, the candidates from which on bfloat16 saves nothing. The small first block tells early."""
+"""If candidates make up more than this fraction of the places so far, bfloat16 saves nothing. The first block is small,
+to find out early."""
 WORTH = 2**17
-"""Places of a block that are worth a thread of their own."""
+"""Number of places of a block from which another thread pays."""
 
 
 @torch.no_grad()
@@ -38,14 +39,15 @@ def find_entries(
     dtype: torch.dtype | None = None,
     screened: bool = False,
 ) -> Entries | None:
-    """The places where h = x_c @ W_enc + b_enc is above low [d_sae], or NaN; no [n_tokens, d_sae] tensor is made.
+    """Finds the places where h = x_c @ W_enc + b_enc exceeds low [d_sae], or is NaN, without an [n_tokens, d_sae]
+    tensor.
 
     Args:
-        x_c: [n_tokens, d_in]. W_enc: [d_in, d_sae], best with its columns contiguous.
-        most: give up (None) as soon as there are more entries than this.
+        x_c: [n_tokens, d_in]. W_enc: [d_in, d_sae], fastest with contiguous columns.
+        most: return None as soon as there are more entries than this.
         dtype: of the product; that of x_c, or of autocast, when None.
-        screened: make the product in bfloat16 and h again in float32 wherever rounding may hide an entry: the same
-            entries as without, to rounding. Ignored where `can_screen` says no.
+        screened: compute the product in bfloat16, and h again in float32 wherever rounding may hide an entry. The
+            entries are the same up to rounding. Ignored where `can_screen` says no.
     """
     dtype = product_dtype(x_c) if dtype is None else dtype
     exact = torch.promote_types(dtype, torch.float32)
@@ -65,13 +67,13 @@ def find_entries(
 
 
 Found = tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]
-"""Runs of tokens, features and values in order, and how many entries each feature has."""
+"""Lists of tokens, features and values in order, and the number of entries of each feature."""
 
 
 def _compared(
     x_c: Tensor, W_enc: Tensor, b_enc: Tensor, low: Tensor, dtype: torch.dtype, most: int | None
 ) -> Found | None:
-    """By PyTorch's operations."""
+    """Finds entries by PyTorch's operations."""
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     counts = torch.zeros(len(low), dtype=torch.int64, device=low.device)
     for first, h in _blocks(x_c, W_enc, dtype):
@@ -90,7 +92,7 @@ def _scanned(
     x_c: Tensor, W_enc: Tensor, b_enc: Tensor, low: Tensor, dtype: torch.dtype, screens: _Screens | None,
     most: int | None,
 ) -> Found | None:  # fmt: skip
-    """By the compiled loops: each thread scans its part of every block."""
+    """Finds entries by the compiled loops; each thread scans its part of every block."""
     threads = max(1, min(torch.get_num_threads(), len(x_c) * min(BLOCK, len(low)) // WORTH))
     room = len(x_c) * len(low) // 64 // threads
     growing = [loops.Growing(low.new_empty(0), room) for _ in range(threads)]
@@ -119,7 +121,8 @@ def _scanned(
 def find_largest(
     x_c: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, least: float = -math.inf, dtype: torch.dtype | None = None
 ) -> Entries | None:
-    """The k largest h of every token, of those above `least`; of equal ones the lowest features. None if one is NaN."""
+    """Finds the k largest h of every token that exceed `least`; among equal ones, the lowest features. None if one is
+    NaN."""
     dtype = product_dtype(x_c) if dtype is None else dtype
     exact = torch.promote_types(dtype, torch.float32)
     n, d_sae = len(x_c), W_enc.shape[1]
@@ -138,8 +141,8 @@ def find_largest(
 def find_most(
     x_c: Tensor, W_enc: Tensor, b_enc: Tensor, count: int, *, dtype: torch.dtype | None = None
 ) -> tuple[Entries, Tensor] | None:
-    """The `count` largest relu(h) of all tokens together, equals of the last one included, and the last one; None if
-    an h is NaN. Entries are those above 0."""
+    """Finds the `count` largest relu(h) of all tokens together, including all that equal the last one, and returns them
+    with the last one; None if an h is NaN. Only entries above 0 are returned."""
     dtype = product_dtype(x_c) if dtype is None else dtype
     exact = torch.promote_types(dtype, torch.float32)
     n, d_sae, zero = len(x_c), W_enc.shape[1], x_c.new_zeros((), dtype=exact)
@@ -148,7 +151,7 @@ def find_most(
     total = 0
     for first, h in _blocks(x_c, W_enc, dtype):
         h = h.to(exact).add_(bias[first : first + len(h), None])
-        if bool(h.sum().isnan()):  # also of two infinities, which no code is made of
+        if bool(h.sum().isnan()):  # also for two opposite infinities, which no code contains
             return None
         if first == 0 and h.numel() > count:
             floor = h.view(-1).topk(count, sorted=False).values.min().clamp_min(0)
@@ -174,7 +177,7 @@ def _cut(found: list[tuple[Tensor, Tensor, Tensor]], count: int) -> tuple[list[t
 
 
 def _sorted(tokens: Tensor, features: Tensor, values: Tensor, d_sae: int, n_tokens: int) -> Entries:
-    """Entries from places in the order of their tokens."""
+    """Makes entries from places that are sorted by token."""
     features, order = features.sort(stable=True)
     return Entries(tokens[order], features, values[order], loops.offsets_of(features, d_sae), n_tokens)
 
@@ -182,8 +185,8 @@ def _sorted(tokens: Tensor, features: Tensor, values: Tensor, d_sae: int, n_toke
 def _blocks(
     x_c: Tensor, W_enc: Tensor, dtype: torch.dtype, screens: _Screens | None = None
 ) -> Iterator[tuple[int, Tensor]]:
-    """The first feature of each block and h - b_enc of the block, [features, n_tokens]; the next block may be written
-    over it."""
+    """Yields the first feature of each block and the block's h - b_enc, [features, n_tokens]; the next block may
+    overwrite it."""
     weights, x = W_enc.t(), x_c.to(dtype).contiguous()
     space = x.new_empty((min(BLOCK, len(weights)), len(x)))
     first = 0
@@ -198,7 +201,7 @@ def _blocks(
 
 
 class _Screens:
-    """The product in bfloat16, and a bound of what that takes from it; `on` until there are too many candidates."""
+    """The product in bfloat16, and a bound of its error; `on` until there are too many candidates."""
 
     on = True
 
@@ -206,7 +209,7 @@ class _Screens:
         self._x = x.contiguous()
         self._rounded, _, errors = loops.rounded_rows(self._x)
         self._lengths = torch.linalg.vector_norm(self._x, dim=1)
-        # |rounded product - product| <= |dx| |w'| + |x| |dw|, and what two sums of d_in terms in float32 are off by.
+        # |rounded product - product| <= |dx| |w'| + |x| |dw|, plus the error of two sums of d_in terms in float32.
         self._share = float((errors / self._lengths).nan_to_num(0, 0, 0).max()) if len(x) else 0.0
         self._sums = (x.shape[1] + 2) * 2.0**-22
         self._screen: loops.Screen | None = None
@@ -225,7 +228,7 @@ class _Screens:
 
 
 def can_screen(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a product can be screened: float32 on a CPU that multiplies bfloat16 in hardware, with a compiler."""
+    """Whether a product can be screened: float32 on a CPU with bfloat16 products in hardware, and a compiler."""
     return (
         x.device.type == "cpu"
         and x.dtype == dtype == torch.float32

@@ -1,4 +1,4 @@
-"""The gradients of a step that is computed in pieces, as they grow from piece to piece."""
+"""Accumulates the gradients of a step that is computed in pieces."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rsae_triton.ops.workspace import StepMemory
 
 
 class GrowingGradients:
-    """The gradients as they grow from piece to piece, each in the precision that its sum needs."""
+    """Gradients that grow from piece to piece, each in the precision that its sum needs."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class GrowingGradients:
             memory(3, one_token_part),
         )
         self.db_enc, self.db_dec = (one.new_zeros(one.shape, dtype=wide(one.dtype)) for one in (W_enc[0], b_dec))
-        # Shared coefficients sum over every feature and every piece.
+        # Shared coefficients are sums over all features and all pieces.
         double = torch.float64 if x.device.type != "mps" else torch.float32
         self.gate = [one.new_zeros(one.shape, dtype=double) for one in gate[:6]]
 
@@ -58,14 +58,15 @@ class GrowingGradients:
             (total if len(total) == len(one) else total[features]).add_(one)
 
     def residual(self, tokens: slice, g: Tensor, *, of_x: bool, of_b_dec: bool) -> None:
-        """g: the gradient of x_hat; minus that of x, beside what goes through the encoder, if x is the target."""
+        """Adds the gradients through the residual. g: the gradient of x_hat; if x is the target, minus g is part of its
+        gradient."""
         if of_b_dec:
             self.db_dec += g.sum(0)
         if self._wanted[0] and of_x:
             self.dx[tokens] -= g
 
     def norms(self, W_dec: Tensor, scale: Tensor) -> None:
-        """scale [d_sae]: l1's gradient by the norms of the decoder's rows, over the norms."""
+        """Adds the gradient of l1 by the decoder's row norms; scale [d_sae] is that gradient divided by the norms."""
         if self._wanted[3]:
             self.dW_dec.addcmul_(W_dec, scale.unsqueeze(1).to(self.dW_dec.dtype))
 
@@ -74,7 +75,7 @@ class GrowingGradients:
             self.db_dec -= through_encoder(W_enc, self.db_enc)
 
     def finish(self, rescale: float) -> list[Tensor]:
-        """Each in its parameter's dtype, of no elements where it is not wanted."""
+        """Returns the gradients, each in its parameter's dtype; empty tensors where not wanted."""
         found = (self.dx, self.dW_enc, self.db_enc, self.dW_dec, self.db_dec, *self.gate)
         return [
             (one if rescale == 1 else one.mul_(rescale)).to(like.dtype) if wanted else like.new_empty(0)
@@ -83,7 +84,7 @@ class GrowingGradients:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
-    """total += a @ b, or total = a @ b where it is fresh memory; the sum is in total's dtype."""
+    """Computes total += a @ b, or total = a @ b for fresh memory; sums are in total's dtype."""
     if total.dtype == a.dtype:
         if fresh:
             torch.mm(a, b, out=total)

@@ -1,7 +1,7 @@
-"""Loops over entries in C++ (`entries.cpp`, `search.cpp`), compiled once for the machine by a compiler that is there.
+"""Loops over entries in C++ (`entries.cpp`, `search.cpp`), compiled on this machine if there is a compiler.
 
-A compiler is an offer, not a need: without one, or with RSAE_CPU_ENGINE=tiled, PyTorch's own operations do the same,
-some two to four times slower. What is compiled is kept in the cache folder, by source, compiler and processor.
+The compiler is optional: without one, or with RSAE_CPU_ENGINE=tiled, PyTorch's own operations do the same, some two to
+four times slower. Compiled code is kept in the cache folder, by source, compiler and processor.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _NATIVE = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), (
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled loops; None where there is no compiler or it is not wanted."""
+    """The compiled loops; None if there is no compiler or it is not wanted."""
     if os.environ.get("RSAE_CPU_ENGINE") == "tiled":
         return None
     return _library(os.environ.get("CXX") or "g++")
@@ -59,7 +59,7 @@ def _library(compiler: str) -> ctypes.CDLL | None:
 
 
 def _built(program: str) -> ctypes.CDLL:
-    """The library, made where it is not there yet."""
+    """Returns the library, after building it if necessary."""
     source = b"\0".join(one.read_bytes() for one in (HEADER, *SOURCES))
     version = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=60).stdout
     key = hashlib.sha256(b"\0".join([source, version.encode(), _processor().encode(), repr(_FLAGS).encode()]))
@@ -69,7 +69,7 @@ def _built(program: str) -> ctypes.CDLL:
         try:
             make_folder(path.parent)
             write_atomically(path, lambda temporary: _compile(program, temporary))
-        except StorageError:  # a cache that cannot be written: for this process alone
+        except StorageError:  # the cache is read-only: build for this process alone
             with tempfile.TemporaryDirectory(prefix="rsae-native-") as folder:
                 _compile(program, Path(folder, path.name))
                 return ctypes.CDLL(str(Path(folder, path.name)))
@@ -88,13 +88,13 @@ def _compile(program: str, path: Path) -> None:
 def _cache() -> Path:
     try:
         from platformdirs import user_cache_dir
-    except ImportError:  # a bare machine (tools/gpu_check.py)
+    except ImportError:  # on a machine without the dependencies (tools/gpu_check.py)
         return Path("~/.cache/rsae-triton").expanduser()
     return Path(user_cache_dir("rsae-triton"))
 
 
 def _processor() -> str:
-    """What -march=native depends on."""
+    """Identifies the processor, as far as -march=native depends on it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -104,32 +104,34 @@ def _processor() -> str:
 
 
 def address(tensor: Tensor) -> ctypes.c_void_p:
+    """A tensor's address as an argument for the loops."""
     return ctypes.c_void_p(tensor.data_ptr())
 
 
 def integer(number: int) -> ctypes.c_int64:
+    """A number as an argument for the loops."""
     return ctypes.c_int64(number)
 
 
 def usable(*tensors: Tensor) -> bool:
-    """Whether the loops can read these matrices: float32 rows on the CPU, one after the other."""
+    """Whether the loops can read these matrices: contiguous float32 rows on the CPU."""
     return library() is not None and all(
         one.dtype == torch.float32 and one.device.type == "cpu" and one.is_contiguous() for one in tensors
     )
 
 
 def split(length: int, work: Callable[[int, int], Any], least: int) -> list[Any]:
-    """work(from, to) on as many threads as PyTorch has, in parts of at least `least`."""
+    """Runs work(from, to) in parts of at least `least`, on as many threads as PyTorch has."""
     threads = max(1, min(torch.get_num_threads(), length // least))
     return each(threads, lambda k: work(length * k // threads, length * (k + 1) // threads))
 
 
 def each(count: int, work: Callable[[int], Any]) -> list[Any]:
-    """[work(0), ..., work(count - 1)], each on a thread of its own; ctypes releases the GIL."""
+    """Returns [work(0), ..., work(count - 1)], each run in its own thread; ctypes releases the GIL."""
     return [work(0)] if count == 1 else list(_pool(os.getpid(), count).map(work, range(count)))
 
 
 @functools.lru_cache(maxsize=4)
 def _pool(process: int, count: int) -> ThreadPoolExecutor:
-    """Threads that wait for work; a forked process does not have its parent's."""
+    """Threads that wait for work; a forked process needs its own."""
     return ThreadPoolExecutor(count, thread_name_prefix="rsae-native")

@@ -1,4 +1,5 @@
-"""The loop over pieces of tokens and features that `rational_autoencode` is: encode, decode, differentiate, next."""
+"""The dense way of `rational_autoencode`: a loop over pieces of tokens and features that encodes, decodes,
+differentiates."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from rsae_triton.ops.workspace import current
 
 
 def run(step: Step, chunk_tokens: int, chunk_features: int, backend: str) -> tuple[Tensor, ...]:
-    """The dense way: -> total, mse, l1, l0, counts, x_hat and the gradients of total (of no elements where not wanted).
+    """Computes a dense step: total, mse, l1, l0, counts, x_hat and the gradients of total (empty where not wanted).
 
     Chunks of 0 mean all at once.
     """
@@ -29,7 +30,7 @@ def run(step: Step, chunk_tokens: int, chunk_features: int, backend: str) -> tup
     differentiate, whole = any(wanted), len(feature_parts) == 1
     kind, route = backends.choose(backend, x.device, dtype, x.shape[1], gate, spec, training=differentiate)
     forward, backward = route.forward == "fused", route.backward == "fused"
-    # Gradients of the mean; in float16 those would vanish, and those of the sum overflow.
+    # Gradients of the mean, scaled: in float16 the unscaled ones would vanish, and those of the sum overflow.
     unit = 1 / max(n, 1) if dtype != torch.float16 else 2.0 ** -math.ceil(math.log2(max(n, 1)) / 2)
     W_enc_p, W_dec_p = (W_enc.to(dtype), W_dec.to(dtype)) if whole else (W_enc, W_dec)
     norms = torch.linalg.vector_norm(W_dec, dim=1, dtype=exact)
@@ -38,8 +39,8 @@ def run(step: Step, chunk_tokens: int, chunk_features: int, backend: str) -> tup
     counts, l1, squares = (x.new_zeros(shape, dtype=exact) for shape in (d_sae, d_sae, ()))
     x_hat = torch.empty_like(x, memory_format=torch.contiguous_format)
     space = memory.space if kind == "cpu" else None
-    # A direct gate sees h - threshold alone: a bias less to add spares the CPU a pass over h. Not in low precision,
-    # where h rounds as it should with the bias in it.
+    # A direct gate depends on h - threshold only, so the bias can be absorbed, which saves the CPU a pass over h. Not
+    # in low precision, where h must be rounded with the bias in it.
     folded = kind == "cpu" and spec.form == "direct" and dtype == exact
 
     def encode(features: slice, x_c: Tensor, save_h: bool) -> tuple[Codes, Tensor, Tensor, GateTensors]:
@@ -104,6 +105,6 @@ def _parts(length: int, step: int) -> list[slice]:
 
 
 def _rows(gate: GateTensors, features: slice) -> GateTensors:
-    """The gate of some features; shared coefficients stay as they are."""
+    """The gate of some of the features; shared coefficients stay shared."""
     parts = [one[features] if k >= 5 or len(one) > 1 else one for k, one in enumerate(gate)]
     return GateTensors(*parts)

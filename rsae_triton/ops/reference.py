@@ -1,13 +1,13 @@
 """The rational gate and the SAE encoder in plain, differentiable PyTorch.
 
-This file is the definition of what every backend computes: the oracle of the tests (in float64), the baseline
-of the benchmarks, and `backend="eager"`. Notation of the paper (arXiv:2606.14990) and of README "How it works".
+This file defines what every backend computes. It is the oracle of the tests (in float64), the baseline of the
+benchmarks, and `backend="eager"`. The notation is that of the paper (arXiv:2606.14990).
 
     t = (h - theta) / C_in          s = clip(t, -1, 1) - c          r = P(s) / (1 + |B(s)|)
     direct:  z = C_out * (r + max(t - 1, 0))
     gated:   z = h * r              (amplitude "rational")    or    z = h * 1[h > theta]   (amplitude "identity")
 
-The *code* that is shipped has exact zeros: `active` is |z| > activity_threshold (direct) or h > theta (gated).
+The shipped *code* has exact zeros: a feature is active if |z| > activity_threshold (direct) or h > theta (gated).
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ BACKWARDS = ("soft", "rational")
 
 @dataclass(frozen=True)
 class GateSpec:
-    """Everything about a gate that is not a number to train; hashable, so that a backend can specialise on it.
+    """The settings of a gate, as opposed to its parameters; hashable, so that a backend can specialise on them.
 
     Attributes:
         p, q: degrees of numerator and denominator, 0 to 12 each.
-        form: "direct" (the gate is the rational) or "gated" (the rational is a smooth Heaviside times h).
+        form: "direct" (the gate is the rational) or "gated" (the rational is a smooth Heaviside, multiplied by h).
         domain: "clamp" clips t to [-1, 1] and continues a direct gate with slope one; "free" does neither.
-        amplitude: what multiplies h in the gated form where the gate is open: the "rational" r, or the
-            "identity" 1 (then the rational is seen by the backward pass only).
+        amplitude: in the gated form, what multiplies h where the gate is open: the "rational" r, or the "identity" 1
+            (the rational then only affects the backward pass).
         hard: True computes the shipped code (exact zeros), False the dense rational one.
-        backward: "soft" is the derivative of what the forward computed. "rational" treats the zeros as if
-            they had been made by the rational: the gate's derivative is r's everywhere, active or not.
+        backward: "soft" is the derivative of the forward computation. "rational" treats the zeros as if the rational
+            had made them: the gate's derivative is r' everywhere, active or not.
     """
 
     p: int
@@ -70,7 +70,7 @@ class GateSpec:
 
 
 class GateTensors(NamedTuple):
-    """What a gate needs per feature, expanded from its groups; float32 (float64 in the oracle).
+    """The parameters of a gate per feature, expanded from its groups; float32 (float64 in the oracle).
 
     a [G, p+1], b [G, q], centre [G], input_scale [G], output_scale [G] with G = 1 (shared) or d_sae;
     threshold [d_sae], activity_threshold [d_sae].
@@ -86,12 +86,12 @@ class GateTensors(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """What an encoder returns: the code and what a loss needs to know of it, per feature.
+    """The result of an encoder: the code, and the sums per feature that a loss needs.
 
     Attributes:
         z: [n_tokens, d_sae], the code in x's dtype.
-        counts: [d_sae] float32, on how many tokens each feature is active; in the gated form it has the derivative
-            of the rational, so that a penalty on its sum (l0) can be trained.
+        counts: [d_sae] float32, on how many tokens each feature is active. In the gated form its derivative is the
+            rational's, so that a penalty on its sum (l0) can be trained.
         l1: [d_sae] float32, the sum over tokens of |z| (of z before it is rounded to x's dtype); differentiable.
     """
 
@@ -101,22 +101,24 @@ class Encoded(NamedTuple):
 
 
 def transformed() -> bool:
-    """Whether torch.func (grad, vjp, jvp, vmap, jacfwd, ...) or forward mode differentiates right now.
+    """Whether torch.func (grad, vjp, jvp, vmap, jacfwd, ...) or forward-mode AD is active.
 
-    The operators and kernels have no rules for those; the formulas of this module have."""
+    The operators and kernels have no rules for these; the formulas in this module do.
+    """
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def refuse_transforms(what: str) -> None:
-    """Raises ConfigError where `transformed`: what has no rules for torch.func fails, or gives zeros."""
+    """Raises ConfigError if `transformed`: operations without rules for torch.func would fail or return zeros."""
     if transformed():
         raise ConfigError(f"{what} is not for torch.func or forward mode; use encode(x) and decode(z), which are")
 
 
 class _HardForward(torch.autograd.Function):
-    """Returns `hard`; hands the incoming gradient to `soft` (a straight-through estimator, bit-exact forward)."""
+    """Returns `hard` and passes the incoming gradient to `soft` (a straight-through estimator, exact in the forward
+    pass)."""
 
     generate_vmap_rule = True
 
@@ -146,7 +148,8 @@ def horner(s: Tensor, coefficients: Tensor) -> Tensor:
 
 
 def rational(s: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The safe Pade form P(s) / (1 + |B(s)|), B = b_1 s + ... + b_q s^q (paper, eq. 3). Shapes as `horner`."""
+    """Returns P(s) / (1 + |B(s)|), the safe Pade form, with B = b_1 s + ... + b_q s^q (paper, eq. 3). Shapes: see
+    `horner`."""
     numerator = horner(s, a)
     if b.shape[1] == 0:
         return numerator
@@ -154,15 +157,15 @@ def rational(s: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def rational_gate(h: Tensor, gate: GateTensors, spec: GateSpec) -> tuple[Tensor, Tensor]:
-    """The code and which of it is active, from pre-activations.
+    """Computes the code from pre-activations, and which of it is active.
 
     Args:
         h: [n_tokens, d_sae] pre-activations; computed in h's dtype promoted with the coefficients'.
         gate: expanded coefficients. spec: the kind of gate.
 
     Returns:
-        z [n_tokens, d_sae], and active [n_tokens, d_sae] in z's dtype (1 where the code is not zeroed). In the
-        gated form `active` has the derivative of r, so that a penalty on its sum (l0) can be trained.
+        z [n_tokens, d_sae], and active [n_tokens, d_sae] in z's dtype (1 where the code is not set to zero). In the
+        gated form the derivative of `active` is r', so that a penalty on its sum (l0) can be trained.
     """
     t = (h - gate.threshold) / gate.input_scale
     u = t.clamp(-1, 1) if spec.domain == "clamp" else t
@@ -186,7 +189,7 @@ def rational_gate(h: Tensor, gate: GateTensors, spec: GateSpec) -> tuple[Tensor,
 
 
 def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, gate: GateTensors, spec: GateSpec) -> Encoded:
-    """x [n_tokens, d_in] -> `Encoded`; b_dec is subtracted from x unless it is None."""
+    """Encodes x [n_tokens, d_in] and returns `Encoded`; b_dec is subtracted from x unless it is None."""
     h = (x if b_dec is None else x - b_dec) @ W_enc + b_enc
     accumulator = torch.promote_types(h.dtype, torch.float32)
     z, active = rational_gate(h.to(accumulator), gate, spec)

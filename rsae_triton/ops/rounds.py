@@ -1,4 +1,4 @@
-"""Rounds: an encoder that looks again at what its code has not explained. The definition, and the way on entries alone.
+"""Rounds: an encoder that encodes again what its code has not explained. Definition, and computation on entries.
 
     r  = x - b_dec                                     h_1 = r W_enc + b_enc
     z_k = gate(h_k; theta_k) at the candidates         (y_k, e_k) = search(z_k; p_k)
@@ -6,10 +6,11 @@
     search(z; p): e = r - z W_dec,  g = p * unit * (e W_dec^T) where the gate is open,  m = g W_dec,
                   alpha = <m, e> / (epsilon + ||m||^2),  y = z + alpha g,  e - alpha m
 
-The candidates are h_1 > theta_1 - C_in, in every round: everywhere else a code is zero. unit is 1 / ||W_dec row||^2 as
-it was when the rounds were added, so that c is in the units of z whatever the decoder's norms are. alpha is an exact
-line search, and a safe rational of the token. The code is y of the last round, zero where the search made it negative.
-Which entries are candidates, open or made zero counts as constant; everything else is differentiated, alpha too.
+In every round the candidates are the places with h_1 > theta_1 - C_in; everywhere else the code is zero. unit is 1 /
+||W_dec row||^2 at the time when the rounds were added, so that c is in the units of z whatever the decoder's norms are.
+alpha is an exact line search, and a safe rational function of the token. The code is y of the last round, set to zero
+where the search made it negative. For the gradient, the choices of entries (candidates, open, set to zero) are
+constants; everything else is differentiated, including alpha.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from rsae_triton.ops.tiles import wide
 
 
 class RoundTensors(NamedTuple):
-    """What the rounds after the first take, per feature; float32 (float64 in the oracle).
+    """The parameters of the rounds after the first, per feature; float32 (float64 in the oracle).
 
     a, b, eta, threshold: [rounds - 1, d_sae]. p: [rounds, d_sae]. unit: [d_sae]. epsilon: scalar.
     """
@@ -53,11 +54,11 @@ class RoundTensors(NamedTuple):
 
 
 class RoundCode(NamedTuple):
-    """A code by its candidates.
+    """A code, given at its candidates.
 
     Attributes:
-        there: where they are. values: [n_entries] the code, zeros where it is not active; at least float32.
-        counts, l1: [d_sae], as in `Encoded`. residual: [n_tokens, d_in], x - x_hat as the encoder sees it.
+        there: the candidates. values: [n_entries] the code, zero where it is not active; at least float32.
+        counts, l1: [d_sae], as in `Encoded`. residual: [n_tokens, d_in], x - x_hat in the encoder's units.
         hidden: [n_entries], the last round's pre-activations.
     """
 
@@ -69,7 +70,7 @@ class RoundCode(NamedTuple):
 
 
 def check_spec(spec: GateSpec) -> None:
-    """Refuses a gate whose code is not zero outside its candidates (ConfigError)."""
+    """Raises ConfigError for a gate whose code is not zero outside its candidates."""
     if spec.form != "gated" or spec.domain != "clamp":
         raise ConfigError(
             f"rounds need a gate of form='gated' and domain='clamp'; this one is {spec.form}, {spec.domain}"
@@ -92,12 +93,12 @@ def reference(
     dtype: torch.dtype | None = None,
     hidden: Tensor | None = None,
 ) -> Encoded:
-    """x [n_tokens, d_in] -> `Encoded`, dense and in plain PyTorch: the definition, and `backend="eager"`.
+    """Encodes x [n_tokens, d_in] densely in plain PyTorch and returns `Encoded`: the definition, and `backend="eager"`.
 
     Args:
         gate, spec, more: in at least float32. subtract: whether b_dec is subtracted from x before W_enc (the residual
             is always that of x - b_dec). dtype: of the product with W_enc; x's when None.
-        hidden: [n_tokens, d_sae], h_1 where it has been made already.
+        hidden: [n_tokens, d_sae], h_1 if it has been computed already.
     """
     check_spec(spec)
     dtype = x.dtype if dtype is None else dtype
@@ -106,7 +107,7 @@ def reference(
         hidden = centred(x, b_dec if subtract else None, dtype) @ W_enc.to(dtype) + b_enc.to(dtype)
     h = hidden.to(exact)
     r, W = x.to(exact) - b_dec.to(exact), W_dec.to(exact)
-    there = ~(h <= gate.threshold - gate.input_scale)  # NaN is let through
+    there = ~(h <= gate.threshold - gate.input_scale)  # NaN counts as a candidate
 
     def gated(h: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z, active = rational_gate(h, gate._replace(threshold=theta), spec)
@@ -131,14 +132,15 @@ def reference(
 
 
 def line(m: Tensor, e: Tensor, epsilon: Tensor) -> Tensor:
-    """alpha [n_tokens]: how far to go along m so that ||e - alpha m|| is least; m, e [n_tokens, d_in]."""
+    """Returns alpha [n_tokens], the step along m that minimises ||e - alpha m||; m, e [n_tokens, d_in]."""
     return (m * e).sum(1) / (epsilon + m.square().sum(1))
 
 
 def candidates(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, low: Tensor, dtype: torch.dtype
 ) -> tuple[Entries, Tensor]:
-    """Where the pre-activations of x [n_tokens, d_in] are above low [d_sae] (or NaN), and those, differentiable."""
+    """Finds where the pre-activations of x [n_tokens, d_in] exceed low [d_sae] (or are NaN); returns the entries and
+    their differentiable values."""
     x_c = x if b_dec is None else x - b_dec
     entries = find_entries(x_c.detach(), W_enc.detach(), b_enc.detach(), low, dtype=dtype)
     assert entries is not None
@@ -146,14 +148,14 @@ def candidates(
 
 
 def candidates_of(h: Tensor, low: Tensor) -> tuple[Entries, Tensor]:
-    """As `candidates`, of pre-activations [n_tokens, d_sae] that there are."""
+    """Like `candidates`, from given pre-activations [n_tokens, d_sae]."""
     features, tokens = (~(h.detach() <= low)).t().nonzero(as_tuple=True)
     values = h[tokens, features]
     return Entries(tokens, features, values.detach(), loops.offsets_of(features, h.shape[1]), len(h)), values
 
 
 class Walk:
-    """An encoder with rounds on the way, on its candidates alone: one dense product; once differentiable.
+    """An encoder with rounds in progress, on its candidates alone: one dense product; differentiable once.
 
         walk = Walk(...);  walk.open(theta_1);  walk.search(p)          then for every further round
         walk.mix(a, b, eta, walk.correction());  walk.open(theta);  walk.search(p)
@@ -200,31 +202,31 @@ class Walk:
         self.theta = self._gate.threshold
 
     def at(self, rows: Tensor) -> Tensor:
-        """Numbers per feature, [d_sae, ...], at every entry."""
+        """Returns numbers per feature, [d_sae, ...], at every entry."""
         return at_features(rows, self.there)
 
     def open(self, theta: Tensor) -> None:
-        """The gate of this round, with thresholds of its own."""
+        """Applies the gate of this round, with its own thresholds."""
         z, active = rational_gate(self.h.unsqueeze(0), self._gate._replace(threshold=theta), self._spec)
         self.z, self.active, self.opened = z.squeeze(0), active.squeeze(0), ~(self.h.detach() <= theta.detach())
 
     def search(self, p: Tensor, *, last: bool = False) -> None:
-        """The amplitudes of what is open along their own gradient, as far as it pays; `last`: no correction follows."""
+        """Moves the open amplitudes along their gradient by the best step; `last`: no correction follows."""
         self.y, self.e, self._raw = search(
             self.z, p * self.unit, self.opened, self.r, self._W, self._epsilon, self._place,
             correct=not last, across=self._across,
         )  # fmt: skip
 
     def correction(self) -> Tensor:
-        """c [n_entries], what the residual says of every candidate."""
+        """Returns c [n_entries], the correction that the residual suggests for every candidate."""
         return self.unit * self._raw
 
     def mix(self, a: Tensor | float, b: Tensor | float, eta: Tensor | float, c: Tensor) -> None:
-        """The next round's pre-activations."""
+        """Computes the next round's pre-activations."""
         self.h = a * self.h + b * self.y + eta * c
 
     def code(self) -> RoundCode:
-        """The code after the last round: what the search made negative is not active, and comes off again."""
+        """Returns the code after the last round; what the search made negative is zero, and the residual corrected."""
         off, y, e = self.opened & (self.y.detach() <= 0), self.y, self.e
         if self._across is not None or bool(off.any()):
             e = e + sum_of(decode_at(y[off], self.there.select(off), self._W), self._across)
@@ -244,12 +246,12 @@ def on_entries(
     more: RoundTensors,
     **options: Any,
 ) -> RoundCode:
-    """As `reference`, by entries.
+    """Computes what `reference` does, on entries.
 
     Args:
-        options: subtract, dtype: as `reference`. hidden: [n_tokens, d_sae], h_1 where it has been made already.
-            across: the other processes that hold features of this SAE. What crosses are [n_tokens, d_in] sums, two a
-            round and two more on the way back; gradients of b_dec are this process's share.
+        options: subtract, dtype: see `reference`. hidden: [n_tokens, d_sae], h_1 if it has been computed already.
+            across: the other processes that hold features of this SAE. They exchange [n_tokens, d_in] sums: two per
+                round, and two more in the backward pass. Gradients of b_dec are this process's share.
     """
     walk = Walk(x, W_enc, b_enc, W_dec, b_dec, gate, spec, more.unit, more.epsilon, **options)
     walk.open(walk.theta)

@@ -1,9 +1,9 @@
-"""Which of two ways a product and its gate run on a GPU: library product then pointwise kernel, or fused.
+"""Chooses between two ways to run a product and its gate on a GPU: a library product and a pointwise kernel, or fused.
 
 One function decides, `route`, from a table of devices, dtypes, degrees and widths (routes.json). Its rows are
-predictions of `cost`, and say so; a row measured on a device takes the place of the predicted one (`make routes`;
-`write()` makes the predictions anew and keeps what is measured). Both ways are always
-reachable by name: RSAE_ENCODER=split|fused, or backend="triton:split" and "triton:fused".
+predictions of `cost`, and marked as such; a row measured on a device replaces the predicted one (`make routes`;
+`write()` renews the predictions and keeps measurements). Both ways can always be chosen by name:
+RSAE_ENCODER=split|fused, or backend="triton:split" and "triton:fused".
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rsae_triton.ops.cost import CEILINGS, Step, product_seconds
 
 WAYS = ("split", "fused")
 TABLE = Path(__file__).with_name("routes.json")
-# What the table is made for: a training batch that fills a GPU.
+# The shape that the table is made for: a training batch that fills a GPU.
 N_TOKENS, D_SAE = 4096, 24576
 WIDTHS = (512, 768, 1024, 2048, 4096)
 DEGREES = ((3, 2), (9, 8))
@@ -32,7 +32,7 @@ DEGREES = ((3, 2), (9, 8))
 
 @dataclass(frozen=True)
 class Route:
-    """ways "split" or "fused" of the encoder (`forward`) and of dz with the gate's backward pass (`backward`)."""
+    """ "split" or "fused", for the encoder (`forward`) and for dz with the gate's backward pass (`backward`)."""
 
     forward: str
     backward: str
@@ -40,14 +40,15 @@ class Route:
 
 
 def route(device_name: str, d_in: int, p: int, q: int, shared: bool, itemsize: int, *, training: bool) -> Route:
-    """The faster way by the table's nearest row; inference is always fused: it writes z alone.
+    """Returns the faster way according to the table's nearest row. Inference is always fused, because it writes z
+    alone.
 
     Args:
         device_name: `torch.cuda.get_device_name()`; one the table does not know is treated as an H100.
         itemsize: bytes of an element of the matrix products.
 
     Raises:
-        ConfigError: RSAE_ENCODER is set to something else than split or fused.
+        ConfigError: RSAE_ENCODER is set to something other than split or fused.
     """
     forced = os.environ.get("RSAE_ENCODER")
     if forced:
@@ -59,7 +60,7 @@ def route(device_name: str, d_in: int, p: int, q: int, shared: bool, itemsize: i
 
 
 def device_name(device: torch.device) -> str:
-    """The name that rows are looked up by; that of the H100 where Triton's interpreter stands in for a GPU."""
+    """The name under which rows are looked up; that of the H100 if Triton's interpreter replaces a GPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "H100"
 
 
@@ -85,7 +86,7 @@ def _table() -> list[dict[str, Any]]:
 
 
 def predicted() -> list[dict[str, Any]]:
-    """The rows that the cost model gives."""
+    """The rows that the cost model predicts."""
     rows = []
     for on in CEILINGS.values():
         for itemsize in (2, 4):
@@ -104,7 +105,7 @@ def predicted() -> list[dict[str, Any]]:
 
 
 def write(path: Path = TABLE, measured: Iterable[dict[str, Any]] = ()) -> None:
-    """Predictions for every row that has not been measured; rows measured now, and before, stay."""
+    """Writes predictions for all rows that have not been measured; rows measured now or earlier are kept."""
     from rsae_triton.common.files import write_text
 
     old = json.loads(path.read_text())["rows"] if path.exists() else []

@@ -1,7 +1,7 @@
-"""What the optimiser does to a matrix, row by row in compiled loops (float32 on the CPU, `native.py`).
+"""The optimiser's work on a matrix, row by row in compiled loops (float32 on the CPU, `native.py`).
 
-As passes of their own, taking the radial part out of a gradient, clipping, Adam and giving rows their length again read
-and write each matrix eight times and more; a row stays in the cache for all of it.
+Done separately, removing the radial part of a gradient, clipping, Adam and restoring row norms read and write each
+matrix eight times or more. Here a row stays in the cache for all of it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from rsae_triton.ops.native import address, integer
 
 usable = native.usable
 LEAST = 256
-"""Rows that are worth a thread of their own."""
+"""Number of rows from which another thread pays."""
 
 
 def remove_radial_(gradient: Tensor, weight: Tensor) -> Tensor:
-    """Takes the part along each row of `weight` out of the gradient's row, in place -> the squared length of each row.
-    Both [rows, d]."""
+    """Removes the part along each row of `weight` from the gradient's row, in place. Returns the squared norm of each
+    row. Both are [rows, d]."""
     library = native.library()
     assert library is not None
     squares = gradient.new_empty(len(gradient))
@@ -44,11 +44,11 @@ def adam_(
     scale: float = 1.0,
     decay: float = 0.0,
 ) -> None:
-    """One step of Adam on weight [rows, d] and its moments `first` and `second`, in place.
+    """Makes one step of Adam on weight [rows, d] and its moments `first` and `second`, in place.
 
     Args:
-        norms: [rows] or [rows, 1], the length that each row gets afterwards; None leaves it. step: from 1.
-        scale: what the gradient is multiplied with first. decay: the share of the weight that goes first.
+        norms: [rows] or [rows, 1], the norm that each row gets afterwards; None leaves it. step: counts from 1.
+        scale: the gradient is multiplied by this first. decay: the fraction by which the weight is reduced first.
     """
     library = native.library()
     assert library is not None

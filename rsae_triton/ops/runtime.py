@@ -1,4 +1,4 @@
-"""What a run asks of its process: to be told of a SIGTERM, how exact products are, a folder of its own."""
+"""Settings of the process for a run: notice of SIGTERM, determinism, precision of products, a folder of its own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rsae_triton.common.errors import ConfigError, StorageError, first_line
 
 @contextmanager
 def stop_signal(wanted: bool = True) -> Iterator[list[bool]]:
-    """A list that is no longer empty once a SIGTERM has come; only the main thread can be told."""
+    """Yields a list that is not empty once a SIGTERM has arrived; works in the main thread only."""
     came: list[bool] = []
     if not wanted or threading.current_thread() is not threading.main_thread():
         yield came
@@ -36,17 +36,18 @@ def stop_signal(wanted: bool = True) -> Iterator[list[bool]]:
 
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """Only algorithms that give the same bits every time; afterwards what it was before.
+    """Allows only algorithms that give the same bits every time; restores the previous state afterwards.
 
     Raises:
-        ConfigError: cuBLAS is in use already, with a workspace that does not allow it.
+        ConfigError: cuBLAS is already in use, with a workspace that does not allow it.
     """
     if not wanted:
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     memory = torch.utils.deterministic
-    # The switches are the process's: of several threads the first to come finds them and the last to leave restores.
+    # The switches belong to the process: with several threads, the first one saves their state and the last one
+    # restores it.
     with _LOCK:
         if not _INSIDE:
             _FOUND[:] = [
@@ -77,7 +78,8 @@ _FOUND: list[bool] = []
 
 
 def _check_cublas() -> None:
-    """torch looks at the variable at the first product of the process alone, and refuses all later ones."""
+    """Checks cuBLAS' variable: torch reads it only at the process's first product, and refuses all later ones if it is
+    wrong."""
     one = torch.ones(1, 1, device="cuda")
     try:
         one @ one
@@ -90,7 +92,7 @@ def _check_cublas() -> None:
 
 @contextmanager
 def matmul_precision(name: str) -> Iterator[None]:
-    """float32 products as torch.set_float32_matmul_precision(name) has them; afterwards what it was before."""
+    """Within the context, float32 products are as after torch.set_float32_matmul_precision(name)."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(name)
     try:
@@ -101,10 +103,11 @@ def matmul_precision(name: str) -> Iterator[None]:
 
 @contextmanager
 def only_writer(out: Path) -> Iterator[None]:
-    """Makes the folder and holds it: two runs in one folder would take each other's checkpoints away.
+    """Creates the folder and locks it, because two runs in one folder would delete each other's checkpoints.
 
     Raises:
-        ConfigError: another process holds it. StorageError: it cannot be made.
+        ConfigError: another process has locked it.
+        StorageError: it cannot be created.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -120,5 +123,5 @@ def only_writer(out: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # it ends with the process at the latest
+        with suppress(OSError):  # otherwise it is released when the process ends
             lock.release()

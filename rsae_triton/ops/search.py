@@ -1,9 +1,10 @@
-"""A round's search on entries, and what the residual it leaves says of them: forward, and the derivative by hand.
+"""A round's search on entries, and the dot products of the residual with the decoder: forward, and the derivative.
 
     e = r - z W,   c = e W^T,   g = weight * c   where the gate is open,   m = g W
     alpha = <m, e> / (epsilon + ||m||^2),   y = z + alpha g,   after = e - alpha m,   raw = after W^T  at every entry
 
-By the loops of `search.cpp`, token by token, for float32 on a CPU with a compiler; else by PyTorch's operations.
+For float32 on a CPU with a compiler, the loops of `search.cpp` compute this token by token; otherwise PyTorch's
+operations do.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from rsae_triton.ops.entries import Entries, matrix_gradient, terms_of
 from rsae_triton.ops.native import address, integer
 
 LEAST = 16
-"""Tokens that are worth a thread of their own."""
+"""Number of tokens from which another thread pays."""
 
 
 class Place(NamedTuple):
@@ -38,6 +39,7 @@ class Place(NamedTuple):
 
 
 def by_token(entries: Entries) -> Place:
+    """Sorts entries by token."""
     tokens, n = entries.tokens, entries.n_tokens
     if tokens.device.type == "cpu" and native.library() is not None:
         order, starts = torch.empty_like(tokens), tokens.new_zeros(n + 1)
@@ -53,7 +55,7 @@ def search(
     z: Tensor, weight: Tensor, opened: Tensor, r: Tensor, W: Tensor, epsilon: Tensor, place: Place, *,
     correct: bool, across: Across | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The amplitudes of what is open, moved along their own gradient as far as it pays.
+    """Moves the open amplitudes along their gradient by the best step.
 
     Args:
         z, weight: [n_entries]; z is zero where `opened` [n_entries] (bool) is false. r: [n_tokens, d_in].
@@ -61,8 +63,8 @@ def search(
         across: the processes that hold other features.
 
     Returns:
-        y [n_entries], after [n_tokens, d_in], raw [n_entries] (of no elements unless `correct`); differentiable once in
-        z, weight, r, W and epsilon. Which entries are open counts as constant.
+        y [n_entries], after [n_tokens, d_in], raw [n_entries] (empty unless `correct`); differentiable once in z,
+        weight, r, W and epsilon. Which entries are open counts as constant.
     """
     with torch.autocast(z.device.type, enabled=False):
         return _Search.apply(z, weight, r, W, epsilon, opened, place, terms_of(W), correct, across)
@@ -108,7 +110,7 @@ class _Search(torch.autograd.Function):
 
 
 class Found(NamedTuple):
-    """What a search made: y, c (zero where it is not open), raw [n_entries]; e, m, after [n_tokens, d_in]; alpha
+    """The results of a search: y, c (zero where not open), raw [n_entries]; e, m, after [n_tokens, d_in]; alpha
     [n_tokens]."""
 
     y: Any
@@ -121,7 +123,7 @@ class Found(NamedTuple):
 
 
 class Back(NamedTuple):
-    """Gradients of a search: dz, dweight, dc [n_entries]; de (that of r, too), dm [n_tokens, d_in]; depsilon
+    """Gradients of a search: dz, dweight, dc [n_entries]; de (also that of r), dm [n_tokens, d_in]; depsilon
     [n_tokens]."""
 
     dz: Tensor
@@ -158,7 +160,7 @@ def _plain_back(
     if draw is not None:
         de = de + _summed(_decoded(draw, there, W), across)
     own = dy * weight * c
-    # Sums of runs, not index_add: atomics would add in another order every time.
+    # Sums of runs instead of index_add, whose atomics would add in a different order every time.
     dalpha = _summed(loops.sums(own[place.order], place.starts), across) - (de * m).sum(1)
     dtop = dalpha / (epsilon + m.square().sum(1))
     dbelow = -alpha * dtop

@@ -1,4 +1,4 @@
-"""Under `sae/sparse.py`: the codes that are not zero in plain PyTorch, and the sparse decoder as a torch operator."""
+"""The basis of `sae/sparse.py`: nonzero codes in plain PyTorch, and the sparse decoder as a torch operator."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from rsae_triton.ops.tiles import wide
 from rsae_triton.ops.workspace import Workspace
 
 CHUNK = 2**22
-"""Elements of the dense code that exist at a time (16 MiB in float32)."""
+"""How many elements of the dense code exist at a time (16 MiB in float32)."""
 TOKENS = 4096
-"""Tokens that are multiplied with a chunk of W_enc's columns at a time."""
+"""How many tokens are multiplied with a chunk of W_enc's columns at a time."""
 
 
 class Entries(NamedTuple):
-    """The codes that are not zero, sorted by token and then by feature; each [n_entries]."""
+    """The nonzero codes, sorted by token and then by feature; each [n_entries]."""
 
     tokens: Tensor
     features: Tensor
@@ -32,7 +32,8 @@ class Entries(NamedTuple):
 
 
 def chunks(rows: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
-    """Runs of rows with the number of their first one; one empty run of an empty tensor, for its dtype's sake."""
+    """Yields runs of rows with the number of their first row; for an empty tensor one empty run, because of its
+    dtype."""
     for first in range(0, max(len(rows), 1), size):
         yield first, rows[first : first + size]
 
@@ -40,9 +41,10 @@ def chunks(rows: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
 def entries_of_gate(
     x_c: Tensor, W_enc: Tensor, b_enc: Tensor, gate: GateTensors, spec: GateSpec, backend: str
 ) -> Iterator[Entries]:
-    """Codes of x_c [n_tokens, d_in] for each run of tokens; dense are only [features, tokens] chunks of CHUNK.
+    """Yields the codes of x_c [n_tokens, d_in] for each run of tokens; only [features, tokens] chunks of CHUNK are
+    dense.
 
-    Of a gated code nothing is computed but h where h <= theta, and h is searched block by block (`find_entries`).
+    For a gated code, only h is computed where h <= theta, and h is searched block by block (`find_entries`).
     """
     space = Workspace()
     for n0, part in chunks(x_c, TOKENS):
@@ -73,7 +75,7 @@ def entries_of_gate(
 
 
 def entries_of_largest(x_c: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, least: float) -> Iterator[Entries] | None:
-    """The k largest h above `least` of every token of x_c, for each run of tokens; None where one is NaN."""
+    """Yields the k largest h above `least` of every token of x_c, for each run of tokens; None if one is NaN."""
     parts = []
     for n0, part in chunks(x_c, TOKENS):
         found = find_largest(part, W_enc, b_enc, k, least=least, dtype=x_c.dtype)
@@ -87,13 +89,13 @@ def entries_of_largest(x_c: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, least:
 
 
 def _take(gate: GateTensors, features: slice | Tensor) -> GateTensors:
-    """The gate of some features. The threshold has one row for each; what is shared has a single one."""
+    """The gate of some of the features. The threshold has a row for each feature; shared tensors have a single one."""
     n_features = len(gate.threshold)
     return GateTensors(*(t if len(t) == 1 < n_features else t[features] for t in gate))
 
 
 def entries_of(z: Tensor) -> Entries:
-    """What is not zero (NaN is not) in z [n_tokens, d_sae], looked for in the order that z has in memory."""
+    """The nonzero entries (NaN counts) of z [n_tokens, d_sae], searched in z's memory order."""
     if z.is_contiguous() or not z.t().is_contiguous():
         flat = (z != 0).reshape(-1).nonzero().squeeze(1)
         tokens, features = flat // z.shape[1], flat % z.shape[1]
@@ -105,12 +107,12 @@ def entries_of(z: Tensor) -> Entries:
 
 
 def first_largest(z: Tensor, k: int) -> Tensor:
-    """z [n_tokens, d_sae] with zeros everywhere but at each token's k largest codes.
+    """Returns z [n_tokens, d_sae] with everything but each token's k largest codes set to zero.
 
-    Of equal codes those of the lowest index are kept; torch.topk leaves that open. NaN is kept.
+    Among equal codes those with the lowest index are kept (torch.topk leaves that open). NaN is kept.
     """
     least = z.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-    keep = ~(z < least)  # true where either is NaN
+    keep = ~(z < least)  # true if either is NaN
     tied = (keep.sum(-1) > k) & (least.squeeze(-1) != 0)
     if bool(tied.any()):
         some, level = z[tied], least[tied]
@@ -120,12 +122,12 @@ def first_largest(z: Tensor, k: int) -> Tensor:
 
 
 def used(counts: Tensor, width: int) -> Tensor:
-    """Which of `width` places are in use, [..., width] bool, from how many of each token are."""
+    """Marks the used ones of `width` places, [..., width] bool, given the number used by each token."""
     return torch.arange(width, device=counts.device) < counts.unsqueeze(-1)
 
 
 def bag(values: Tensor, indices: Tensor, counts: Tensor, W_dec: Tensor) -> Tensor:
-    """sum_j values[:, j] * W_dec[indices[:, j]] over the places in use, [n_tokens, d_in]."""
+    """Returns sum_j values[:, j] * W_dec[indices[:, j]] over the used places, [n_tokens, d_in]."""
     dtype = torch.promote_types(values.dtype, W_dec.dtype)
     mask = used(counts, values.shape[1])
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(indices.dtype)
@@ -136,8 +138,8 @@ def bag(values: Tensor, indices: Tensor, counts: Tensor, W_dec: Tensor) -> Tenso
 
 
 def check_places(indices: Tensor, counts: Tensor, d_sae: int) -> None:
-    """Raises ShapeError where what is in use of indices [..., width] is not a feature. On the CPU; elsewhere it would
-    mean to wait."""
+    """Raises ShapeError if a used index in [..., width] is not a feature. Only on the CPU; elsewhere the check would
+    wait."""
     if indices.device.type != "cpu" or counts.numel() == 0:
         return
     least, most = int(counts.min()), int(counts.max())
@@ -149,6 +151,7 @@ def check_places(indices: Tensor, counts: Tensor, d_sae: int) -> None:
 
 
 def by_kernels(backend: str, values: Tensor, W_dec: Tensor) -> bool:
+    """Whether the kernels decode this."""
     dtype = torch.promote_types(values.dtype, W_dec.dtype)
     return backends.resolve_backend(backend, W_dec.device, dtype).startswith("triton")
 
@@ -157,7 +160,7 @@ def by_kernels(backend: str, values: Tensor, W_dec: Tensor) -> bool:
 def sparse_decode(
     values: Tensor, indices: Tensor, counts: Tensor, W_dec: Tensor, b_dec: Tensor, backend: str
 ) -> Tensor:
-    """values, indices [n_tokens, width], counts [n_tokens] -> x_hat [n_tokens, d_in]."""
+    """Decodes values, indices [n_tokens, width] with counts [n_tokens]; returns x_hat [n_tokens, d_in]."""
     check_places(indices, counts, len(W_dec))
     if by_kernels(backend, values, W_dec):
         return backends.kernels().sparse_decode(values, indices, counts, W_dec, b_dec)
@@ -193,7 +196,7 @@ sparse_decode.register_autograd(_derivative, setup_context=_save)
 def _decode_backward(
     g: Tensor, values: Tensor, indices: Tensor, counts: Tensor, W_dec: Tensor, b_dec: Tensor, backend: str, needs: Any
 ) -> list[Tensor]:
-    """The gradients of values, W_dec and b_dec, those with `needs` alone."""
+    """Returns the gradients of values, W_dec and b_dec, computing only those in `needs`."""
     with_kernels = by_kernels(backend, values, W_dec)
     code = (g, values, indices, counts, W_dec)
     found: list[Tensor] = []
@@ -207,7 +210,7 @@ def _decode_backward(
 
 
 def _dvalues(g: Tensor, values: Tensor, indices: Tensor, counts: Tensor, W_dec: Tensor) -> Tensor:
-    """g . W_dec[index] at the places in use, zero elsewhere."""
+    """Returns g . W_dec[index] at the used places, zero elsewhere."""
     out = torch.zeros_like(values)
     tokens, places = used(counts, values.shape[1]).nonzero(as_tuple=True)
     for first, some in chunks(tokens, max(CHUNK // W_dec.shape[1], 1)):
@@ -218,7 +221,7 @@ def _dvalues(g: Tensor, values: Tensor, indices: Tensor, counts: Tensor, W_dec: 
 
 
 def _dweight(g: Tensor, values: Tensor, indices: Tensor, counts: Tensor, W_dec: Tensor) -> Tensor:
-    """For every feature the sum of value * g over its tokens: a bag too, of rows of g."""
+    """Sums value * g over each feature's tokens, which is an embedding bag of rows of g."""
     dtype = torch.promote_types(values.dtype, g.dtype)
     tokens, places = used(counts, values.shape[1]).nonzero(as_tuple=True)
     features, order = indices[tokens, places].sort(stable=True)

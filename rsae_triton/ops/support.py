@@ -1,9 +1,9 @@
-"""The whole loss of a gated SAE with its gradients on the support: one dense product instead of five.
+"""Computes the loss of a gated SAE and its gradients on the support: one dense product instead of five.
 
-Where the gate is gated, clamped and hard, and its coefficients are frozen, everything but h itself is exactly zero
-outside the support {h > theta - C_in}: the code, the gradients of h and of theta, the slope of the counts. So h alone
-is made densely, block by block (`find_entries`), and all else on the support's entries. The loss and its gradients
-are those of `pieces.run` to rounding.
+If the gate is gated, clamped and hard, and its coefficients are frozen, everything except h itself is exactly zero
+outside the support {h > theta - C_in}: the code, the gradients of h and of theta, the slope of the counts. So only h is
+computed densely, block by block (`find_entries`), and all else on the support's entries. The loss and its gradients
+equal those of `pieces.run` up to rounding.
 """
 
 from __future__ import annotations
@@ -23,23 +23,24 @@ from rsae_triton.ops.workspace import current
 
 
 def has_support(spec: GateSpec, wanted: list[bool]) -> bool:
-    """Whether a gate is zero outside its support, gradients (`wanted`, in the order of `autoencode`) and all."""
+    """Whether a gate and all gradients in `wanted` (in the order of `autoencode`) are zero outside the gate's
+    support."""
     return spec.form == "gated" and spec.domain == "clamp" and spec.hard and not any(wanted[5:8])
 
 
 def lowest(gate: GateTensors) -> Tensor:
-    """theta - C_in [d_sae], below which a gate and its derivatives are zero."""
+    """Returns theta - C_in [d_sae], below which a gate and its derivatives are zero."""
     return gate.threshold - gate.input_scale
 
 
 def at_entries(gate: GateTensors, entries: Entries) -> GateTensors:
-    """The gate of every entry's feature; what all features share stays one row."""
+    """Returns the gate of every entry's feature; tensors that all features share stay one row."""
     return GateTensors(*(one[entries.features] if k >= 5 or len(one) > 1 else one for k, one in enumerate(gate)))
 
 
 def run(step: Step, *, exact: bool = False, most: int | None = None) -> tuple[Tensor, ...] | None:
-    """The sparse way: total, mse, l1, l0, counts, x_hat, the number of entries, and the gradients of total; None where
-    there are more entries than `most`."""
+    """Computes a sparse step: total, mse, l1, l0, counts, x_hat, the number of entries, and the gradients of total.
+    Returns None if there are more entries than `most`."""
     x, W_enc, b_enc, W_dec, b_dec, gate, spec, l1_weight, l0_weight = step[:9]
     subtract, target, scale, dtype, wanted, across = step[9:]
     accurate, memory = wide(dtype), current()
@@ -49,7 +50,7 @@ def run(step: Step, *, exact: bool = False, most: int | None = None) -> tuple[Te
         return None
     mean = 1 / max(len(x), 1)
     own, h = at_entries(gate, entries), entries.values.unsqueeze(1)
-    z, active, _ = explicit.gate_forward(h, own, spec)  # one feature an entry
+    z, active, _ = explicit.gate_forward(h, own, spec)  # every entry is treated as a feature of its own
     counts = loops.sums(active, entries.offsets)
     z = z.squeeze(1)
     x_hat = loops.decode(z, entries.tokens, entries.features, len(x), W_dec).to(accurate)
@@ -82,7 +83,7 @@ def run(step: Step, *, exact: bool = False, most: int | None = None) -> tuple[Te
         return made.sub_(g) if target is None else made
 
     def of_encoder() -> Tensor:
-        # As W_enc lies in memory: anything else would be copied when it becomes the parameter's gradient.
+        # In W_enc's memory layout; otherwise it would be copied when it becomes the parameter's gradient.
         out = memory.gradient(W_enc, wide(W_enc.dtype))
         made = rows(dh, x_c, out.t() if out.t().is_contiguous() else torch.empty_like(out.t())).t()
         return made if made.stride() == out.stride() else out.copy_(made)

@@ -1,9 +1,8 @@
-"""`support.run` on a GPU: a library product without its bias, then Triton kernels that work on the support's entries.
+"""Computes `support.run` on a GPU: a library product without its bias, then Triton kernels on the support's entries.
 
-How many entries there are stays on the GPU. The lists have a fixed capacity, so nothing waits, no shape depends on a
-value, and the step can be captured in a CUDA graph. Where there are more entries than the capacity the loss and its
-gradients are NaN: the caller compares the size that is returned when it looks at numbers anyway, and makes the step
-densely instead.
+The number of entries stays on the GPU. The lists have a fixed capacity, so nothing waits, no shape depends on a value,
+and the step can be captured in a CUDA graph. If there are more entries than the capacity, the loss and its gradients
+are NaN; the caller compares the returned size when it reads numbers anyway, and repeats the step densely.
 """
 
 from __future__ import annotations
@@ -23,29 +22,29 @@ from rsae_triton.ops.support import has_support
 from rsae_triton.ops.tiles import wide
 
 DENSITY = 0.0125
-"""Share of [n_tokens, d_sae] that the lists have room for by default: above it, as predicted, the dense step is faster
-(docs/kernels.md)."""
+"""The fraction of [n_tokens, d_sae] that the lists have room for by default. Above it the dense step is predicted to be
+faster (docs/kernels.md)."""
 
 
 def can_run(spec: GateSpec, wanted: list[bool]) -> bool:
-    """Whether these kernels make all that is `wanted` (in the order of `autoencode`): not the gradients of x and of
-    C_in, which frozen coefficients and activations read from disk do not need."""
+    """Whether these kernels compute everything in `wanted` (in the order of `autoencode`). They do not compute the
+    gradients of x and of C_in, which are not needed with frozen coefficients and activations read from disk."""
     return has_support(spec, wanted) and not wanted[0] and not wanted[8]
 
 
 def capacity_for(places: int) -> int:
-    """Room for entries in so many places of [n_tokens, d_sae]: a function of shape alone, so that a run keeps its
-    memory from step to step."""
+    """The number of entries to make room for, given the number of places in [n_tokens, d_sae]. It depends on the shape
+    alone, so that a run keeps its memory from step to step."""
     return max(1024, math.ceil(DENSITY * places / 1024) * 1024)
 
 
 class Code(NamedTuple):
-    """What was found of a batch's code, as the kernels list it.
+    """A batch's code, as the kernels list it.
 
     Attributes:
         entries: of the support, by feature (`kernels.Entries`). z: their codes, float32. rows: the active codes by
             token (`kernels.Rows`). counts: [d_sae], on how many tokens each feature is active.
-        short: a bool tensor, whether entries had no room and were left out.
+        short: a bool tensor, whether entries did not fit and were left out.
     """
 
     entries: Any
@@ -76,14 +75,14 @@ def listed(h: Tensor, marks: Any, room: int, gate: Callable[[Any, Tensor], Tenso
     them over h at their places."""
     device = kernels()
     entries = device.list_entries(h, marks, room)
-    z = gate(entries, h)  # h's memory holds the codes from here on
+    z = gate(entries, h)  # from here on h's memory holds the codes
     rows = device.list_rows(h, marks, room)
     return Code(entries, z, rows, marks.counts, entries.offsets[-1] > room)
 
 
 def run(step: Step, capacity: int | None = None) -> tuple[Tensor, ...]:
-    """As `support.run`: total, mse, l1, l0, counts, x_hat, the number of entries (a tensor on the GPU, more than the
-    capacity where nothing of this is to be used), and the gradients of total."""
+    """Computes what `support.run` does: total, mse, l1, l0, counts, x_hat, the number of entries, and the gradients of
+    total. The number is a tensor on the GPU; if it exceeds the capacity, none of the results may be used."""
     x, W_enc, b_enc, W_dec, b_dec, gate, spec = step[:7]
     device = kernels()
     room = capacity_for(len(x) * len(W_dec)) if capacity is None else capacity
@@ -121,7 +120,7 @@ def finish(
     device = kernels()
     exact, mean, unit, d_sae = wide(dtype), 1 / max(len(x), 1), unit_of(step), len(W_dec)
     W_d, entries = W_dec.to(dtype), code.entries
-    # NaN where entries were left out, which would be wrong without a word: x_hat, and so the loss and its gradients.
+    # NaN if entries were left out, since the results would be silently wrong: x_hat, and so the loss and its gradients.
     bias = torch.where(code.short, torch.nan, b_dec if step.adds_b_dec else 0.0)
     bias = bias.expand(b_dec.shape).to(b_dec.dtype)
     x_hat = device.support_decode(code.rows, W_d, bias)
@@ -155,7 +154,7 @@ def finish(
 
 
 def _gradients(step: Step, sums: Any, g: Tensor, norms: Tensor, l1_weight: float, rescale: float) -> list[Tensor]:
-    """In the order of `step.likes`, each in its tensor's dtype, of no elements where it is not wanted."""
+    """The gradients in the order of `step.likes`, each in its tensor's dtype; empty where not wanted."""
     wanted, W_dec = step.wanted, step.W_dec
     found: dict[int, Tensor] = {1: sums.encoder.t(), 2: sums.dh, 3: sums.decoder, 10: -sums.dt / step.gate.input_scale}
     if wanted[3] and l1_weight:
@@ -168,7 +167,7 @@ def _gradients(step: Step, sums: Any, g: Tensor, norms: Tensor, l1_weight: float
     for place, (like, want) in enumerate(zip(step.likes, wanted, strict=True)):
         if not want:
             made.append(like.new_empty(0))
-        elif place not in found:  # of the output scale, which the gated form does not have
+        elif place not in found:  # the output scale, which the gated form does not have
             made.append(torch.zeros_like(like))
         else:
             one = found[place]

@@ -1,7 +1,7 @@
-"""The gate and its derivative on cache-sized tiles, in place: the CPU engine that needs no compiler.
+"""Computes the gate and its derivative on cache-sized tiles, in place: the CPU engine that needs no compiler.
 
-A tile lives in the second-level cache through some 20 (forward) to 100 (backward) ATen kernels of 5 microseconds each.
-What makes that fast: tiles just below ATen's parallel grain, on plain threads; one `addcmul(out=)` per step of Horner's
+A tile stays in the second-level cache during some 20 (forward) to 100 (backward) ATen kernels of 5 microseconds each.
+It is fast because of tiles just below ATen's parallel grain, on plain threads; one `addcmul(out=)` per step of Horner's
 rule; scratch that is reused; no boolean tensors (a comparison that writes floats, and what reads it, is five times
 faster); and few calls that are not arithmetic, because a call costs as much as 10 000 additions.
 """
@@ -16,22 +16,23 @@ from torch import Tensor
 
 from rsae_triton.ops.reference import GateSpec, GateTensors
 
-# Below ATen's parallel grain (32768 elements): its threads would fight with ours, 650x slower on a busy machine.
+# Below ATen's parallel grain (32768 elements); otherwise its threads would compete with ours, 650 times slower on a
+# busy machine.
 TILE = 30720
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The precision of the gate and its sums for pre-activations of this dtype: float32 at least."""
+    """The precision of the gate and its sums for pre-activations of this dtype: at least float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
 class _Tile:
-    """What a tile's work needs: its place, scratch by name, the gate's columns and the rows of the sums.
+    """The data for the work on a tile: its place, scratch memory by name, the gate's columns and the rows of the sums.
 
     Attributes:
         at: (rows, columns) in [d_sae, n_tokens]. sums: one [rows] view per sum.
         a, b (lowest first, b with its zero constant): columns of coefficients, [rows, 1] or [1, 1].
-        centre, inverse_scale, output_scale, threshold, activity, dcounts, dl1: columns likewise.
+        centre, inverse_scale, output_scale, threshold, activity, dcounts, dl1: columns of the same kind.
     """
 
     at: tuple[slice, slice]
@@ -74,15 +75,15 @@ def _run(
 ) -> list[Tensor]:
     """Calls work(tile) for every tile of h; returns the n_sums sums [d_sae] that it adds to.
 
-    All tiles of a row belong to one thread and come in order, so that sums over tokens need no lock and are the same
-    in every run.
+    All tiles of a row belong to one thread and come in order, so that sums over tokens need no lock and are the same in
+    every run.
     """
     n_features, n_tokens = h.shape
     dtype = wide(h.dtype)
     sums = torch.zeros(n_sums, n_features, dtype=dtype)
     if h.numel() == 0:
         return [one.clone() for one in sums]
-    # One matrix of everything per feature, so that a tile takes its rows with one call.
+    # All per-feature numbers in one matrix, so that a tile gets its rows in one call.
     zero = torch.zeros(1, dtype=dtype)
     parts = [*gate.a.unbind(1), zero, *gate.b.unbind(1), gate.centre, gate.input_scale.reciprocal(), gate.output_scale]
     parts += [gate.threshold, gate.activity_threshold, *(zero if one is None else one for one in (dcounts, dl1))]
@@ -98,7 +99,7 @@ def _run(
 
     def share(first: int) -> None:
         tiles: dict[tuple[int, int], _Tile] = {}
-        # Grad mode is a thread's own: without this every op here would record a graph.
+        # Grad mode is per thread: without this, every operation here would record a graph.
         with torch.no_grad():
             for rows in blocks[first::threads]:
                 values = [*fixed, *table[:, rows].unsqueeze(-1).unbind(0)]
@@ -121,13 +122,13 @@ def _run(
 
 
 def _read(tensor: Tensor, tile: _Tile) -> Tensor:
-    """The tile of h in the gate's precision; itself where it has that already."""
+    """The tile of h in the gate's precision; the tensor itself if it has that already."""
     part = tensor[tile.at]
     return part if part.dtype == wide(part.dtype) else tile.scratch("h").copy_(part)
 
 
 def _horner(s: Tensor, coefficients: tuple[Tensor, ...], out: Tensor, slope: Tensor | None = None) -> None:
-    """A polynomial at s into `out`, its derivative into `slope`; coefficients as columns, lowest first."""
+    """Evaluates a polynomial at s into `out` and its derivative into `slope`; coefficients as columns, lowest first."""
     *lower, value = coefficients
     derivative: Tensor | None = None
     for one in reversed(lower):
@@ -141,7 +142,7 @@ def _horner(s: Tensor, coefficients: tuple[Tensor, ...], out: Tensor, slope: Ten
 
 
 def _argument(h: Tensor, tile: _Tile, spec: GateSpec) -> tuple[Tensor, Tensor]:
-    """t and s."""
+    """Returns t and s."""
     t = torch.sub(h, tile.threshold, out=tile.scratch("t")).mul_(tile.inverse_scale)
     s = tile.scratch("s")
     if spec.domain == "clamp":
@@ -152,8 +153,8 @@ def _argument(h: Tensor, tile: _Tile, spec: GateSpec) -> tuple[Tensor, Tensor]:
 def gate_forward(
     h: Tensor, gate: GateTensors, spec: GateSpec, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `explicit.gate_forward`: h [d_sae, n_tokens] -> z in h's dtype (written to `out` if that is given, which may
-    be h itself), counts and l1 [d_sae] in `wide` of it."""
+    """Computes `explicit.gate_forward`: z in h's dtype from h [d_sae, n_tokens] (written to `out` if given, which may
+    be h itself), and counts and l1 [d_sae] in `wide` of that dtype."""
     z = torch.empty_like(h, memory_format=torch.contiguous_format) if out is None else out
 
     def work(tile: _Tile) -> None:
@@ -196,14 +197,14 @@ def gate_backward(
     coefficients: bool = True,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor, GateTensors]:
-    """As `explicit.gate_backward`, with dh in h's dtype; inplace: dh is written over dz."""
+    """Computes `explicit.gate_backward`, with dh in h's dtype; inplace: dh overwrites dz."""
     dh = dz if inplace else torch.empty_like(h, memory_format=torch.contiguous_format)
     p, q = spec.p, spec.q
     through = _direct if spec.form == "direct" else _gated
 
     def work(tile: _Tile) -> None:
         part = _read(h, tile)
-        # A copy: it is changed here, and dz may be what dh overwrites.
+        # A copy, because it is changed here and dz may be the memory that dh overwrites.
         g = tile.scratch("g").copy_(dz[tile.at])
         t, s = _argument(part, tile, spec)
         r, slope, spare = tile.scratch("r"), tile.scratch("slope"), tile.scratch("spare")
@@ -215,7 +216,7 @@ def gate_backward(
             inverse.abs_().add_(1).reciprocal_()
             r.mul_(inverse)
             slope.addcmul_(dB.mul_(sign), r, value=-1).mul_(inverse)
-        # g becomes dL/dr; `rest` is what reaches h beside the rational.
+        # g becomes dL/dr; `rest` is the part of dL/dh that does not go through the rational.
         rest = through(part, g, t, r, tile, spec, dcounts is not None, dl1 is not None)
         dtheta, d_input, d_centre, db_enc, d_output, *sums = tile.sums
         if rest is None:
@@ -256,7 +257,7 @@ def gate_backward(
 def _direct(
     h: Tensor, g: Tensor, t: Tensor, r: Tensor, tile: _Tile, spec: GateSpec, counted: bool, summed: bool
 ) -> None:
-    """g: dL/dz -> dL/dr; leaves the terms of dL/dC_out in the scratch "value"."""
+    """Changes g from dL/dz to dL/dr; leaves the terms of dL/dC_out in the scratch "value"."""
     value, active = tile.scratch("value"), tile.scratch("spare")
     if spec.domain == "clamp":
         torch.sub(t, 1, out=value).clamp_(min=0).add_(r)
@@ -278,7 +279,7 @@ def _direct(
 def _gated(
     h: Tensor, g: Tensor, t: Tensor, r: Tensor, tile: _Tile, spec: GateSpec, counted: bool, summed: bool
 ) -> Tensor:
-    """g: dL/dz -> dL/dr; returns the share of dL/dh that goes through the amplitude."""
+    """Changes g from dL/dz to dL/dr; returns the part of dL/dh that goes through the amplitude."""
     rest, opened = tile.scratch("value"), tile.scratch("spare")
     identity, masked = spec.amplitude == "identity", spec.hard and spec.backward == "soft"
     if spec.hard:

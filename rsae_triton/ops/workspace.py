@@ -1,4 +1,4 @@
-"""Memory that is used again: what is new costs the CPU a page fault every 1024 numbers."""
+"""Memory that is reused, because new memory costs a CPU a page fault every 1024 numbers."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 
 class Workspace:
-    """Memory of the pieces of one loop, by name."""
+    """Memory for the pieces of one loss, by name."""
 
     def __init__(self) -> None:
         self._flat: dict[str, Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, int], like: Tensor) -> Tensor:
-        """A contiguous tensor of this shape, in the dtype and on the device of `like`; its content is arbitrary."""
+        """Returns a contiguous tensor of this shape, in the dtype and on the device of `like`, with arbitrary
+        content."""
         size = shape[0] * shape[1]
         one = self._flat.get(name)
         if one is None or one.numel() < size or one.dtype != like.dtype or one.device != like.device:
@@ -27,8 +28,8 @@ class Workspace:
 
 
 class StepMemory:
-    """What the training steps of one loop hand on to the next on the CPU: the memory of the pieces of
-    `rational_autoencode`, and that of the last step's gradients of W_enc and W_dec. Saves a twentieth of a step.
+    """Memory that the training steps of a loop pass on to the next on the CPU: that of the pieces of
+    `rational_autoencode`, and that of the last step's gradients of W_enc and W_dec. It saves a twentieth of a step.
 
         memory = StepMemory()
         memory.zero_grad(sae.parameters())      # the gradients' content is lost, whoever else may hold them
@@ -43,7 +44,8 @@ class StepMemory:
         self._token: Token[StepMemory | None] | None = None
 
     def zero_grad(self, parameters: Iterable[nn.Parameter], keep: bool = True) -> None:
-        """Sets all gradients to None. keep: the next step inside `with` writes its own over the matrices' ones."""
+        """Sets all gradients to None. keep: the next step inside `with` reuses the memory of the matrices'
+        gradients."""
         self._spare = []
         for one in parameters:
             if keep and (grad := one.grad) is not None and _reusable(grad):
@@ -60,7 +62,7 @@ class StepMemory:
         self._spare = []
 
     def gradient(self, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """Memory of this shape and layout that the last step gave back, or new one."""
+        """Memory of this shape and layout: returned by the last step, or new."""
         for place, one in enumerate(self._spare):
             if (one.shape, one.stride(), one.dtype, one.device) == (like.shape, like.stride(), dtype, like.device):
                 return self._spare.pop(place)
@@ -71,7 +73,7 @@ _current: ContextVar[StepMemory | None] = ContextVar("step_memory", default=None
 
 
 def current() -> StepMemory:
-    """That of the `with` around us, or one for this step alone."""
+    """The memory of the surrounding `with`, or one for this step alone."""
     return _current.get() or StepMemory()
 
 
