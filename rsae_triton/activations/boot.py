@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
+from rsae_triton.activations.bridge import Bridge, Library
 from rsae_triton.activations.centring import center_writing_weights_
-from rsae_triton.activations.host import HostModel, Library
+from rsae_triton.activations.host import HostModel
 from rsae_triton.activations.loading import default_dtype, load_model, parse_dtype
-from rsae_triton.common.errors import ConfigError, SourceError, first_line
-from rsae_triton.common.install import advice
-from rsae_triton.common.names import hub_model
+from rsae_triton.common.errors import ConfigError
 
 
 def load_host(
@@ -30,7 +28,8 @@ def load_host(
     Args:
         name: "smollm2" (the embedded default), a .gguf file, a model folder, or a hub id.
         device: CUDA by default, if there is one. dtype: bfloat16 by default, if the hardware multiplies it.
-        library: "transformers", "transformer_lens", or "auto": TransformerLens' bridge if it can run the model.
+        library: "transformers", "transformer_lens", or "auto": TransformerLens' bridge as well, made when it is
+            first needed, if it can run the model.
         hook_name: the default place.
         center_writing_weights: give GPT-2 the residual stream of mean zero that SAEs trained on TransformerLens'
             default expect. "where possible": only warn for other models.
@@ -58,35 +57,6 @@ def load_host(
         centred = False
     if centred:
         center_writing_weights_(model)
-    bridge = None if library == "transformers" else _boot_bridge(model, tokenizer, str(name), library)
-    host = HostModel(model, tokenizer, str(name), bridge, hook_name)
+    host = HostModel(model, tokenizer, str(name), Bridge.of(model, tokenizer, str(name), library), hook_name)
     host.centred = centred
     return host
-
-
-def _boot_bridge(model: Any, tokenizer: Any, name: str, library: Library) -> Any:
-    """A TransformerBridge over a second module with the same parameters, because the bridge changes the module it is
-    given."""
-    try:
-        from transformer_lens.model_bridge import TransformerBridge
-    except ImportError as error:
-        if library == "auto":
-            return None
-        raise SourceError(
-            f"library='transformer_lens' needs that package; install it with: {advice('host')}"
-        ) from error
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    try:
-        return TransformerBridge.boot_transformers(
-            hub_model(name),
-            hf_model=copy.deepcopy(model, shared),
-            tokenizer=tokenizer,
-            device=str(next(model.parameters()).device),
-            dtype=next(model.parameters()).dtype,
-        )
-    except Exception as error:  # it has no adapter for the architecture, and can fail in many ways
-        reason = first_line(error)
-        if library == "transformer_lens":
-            raise SourceError(f"TransformerLens cannot run {name!r} ({reason}); use library='transformers'") from error
-        warnings.warn(f"TransformerLens cannot run {name!r} ({reason}); using transformers alone", stacklevel=3)
-        return None

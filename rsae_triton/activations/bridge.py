@@ -1,13 +1,20 @@
-"""Runs TransformerLens' bridge with functions at named places."""
+"""TransformerLens' bridge over a model's own weights, made when it is first needed, and runs of it with functions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import contextlib
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
 
 import torch
 
-from rsae_triton.common.errors import ConfigError, ShapeError, first_line
+from rsae_triton.common.errors import ConfigError, ShapeError, SourceError, first_line
+from rsae_triton.common.install import advice
+from rsae_triton.common.names import hub_model
+
+Library = Literal["auto", "transformer_lens", "transformers"]
 
 
 class Enough(Exception):  # noqa: N818  (a signal that ends the forward pass, not an error)
@@ -55,3 +62,80 @@ def run_bridge(
     if missing := functions.keys() - ran:
         raise ConfigError(f"{' or '.join(sorted(missing))} is never computed in {model!r}; try {instead}")
     return logits
+
+
+class Bridge:
+    """A `TransformerBridge` that is made at the first `get()`, or one that the caller made.
+
+    Importing TransformerLens and making the bridge takes seconds, and most callers never need it: residual streams
+    and MLPs are read from the Hugging Face module.
+    """
+
+    def __init__(self, made: Any = None) -> None:
+        self.made = made
+        self._make: Callable[[], Any] | None = None
+        self._waiting: list[Callable[[Any], None]] = []
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any, name: str, library: Library) -> Bridge:
+        """Over a twin of `model` with the same parameters: the bridge rewires the module that it is given.
+
+        The twin is taken now, before anybody hooks `model`; with library="transformer_lens" the bridge is made now
+        too, and SourceError says why it cannot be.
+        """
+        bridge = cls()
+        if library == "transformers":
+            return bridge
+        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        twin = copy.deepcopy(model, shared)
+        bridge._make = lambda: _boot(twin, tokenizer, name, library)
+        if library == "transformer_lens":
+            bridge.get()
+        return bridge
+
+    def get(self) -> Any:
+        """The bridge; None where TransformerLens is absent, cannot run the model (a warning) or is not wanted."""
+        if self._make is not None:
+            make, self._make = self._make, None
+            with torch.random.fork_rng(devices=[]):  # when it is made changes no random number
+                self.made = make()
+            if self.made is not None:
+                for act in self._waiting:
+                    act(self.made)
+        return self.made
+
+    @contextlib.contextmanager
+    def when_made(self, act: Callable[[Any], None]) -> Iterator[None]:
+        """Calls `act(bridge)` if there is a bridge, or when it is made while the context is open."""
+        if self.made is not None:
+            act(self.made)
+        self._waiting.append(act)
+        try:
+            yield
+        finally:
+            self._waiting.remove(act)
+
+
+def _boot(twin: Any, tokenizer: Any, name: str, library: Library) -> Any:
+    try:
+        from transformer_lens.model_bridge import TransformerBridge
+    except ImportError as error:
+        if library == "auto":
+            return None
+        raise SourceError(
+            f"library='transformer_lens' needs that package; install it with: {advice('host')}"
+        ) from error
+    try:
+        return TransformerBridge.boot_transformers(
+            hub_model(name),
+            hf_model=twin,
+            tokenizer=tokenizer,
+            device=str(next(twin.parameters()).device),
+            dtype=next(twin.parameters()).dtype,
+        )
+    except Exception as error:  # an architecture it has no adapter for, in one of many ways
+        reason = first_line(error)
+        if library == "transformer_lens":
+            raise SourceError(f"TransformerLens cannot run {name!r} ({reason}); use library='transformers'") from error
+        warnings.warn(f"TransformerLens cannot run {name!r} ({reason}); using transformers alone", stacklevel=4)
+        return None

@@ -6,18 +6,17 @@ import contextlib
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
 
 from rsae_triton.activations import layers as stream
 from rsae_triton.activations import places
-from rsae_triton.activations.bridge import Enough, run_bridge
+from rsae_triton.activations.bridge import Bridge, Enough, run_bridge
 from rsae_triton.common.errors import ConfigError, ShapeError
 from rsae_triton.common.names import EMBEDDED, EMBEDDED_ID, hub_model
 
-Library = Literal["auto", "transformer_lens", "transformers"]
 Replace = Callable[[torch.Tensor], torch.Tensor]
 
 # Layer 16 of SmolLM2's 30: behind the middle, where features depend least on the token alone.
@@ -43,8 +42,9 @@ class HostModel:
 
     Attributes:
         model: the Hugging Face module. tokenizer: its tokenizer. name: the name it was loaded by.
-        bridge: TransformerLens' `TransformerBridge` over the same weights, for `run_with_cache` and the like; None if
-            TransformerLens is not installed or cannot run the model.
+        bridge: TransformerLens' `TransformerBridge` over the same weights, for `run_with_cache` and the like; made when
+            it is first asked for; None if TransformerLens is not installed or cannot run the model.
+        lens: makes the bridge (`activations.bridge`).
         default_hook: the place that is read if none is given.
     """
 
@@ -53,7 +53,7 @@ class HostModel:
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.bridge = bridge
+        self.lens = bridge if isinstance(bridge, Bridge) else Bridge(bridge)
         self.name = name
         self.centred = False  # whether `center_writing_weights` was asked for
         config = model.config.get_text_config()
@@ -72,8 +72,14 @@ class HostModel:
         return EMBEDDED_ID if self.name == EMBEDDED else hub_model(self.name)
 
     @property
+    def bridge(self) -> Any:
+        """TransformerLens' bridge, made at the first call; None where there is none."""
+        return self.lens.get()
+
+    @property
     def library(self) -> str:
-        return "transformers" if self.bridge is None else "transformer_lens"
+        """What the model has been run by: "transformers" as long as nothing has needed TransformerLens."""
+        return "transformers" if self.lens.made is None else "transformer_lens"
 
     @property
     def device(self) -> torch.device:
@@ -104,9 +110,13 @@ class HostModel:
 
     def hook_names(self) -> list[str]:
         """All names of places, in TransformerLens' form."""
-        served = [f"blocks.{layer}.{place}" for layer in range(self.n_layers) for place in _SERVED]
-        served = [name for name in served if stream.tap(self.model, name) is not None]
+        served = self._served()
         return served if self.bridge is None else list(dict.fromkeys([*served, *self.bridge.hook_dict]))
+
+    def _served(self) -> list[str]:
+        """The names that the Hugging Face module serves."""
+        served = [f"blocks.{layer}.{place}" for layer in range(self.n_layers) for place in _SERVED]
+        return [name for name in served if stream.tap(self.model, name) is not None]
 
     def resolve_hook(self, hook_name: str | None = None) -> str:
         """Returns TransformerLens' name for a place, given any of its names (`places.canonical`); the default for None.
@@ -119,8 +129,7 @@ class HostModel:
         hook_name = places.canonical(hook_name)
         if hook_name == f"blocks.{self.n_layers}.hook_resid_pre":  # another name for the output of the last layer
             hook_name = f"blocks.{self.n_layers - 1}.hook_resid_post"
-        names = self.hook_names()
-        if hook_name in names:
+        if hook_name in self._served() or hook_name in (names := self.hook_names()):
             return hook_name
         hint = places.suggestion(hook_name, names, self.default_hook)
         if hook_name.isdecimal():

@@ -85,13 +85,17 @@ def replaced(
     """
     if isinstance(model, HostModel):
         with ExitStack() as stack:
-            for own in filter(None, (model.model, model.bridge)):  # either of them may be run
-                try:
-                    stack.enter_context(replaced(own, sae, hook_name, replace, count))
-                except ConfigError:  # a place that only the other library has
-                    if model.bridge is None or own is model.bridge:
-                        raise
-            yield
+            try:
+                stack.enter_context(replaced(model.model, sae, hook_name, replace, count))
+            except ConfigError:  # a place that only the other library knows
+                if model.bridge is None:
+                    raise
+
+            def also(bridge: Any) -> None:  # whichever of them is run, and the bridge may be made later
+                stack.enter_context(replaced(bridge, sae, hook_name, replace, count))
+
+            with model.lens.when_made(also):
+                yield
         return
     if not hasattr(model, "register_forward_pre_hook"):
         raise ConfigError(f"model is a {type(model).__name__}; give a TransformerLens or Hugging Face model")

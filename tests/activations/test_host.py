@@ -139,7 +139,10 @@ def test_dequantising_is_all_or_nothing(cache, tmp_path, monkeypatch, llama):
 
 def test_without_transformer_lens_auto_is_transformers(llama, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformer_lens.model_bridge", None)
-    assert load_host(str(llama)).library == "transformers"
+    host = load_host(str(llama))
+    assert (host.bridge, host.library) == (None, "transformers")
+    with pytest.raises(ConfigError, match="without transformer_lens"):
+        host.resolve_hook("blocks.1.attn.hook_z")
     with pytest.raises(SourceError, match="pip install"):
         load_host(str(llama), library="transformer_lens")
 
@@ -152,9 +155,23 @@ def test_a_model_that_transformer_lens_cannot_run_is_run_without(llama, monkeypa
 
     monkeypatch.setattr(TransformerBridge, "boot_transformers", refuse)
     with pytest.warns(UserWarning, match=r"no adapter for LlamaForCausalLM.*using transformers alone"):
-        assert load_host(str(llama)).library == "transformers"
+        assert load_host(str(llama)).bridge is None
     with pytest.raises(SourceError, match="use library='transformers'"):
         load_host(str(llama), library="transformer_lens")
+
+
+def test_the_bridge_is_made_when_something_needs_it(llama):
+    pytest.importorskip("transformer_lens")
+    host = load_host(str(llama), dtype="float32", device="cpu")
+    tokens, state = some_tokens(host), torch.get_rng_state()
+    host.residual(tokens)
+    host.next_token_loss(tokens, "blocks.1.mlp.hook_in", lambda x: x * 0)
+    assert (host.lens.made, host.library) == (None, "transformers")
+    assert host.residual(tokens, "blocks.1.attn.hook_z").shape == (3, 12, 32)
+    assert (host.lens.made is host.bridge, host.library) == (True, "transformer_lens")
+    assert torch.equal(torch.get_rng_state(), state)
+    shared = {parameter.data_ptr() for parameter in host.model.parameters()}
+    assert shared & {parameter.data_ptr() for parameter in host.bridge.parameters()} == shared
 
 
 # --- places -----------------------------------------------------------------------------------------------------

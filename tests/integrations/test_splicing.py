@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from tiny_models import D_MODEL, N_LAYERS, bridge, gpt2, llama
+from tiny_models import D_MODEL, N_LAYERS, bridge, gpt2, llama, tokenizer
 
 from rsae_triton import FusedRationalSAE, load_host
 from rsae_triton.common.errors import ConfigError, ShapeError, SourceError
@@ -212,6 +212,24 @@ def test_a_place_that_is_not_computed_is_no_silent_success():
         model(torch.randn(2, 3, D_MODEL))
     with splice(model, identity(), "unused"):
         pass  # nothing ran, nothing was missed
+
+
+@torch.no_grad()
+def test_a_bridge_that_is_made_inside_is_spliced_too(tmp_path):
+    pytest.importorskip("transformer_lens")
+    llama().save_pretrained(tmp_path)
+    tokenizer(tmp_path).save_pretrained(tmp_path)
+    host = load_host(str(tmp_path), dtype="float32", device="cpu")
+    with splice(host, rsae(), RESIDUAL[1]):
+        inside = (logits(host.model), logits(host.bridge))
+    outside = (logits(host.model), logits(host.bridge))
+    torch.testing.assert_close(inside[0], inside[1])
+    torch.testing.assert_close(outside[0], outside[1])
+    assert (inside[0] - outside[0]).abs().max() > 1e-3
+    before = hooks(host.bridge)
+    with splice(host, rsae(), RESIDUAL[1]):
+        torch.testing.assert_close(logits(host.bridge), inside[0])
+    assert hooks(host.bridge) == before
 
 
 @torch.no_grad()
