@@ -106,13 +106,24 @@ void dots(const float* g, const int64_t* tokens, const int64_t* features, const 
 // out[f] (+)= the sum over the terms i and the entries of f of values[i][e] * g[i][token], features from to to - 1.
 void rows(int64_t terms, const float* const* values, const float* const* g, const int64_t* tokens,
           const int64_t* offsets, int64_t d, float* out, int64_t add, int64_t from, int64_t to) {
-    Sum sum;
+    std::vector<float> of;
+    std::vector<const float*> at;
     for (int64_t f = from; f < to; ++f) {
+        const int64_t room = terms * (offsets[f + 1] - offsets[f]);
+        if (int64_t(of.size()) < room) {
+            of.resize(room);
+            at.resize(room);
+        }
+        int64_t count = 0;
+        for (int64_t e = offsets[f]; e < offsets[f + 1]; ++e)
+            for (int64_t i = 0; i < terms; ++i) {
+                of[count] = values[i][e];
+                at[count] = g[i] + tokens[e] * d;
+                count += of[count] != 0;
+            }
         float* o = out + f * d;
         if (!add) std::memset(o, 0, d * sizeof(float));
-        for (int64_t e = offsets[f]; e < offsets[f + 1]; ++e)
-            for (int64_t i = 0; i < terms; ++i) sum.take(values[i][e], g[i] + tokens[e] * d);
-        sum.add_to(o, d);
+        add_rows(of.data(), at.data(), count, d, o);
     }
 }
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rsae_triton.ops import entry_loops as loops
+from rsae_triton.ops.encode import through_encoder
 from rsae_triton.ops.workspace import current
 
 
@@ -50,11 +51,11 @@ class Entries(NamedTuple):
         return Entries(self.tokens[places], features, self.values[places], offsets, self.n_tokens)
 
 
-def encode_at(x_c: Tensor, W_enc: Tensor, b_enc: Tensor, entries: Entries) -> Tensor:
-    """Returns h of the entries, which equals `entries.values` from `find_entries` but is differentiable in all
-    three."""
-    with torch.autocast(x_c.device.type, enabled=False):
-        return _Encode.apply(x_c, W_enc, b_enc, terms_of(W_enc), *entries)
+def encode_at(x: Tensor, W_enc: Tensor, b_enc: Tensor, entries: Entries, b_dec: Tensor | None = None) -> Tensor:
+    """Returns h of the entries, which equals `entries.values` from `find_entries` (of x, or of x - b_dec if given) but
+    is differentiable in all four. The gradient of b_dec is a matrix-vector product."""
+    with torch.autocast(x.device.type, enabled=False):
+        return _Encode.apply(x, W_enc, b_enc, b_dec, terms_of(W_enc), *entries)
 
 
 def decode_at(values: Tensor, entries: Entries, W_dec: Tensor) -> Tensor:
@@ -171,8 +172,11 @@ def matrix_gradient(
 
 class _Encode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_c: Tensor, W_enc: Tensor, b_enc: Tensor, terms: _Terms | None, *entries: Any) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, terms: _Terms | None, *entries: Any
+    ) -> Tensor:
         tokens, features, values, offsets, _ = entries
+        x_c = x if b_dec is None else x - b_dec
         ctx.save_for_backward(x_c, W_enc, tokens, features, offsets)
         ctx.terms, ctx.bias = terms, b_enc.dtype
         if terms is not None:
@@ -184,15 +188,16 @@ class _Encode(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x_c, W_enc, tokens, features, offsets = ctx.saved_tensors
         dh = grads[0].contiguous()
-        dx = dW = db = None
+        dx = dW = db = db_dec = None
         if ctx.needs_input_grad[0]:
             dx = loops.decode(dh, tokens, features, len(x_c), W_enc.t()).to(x_c.dtype)
         if ctx.needs_input_grad[1]:
             made = matrix_gradient([(dh, x_c)], tokens, offsets, W_enc.t(), ctx.terms)
             dW = None if made is None else made.t()
-        if ctx.needs_input_grad[2]:
-            db = loops.sums(dh, offsets).to(ctx.bias)
-        return dx, dW, db, *(None,) * 6
+        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+            db = loops.sums(dh, offsets)
+            db_dec = -through_encoder(W_enc, db).to(x_c.dtype) if ctx.needs_input_grad[3] else None
+        return dx, dW, None if db is None else db.to(ctx.bias), db_dec, *(None,) * 6
 
 
 class _Decode(torch.autograd.Function):

@@ -27,7 +27,7 @@ def _horner(s: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
     return value, slope
 
 
-def _rational(h: Tensor, gate: GateTensors, spec: GateSpec) -> tuple[Tensor, ...]:
+def rational_parts(h: Tensor, gate: GateTensors, spec: GateSpec) -> tuple[Tensor, ...]:
     """Returns t, s, Q, r, r' and sign(B) for every element."""
     t = (h - _column(gate.threshold)) / _column(gate.input_scale)
     s = (t.clamp(-1, 1) if spec.domain == "clamp" else t) - _column(gate.centre)
@@ -49,7 +49,7 @@ def gate_forward(h: Tensor, gate: GateTensors, spec: GateSpec) -> tuple[Tensor, 
     if spec.amplitude == "identity":
         z = h * opened
         return z, opened.sum(1), z.abs().sum(1)
-    t, _, _, r, _, _ = _rational(h, gate, spec)
+    t, _, _, r, _, _ = rational_parts(h, gate, spec)
     if spec.form == "gated":
         z = h * r * opened if spec.hard else h * r
         return z, opened.sum(1), z.abs().sum(1)
@@ -79,7 +79,7 @@ def gate_backward(
         dh [d_sae, n_tokens]; its sum over tokens (the gradient of b_enc) [d_sae]; and the gradients of the gate, **per
         feature** ([d_sae, ...] even if the coefficients are shared; the caller sums them).
     """
-    t, s, Q, r, slope, sign = _rational(h, gate, spec)
+    t, s, Q, r, slope, sign = rational_parts(h, gate, spec)
     inside = (t.abs() <= 1).to(h.dtype) if spec.domain == "clamp" else torch.ones_like(t)
     masked = spec.hard and spec.backward == "soft"
     d_output_scale = h.new_zeros(len(h))

@@ -32,6 +32,7 @@ from rsae_triton.ops.entries import (
     encode_at,
     sum_at,
 )
+from rsae_triton.ops.entry_gate import gate_at
 from rsae_triton.ops.finding import find_entries
 from rsae_triton.ops.reference import Encoded, GateSpec, GateTensors, rational_gate
 from rsae_triton.ops.search import by_token, search
@@ -137,14 +138,15 @@ def line(m: Tensor, e: Tensor, epsilon: Tensor) -> Tensor:
 
 
 def candidates(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, low: Tensor, dtype: torch.dtype
-) -> tuple[Entries, Tensor]:
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, low: Tensor, dtype: torch.dtype,
+    screened: bool = True,
+) -> tuple[Entries, Tensor]:  # fmt: skip
     """Finds where the pre-activations of x [n_tokens, d_in] exceed low [d_sae] (or are NaN); returns the entries and
-    their differentiable values."""
+    their differentiable values. screened: see `find_entries`."""
     x_c = x if b_dec is None else x - b_dec
-    entries = find_entries(x_c.detach(), W_enc.detach(), b_enc.detach(), low, dtype=dtype)
+    entries = find_entries(x_c.detach(), W_enc.detach(), b_enc.detach(), low, dtype=dtype, screened=screened)
     assert entries is not None
-    return entries, encode_at(x_c, W_enc, b_enc, entries)
+    return entries, encode_at(x, W_enc, b_enc, entries, b_dec)
 
 
 def candidates_of(h: Tensor, low: Tensor) -> tuple[Entries, Tensor]:
@@ -183,13 +185,14 @@ class Walk:
         dtype: torch.dtype | None = None,
         across: Across | None = None,
         hidden: Tensor | None = None,
+        screened: bool = True,
     ) -> None:
         check_spec(spec)
         dtype = x.dtype if dtype is None else dtype
         exact = wide(dtype)
         low = (gate.threshold - gate.input_scale).detach()
         if hidden is None:
-            found, self.h = candidates(x, W_enc, b_enc, b_dec if subtract else None, low, dtype)
+            found, self.h = candidates(x, W_enc, b_enc, b_dec if subtract else None, low, dtype, screened)
         else:
             found, self.h = candidates_of(hidden.to(exact), low)
         self.there: Entries = found
@@ -197,7 +200,8 @@ class Walk:
         own_b_dec = b_dec if across is None or across.first else b_dec.detach()
         self.r, self._W = x.to(exact) - own_b_dec.to(exact), collected(W_dec.to(exact))
         self._spec, self._epsilon, self._across = spec, epsilon, across
-        self._gate = GateTensors(*(one if len(one) == 1 < len(gate.threshold) else self.at(one) for one in gate))
+        own = [one if len(one) == 1 < len(gate.threshold) else self.at(one) for one in gate[:6]]
+        self._gate = GateTensors._make([*own, gate.activity_threshold])  # which a gated gate does not look at
         self.unit = self.at(unit)
         self.theta = self._gate.threshold
 
@@ -207,8 +211,7 @@ class Walk:
 
     def open(self, theta: Tensor) -> None:
         """Applies the gate of this round, with its own thresholds."""
-        z, active = rational_gate(self.h.unsqueeze(0), self._gate._replace(threshold=theta), self._spec)
-        self.z, self.active, self.opened = z.squeeze(0), active.squeeze(0), ~(self.h.detach() <= theta.detach())
+        self.z, self.active, self.opened = gate_at(self.h, self._gate._replace(threshold=theta), self._spec)
 
     def search(self, p: Tensor, *, last: bool = False) -> None:
         """Moves the open amplitudes along their gradient by the best step; `last`: no correction follows."""
@@ -250,8 +253,9 @@ def on_entries(
 
     Args:
         options: subtract, dtype: see `reference`. hidden: [n_tokens, d_sae], h_1 if it has been computed already.
-            across: the other processes that hold features of this SAE. They exchange [n_tokens, d_in] sums: two per
-                round, and two more in the backward pass. Gradients of b_dec are this process's share.
+            screened: see `find_entries`. across: the other processes that hold features of this SAE. They exchange
+            [n_tokens, d_in] sums: two per round, and two more in the backward pass. Gradients of b_dec are this
+            process's share.
     """
     walk = Walk(x, W_enc, b_enc, W_dec, b_dec, gate, spec, more.unit, more.epsilon, **options)
     walk.open(walk.theta)

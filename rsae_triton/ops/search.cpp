@@ -1,37 +1,76 @@
 // A round's search and the correction after it, token by token (search.py): the rows of W_dec that a token needs are
-// read from far away once and used up to four times. Formulas are those of `search.py`'s `_forward` and `_backward`.
+// read from far away once and used up to four times. Formulas are those of `search.py`'s `_plain` and `_plain_back`.
 #include "entries.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 namespace {
 
-// The entries of one token: which they are, their rows, and the same of those that are open.
-struct Token {
-    std::vector<int64_t> all, open;
-    std::vector<const float*> rows, open_rows;
-    std::vector<float> dots;
+using Numbers = std::vector<float>;
 
-    void take(const int64_t* order, int64_t count, const int64_t* features, const uint8_t* opened, const float* W,
-              int64_t d) {
-        all.assign(order, order + count);
-        open.clear();
-        rows.clear();
-        open_rows.clear();
-        for (const int64_t e : all) {
-            rows.push_back(W + features[e] * d);
-            if (!opened[e]) continue;
-            open.push_back(e);
-            open_rows.push_back(rows.back());
-        }
-        dots.resize(all.size());
+// Entries first to last - 1 in the order of their tokens. What belongs to entries is brought into that order in one
+// pass before the work and back in one after it, so that the work itself jumps between rows of W_dec alone.
+class Ordered {
+  public:
+    Ordered(const int64_t* order, int64_t first, int64_t last) : order_(order + first), count_(last - first) {}
+
+    int64_t count() const { return count_; }
+
+    template <class Number, class As = Number>
+    std::vector<As> taken(const Number* values) const {
+        std::vector<As> found(count_);
+        for (int64_t i = 0; i < count_; ++i) found[i] = As(values[order_[i]]);
+        return found;
     }
 
-    // dots = g . the row of every entry, or of every open one.
-    void dot_all(const float* g, int64_t d) { dots_with(g, rows.data(), rows.size(), d, dots.data()); }
-    void dot_open(const float* g, int64_t d) { dots_with(g, open_rows.data(), open.size(), d, dots.data()); }
+    void put(const Numbers& values, float* out) const {
+        for (int64_t i = 0; i < count_; ++i) out[order_[i]] = values[i];
+    }
+
+  private:
+    const int64_t* order_;
+    int64_t count_;
 };
+
+// The rows of one token's entries, and which of them are open.
+struct Token {
+    std::vector<const float*> rows, open_rows;
+    std::vector<int64_t> open;
+    Numbers dots, by;
+    int64_t count, opened;
+
+    void take(const int64_t* features, const uint8_t* is_open, int64_t entries, const float* W, int64_t d) {
+        if (int64_t(rows.size()) < entries) {
+            rows.resize(entries);
+            open_rows.resize(entries);
+            open.resize(entries);
+            dots.resize(entries);
+            by.resize(entries);
+        }
+        count = entries;
+        opened = 0;
+        for (int64_t i = 0; i < entries; ++i) {
+            open_rows[opened] = rows[i] = W + features[i] * d;
+            open[opened] = i;
+            opened += is_open[i] != 0;
+        }
+    }
+
+    void dot_all(const float* g, int64_t d) { dots_with(g, rows.data(), count, d, dots.data()); }
+    void dot_open(const float* g, int64_t d) { dots_with(g, open_rows.data(), opened, d, dots.data()); }
+    void add_open(float* out, int64_t d) { add_rows(by.data(), open_rows.data(), opened, d, out); }
+};
+
+inline void horner(const float* s, const float* of, int64_t degree, float* value, float* slope) {
+    for (int64_t k = 0; k < LANES; ++k) value[k] = of[degree], slope[k] = 0;
+    for (int64_t i = degree - 1; i >= 0; --i)
+        for (int64_t k = 0; k < LANES; ++k) {
+            slope[k] = slope[k] * s[k] + value[k];
+            value[k] = value[k] * s[k] + of[i];
+        }
+}
 
 }  // namespace
 
@@ -45,62 +84,92 @@ void by_token(const int64_t* tokens, int64_t count, int64_t n_tokens, int64_t* o
     for (int64_t e = 0; e < count; ++e) order[next[tokens[e]]++] = e;
 }
 
-// Tokens from to to - 1. y, c are [n_entries], c of zeros; e, m, after [n_tokens, d]; alpha [n_tokens]; raw [n_entries]
-// or null where no correction is asked for.
-void search(const float* r, const float* W, int64_t d, const int64_t* starts, const int64_t* order,
-            const int64_t* features, const float* z, const uint8_t* opened, const float* weight, float epsilon, float* y,
-            float* c, float* e, float* m, float* after, float* alpha, float* raw, int64_t from, int64_t to) {
-    Token token;
-    Sum sum;
-    for (int64_t t = from; t < to; ++t) {
-        token.take(order + starts[t], starts[t + 1] - starts[t], features, opened, W, d);
-        float *own_e = e + t * d, *own_m = m + t * d, *own_after = after + t * d;
-        const int64_t open = token.open.size();
-        for (int64_t i = 0; i < open; ++i) sum.take(-z[token.open[i]], token.open_rows[i]);
-        std::memcpy(own_e, r + t * d, d * sizeof(float));
-        sum.add_to(own_e, d);
-        token.dot_open(own_e, d);
-        for (int64_t i = 0; i < open; ++i) {
-            const int64_t at = token.open[i];
-            c[at] = token.dots[i];
-            sum.take(weight[at] * token.dots[i], token.open_rows[i]);
+// r of h [count] with coefficients a [p + 1] and b [q + 1], the first of b zero, and dr/dh, zero outside the ramp.
+void ramp(const float* h, const float* theta, const float* a, int64_t p, const float* b, int64_t q, float centre,
+          float scale, float* r, float* slope, int64_t from, int64_t to) {
+    float t[LANES], s[LANES], top[LANES], dtop[LANES], below[LANES], dbelow[LANES];
+    for (int64_t e = from; e < to; e += LANES) {
+        const int64_t count = std::min(to - e, LANES);
+        for (int64_t k = 0; k < LANES; ++k) t[k] = k < count ? (h[e + k] - theta[e + k]) / scale : 0;
+        for (int64_t k = 0; k < LANES; ++k) s[k] = (t[k] < -1 ? -1 : t[k] > 1 ? 1 : t[k]) - centre;
+        horner(s, a, p, top, dtop);
+        horner(s, b, q, below, dbelow);
+        for (int64_t k = 0; k < LANES; ++k) {
+            const float sign = below[k] > 0 ? 1 : below[k] < 0 ? -1 : 0, under = 1 + std::fabs(below[k]);
+            top[k] /= under;
+            dtop[k] = std::fabs(t[k]) <= 1 ? (dtop[k] - top[k] * sign * dbelow[k]) / under / scale : 0;
         }
-        std::memset(own_m, 0, d * sizeof(float));
-        sum.add_to(own_m, d);
-        const float far = dot(own_m, own_e, d) / (epsilon + dot(own_m, own_m, d));
-        alpha[t] = far;
-        for (int64_t k = 0; k < d; ++k) own_after[k] = own_e[k] - far * own_m[k];
-        for (const int64_t at : token.all) y[at] = z[at];
-        for (const int64_t at : token.open) y[at] = z[at] + far * weight[at] * c[at];
-        if (!raw) continue;
-        token.dot_all(own_after, d);
-        for (size_t i = 0; i < token.all.size(); ++i) raw[token.all[i]] = token.dots[i];
+        std::memcpy(r + e, top, count * sizeof(float));
+        std::memcpy(slope + e, dtop, count * sizeof(float));
     }
 }
 
-// dafter [n_tokens, d] and draw [n_entries] may be null: zeros. dz, dweight, dc are [n_entries], the last two of zeros;
-// de, dm [n_tokens, d]; depsilon [n_tokens].
+// Tokens from to to - 1. y, c [n_entries]; e, m, after [n_tokens, d]; alpha [n_tokens]; raw [n_entries] or null where no
+// correction is asked for.
+void search(const float* r, const float* W, int64_t d, const int64_t* starts, const int64_t* order,
+            const int64_t* features, const float* z, const uint8_t* opened, const float* weight, float epsilon, float* y,
+            float* c, float* e, float* m, float* after, float* alpha, float* raw, int64_t from, int64_t to) {
+    const int64_t first = starts[from];
+    const Ordered own(order, first, starts[to]);
+    const auto of = own.taken(features);
+    const auto is_open = own.taken(opened);
+    const Numbers by = own.taken(weight);
+    Numbers own_y = own.taken(z), own_c(own.count()), own_raw(raw ? own.count() : 0);
+    Token token;
+    for (int64_t t = from; t < to; ++t) {
+        const int64_t at = starts[t] - first, count = starts[t + 1] - starts[t];
+        token.take(of.data() + at, is_open.data() + at, count, W, d);
+        float *own_e = e + t * d, *own_m = m + t * d, *own_after = after + t * d, *value = own_y.data() + at;
+        for (int64_t i = 0; i < token.opened; ++i) token.by[i] = -value[token.open[i]];
+        std::memcpy(own_e, r + t * d, d * sizeof(float));
+        token.add_open(own_e, d);
+        token.dot_open(own_e, d);
+        for (int64_t i = 0; i < token.opened; ++i) {
+            own_c[at + token.open[i]] = token.dots[i];
+            token.by[i] = by[at + token.open[i]] * token.dots[i];
+        }
+        std::memset(own_m, 0, d * sizeof(float));
+        token.add_open(own_m, d);
+        const float far = dot(own_m, own_e, d) / (epsilon + dot(own_m, own_m, d));
+        alpha[t] = far;
+        for (int64_t k = 0; k < d; ++k) own_after[k] = own_e[k] - far * own_m[k];
+        for (int64_t i = 0; i < token.opened; ++i) value[token.open[i]] += far * token.by[i];
+        if (!raw) continue;
+        dots_with(own_after, token.rows.data(), count, d, own_raw.data() + at);
+    }
+    own.put(own_y, y);
+    own.put(own_c, c);
+    if (raw) own.put(own_raw, raw);
+}
+
+// dafter [n_tokens, d] and draw [n_entries] may be null: zeros. dz, dweight, dc [n_entries]; de, dm [n_tokens, d];
+// depsilon [n_tokens].
 void search_back(const float* W, int64_t d, const int64_t* starts, const int64_t* order, const int64_t* features,
                  const uint8_t* opened, const float* weight, const float* c, const float* e, const float* m,
                  const float* alpha, float epsilon, const float* dy, const float* dafter, const float* draw, float* dz,
                  float* dweight, float* dc, float* de, float* dm, float* depsilon, int64_t from, int64_t to) {
+    const int64_t first = starts[from];
+    const Ordered own(order, first, starts[to]);
+    const auto of = own.taken(features);
+    const auto is_open = own.taken(opened);
+    const Numbers by = own.taken(weight), own_c = own.taken(c), own_draw = draw ? own.taken(draw) : Numbers();
+    Numbers own_dz = own.taken(dy), own_dweight(own.count()), own_dc(own.count());
     Token token;
-    Sum sum;
     for (int64_t t = from; t < to; ++t) {
-        token.take(order + starts[t], starts[t + 1] - starts[t], features, opened, W, d);
+        const int64_t at = starts[t] - first, count = starts[t + 1] - starts[t];
+        token.take(of.data() + at, is_open.data() + at, count, W, d);
         const float *own_e = e + t * d, *own_m = m + t * d, far = alpha[t];
-        float *own_de = de + t * d, *own_dm = dm + t * d;
-        const int64_t open = token.open.size();
+        float *own_de = de + t * d, *own_dm = dm + t * d, *value = own_dz.data() + at;
         if (dafter)
             std::memcpy(own_de, dafter + t * d, d * sizeof(float));
         else
             std::memset(own_de, 0, d * sizeof(float));
-        if (draw) {
-            for (size_t i = 0; i < token.all.size(); ++i) sum.take(draw[token.all[i]], token.rows[i]);
-            sum.add_to(own_de, d);
-        }
+        if (draw) add_rows(own_draw.data() + at, token.rows.data(), count, d, own_de);
         float dfar = -dot(own_de, own_m, d);
-        for (const int64_t at : token.open) dfar += dy[at] * weight[at] * c[at];
+        for (int64_t i = 0; i < token.opened; ++i) {
+            const int64_t k = at + token.open[i];
+            dfar += value[token.open[i]] * by[k] * own_c[k];
+        }
         const float dtop = dfar / (epsilon + dot(own_m, own_m, d)), dbelow = -far * dtop;
         depsilon[t] = dbelow;
         for (int64_t k = 0; k < d; ++k) {
@@ -108,17 +177,19 @@ void search_back(const float* W, int64_t d, const int64_t* starts, const int64_t
             own_de[k] += dtop * own_m[k];
         }
         token.dot_open(own_dm, d);
-        for (int64_t i = 0; i < open; ++i) {
-            const int64_t at = token.open[i];
-            const float dg = far * dy[at] + token.dots[i];
-            dweight[at] = dg * c[at];
-            dc[at] = dg * weight[at];
-            sum.take(dc[at], token.open_rows[i]);
+        for (int64_t i = 0; i < token.opened; ++i) {
+            const int64_t k = at + token.open[i];
+            const float dg = far * value[token.open[i]] + token.dots[i];
+            own_dweight[k] = dg * own_c[k];
+            token.by[i] = own_dc[k] = dg * by[k];
         }
-        sum.add_to(own_de, d);
+        token.add_open(own_de, d);
         token.dot_all(own_de, d);
-        for (size_t i = 0; i < token.all.size(); ++i) dz[token.all[i]] = dy[token.all[i]] - token.dots[i];
+        for (int64_t i = 0; i < count; ++i) value[i] -= token.dots[i];
     }
+    own.put(own_dz, dz);
+    own.put(own_dweight, dweight);
+    own.put(own_dc, dc);
 }
 
 }  // extern "C"

@@ -190,7 +190,7 @@ def _compiled(
     z: Tensor, weight: Tensor, r: Tensor, W: Tensor, epsilon: Tensor, opened: Tensor, place: Place, correct: bool,
     across: Across | None,
 ) -> Found:  # fmt: skip
-    c, y, alpha = torch.zeros_like(z), torch.empty_like(z), r.new_empty(len(r))
+    c, y, alpha = torch.empty_like(z), torch.empty_like(z), r.new_empty(len(r))
     e, m, after = (torch.empty_like(r) for _ in range(3))
     raw = torch.empty_like(z) if correct else z.new_empty(0)
     native.split(len(r), lambda start, stop: native.library().search(  # type: ignore[union-attr]
@@ -206,7 +206,7 @@ def _compiled_back(
     z: Tensor, weight: Tensor, W: Tensor, epsilon: Tensor, opened: Tensor, place: Place, found: Found, dy: Tensor,
     dafter: Tensor | None, draw: Tensor | None, across: Across | None,
 ) -> Back:  # fmt: skip
-    dz, dweight, dc = torch.empty_like(z), torch.zeros_like(z), torch.zeros_like(z)
+    dz, dweight, dc = (torch.empty_like(z) for _ in range(3))
     de, dm, depsilon = torch.empty_like(found.e), torch.empty_like(found.e), found.alpha.new_empty(len(found.e))
     native.split(len(de), lambda start, stop: native.library().search_back(  # type: ignore[union-attr]
         address(W), integer(W.shape[1]), address(place.starts), address(place.order), address(place.there.features),

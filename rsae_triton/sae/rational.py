@@ -170,7 +170,8 @@ class FusedRationalSAE(SparseAutoencoder):
             raise ConfigError("an SAE that normalises every token, or has several rounds, has no target but x")
         if self.refinement is not None:
             check_spec(self.gate.spec(hard))
-            return rounds_of.autoencode(self, x, l1_weight=l1_weight, l0_weight=l0_weight, across=across)
+            weights = {"l1_weight": l1_weight, "l0_weight": l0_weight}
+            return rounds_of.autoencode(self, x, **weights, across=across, exact=exact)
         affine = self.normalization(x)
         own, scale = affine.target(x)
         result = rational_autoencode(

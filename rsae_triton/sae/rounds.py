@@ -204,7 +204,7 @@ def reconstruct(sae: Refined, x: Tensor) -> Tensor:
 
 
 def autoencode(
-    sae: Normalizing, x: Tensor, *, l1_weight: float, l0_weight: float, across: Across | None
+    sae: Normalizing, x: Tensor, *, l1_weight: float, l0_weight: float, across: Across | None, exact: bool = False
 ) -> Autoencoded:
     """Computes the training loss of x [..., d_in], as `FusedRationalSAE.autoencode` does; only `total` is
     differentiable."""
@@ -215,7 +215,7 @@ def autoencode(
         e, size = rows - (z @ sae.W_dec + sae.b_dec), -1
         counts, l1_sums = sums
     else:
-        code = entries(sae, rows, across=across)
+        code = entries(sae, rows, across=across, screened=not exact)
         e, counts, l1_sums, size = code.residual, code.counts, code.l1, len(code.values)
     if sae.normalize_activations != "none":
         # The target is then not what was encoded, because normalising and undoing it use different epsilons.

@@ -240,7 +240,7 @@ def losses(
             this SAE; mse is then of the whole, while sparsity, l0 and counts are of the features here.
     """
     if isinstance(sae, FusedRationalSAE) and sae.refinement is not None and not recipe.aux_k:
-        return _losses_of_rounds(sae, rows, recipe, weight, across)
+        return _losses_of_rounds(sae, rows, recipe, weight, plan is not None and plan.exact, across)
     x, y = sae.sides(rows)
     sparse = plan is not None and plan.mode == "sparse"
     places = max(len(x) * sae.d_sae, 1)
@@ -299,10 +299,12 @@ def losses(
     return Losses(total, mse.detach(), l0.detach(), counts.detach(), share)
 
 
-def _losses_of_rounds(sae: FusedRationalSAE, x: Tensor, recipe: Recipe, weight: float, across: Across | None) -> Losses:
+def _losses_of_rounds(
+    sae: FusedRationalSAE, x: Tensor, recipe: Recipe, weight: float, exact: bool, across: Across | None
+) -> Losses:
     """The losses of an encoder with rounds, which always works on entries."""
     l1, l0 = (weight if recipe.sparsity == name else 0.0 for name in ("l1", "l0"))
-    found = sae.autoencode(x, hard=not recipe.soft, l1_weight=l1, l0_weight=l0, across=across)
+    found = sae.autoencode(x, hard=not recipe.soft, l1_weight=l1, l0_weight=l0, exact=exact, across=across)
     share = max(int(found.entries), 0) / max(len(x) * sae.d_sae, 1)
     return Losses(found.total, found.mse, found.l0, found.counts, share)
 

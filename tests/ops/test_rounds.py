@@ -42,10 +42,11 @@ def dense(code, n, d_sae):
     return code.values.new_zeros(n * d_sae).index_put((place,), code.values).view(n, d_sae)
 
 
-def results(function, inputs, gate, more, spec=SPEC, **options):
-    """Code, residual, sums, and the gradient of everything under one random loss that asks for all of them."""
+def results(function, inputs, gate, more, spec=SPEC, frozen=(), **options):
+    """Code, residual, sums, and the gradient of everything under one random loss that asks for all of them; `frozen`
+    are places among x, the weights, the gate's tensors and the rounds' that have none."""
     parts = [*inputs, *gate, *more]
-    leaves = [one.detach().clone().requires_grad_() for one in parts]
+    leaves = [one.detach().clone().requires_grad_(place not in frozen) for place, one in enumerate(parts)]
     x, *weights = leaves[:5]
     gate, more = GateTensors(*leaves[5:12]), RoundTensors(*leaves[12:])
     found = function(x, *weights, gate, spec, more, **options)
@@ -55,7 +56,8 @@ def results(function, inputs, gate, more, spec=SPEC, **options):
     generator = torch.Generator().manual_seed(1)
     of_z, of_sums = (torch.randn(size, generator=generator, dtype=torch.float64) for size in ((n, d_sae), (2, d_sae)))
     loss = (z * of_z).sum() + residual.square().sum() + (torch.stack([found.counts, found.l1]) * of_sums).sum()
-    grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+    wanted = [one for place, one in enumerate(leaves) if place not in frozen]
+    grads = torch.autograd.grad(loss, wanted, allow_unused=True)
     return [z, residual, found.counts, found.l1], grads
 
 
@@ -100,6 +102,52 @@ def test_every_gated_gate(spec):
     assert torch.allclose(z, own)
     for one, two in zip(by_autograd, gradients, strict=True):
         assert same(one, two)
+
+
+# As `train` has it: x and the gate's a, b, centre, C_in and C_out are constants.
+CONSTANT = (0, 5, 6, 7, 8, 9, 11)
+
+
+@pytest.mark.parametrize("spec", [
+    SPEC, GateSpec(3, 2, "gated", backward="soft"),
+    GateSpec(3, 2, "gated", backward="rational", amplitude="identity"),
+    GateSpec(3, 2, "gated", backward="soft", amplitude="identity"),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["three rounds", "ragged", "all are candidates", "coefficients per feature"])
+def test_with_constant_coefficients(name, spec):
+    inputs, gate, more = case(**CASES[name])
+    wanted, by_autograd = results(rounds.reference, inputs, gate, more, spec, CONSTANT)
+    found, gradients = results(rounds.on_entries, inputs, gate, more, spec, CONSTANT)
+    for one, two in zip((*wanted, *by_autograd), (*found, *gradients), strict=True):
+        assert same(one, two)
+
+
+@pytest.mark.parametrize("frozen", [(), CONSTANT], ids=["all", "as trained"])
+@pytest.mark.parametrize("engine", ["compiled", "tiled"])
+def test_float32_is_float64_to_rounding(engine, frozen, monkeypatch):
+    if engine == "tiled":
+        monkeypatch.setenv("RSAE_CPU_ENGINE", engine)
+    inputs, gate, more = case(n=129, d_in=40, d_sae=101)
+    truth, by_autograd = results(rounds.reference, inputs, gate, more, frozen=frozen)
+    narrow = [one.float() for one in inputs]
+    gate, more = (type(one)(*(t.float() for t in one)) for one in (gate, more))
+    found, gradients = results(rounds.on_entries, narrow, gate, more, frozen=frozen)
+    assert torch.equal(found[0] != 0, truth[0] != 0)  # else the rest says nothing
+    for one, two in zip((*found, *gradients), (*truth, *by_autograd), strict=True):
+        if one is None or two is None:
+            assert not any(given is not None and bool(given.any()) for given in (one, two))
+        else:
+            assert float((one - two).detach().norm()) <= 1e-4 * float(two.detach().norm())
+
+
+def test_screening_is_left_out_where_it_is_not_wanted(monkeypatch):
+    inputs, gate, more = case()
+    asked = []
+    found = rounds.find_entries
+    monkeypatch.setattr(rounds, "find_entries", lambda *a, **k: asked.append(k["screened"]) or found(*a, **k))
+    for options in ({}, {"screened": False}):
+        rounds.on_entries(*inputs, gate, SPEC, more, **options)
+    assert asked == [True, False]
 
 
 def test_the_gradient_is_that_of_finite_differences_where_no_mask_changes():
