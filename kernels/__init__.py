@@ -1,14 +1,14 @@
 """Triton device code of rsae_triton, one file per kernel. Imports nothing of `rsae_triton`.
 
-Installed as the package `rsae_triton.kernels` (setup.py maps the folder). docs/kernels.md has the formulas,
-the orientation and the table of what the compiler makes of each kernel.
+Installed as the package `rsae_triton.kernels` (setup.py maps the folder). docs/kernels.md has the formulas, the memory
+layout and a table of each kernel's machine code.
 
     encode_forward      x_c, W_enc, b_enc -> z [d_sae, n_tokens]: matrix product with the gate as its epilogue
     encode_backward     g, W_dec, h -> dh and every gradient of the gate: matrix product and backward in one
-    rational_forward    h -> z, pointwise, for a matrix product made elsewhere
-    rational_backward   h, dz -> dh and every gradient of the gate, in one pass, bit-reproducible
-    sparse_encode       x_c, W_enc, b_enc -> rows of values and feature indices: no dense code; also the k largest
-    sparse_decode       such rows -> reconstructions, and (`_dvalues`, `_dweight`) their gradients
+    rational_forward    h -> z, pointwise, after a library's matrix product rational_backward   h, dz -> dh and every
+    gradient of the gate, in one pass, bit-reproducible sparse_encode       x_c, W_enc, b_enc -> rows of values and
+    feature indices: no dense code; also the k largest sparse_decode       such rows -> reconstructions, and
+    (`_dvalues`, `_dweight`) their gradients
 
 The sparse step, on the entries of the support alone (docs/kernels.md):
 

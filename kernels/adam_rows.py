@@ -1,7 +1,8 @@
 """Adam on a weight matrix, row by row, in one pass: the radial part of the gradient, clipping, Adam, the row's norm.
 
-As passes of their own these read and write the matrices several times. Here each element of the weights, the gradient
-and Adam's two moments is read once, and what is new is written once: 28 bytes, and 2 more for a copy in bfloat16.
+As separate passes, these would read and write the matrices several times. Here each element of the weights, the
+gradient and Adam's two moments is read once, and new values are written once: 28 bytes, and 2 more for a copy in
+bfloat16.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .launch import launching_on
 
 @triton.jit
 def row_norms_kernel(grad, weight, squares, d_in, RADIAL: tl.constexpr, BLOCK_D: tl.constexpr):
-    """One program: the squared norm of one row of the gradient, without its part along the weights' row (RADIAL)."""
+    """One program: the squared norm of one row of the gradient, without its part along the weights' row if RADIAL."""
     f = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     g = tl.load(grad + f * d_in + d, mask=d < d_in, other=0.0).to(tl.float32)
@@ -29,7 +30,7 @@ def row_norms_kernel(grad, weight, squares, d_in, RADIAL: tl.constexpr, BLOCK_D:
 
 @triton.jit
 def remove_radial_kernel(grad, weight, d_in, BLOCK_D: tl.constexpr):
-    """One program: drops the part of one row of the gradient along the weights' row, in place."""
+    """One program: removes the part of one row of the gradient along the weights' row, in place."""
     f = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     g = tl.load(grad + f * d_in + d, mask=d < d_in, other=0.0).to(tl.float32)
@@ -44,7 +45,7 @@ def adam_rows_kernel(
     RADIAL: tl.constexpr, NORMS: tl.constexpr, COPY: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program: one row. numbers [7] float32: the step size over its bias correction, the root of the second
-    moment's bias correction, the decay's factor, what the gradient is multiplied with, beta1, beta2, eps."""
+    moment's bias correction, the decay's factor, the factor on the gradient, beta1, beta2, eps."""
     f = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     inside, at = d < d_in, f * d_in + d
@@ -70,8 +71,8 @@ def adam_rows_kernel(
 
 
 def row_norms(grad: Tensor, weight: Tensor | None) -> Tensor:
-    """grad [n_rows, d_in] -> the squared norm of every row [n_rows] float32; weight: without the gradient's part along
-    its rows (the radial one). For the norm that gradients are clipped at."""
+    """Returns the squared norm of every row of grad [n_rows, d_in], [n_rows] float32, for clipping. With `weight`, the
+    gradient's part along the weight's rows (the radial part) is left out."""
     n_rows, d_in = _check(grad=grad, weight=weight)
     squares = grad.new_zeros(n_rows, dtype=torch.float32)
     if grad.numel() > 0:
@@ -84,7 +85,7 @@ def row_norms(grad: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def remove_radial(grad: Tensor, weight: Tensor) -> None:
-    """Drops the part of grad [n_rows, d_in] along the rows of weight, in place."""
+    """Removes the part of grad [n_rows, d_in] along the rows of weight, in place."""
     n_rows, d_in = _check(grad=grad, weight=weight)
     if grad.numel() > 0:
         with launching_on(grad):
@@ -104,12 +105,12 @@ def adam_rows(
     norms: Tensor | None = None,
     copy: Tensor | None = None,
 ) -> None:
-    """One step of Adam or AdamW on weight [n_rows, d_in], in place; mean and square are Adam's moments.
+    """Makes one step of Adam or AdamW on weight [n_rows, d_in], in place; mean and square are Adam's moments.
 
     Args:
-        grad: is not changed. numbers [7] float32, on the device: `adam_numbers`.
-        radial: whether the gradient's part along the row is dropped. norms [n_rows] float32: the rows' norms
-            afterwards; None leaves them. copy [n_rows, d_in]: gets the new weights in its own dtype.
+        grad: is not changed. numbers [7] float32, on the device: from `adam_numbers`.
+        radial: whether to remove the gradient's part along the row. norms [n_rows] float32: the rows' norms after the
+            step; None leaves them. copy [n_rows, d_in]: receives the new weights in its own dtype.
     """
     n_rows, d_in = _check(weight=weight, grad=grad, mean=mean, square=square, copy=copy)
     if numbers.shape != (7,) or numbers.dtype != torch.float32:
@@ -129,10 +130,10 @@ def adam_rows(
 def adam_numbers(
     step: int | Tensor, lr: float, clip: Tensor, *, betas: tuple[float, float], eps: float, weight_decay: float = 0.0
 ) -> Tensor:
-    """What `adam_rows` needs of step number `step` (from 1 on), as a tensor on the device of `clip`.
+    """Returns the numbers that `adam_rows` needs for step number `step` (from 1 on), on the device of `clip`.
 
-    step: a tensor where the count is kept on the GPU, as torch's fused optimisers do; nobody waits for it. clip: a
-    scalar tensor that multiplies the gradient. weight_decay: of AdamW (times lr), 0 for Adam.
+    step: a tensor if the count is kept on the GPU, as torch's fused optimisers do; it is not waited for. clip: a scalar
+    tensor that multiplies the gradient. weight_decay: of AdamW (times lr), 0 for Adam.
     """
     known = [lr, 1.0, 1 - lr * weight_decay, 1.0, *betas, eps]
     numbers = torch.tensor(known, dtype=torch.float64, device=clip.device)

@@ -1,9 +1,9 @@
-"""What the compiler makes of the kernels, without a GPU: `python -m rsae_triton.kernels.aot` prints the table.
+"""Compiles the kernels without a GPU and checks their machine code: `python -m rsae_triton.kernels.aot` prints a table.
 
-Every tile in `configs` is compiled for sm_80, sm_90 and sm_100 and held to what is shipped: no spills, no stack,
-shared memory in bounds, tensor cores in every matrix product, few enough registers for the programs that a
-multiprocessor is to run at a time, and fp32 instructions per element within a tenth of those on record. ptxas gives
-no warning when it spills ten thousand times. Not for use under the interpreter.
+Every tile in `configs` is compiled for sm_80, sm_90 and sm_100. A shipped tile must have no spills, no stack, shared
+memory within bounds, tensor cores in every matrix product, few enough registers for the intended number of programs per
+multiprocessor, and fp32 instructions per element within a tenth of the record. (ptxas gives no warning even if it
+spills ten thousand times.) Does not work under the interpreter.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from .rational_forward import rational_forward_kernel
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 REGISTERS = 65536
-"""Of a multiprocessor, in all three generations; a thread can have 255."""
+"""Registers of a multiprocessor, in all three generations; a thread can use 255."""
 DRIFT = 0.1
 KERNELS = {
     "encode_forward": encode_forward_kernel,
@@ -53,7 +53,8 @@ KERNELS = {
 
 
 class Report(NamedTuple):
-    """What the machine code of a variant uses; `arithmetic` is fp32 instructions per element of the gate, or None."""
+    """The resources that a variant's machine code uses; `arithmetic` is fp32 instructions per element of the gate, or
+    None."""
 
     variant: Variant
     tile: str
@@ -62,7 +63,7 @@ class Report(NamedTuple):
     arithmetic: float | None
 
     def faults(self, recorded: float | None = None) -> list[str]:
-        """What must not be in a kernel that is shipped. recorded: fp32 instructions per element, if on record."""
+        """Lists what a shipped kernel must not have. recorded: fp32 instructions per element, if on record."""
         used, found = self.usage, []
         if used.spills or used.stack:
             found.append(f"{used.spills} spill instructions, {used.stack} bytes of stack")
@@ -78,7 +79,7 @@ class Report(NamedTuple):
 
 
 def programs(v: Variant) -> int:
-    """How many programs a multiprocessor should have the registers for."""
+    """The number of programs that a multiprocessor should have registers for."""
     if v.kernel in PRODUCTS:
         return 1 if _tile(v).warps == 8 else 2
     if v.kernel == "rational_backward" and large(v.p, v.q):
@@ -98,7 +99,8 @@ def _tile(v: Variant) -> MatmulTile:
 
 
 def launch(v: Variant) -> tuple[Launch, str, float]:
-    """As the wrappers launch it; the tile's name; how many elements of the gate a thread has (0: no gate)."""
+    """Returns the launch as the wrappers make it, the tile's name, and how many elements of the gate a thread has (0:
+    no gate)."""
     element, unaligned = f"*{NAMES[v.dtype]}", ("n_tokens",) if v.ragged else ()
     for part in (aot_sparse, aot_support):
         if v.kernel in part.KERNELS:
@@ -141,7 +143,7 @@ def _elements(constants: dict[str, int], options: dict[str, int]) -> float:
 
 
 def compile_variant(v: Variant) -> Report:
-    """Compiles a variant down to machine code and reads it back. Seconds each; triton caches the result."""
+    """Compiles a variant to machine code and inspects it. This takes seconds; triton caches the result."""
     made, tile, elements = launch(v)
     usage = inspect(made, v.arch)
     ceiling = min(255, REGISTERS // (32 * made.options["num_warps"] * programs(v)) // 8 * 8)
@@ -149,7 +151,8 @@ def compile_variant(v: Variant) -> Report:
 
 
 def variants(archs: Iterable[int] = ARCHS) -> Iterator[Variant]:
-    """The table: each kernel, generation, dtype and degree bucket, at the heaviest gates of the bucket."""
+    """Yields the rows of the table: each kernel, generation, dtype and degree bucket, at the heaviest gates of the
+    bucket."""
     bf16, fp32 = torch.bfloat16, torch.float32
     for arch in archs:
         for shared, degree in ((True, (3, 2)), (True, (9, 8)), (False, (3, 2)), (False, (5, 4)), (False, (9, 8)),
@@ -158,7 +161,7 @@ def variants(archs: Iterable[int] = ARCHS) -> Iterator[Variant]:
                 for dtype in (bf16, fp32):
                     for kernel in ("encode_forward", "encode_backward", "rational_backward"):
                         yield Variant(kernel, arch, dtype, *degree, shared, gated)
-                        if gated and shared and kernel.endswith("_backward"):  # the default recipe
+                        if gated and shared and kernel.endswith("_backward"):  # as in the default recipe
                             yield Variant(kernel, arch, dtype, *degree, shared, gated, frozen=True)
             yield Variant("rational_forward", arch, bf16, *degree, shared)
         for degree in ((3, 2), (9, 8)):
@@ -172,7 +175,7 @@ def variants(archs: Iterable[int] = ARCHS) -> Iterator[Variant]:
 
 
 def sparse_variants(arch: int) -> Iterator[Variant]:
-    """At the heaviest gate all four kinds of code, elsewhere two."""
+    """Yields all four kinds of code at the heaviest gate, and two kinds elsewhere."""
     for dtype in (torch.bfloat16, torch.float32):
         for shared, degree in aot_sparse.GATES:
             for gated, ranked in ((False, False), (True, True), (False, True), (True, False)):
@@ -187,7 +190,7 @@ def sparse_variants(arch: int) -> Iterator[Variant]:
 
 
 def representative(arch: int) -> list[Variant]:
-    """The few that the test suite has time for: the heaviest usual gate, and float32."""
+    """The few variants that the test suite has time for: the heaviest usual gate, and float32."""
     bf16 = torch.bfloat16
     return [
         Variant("encode_forward", arch, bf16, 9, 8, shared=False),
@@ -220,7 +223,7 @@ def row(r: Report) -> str:
 
 
 def summary(reports: list[Report]) -> str:
-    """One line for each kernel and generation."""
+    """One line per kernel and generation."""
     lines = [
         "| kernel | sm | variants | registers | spills and stack | shared memory, most | tensor-core ops, fewest |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -243,7 +246,7 @@ def read_record(path: Path | None) -> dict:
 
 
 def write_record(path: Path, reports: list[Report]) -> None:
-    """Puts the fp32 instructions per element on record, beside those of other variants by the same Triton."""
+    """Records the fp32 instructions per element, keeping other variants recorded with the same Triton."""
     record = read_record(path)
     counts = record["fp32_per_element"] if record.get("triton") == triton.__version__ else {}
     counts |= {r.variant.key: r.arithmetic for r in reports if r.arithmetic is not None}
@@ -253,7 +256,7 @@ def write_record(path: Path, reports: list[Report]) -> None:
 
 
 def write_page(page: Path, reports: list[Report]) -> None:
-    """Puts both tables between the page's marks."""
+    """Writes both tables between the page's marks."""
     start, end = "<!-- made by `make aot`: begin -->", "<!-- made by `make aot`: end -->"
     text = page.read_text()
     if text.count(start) != 1 or text.count(end) != 1:

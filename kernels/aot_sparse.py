@@ -1,4 +1,4 @@
-"""The sparse path's part of `aot`: how its kernels are launched, and in which variants."""
+"""`aot` for the sparse encoder and decoder: how their kernels are launched, and in which variants."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ KERNELS = {
     "sparse_dots": sparse_dots_kernel,
     "segment_sum": segment_sum_kernel,
 }
-# Sizes that the rows' tiles depend on: Gemma-2-2B's.
+# Sizes that the rows' tiles depend on; these are Gemma-2-2B's.
 N_WORDS, D_IN = 65536 // 32, 2304
 GATES = [(True, (3, 2)), (True, (9, 8)), (False, (3, 2)), (False, (5, 4)), (False, (9, 8)), (False, (12, 12))]
 
 
 def launch(v: Variant) -> tuple[dict, dict, str]:
-    """As `aot._launch`."""
+    """Returns constants, options and the tile's name; see `aot.launch`."""
     if v.kernel == "sparse_encode":
         tile = sparse_tile(v.arch // 10, v.dtype, v.p, v.q, v.shared, 15 if v.ragged else 16)
         constants = {
@@ -50,15 +50,15 @@ def launch(v: Variant) -> tuple[dict, dict, str]:
 
 
 def types(v: Variant, element: str) -> dict[str, str]:
-    """The arguments that are no 32-bit integers."""
+    """The types of the arguments that are not 32-bit integers."""
     code = "*fp32" if v.ranked else f"*{element}"
     found = dict.fromkeys(("x", "w", "g", "bias", "out", "weights", "out_values"), f"*{element}")
     found |= dict.fromkeys(("z", "values"), code)
     found |= dict.fromkeys(("coefficients",), "*fp32")
     found |= dict.fromkeys(("bits", "best", "out_counts"), "*i32")
     found |= dict.fromkeys(("indices", "out_indices", "at", "bounds"), "*i64")
-    # `rows` are the gate's thresholds in the encoder, and what is added up in the decoder's backward pass.
+    # `rows` are the gate's thresholds in the encoder, and the rows to sum in the decoder's backward pass.
     found["rows"] = "*fp32" if v.kernel == "sparse_encode" else f"*{element}"
-    # The encoder counts in int32; a code that is decoded has int64 counts.
+    # The encoder counts in int32; a code to decode has int64 counts.
     found["counts"] = "*i32" if v.kernel in ("gather_rows", "keep_largest") else "*i64"
     return found

@@ -1,4 +1,4 @@
-"""The sparse step's part of `aot`: how its kernels are launched, and in which variants."""
+"""`aot` for the sparse step: how its kernels are launched, and in which variants."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ KERNELS = {
     "adam_rows": adam_rows_kernel,
 }
 HEAVY = ("support_mark", "feature_sums", "long_runs", "entry_gate_backward", "threshold_backward")
-"""Three programs to a multiprocessor will do: each has many loads on their way."""
+"""Kernels for which three programs per multiprocessor are enough, because each has many loads in flight."""
 ROWS = ("row_norms", "remove_radial", "adam_rows")
 GATES = ("entry_gate_forward", "entry_gate_backward")
 ALONE = ("count_rows", "row_norms", "remove_radial", "threshold_backward")
-"""In one dtype, whatever that of the products is."""
+"""Kernels that are compiled for one dtype only, whatever the dtype of the products."""
 D_IN = 2304
-"""Gemma-2-2B's, which the tiles depend on."""
+"""Gemma-2-2B's width, since the tiles depend on it."""
 
 
 def launch(v: Variant) -> tuple[dict, dict, str]:
-    """As `aot.launch`: constants, options, the tile's name."""
+    """Returns constants, options and the tile's name; see `aot.launch`."""
     if v.kernel == "support_mark":
         mark = mark_tile(v.dtype, 15 if v.ragged else 16)
         constants = {"BLOCK_F": mark.features, "BLOCK_N": mark.lanes, "STAGES": mark.stages}
@@ -81,7 +81,7 @@ def launch(v: Variant) -> tuple[dict, dict, str]:
 
 
 def types(v: Variant, element: str) -> dict[str, str]:
-    """The arguments that are no 32-bit integers: weights, their gradients and moments are float32."""
+    """The types of the arguments that are not 32-bit integers; weights, their gradients and moments are float32."""
     found = dict.fromkeys(("h", "dense", "g", "x", "w", "bias", "copy"), f"*{element}")
     found |= dict.fromkeys(("rows", "values", "z", "dz", "dh", "dt", "dcounts", "dl1", "coefficients"), "*fp32")
     found |= dict.fromkeys(("norms", "thresholds", "partial", "sizes"), "*fp32") | dict.fromkeys(
@@ -91,7 +91,7 @@ def types(v: Variant, element: str) -> dict[str, str]:
     found |= dict.fromkeys(("weight", "grad", "mean", "square", "norms", "squares"), "*fp32")
     found |= dict.fromkeys(("support", "active", "tokens", "features", "counts"), "*i32")
     found |= dict.fromkeys(("offsets", "longer"), "*i64")
-    if v.kernel in ("list_rows", "support_decode"):  # codes, in the dtype of the products
+    if v.kernel in ("list_rows", "support_decode"):  # their codes are in the dtype of the products
         found |= dict.fromkeys(("z", "values"), f"*{element}")
     if v.kernel == "support_mark":
         found["partial"] = "*i32"

@@ -1,4 +1,4 @@
-"""What `aot` compiles: a kernel as it would be launched, and its name in the tables and on record."""
+"""What `aot` compiles: kernels as they would be launched, with their names in the tables and on record."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NO_GATE = (
 
 
 class Variant(NamedTuple):
-    """One kernel as it would be launched: for which GPU, in which dtype, with which gate (if it has one)."""
+    """A kernel as it would be launched: for which GPU, in which dtype, and with which gate (if it has one)."""
 
     kernel: str
     arch: int
@@ -29,13 +29,13 @@ class Variant(NamedTuple):
     gated: bool = False
     precision: str = "tf32"
     ragged: bool = False
-    """True: the number of tokens is no multiple of 16, so codes cannot be stored 16 bytes at a time."""
+    """True: the number of tokens is not a multiple of 16, so codes cannot be stored 16 bytes at a time."""
     ranked: bool = False
     """The top-k variant of the sparse kernels: codes in float32."""
     frozen: bool = False
-    """A backward pass without the gradients of the coefficients."""
+    """A backward pass without gradients of the coefficients."""
     sized: bool = False
-    """Sums of the sizes that are given, in place of |z|."""
+    """Sums of given sizes instead of |z|."""
 
     def __str__(self) -> str:
         words = [NAMES[self.dtype]]

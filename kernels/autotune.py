@@ -1,10 +1,10 @@
-"""RSAE_AUTOTUNE=1: the tile is the one that is fastest here, not the one of the table; remembered on disk.
+"""RSAE_AUTOTUNE=1: measures which tile is fastest on this GPU instead of using the table, and remembers it on disk.
 
-One small JSON file for each kernel, shape and GPU under $RSAE_CACHE/autotune (by default in the user's cache folder),
-named by a hash of all that the answer depends on: the GPU, the versions of torch and triton, the source of the
-kernels. Processes can share the folder: half a file is no answer, and `rsae_triton.ops` writes files whole or not at
-all. The first call for a shape takes minutes. Sums are bit-reproducible for a tile, so from run to run only as long as
-the folder stays.
+There is one small JSON file for each kernel, shape and GPU under $RSAE_CACHE/autotune (by default in the user's cache
+folder), named by a hash of everything that the answer depends on: the GPU, the versions of torch and triton, the source
+of the kernels. Processes can share the folder, because an incomplete file is ignored, and `rsae_triton.ops` writes
+files completely or not at all. The first call for a shape takes minutes. Sums are bit-reproducible for a given tile, so
+from run to run only as long as the folder is kept.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from .configs import SPECIALISED, MatmulTile, PointwiseTile, generation
 Tile = TypeVar("Tile", MatmulTile, PointwiseTile)
 _SHARED_MEMORY = {8: 163 * 1024, 9: 227 * 1024, 10: 227 * 1024}
 _chosen: dict[str, MatmulTile | PointwiseTile] = {}
-"""What this process knows already, by the name of the file."""
+"""What this process already knows, by file name."""
 keep: Callable[[Path, str], object] = Path.write_text
-"""Writes an answer; `rsae_triton.ops.backends` puts in what leaves the old file or the new one."""
+"""Writes an answer; `rsae_triton.ops.backends` replaces it by a function that leaves either the old file or the new
+one."""
 
 
 def pick(
@@ -40,10 +41,11 @@ def pick(
     depends_on: dict[str, Any],
     launch: Callable[[Tile], object],
 ) -> Tile:
-    """`default`, or with RSAE_AUTOTUNE=1 the fastest of it and the candidates.
+    """Returns `default`, or with RSAE_AUTOTUNE=1 the fastest of it and the candidates.
 
-    name: the kernel's. on: a tensor on the GPU. depends_on: the shape and all else that a launch is specialised for.
-    launch: runs the kernel with a tile, as often as one likes; a tile it cannot run is passed over.
+    name: the kernel's. on: a tensor on the GPU. depends_on: the shape and everything else that a launch is specialised
+    for. launch: runs the kernel with a tile, and may be called any number of times; a tile that it cannot run is
+    skipped.
     """
     if os.environ.get("RSAE_AUTOTUNE") != "1" or not can_measure(on):
         return default
@@ -77,12 +79,12 @@ def _search(path: Path, key: dict[str, str], tiles: list[Tile], launch: Callable
 
 
 def measure(launch: Callable[[], object]) -> float:
-    """Median milliseconds of a launch, with a cold L2 cache."""
+    """The median time of a launch in milliseconds, with a cold L2 cache."""
     return triton.testing.do_bench(launch, warmup=10, rep=50, return_mode="median")
 
 
 def unusable() -> tuple[type[Exception], ...]:
-    """What says that a tile does not fit the GPU or the compiler."""
+    """The errors that say that a tile does not fit the GPU or the compiler."""
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
 
@@ -98,20 +100,20 @@ def device_name(on: Tensor) -> str:
 
 
 def folder() -> Path:
-    """Where the answers are kept."""
+    """The folder for the answers."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "rsae-triton"
     return Path(os.environ.get("RSAE_CACHE") or default).expanduser() / "autotune"
 
 
 @functools.cache
 def source_hash() -> str:
-    """Of every file of this folder: a kernel is made of several."""
+    """A hash of all files in this folder, since a kernel is made of several."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     return hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()[:16]
 
 
 def _read(path: Path, key: dict[str, str], tiles: list[Tile]) -> Tile | None:
-    """The answer in a file, if it is one: for this key, and a tile that could have been found."""
+    """Reads the answer in a file, if it is for this key and names a possible tile; else None."""
     try:
         found = json.loads(path.read_text())
         tile = type(tiles[0])(*found["tile"])
@@ -129,7 +131,8 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def shape_key(n_features: int, n_tokens: int, *matrices: Tensor) -> dict[str, Any]:
-    """What of a shape the answer depends on: tokens to the next power of two, and what Triton specialises."""
+    """The parts of a shape that the answer depends on: tokens up to the next power of two, and what Triton
+    specialises."""
     return {
         "n_features": n_features,
         "n_tokens": (1 << max(n_tokens - 1, 0).bit_length(), n_tokens % SPECIALISED == 0),
@@ -138,7 +141,7 @@ def shape_key(n_features: int, n_tokens: int, *matrices: Tensor) -> dict[str, An
 
 
 def product_tiles(capability: int, itemsize: int, *, backward: bool) -> Iterator[MatmulTile]:
-    """Tiles worth trying for `encode_forward`, or for `encode_backward` with its larger epilogue."""
+    """Yields tiles worth trying for `encode_forward`, or for `encode_backward` with its larger epilogue."""
     which = generation(capability)
     lanes = 1 if which == 10 else 4
     for features in (64, 128, 256):
@@ -150,14 +153,15 @@ def product_tiles(capability: int, itemsize: int, *, backward: bool) -> Iterator
                 for inner in (32, 64) if itemsize == 2 else (16, 32):
                     stages = min(4, _SHARED_MEMORY[which] // ((features + tokens) * inner * itemsize))
                     for sub in (1, 2, 4):
-                        # Parts as narrow as a product's row in a thread, up to what is hopeless in registers.
+                        # Parts from as narrow as a thread's row of a product, up to what clearly has too many
+                        # registers.
                         part = tokens // sub
                         if stages >= 2 and part >= 16 and features * part // (32 * warps) <= 32:
                             yield MatmulTile(features, tokens, inner, sub, warps, stages, lanes=lanes)
 
 
 def pointwise_tiles(itemsize: int, n_tokens: int) -> Iterator[PointwiseTile]:
-    """Tiles worth trying for `rational_forward` and `rational_backward`."""
+    """Yields tiles worth trying for `rational_forward` and `rational_backward`."""
     for warps in (2, 4, 8):
         for features in (warps // 2, warps, 2 * warps):
             if n_tokens % SPECIALISED:

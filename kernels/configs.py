@@ -1,6 +1,6 @@
-"""Tile sizes: one small table per GPU generation, chosen by dtype, degree and sharing. Pure functions of these.
+"""Tile sizes: one small table per GPU generation, looked up by dtype, degree and sharing. Pure functions of these.
 
-Each entry is checked by `python -m rsae_triton.kernels.aot`: no register spills, shared memory in bounds.
+Each entry is checked by `python -m rsae_triton.kernels.aot`: no register spills, shared memory within bounds.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import triton
 
 
 class MatmulTile(NamedTuple):
-    """encode_forward, encode_backward: block sizes, the parts (`sub`) of the epilogue, warps, pipeline stages."""
+    """For encode_forward and encode_backward: block sizes, the parts (`sub`) of the epilogue, warps, pipeline
+    stages."""
 
     features: int
     tokens: int
@@ -21,24 +22,24 @@ class MatmulTile(NamedTuple):
     warps: int
     stages: int
     group: int = 8
-    """Feature blocks that run together over the same tokens, to meet in the L2 cache."""
+    """Number of feature blocks that run together over the same tokens, so that they share the L2 cache."""
     lanes: int = 4
-    """encode_backward: threads that share a feature (4 as the tensor cores of sm_80 and sm_90 leave a row)."""
+    """For encode_backward: threads that share a feature (4, as the tensor cores of sm_80 and sm_90 leave a row)."""
 
 
 class PointwiseTile(NamedTuple):
-    """rational_forward, rational_backward: [features, lanes, vector], `vector` tokens to a thread."""
+    """For rational_forward and rational_backward: [features, lanes, vector], with `vector` tokens per thread."""
 
     features: int
     lanes: int
     vector: int
     warps: int
     stages: int = 1
-    """Iterations of the loop over tokens whose loads are on their way at a time."""
+    """Number of iterations of the loop over tokens whose loads are in flight at a time."""
 
 
 class RowsTile(NamedTuple):
-    """sparse_rows: [words, tokens] (words of 32 features) and [places, tokens] (of the candidates' rows)."""
+    """For sparse_rows: [words, tokens] (words of 32 features) and [places, tokens] (of the candidates' rows)."""
 
     words: int
     places: int
@@ -47,7 +48,7 @@ class RowsTile(NamedTuple):
 
 
 class DecodeTile(NamedTuple):
-    """sparse_decode: rows of W_dec (or of its gradient's terms) that are in flight, and their columns."""
+    """For sparse_decode: rows of W_dec (or of its gradient's terms) that are in flight, and their columns."""
 
     rows: int
     columns: int
@@ -55,13 +56,13 @@ class DecodeTile(NamedTuple):
 
 
 SPECIALISED = 16
-"""Triton compiles a kernel anew for sizes that this divides, and only then knows that rows are aligned."""
+"""Triton compiles a kernel anew for sizes divisible by this, and only then knows that rows are aligned."""
 LARGE_DEGREE = 8
-"""From p + q of this on a gate counts as large: its coefficients (one set per feature) crowd the registers of a
-tile, and in the backward pass so do its sums, shared or not."""
+"""From p + q of this on, a gate counts as large: its coefficients (one set per feature) take up the registers of a
+tile. In the backward pass so do its sums, shared or not."""
 
-# generation -> (bytes of an element, large) -> tile. Of the tiles that do not spill, the largest whose epilogue
-# stores whole 32-byte sectors; which of them is fastest has not been measured yet (docs/kernels.md).
+# generation -> (bytes per element, large) -> tile. Among the tiles that do not spill, these are the largest whose
+# epilogue stores whole 32-byte sectors. Which of them is fastest has not been measured yet (docs/kernels.md).
 MATMUL = {
     8: {
         (2, False): MatmulTile(128, 128, 32, 2, 8, 4),
@@ -75,8 +76,8 @@ MATMUL = {
         (4, False): MatmulTile(128, 64, 32, 4, 8, 3),
         (4, True): MatmulTile(128, 64, 32, 4, 8, 3),
     },
-    # Tensor memory hands eight warps a tile whose token halves belong to different warps, and splitting it would
-    # go through shared memory; four warps hold whole rows.
+    # Tensor memory gives eight warps a tile whose token halves belong to different warps, and splitting it would go
+    # through shared memory; with four warps each holds whole rows.
     10: {
         (2, False): MatmulTile(128, 64, 64, 2, 4, 4),
         (2, True): MatmulTile(128, 64, 64, 4, 4, 4),
@@ -85,10 +86,10 @@ MATMUL = {
     },
 }
 
-# The backward epilogue holds p + q + 5 sums and, per feature, as many coefficients, for each feature of a thread.
-# So these tiles are narrow: few enough registers that two or three programs of four warps share a multiprocessor,
-# and the product of one runs under the epilogue of another. On sm_80 a tile must also be narrow for its warps to
-# lie along the features; otherwise every sum crosses warps.
+# The backward epilogue holds p + q + 5 sums and, per feature, as many coefficients, for each feature of a thread. So
+# these tiles are narrow: they need few enough registers that two or three programs of four warps share a
+# multiprocessor, and the product of one runs during the epilogue of another. On sm_80 a tile must also be narrow for
+# its warps to lie along the features; otherwise every sum would cross warps.
 BACKWARD = {
     8: {
         (2, False): MatmulTile(64, 32, 32, 2, 4, 4),
@@ -112,8 +113,8 @@ BACKWARD = {
 
 
 def generation(capability: int) -> int:
-    """The table that serves a major compute capability. Consumer Blackwell (12) has Ampere's tensor cores
-    and shared memory; what is newer than we know gets the most careful table too."""
+    """The table for a major compute capability. Consumer Blackwell (12) has Ampere's tensor cores and shared memory;
+    unknown newer GPUs also get the most conservative table."""
     return capability if capability in MATMUL else 8
 
 
@@ -124,7 +125,7 @@ def large(p: int, q: int) -> bool:
 def matmul_tile(capability: int, dtype: torch.dtype, p: int, q: int, shared: bool, n_tokens: int) -> MatmulTile:
     """The tile of `encode_forward` on a GPU of this major compute capability."""
     tile = MATMUL[generation(capability)][dtype.itemsize, large(p, q) and not shared]
-    if n_tokens % SPECIALISED:  # codes are stored one by one, each with a pointer of its own
+    if n_tokens % SPECIALISED:  # codes are stored one by one, each with its own pointer
         most = 32 if generation(capability) == 10 else 64
         tile = tile._replace(tokens=min(tile.tokens, most), sub=4)
     return tile
@@ -139,12 +140,12 @@ def backward_tile(capability: int, dtype: torch.dtype, p: int, q: int, n_tokens:
 
 
 def pointwise_tile(dtype: torch.dtype, n_tokens: int) -> PointwiseTile:
-    """The tile of the pointwise kernels: one warp to a feature, 16 bytes of h to a thread.
+    """The tile of the pointwise kernels: one warp per feature, 16 bytes of h per thread.
 
-    Rows that do not start on 16 bytes cannot be read so; then a thread takes single tokens, because spreading
-    a vector over lanes would make every sum of the loop a shuffle. Such loads cannot be sent ahead either. The others
-    are: two iterations ahead, because the backward pass's sums leave room for 12 to 16 warps on a multiprocessor, whose
-    own loads (16 KB) are less than what keeps a GPU's memory busy (some 25 KB on an H200).
+    If rows do not start at multiples of 16 bytes, they cannot be read that way. A thread then takes single tokens,
+    because spreading a vector over lanes would make every sum in the loop a shuffle; such loads cannot be issued ahead.
+    All others are issued two iterations ahead: the backward pass's sums leave room for only 12 to 16 warps per
+    multiprocessor, whose own loads (16 KB) are too few to keep a GPU's memory busy (some 25 KB on an H200).
     """
     if n_tokens % SPECIALISED:
         return PointwiseTile(features=4, lanes=64, vector=1, warps=4)
@@ -162,19 +163,21 @@ def rows_tile(n_words: int) -> RowsTile:
 
 
 def decode_tile(d_in: int) -> DecodeTile:
-    """The tile of `sparse_decode`: 16 bytes of a bfloat16 row to a thread, 8 rows at a time to hide their latency."""
+    """The tile of `sparse_decode`: 16 bytes of a bfloat16 row per thread, 8 rows at a time to hide their latency."""
     return DecodeTile(rows=8, columns=min(512, triton.next_power_of_2(max(d_in, 1))), warps=4)
 
 
-# The sparse step. What is fastest has not been measured yet; each has no spills, and enough loads on their way.
+# The sparse step. Which tiles are fastest has not been measured yet; none of these spills, and all have enough loads in
+# flight.
 ENTRY_PROGRAMS = 4096
 MOST_COLUMNS = 16384
 """Longest row that `adam_rows` holds in registers."""
 
 
 def mark_tile(dtype: torch.dtype, n_tokens: int) -> PointwiseTile:
-    """The tile of `support_mark`: 32 features, so that a word of bits along them is one program's, and as many tokens
-    as its registers take: those of rows that are not aligned have a pointer each, and cannot be sent for ahead."""
+    """The tile of `support_mark`: 32 features, so that a word of bits along them belongs to one program, and as many
+    tokens as fit its registers. (Tokens of rows that are not aligned have a pointer each, and cannot be loaded
+    ahead.)"""
     if n_tokens % SPECIALISED:
         return PointwiseTile(features=32, lanes=32, vector=1, warps=4)
     return PointwiseTile(features=32, lanes=64 if dtype.itemsize == 4 else 128, vector=1, warps=4, stages=2)
@@ -186,7 +189,8 @@ def entry_tile() -> RowsTile:
 
 
 def entry_block(p: int, q: int, shared: bool) -> int:
-    """Entries that a program of the entries' gate takes at a time: with many coefficients each, one to a thread."""
+    """Number of entries that a program of the entries' gate takes at a time; with many coefficients each, one per
+    thread."""
     return 128 if large(p, q) and not shared else 256
 
 
@@ -196,10 +200,11 @@ def dots_tile(d_in: int) -> DecodeTile:
 
 
 def entry_programs(capacity: int, block: int) -> int:
-    """Programs that share the blocks of entries: how many blocks there really are is known on the GPU alone."""
+    """Number of programs that share the blocks of entries; how many blocks there really are is only known on the
+    GPU."""
     return min(triton.cdiv(capacity, block), ENTRY_PROGRAMS)
 
 
 def row_warps(d_in: int) -> int:
-    """Warps to a row of `adam_rows`: 8 or 16 numbers of it to a thread."""
+    """Number of warps per row of `adam_rows`: 8 or 16 numbers of it per thread."""
     return min(16, max(1, triton.next_power_of_2(max(d_in, 1)) // 256))

@@ -1,7 +1,8 @@
-"""Fused backward: g_z = W_dec g^T, a tiled matrix product whose epilogue takes the gate's derivative.
+"""Fused backward pass: g_z = W_dec g^T, a tiled matrix product with the gate's derivative in its epilogue.
 
-The gradient of the code stays in the float32 accumulator; dh and, if wanted, the recomputed code are written. No
-atomics: every program writes its own sums, added in a fixed order in float64. Two calls agree to the last bit.
+The gradient of the code stays in the float32 accumulator; dh and, if wanted, the recomputed code are written. There are
+no atomics: every program writes its own sums, which are added in a fixed order in float64, so two calls agree to the
+last bit.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from .rational_backward import GateGrads, accumulate, finish
 
 @triton.jit
 def _by_lane(part, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr):
-    """[ROWS, COLUMNS] as [ROWS, LANES, COLUMNS / LANES], so that a thread of the product holds the last axis whole.
+    """Reshapes [ROWS, COLUMNS] to [ROWS, LANES, COLUMNS / LANES], so that a thread of the product holds the last axis
+    whole.
 
-    Pairs of columns go to LANES threads in turn: how the tensor cores of sm_80 and sm_90 leave a row with 4 lanes.
+    Pairs of columns go to LANES threads in turn, which is how the tensor cores of sm_80 and sm_90 leave a row with 4
+    lanes.
     """
     if LANES == 1:
         return tl.reshape(part, (ROWS, 1, COLUMNS))
@@ -56,8 +59,8 @@ def encode_backward_kernel(
     """One program: the [BLOCK_F, BLOCK_N] tile of dh. partial [n_token_blocks, P+Q+5 or 3, n_features] float32, as
     in `rational_backward_kernel`.
 
-    The epilogue works on SUB (1, 2 or 4) parts. Sums stay apart for the LANES threads that share a feature until
-    all parts are done.
+    The epilogue works on SUB (1, 2 or 4) parts. The LANES threads that share a feature keep separate sums until all
+    parts are done.
     """
     f_block, n_block = tile_of_program(n_features, n_tokens, BLOCK_F, BLOCK_N, GROUP)
     f0, n0 = f_block.to(tl.int64) * BLOCK_F, n_block.to(tl.int64) * BLOCK_N
@@ -66,7 +69,7 @@ def encode_backward_kernel(
     f, f_in = f0 + f_local[:, None], f_local[:, None] < n_features - f0
     n_left = (n_tokens - n0).to(tl.int32)
     corner = n0 + f * n_tokens
-    # Asked for before the product, so that the product hides how long it takes to come.
+    # Loaded before the product, which hides their latency.
     h_parts = ()
     for i in tl.static_range(SUB):
         here = f_in & (token < n_left - i * PART)
@@ -90,7 +93,7 @@ def encode_backward_kernel(
     g_parts = token_parts(g_z, BLOCK_F, BLOCK_N, SUB)
     for i in tl.static_range(SUB):
         here = f_in & (token < n_left - i * PART)
-        # Beyond the last token all gradients are 0 (the product is), and h = theta keeps what they multiply finite.
+        # Beyond the last token all gradients are 0 (since the product is), and h = theta keeps their factors finite.
         inside = _by_lane(tl.broadcast_to(token < n_left - i * PART, (BLOCK_F, PART)), BLOCK_F, PART, LANES)
         part = _by_lane(g_parts[i], BLOCK_F, PART, LANES)
         inside = inside & ((part.to(tl.int32, bitcast=True) | 1) != 0)
@@ -113,8 +116,9 @@ def encode_backward_kernel(
         row += n_features
 
 
-# In the kernel, `inside` has a term that is always true but depends on the product. Without it LLVM makes the masks of
-# all parts before the loop over d_in and keeps them in registers (sm_90, 128 x 64 tile: 255 registers instead of 181).
+# `inside` in the kernel has a term that is always true but depends on the product. Without it LLVM computes the masks
+# of all parts before the loop over d_in and keeps them in registers (sm_90, 128 x 64 tile: 255 registers instead of
+# 181).
 
 
 def encode_backward(
@@ -136,12 +140,16 @@ def encode_backward(
     z_dtype: torch.dtype | None = None,
     dh_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None, GateGrads]:
-    """g = dL/dx_hat [n_tokens, d_in] and W_dec [n_features, d_in] of one dtype and any strides, h_fm [n_features,
-    n_tokens] -> dh_fm in dh_dtype (g's unless given), z_fm in z_dtype (None unless given), the gate's gradients.
+    """Computes dh_fm, the recomputed code z_fm and the gate's gradients, from g, W_dec and h_fm.
 
-    The same as `rational_backward(h_fm, W_dec @ g.T, ...)` without the [n_features, n_tokens] product in memory,
-    and without its rounding. z is the code recomputed from h_fm, for the gradient of W_dec. dcounts, dl1, gate,
-    coefficients: as in `rational_backward`. h whose tokens are not contiguous is copied first.
+    The result is that of `rational_backward(h_fm, W_dec @ g.T, ...)`, but the [n_features, n_tokens] product is neither
+    stored nor rounded.
+
+    Args:
+        g, W_dec: dL/dx_hat [n_tokens, d_in] and [n_features, d_in], of one dtype and any strides.
+        h_fm: [n_features, n_tokens]; copied first if its tokens are not contiguous.
+        dcounts, dl1, gate, coefficients: see `rational_backward`.
+        dh_dtype: of dh_fm; g's by default. z_dtype: of z_fm, for the gradient of W_dec; None for no z_fm.
     """
     (n_tokens, d_in), n_features = g.shape, W_dec.shape[0]
     if W_dec.shape[1] != d_in or h_fm.shape != (n_features, n_tokens) or gate[5].shape != (n_features,):

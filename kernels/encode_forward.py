@@ -1,8 +1,8 @@
 """Fused encoder: z = gate(W_enc^T x_c^T + b_enc), a tiled matrix product with the whole gate as its epilogue.
 
-The pre-activation stays in the float32 accumulator until the gate has been applied; it reaches memory only
-when it is asked for. Feature-major: a thread of the accumulator owns few features and many tokens, so it needs
-few sets of coefficients and sums activity over tokens without leaving its registers.
+The pre-activation stays in the float32 accumulator until the gate has been applied, and is written to memory only if
+requested. The layout is feature-major: a thread of the accumulator owns few features and many tokens, so it needs few
+sets of coefficients, and it sums activity over tokens in its own registers.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ def _epilogue(
     GATED: tl.constexpr, CLAMP: tl.constexpr, IDENTITY: tl.constexpr, HARD: tl.constexpr,
     SAVE_H: tl.constexpr,
 ):  # fmt: skip
-    """Gate and store a part of the tile: the columns n_local [1, columns] of it, value [BLOCK_F, columns].
+    """Applies the gate to a part of the tile and stores it: its columns n_local [1, columns], value [BLOCK_F, columns].
 
-    z_tile, h_tile: pointers to the tile's rows [BLOCK_F, 1]; n_left: tokens from the tile's first one on.
-    Returns how many codes of each feature are active and the sum of their |z|, [BLOCK_F] each.
+    z_tile, h_tile: pointers to the tile's rows [BLOCK_F, 1]; n_left: number of tokens from the tile's first one on.
+    Returns the number of active codes of each feature and the sum of their |z|, [BLOCK_F] each.
     """
     mask = f_mask & (n_local < n_left)
     if SAVE_H:
         stored = value.to(h_tile.dtype.element_ty)
         tl.store(h_tile + n_local, stored, mask=mask)
-        value = stored.to(tl.float32)  # what the backward pass will see: one decision, not two
+        value = stored.to(tl.float32)  # the same value that the backward pass reads, so that both decide alike
     code, active = gate_forward(value, theta, activity, c, P, Q, GATED, CLAMP, IDENTITY, HARD)
     tl.store(z_tile + n_local, code.to(z_tile.dtype.element_ty), mask=mask)
     return tl.sum(tl.where(mask, active, 0.0), axis=1), tl.sum(tl.where(mask, tl.abs(code), 0.0), axis=1)
@@ -55,15 +55,15 @@ def encode_forward_kernel(
 ):  # fmt: skip
     """One program: the [BLOCK_F, BLOCK_N] tile of z. partial [n_token_blocks, 2, n_features] float32: counts, l1.
 
-    The gate is evaluated in SUB (1, 2 or 4) parts, so that the accumulator and the intermediates of Horner's
-    rule are not all alive at once.
+    The gate is evaluated in SUB (1, 2 or 4) parts, so that the accumulator and all intermediates of Horner's rule are
+    not alive at the same time.
     """
     f_block, n_block = tile_of_program(n_features, n_tokens, BLOCK_F, BLOCK_N, GROUP)
     f0, n0 = f_block.to(tl.int64) * BLOCK_F, n_block.to(tl.int64) * BLOCK_N
     value = product(w, x, f0, n0, n_features, n_tokens, d_in, stride_wf, stride_wd, stride_xn, stride_xd,
                     BLOCK_F, BLOCK_N, BLOCK_D, PRECISION)  # fmt: skip
 
-    # After the loop: the coefficients must not hold registers while the accumulator is being made.
+    # Loaded after the loop, so that the coefficients take no registers while the accumulator is computed.
     f_local = tl.arange(0, BLOCK_F)
     f_in = f_local < n_features - f0
     f, f_mask = f0 + f_local[:, None], f_in[:, None]
@@ -100,12 +100,15 @@ def encode_forward(
     hard: bool,
     save_h: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """x_c [n_tokens, d_in], W_enc [d_in, n_features] of one dtype and any strides, b_enc [n_features]
-    -> z_fm [n_features, n_tokens] in that dtype, h_fm (in dtype save_h, or None), counts, l1.
+    """Computes z_fm [n_features, n_tokens] in x_c's dtype, h_fm (in dtype save_h, or None), counts and l1 of a batch.
 
-    gate: the seven tensors of `launch.pack_gate`. counts, l1 [n_features] float32: how many codes are active and
-    the sum of |z|, before z is rounded to its dtype. The gate sees the float32 accumulator, or h as it is saved: a code
-    is active for the backward pass exactly where it is for the forward pass.
+    Args:
+        x_c, W_enc: [n_tokens, d_in] and [d_in, n_features], of one dtype and any strides. b_enc: [n_features].
+        gate: the seven tensors of `launch.pack_gate`.
+
+    counts, l1 [n_features] float32 are the number of active codes and the sum of |z| before z is rounded to its dtype.
+    The gate is applied to the float32 accumulator, or to h as it is saved; so a code is active in the backward pass
+    exactly where it is in the forward pass.
     """
     (n_tokens, d_in), n_features = x_c.shape, W_enc.shape[1]
     if W_enc.shape[0] != d_in or b_enc.shape != (n_features,) or gate[5].shape != (n_features,):

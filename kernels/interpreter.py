@@ -1,8 +1,8 @@
 """Runs the kernels without a GPU: TRITON_INTERPRET=1, set before triton is first imported.
 
-Triton's interpreter holds a bfloat16 as the uint16 of its bits and, up to 3.7 at least, gets two things wrong:
-`tl.dot` multiplies those integers, and rounding float32 to bfloat16 truncates. `repair` puts both right, so
-that the code that is tested is the code that a GPU runs. Nothing is touched when the interpreter is off.
+Triton's interpreter represents a bfloat16 by the uint16 of its bits, and (up to 3.7 at least) has two bugs: `tl.dot`
+multiplies those integers, and rounding float32 to bfloat16 truncates. `repair` corrects both, so that tests run the
+same code as a GPU. Nothing is changed if the interpreter is off.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def _probe() -> None:
     pass
 
 
-# Asking triton itself, because the spelling of the switch (an environment variable, a knob) is its own business.
+# Asks triton itself, because how the switch is set (an environment variable, a knob) may change.
 INTERPRETED: bool = not isinstance(triton.jit(_probe), triton.JITFunction)
 
 
@@ -31,7 +31,7 @@ def _float32_to_bfloat16(values: np.ndarray) -> np.ndarray:
 
 
 def repair() -> None:
-    """Makes the interpreter multiply and round bfloat16 as a GPU does. Idempotent."""
+    """Makes the interpreter multiply and round bfloat16 as a GPU does. Can be called repeatedly."""
     from triton.runtime import interpreter
 
     if getattr(interpreter, "_rsae_triton_repaired", False):

@@ -1,4 +1,4 @@
-"""What every wrapper does before a launch: check, pack the gate, split the tokens, pick the device."""
+"""Common steps of all wrappers before a launch: check, pack the gate, split the tokens, select the device."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .interpreter import INTERPRETED
 
 MAX_DEGREE = 12
 PROGRAMS = 4096
-"""Programs a pointwise kernel wants: some 16 for each multiprocessor of a large GPU, whichever GPU it is."""
+"""Number of programs that a pointwise kernel aims for: some 16 per multiprocessor of a large GPU, on every GPU."""
 TOKENS_PER_SUM = 16384
-"""Most tokens that one float32 partial sum runs over (a lane sees a 32nd of them)."""
+"""Largest number of tokens in one float32 partial sum (a lane adds a 32nd of them)."""
 
 
 class PackedGate(NamedTuple):
-    """A gate as the kernels read it: one row per number, one column per coefficient set or per feature.
+    """A gate in the kernels' layout: one row per number, one column per coefficient set or per feature.
 
     coefficients [p+1 + q + 3, G]: a, b, centre, 1/C_in, C_out; G = 1 (shared) or n_features.
     rows [2, n_features] or [3, n_features]: threshold, activity_threshold and, if it was given, b_enc.
@@ -31,8 +31,8 @@ class PackedGate(NamedTuple):
 
 
 def pack_gate(gate: Sequence[Tensor], p: int, q: int, b_enc: Tensor | None = None) -> PackedGate:
-    """gate: (a [G, p+1], b [G, q], centre [G], input_scale [G], output_scale [G], threshold [F],
-    activity_threshold [F]), each G being 1 or F on its own; b_enc [F]."""
+    """Packs gate = (a [G, p+1], b [G, q], centre [G], input_scale [G], output_scale [G], threshold [F],
+    activity_threshold [F]), where each G is 1 or F separately; b_enc [F]."""
     a, b, centre, input_scale, output_scale, threshold, activity = (t.detach().float() for t in gate)
     n_features = threshold.shape[0]
     for name, degree in (("p", p), ("q", q)):
@@ -50,14 +50,14 @@ def pack_gate(gate: Sequence[Tensor], p: int, q: int, b_enc: Tensor | None = Non
 
 
 class Split(NamedTuple):
-    """How a pointwise kernel divides the tokens: `count` runs of `tokens` each (the last may be shorter)."""
+    """How a pointwise kernel divides the tokens: into `count` runs of `tokens` each (the last may be shorter)."""
 
     count: int
     tokens: int
 
 
 def split_tokens(n_tokens: int, feature_blocks: int, block: int) -> Split:
-    """A function of shape alone: the order of every sum, and so every bit of it, is the same on every GPU."""
+    """Splits by shape alone, so that the order of every sum, and so every bit of it, is the same on every GPU."""
     blocks = -(-n_tokens // block)
     wanted = max(-(-PROGRAMS // max(feature_blocks, 1)), -(-n_tokens // TOKENS_PER_SUM))
     per_split = -(-blocks // max(min(blocks, wanted), 1))
@@ -65,7 +65,7 @@ def split_tokens(n_tokens: int, feature_blocks: int, block: int) -> Split:
 
 
 def launching_on(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Makes the tensor's GPU the current one, so that the launch goes there, on that GPU's current stream."""
+    """Makes the tensor's GPU the current one, so that the launch uses that GPU and its current stream."""
     if tensor.is_cuda:
         return torch.cuda.device(tensor.device)
     if INTERPRETED:
@@ -77,20 +77,20 @@ def launching_on(tensor: Tensor) -> contextlib.AbstractContextManager:
 
 
 def capability(tensor: Tensor) -> int:
-    """Major compute capability of the tensor's GPU; that of the H100 where the interpreter stands in for one."""
+    """The major compute capability of the tensor's GPU; that of the H100 under the interpreter."""
     return torch.cuda.get_device_capability(tensor.device)[0] if tensor.is_cuda else 9
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """How `tl.dot` multiplies: float32 as torch's setting for matrix products says, the rest exactly.
+    """How `tl.dot` multiplies: float32 as torch's setting for matrix products says, other dtypes exactly.
 
-    Where torch forbids TF32 it is three TF32 products (accurate to about 2^-21): true float32 products have no
+    If torch forbids TF32, three TF32 products are used (accurate to about 2^-21), because true float32 products have no
     tensor cores and are ten times slower.
     """
     if dtype != torch.float32:
         return "ieee"
     backend = torch.backends.cuda.matmul
-    # From torch 2.9 on, asking the old attribute raises once anyone has used the new one.
+    # From torch 2.9 on, reading the old attribute raises if anyone has used the new one.
     setting = getattr(backend, "fp32_precision", None)
     allowed = backend.allow_tf32 if setting is None else setting == "tf32"
     return "tf32" if allowed else "tf32x3"

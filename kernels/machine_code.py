@@ -1,6 +1,6 @@
-"""Compiles a kernel for a GPU that need not be there and reads the machine code back.
+"""Compiles a kernel for a GPU that need not be present, and inspects the machine code.
 
-The tools are those that ship inside the triton package. Not for use under the interpreter.
+It uses the tools inside the triton package. Does not work under the interpreter.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from triton.compiler import ASTSource
 from .interpreter import INTERPRETED
 
 TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTC.{0,2}MMA"}
-# What the fp32 pipe and the special functions issue; a packed one (FFMA2, sm_100) does two elements in one.
+# Instructions of the fp32 pipe and the special functions; a packed one (FFMA2, sm_100) handles two elements.
 ARITHMETIC = "F(ADD|MUL|FMA|MNMX|MNMX3|SEL|SET|SETP)2?|MUFU"
 
 
 class Launch(NamedTuple):
-    """A kernel with all that decides what the compiler makes of it.
+    """A kernel with everything that determines its machine code.
 
-    types: pointers' and tensors' element types ("*bf16") by argument; what is in neither types nor constants is a
-    32-bit integer. unaligned: arguments that 16 does not divide.
+    types: element types of pointers and tensors ("*bf16") by argument; what is in neither types nor constants is a
+    32-bit integer. unaligned: arguments that are not multiples of 16.
     """
 
     kernel: Any
@@ -39,8 +39,8 @@ class Launch(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """What the machine code uses. spills counts loads and stores of local memory; stack and shared_memory are bytes;
-    arithmetic counts fp32 instructions, of loops once."""
+    """The resources that machine code uses. spills: number of loads and stores of local memory; stack, shared_memory:
+    in bytes; arithmetic: number of fp32 instructions, those in loops once."""
 
     registers: int
     spills: int
@@ -51,14 +51,14 @@ class Usage(NamedTuple):
 
 
 def inspect(launch: Launch, arch: int) -> Usage:
-    """Compiles for sm_`arch` and looks. Seconds; triton caches the result."""
+    """Compiles for sm_`arch` and inspects the result. This takes seconds; triton caches the result."""
     if INTERPRETED:
         raise RuntimeError("the interpreter is on: unset TRITON_INTERPRET to compile ahead of time")
     names = launch.kernel.arg_names
     signature = {
         name: "constexpr" if name in launch.constants else launch.types.get(name, "i32") for name in names
     }  # fmt: skip
-    # Pointers from torch are aligned to 16 bytes; so are sizes that are multiples of 16.
+    # Pointers from torch are aligned to 16 bytes, and so are sizes that are multiples of 16.
     attrs = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
@@ -81,7 +81,7 @@ def inspect(launch: Launch, arch: int) -> Usage:
 
 def _cuobjdump(cubin: bytes, option: str) -> str:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"}  # it calls nvdisasm
+    environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"}  # the tool calls nvdisasm
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)

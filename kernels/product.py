@@ -1,4 +1,4 @@
-"""The tiled matrix product under the fused kernels, as device functions: w [n_features, d_in] times x [n_tokens, d_in].
+"""The tiled matrix product of the fused kernels, as device functions: w [n_features, d_in] times x [n_tokens, d_in].
 
 The result is feature-major and stays in float32 registers, for the caller's epilogue.
 """
@@ -11,9 +11,9 @@ import triton.language as tl
 
 @triton.jit
 def tile_of_program(n_features, n_tokens, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """Which feature block and token block this program computes.
+    """Returns the feature block and the token block of this program.
 
-    Programs that run at the same time form GROUP feature blocks by many token blocks: both inputs stay in L2.
+    Programs that run at the same time cover GROUP feature blocks by many token blocks, so that both inputs stay in L2.
     """
     feature_blocks, token_blocks = tl.cdiv(n_features, BLOCK_F), tl.cdiv(n_tokens, BLOCK_N)
     per_group = GROUP * token_blocks
@@ -28,7 +28,8 @@ def product(
     w, x, f0, n0, n_features, n_tokens, d_in, stride_wf, stride_wd, stride_xn, stride_xd,
     BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_F, BLOCK_N] float32: the tile from feature f0 and token n0 (int64) on; 0 outside the matrices."""
+    """Returns the tile [BLOCK_F, BLOCK_N] float32 that starts at feature f0 and token n0 (int64); 0 outside the
+    matrices."""
     f, n, d = tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     f_in, n_in = f < n_features - f0, n < n_tokens - n0
     w_tile = w + f0 * stride_wf + f[:, None] * stride_wf + d[None, :] * stride_wd
@@ -45,14 +46,14 @@ def product(
 
 @triton.jit
 def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The left and right half of a [ROWS, COLUMNS] tile."""
+    """Returns the left and the right half of a [ROWS, COLUMNS] tile."""
     pairs = tl.reshape(tile, (ROWS, 2, COLUMNS // 2))
     return tl.split(tl.permute(pairs, (0, 2, 1)))
 
 
 @triton.jit
 def token_parts(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUB: tl.constexpr):
-    """The tile cut into a tuple of SUB (1, 2 or 4) parts of COLUMNS / SUB columns, from left to right."""
+    """Cuts the tile into a tuple of SUB (1, 2 or 4) parts of COLUMNS / SUB columns, from left to right."""
     parts = (tile,)
     if SUB > 1:
         parts = halves(tile, ROWS, COLUMNS)

@@ -1,12 +1,12 @@
-"""The rational gate as device functions: what all three kernels share. Formulas: docs/kernels.md.
+"""The rational gate as device functions, shared by all gate kernels. The formulas are in docs/kernels.md.
 
-A gate's coefficients travel as one flat tuple of registers `c`, in the order of `launch.pack_gate`:
+A gate's coefficients are passed as one flat tuple of registers `c`, in the order of `launch.pack_gate`:
 
     a_0 .. a_p,  b_1 .. b_q,  centre,  1 / C_in,  C_out
 
-each a scalar (SHARED) or shaped like the feature index (one value per feature), so that the same code
-broadcasts either against a tile of tokens. P and Q here are the *degrees*; `numerator` and `denominator` are
-the polynomials. The denominator is never squared: at (9, 8) its square overflows where the quotient is fine.
+each a scalar (SHARED) or shaped like the feature index (one value per feature), so that the same code broadcasts both
+against a tile of tokens. P and Q here are the *degrees*; `numerator` and `denominator` are the polynomials. The
+denominator is never squared: at (9, 8) its square overflows where the quotient is fine.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import triton.language as tl
 
 @triton.jit
 def load_coefficients(pointer, f, f_mask, n_features, COUNT: tl.constexpr, SHARED: tl.constexpr):
-    """`c`: COUNT values from coefficients [COUNT, G], G = 1 (SHARED) or n_features; f: feature indices (int64)."""
+    """Loads `c`: COUNT values of coefficients [COUNT, G], G = 1 (SHARED) or n_features; f: feature indices (int64)."""
     c = ()
     for k in tl.static_range(COUNT):
         if SHARED:
@@ -29,7 +29,7 @@ def load_coefficients(pointer, f, f_mask, n_features, COUNT: tl.constexpr, SHARE
 
 @triton.jit
 def horner(s, c, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    """sum_k c[FIRST + k] s^k, k < COUNT."""
+    """Returns sum_k c[FIRST + k] s^k, k < COUNT."""
     value = c[FIRST + COUNT - 1]
     for k in tl.static_range(1, COUNT):
         value = value * s + c[FIRST + COUNT - 1 - k]
@@ -38,7 +38,7 @@ def horner(s, c, FIRST: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def horner_slope(s, c, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    """The polynomial and its derivative, by one pass of Horner's rule over both."""
+    """Returns the polynomial and its derivative, from one pass of Horner's rule for both."""
     value = c[FIRST + COUNT - 1]
     slope = 0.0
     for k in tl.static_range(1, COUNT):
@@ -49,7 +49,7 @@ def horner_slope(s, c, FIRST: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def argument(h, theta, c, P: tl.constexpr, Q: tl.constexpr, CLAMP: tl.constexpr):
-    """t = (h - theta) / C_in and s = clip(t, -1, 1) - centre. NaN stays NaN, as in torch.clamp."""
+    """Returns t = (h - theta) / C_in and s = clip(t, -1, 1) - centre. NaN stays NaN, as in torch.clamp."""
     t = (h - theta) * c[P + Q + 2]
     s = t
     if CLAMP:
@@ -60,13 +60,14 @@ def argument(h, theta, c, P: tl.constexpr, Q: tl.constexpr, CLAMP: tl.constexpr)
 
 @triton.jit
 def tail(t):
-    """max(t - 1, 0), NaN for NaN: how a clamped direct gate goes on beyond the right end."""
+    """Returns max(t - 1, 0), NaN for NaN: the continuation of a clamped direct gate beyond the right end."""
     return tl.maximum(t - 1.0, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def times_sign(value, x):
-    """value sign(x), with torch's sign: 0 for 0 and for NaN. Selected, because LLVM makes sign(x) in integers."""
+    """Returns value sign(x), with torch's sign: 0 for 0 and for NaN. Uses selections, because LLVM makes sign(x) in
+    integers."""
     return tl.where(x > 0.0, value, tl.where(x < 0.0, -value, 0.0))
 
 
@@ -76,12 +77,12 @@ def gate_forward(
     P: tl.constexpr, Q: tl.constexpr,
     GATED: tl.constexpr, CLAMP: tl.constexpr, IDENTITY: tl.constexpr, HARD: tl.constexpr,
 ):  # fmt: skip
-    """z and active (0.0 or 1.0), both shaped like h (float32)."""
+    """Returns z and active (0.0 or 1.0), both shaped like h (float32)."""
     t, s = argument(h, theta, c, P, Q, CLAMP)
     y = horner(s, c, 0, P + 1)
     if Q > 0:
         y = y / (1.0 + tl.abs(horner(s, c, P + 1, Q) * s))
-    # Zeroing is a multiplication, not a selection: NaN * 0 is NaN, in torch and here.
+    # Zeroing is a multiplication, not a selection, because NaN * 0 is NaN in torch.
     if GATED:
         active = tl.where(h > theta, 1.0, 0.0)
         z = h
@@ -92,7 +93,7 @@ def gate_forward(
     else:
         if CLAMP:
             y = y + tail(t)
-        z = y * c[P + Q + 3] + tl.zeros_like(h)  # a (0, 0) gate is a constant: give it h's shape
+        z = y * c[P + Q + 3] + tl.zeros_like(h)  # a (0, 0) gate is a constant, so this gives it h's shape
         active = tl.where(tl.abs(z) > activity, 1.0, 0.0)
         if HARD:
             z = z * active
@@ -106,7 +107,7 @@ def gate_backward(
     GATED: tl.constexpr, CLAMP: tl.constexpr, IDENTITY: tl.constexpr, HARD: tl.constexpr,
     RATIONAL_BACKWARD: tl.constexpr, HAS_DL1: tl.constexpr,
 ):  # fmt: skip
-    """The derivative of `gate_forward` by everything it reads, element by element.
+    """Returns the derivatives of `gate_forward` with respect to everything it reads, element by element.
 
     g = dL/dz, dcount = dL/dactive and dl1 = dL/d|z|, float32. With r = numerator / denominator and g_r = dL/dr:
 
@@ -162,7 +163,7 @@ def gate_backward(
     e = u * slope
     dt = e
     if CLAMP:
-        dt = tl.where(tl.abs(t) <= 1.0, e, 0.0)  # both ends count as inside, as torch.clamp has it
+        dt = tl.where(tl.abs(t) <= 1.0, e, 0.0)  # both ends count as inside, as in torch.clamp
         if not GATED:
             dt = dt + tl.where(t > 1.0, g_r, 0.0)
     dh = dt * c[P + Q + 2]

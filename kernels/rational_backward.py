@@ -1,6 +1,7 @@
-"""Pointwise backward: h, dz [n_features, n_tokens] -> dh and the gradient of every number of the gate.
+"""Pointwise backward pass: computes dh and the gradient of every number of the gate from h, dz [n_features, n_tokens].
 
-No atomics: a program keeps the sums of a run of tokens in registers; the runs are added in a fixed order in float64.
+There are no atomics: a program keeps the sums of a run of tokens in registers, and the runs are added in a fixed order
+in float64.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .rational import gate_backward, load_coefficients
 
 
 class GateGrads(NamedTuple):
-    """Gradients of a gate's tensors, each in its tensor's own shape (summed over features where it is shared)."""
+    """Gradients of a gate's tensors, each in its tensor's own shape (summed over features if it is shared)."""
 
     a: Tensor
     b: Tensor
@@ -35,14 +36,14 @@ class GateGrads(NamedTuple):
 def accumulate(sums, u, v, s, e, dt, t, last, P: tl.constexpr, Q: tl.constexpr, COEFFICIENTS: tl.constexpr):
     """Adds one tile's terms to the tuple of sums, over the axis that a thread holds whole.
 
-    The sums of a, b and the centre come first, and only where COEFFICIENTS says that they are trained.
+    The sums for a, b and the centre come first, and exist only if COEFFICIENTS says that these are trained.
     """
     FIRST: tl.constexpr = P + Q + 2 if COEFFICIENTS else 0
     found = ()
     if COEFFICIENTS:
         over_a, over_b = (), ()
         power = tl.full(s.shape, 1.0, tl.float32)
-        # One loop for both: each power of s is made once and dies at once.
+        # One loop for both, so that each power of s is computed once and discarded at once.
         for k in tl.static_range(P + Q + 1):
             if k <= P:
                 over_a = over_a + (sums[k] + tl.sum(u * power, axis=2),)  # noqa: RUF005 (no starred tuples in Triton)
@@ -67,16 +68,16 @@ def rational_backward_kernel(
     COEFFICIENTS: tl.constexpr, SHARED: tl.constexpr,
     BLOCK_F: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_F features, split_size tokens. Tile as in `rational_forward_kernel`.
+    """One program: BLOCK_F features, split_size tokens. The tile is that of `rational_forward_kernel`.
 
-    partial [n_splits, P+Q+5, n_features] float32: sums of u s^i, v s^j, e, dt, dt t and, last, of dh (gated)
-    or gain (direct, whose sum of dh is that of dt over C_in). Without COEFFICIENTS only the last three. dh may be
-    dz itself.
+    partial [n_splits, P+Q+5, n_features] float32: sums of u s^i, v s^j, e, dt, dt t and, last, of dh (gated) or gain
+    (direct, where the sum of dh follows from that of dt / C_in). Without COEFFICIENTS only the last three. dh may be dz
+    itself.
     """
     f0 = tl.program_id(0).to(tl.int64) * BLOCK_F
     f_local = tl.arange(0, BLOCK_F)[:, None, None]
     f, f_mask = f0 + f_local, f_local < n_features - f0
-    # Before the loop, by hand: Triton does not move loads past the store of dh.
+    # Done before the loop by hand, because Triton does not move loads past the store of dh.
     c = load_coefficients(coefficients, f, f_mask, n_features, P + Q + 4, SHARED)
     theta = tl.load(rows + f, mask=f_mask, other=0.0)
     activity = tl.load(rows + n_features + f, mask=f_mask, other=0.0)
@@ -97,7 +98,7 @@ def rational_backward_kernel(
     for n0 in tl.range(start, tl.minimum(start + split_size, n_tokens), LANES * VECTOR, num_stages=STAGES):
         mask = f_mask & (lane * VECTOR + vector < n_tokens - n0)
         value = tl.load(h + base + n0 + tile, mask=mask, other=0.0).to(tl.float32)
-        # Beyond the last token all gradients are 0, and h = theta keeps what they multiply finite.
+        # Beyond the last token all gradients are 0, and h = theta keeps their factors finite.
         value = tl.where(mask, value, theta)
         g = tl.load(dz + base + n0 + tile, mask=mask, other=0.0).to(tl.float32)
         dcount, dl1_n = tl.where(mask, dcount_f, 0.0), tl.where(mask, dl1_f, 0.0)
@@ -133,13 +134,15 @@ def rational_backward(
     coefficients: bool = True,
     inplace: bool = False,
 ) -> tuple[Tensor, GateGrads]:
-    """h_fm, dz_fm [n_features, n_tokens] -> dh_fm in dz's dtype, and the gate's gradients in float32.
+    """Computes dh_fm in dz's dtype and the gate's gradients in float32, from h_fm, dz_fm [n_features, n_tokens].
 
-    dcounts [n_features] or None: gradient of the activity counts, which the gated form alone has. dl1
-    [n_features] or None: gradient of the sums of |z|; dl1 sign(z) is added to dz here, sign(0) being 0. gate: the
-    seven tensors of `launch.pack_gate`. coefficients: False leaves the gradients of a, b and centre at zero (they are
-    frozen) and saves their sums. inplace: dh may overwrite dz (a dz whose tokens are not contiguous is
-    copied, and then the copy is overwritten, so take dh from what is returned).
+    Args:
+        dcounts: [n_features] or None, the gradient of the activity counts (gated form only).
+        dl1: [n_features] or None, the gradient of the sums of |z|; dl1 sign(z) is added to dz, with sign(0) = 0.
+        gate: the seven tensors of `launch.pack_gate`.
+        coefficients: False skips the gradients of a, b and centre (which are frozen), leaving them zero.
+        inplace: dh may overwrite dz. (If dz's tokens are not contiguous it is copied and the copy overwritten, so use
+            the returned dh.)
     """
     n_features, n_tokens = h_fm.shape
     if dz_fm.shape != h_fm.shape:
@@ -178,15 +181,15 @@ def rational_backward(
                 "rational_backward", pointwise_tile(h_fm.dtype, n_tokens),
                 lambda: pointwise_tiles(h_fm.itemsize, n_tokens), h_fm,
                 {**constants, **shape_key(n_features, n_tokens), "dtypes": (h_fm.dtype, dz_fm.dtype)},
-                lambda tile: launch(tile, torch.empty_like(dz_fm)),  # dz must live through all trials
+                lambda tile: launch(tile, torch.empty_like(dz_fm)),  # dz must survive all trials
             )  # fmt: skip
             partial = launch(tile, dh_fm)
     return dh_fm, finish(partial.sum(0, dtype=torch.float64), gate, p, q, gated)
 
 
 def finish(sums: Tensor, gate: Sequence[Tensor], p: int, q: int, gated: bool) -> GateGrads:
-    """From the sums [p+q+5, n_features] in float64 (or the last three of them: the rest is zero) to gradients, folded
-    to as many sets as each tensor has."""
+    """Computes the gradients from the sums [p+q+5, n_features] in float64 (or from the last three of them, the others
+    being zero), summed to as many sets as each tensor has."""
     if len(sums) == 3:
         sums = torch.cat([sums.new_zeros(p + q + 2, sums.shape[1]), sums])
     da, db, (de, ddt, ddt_t, dlast) = sums[: p + 1], sums[p + 1 : p + 1 + q], sums[p + 1 + q :]

@@ -1,6 +1,6 @@
-"""Pointwise gate: h [n_features, n_tokens] -> code z, how often each feature is active and the sum of its |z|.
+"""Pointwise gate: computes the code z, the activity counts and the sums of |z| from h [n_features, n_tokens].
 
-For a matrix product made elsewhere; `encode_forward` makes it itself. h includes the bias.
+For use after a library's matrix product; `encode_forward` contains its own product. h includes the bias.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def rational_forward_kernel(
 ):  # fmt: skip
     """One program: BLOCK_F features, split_size tokens. partial [n_splits, 2, n_features] float32: counts, l1.
 
-    The tile is [BLOCK_F, LANES, VECTOR]: a thread holds VECTOR neighbouring tokens of a feature, so that sums
-    over the last axis stay in the thread and the lanes meet once, after the loop.
+    The tile is [BLOCK_F, LANES, VECTOR]. A thread holds VECTOR neighbouring tokens of a feature, so sums over the last
+    axis stay in the thread, and the lanes are added once, after the loop.
     """
     f0 = tl.program_id(0).to(tl.int64) * BLOCK_F
     f_local = tl.arange(0, BLOCK_F)[:, None, None]
@@ -68,11 +68,12 @@ def rational_forward(
     hard: bool,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """h_fm [n_features, n_tokens] -> z_fm [n_features, n_tokens] in out_dtype (h's unless given), counts, l1.
+    """Computes z_fm [n_features, n_tokens] in out_dtype (h's by default), counts and l1 from h_fm [n_features,
+    n_tokens].
 
-    gate: the seven tensors of `launch.pack_gate`. counts, l1 [n_features] float32: how many codes are active and
-    the sum of |z| (before z is rounded to its dtype), block by block in a fixed order. h whose tokens are not
-    contiguous is copied first.
+    gate: the seven tensors of `launch.pack_gate`. counts, l1 [n_features] float32: the number of active codes and the
+    sum of |z| (before z is rounded to its dtype), block by block in a fixed order. h_fm is copied first if its tokens
+    are not contiguous.
     """
     n_features, n_tokens = h_fm.shape
     h_fm = h_fm.contiguous()

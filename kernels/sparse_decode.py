@@ -1,7 +1,7 @@
-"""Sparse decoder: rows of values and feature indices -> reconstructions, and its backward. No atomics.
+"""Sparse decoder: reconstructions from rows of values and feature indices, and the backward pass. No atomics.
 
-Reads l0 rows of W_dec for a token instead of all of them. Sums are float32 in an order that only the input fixes.
-An index outside W_dec cannot be reported from a kernel: it makes the token's reconstruction NaN.
+It reads l0 rows of W_dec per token instead of all of them. Sums are float32, in an order that depends on the input
+only. A kernel cannot report an index outside W_dec, so such an index makes the token's reconstruction NaN.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from .configs import decode_tile
 from .launch import launching_on
 
 RUN = 256
-"""Entries of one feature that one program adds up; a feature with more has more programs, added afterwards."""
+"""Number of entries of a feature that one program adds up; a feature with more has several programs, summed
+afterwards."""
 
 
 @triton.jit
@@ -47,7 +48,7 @@ def sparse_dots_kernel(
     g, indices, counts, w, out, n_features, d_in, capacity,
     BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program: one token's out [capacity] = g . W_dec[index], for the places that are in use."""
+    """One program: one token's out [capacity] = g . W_dec[index], for the used places."""
     n = tl.program_id(0).to(tl.int64)
     count = tl.minimum(tl.load(counts + n).to(tl.int32), capacity)
     for j0 in range(0, count, BLOCK_J):
@@ -92,8 +93,11 @@ def _check(values: Tensor, indices: Tensor, counts: Tensor, W_dec: Tensor) -> No
 
 
 def sparse_decode(values: Tensor, indices: Tensor, counts: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
-    """values, indices [n_tokens, width] of which the first counts [n_tokens] are in use, W_dec [d_sae, d_in],
-    b_dec [d_in] -> x_hat [n_tokens, d_in] in the dtype that values and W_dec promote to."""
+    """Computes x_hat [n_tokens, d_in], in the dtype that values and W_dec promote to.
+
+    values, indices: [n_tokens, width], of which the first counts [n_tokens] are used. W_dec: [d_sae, d_in]. b_dec:
+    [d_in].
+    """
     _check(values, indices, counts, W_dec)
     (n_tokens, width), (n_features, d_in) = values.shape, W_dec.shape
     out = W_dec.new_empty((n_tokens, d_in), dtype=torch.promote_types(values.dtype, W_dec.dtype))
@@ -109,7 +113,8 @@ def sparse_decode(values: Tensor, indices: Tensor, counts: Tensor, W_dec: Tensor
 
 
 def sparse_decode_dvalues(g: Tensor, values: Tensor, indices: Tensor, counts: Tensor, W_dec: Tensor) -> Tensor:
-    """g = dL/dx_hat [n_tokens, d_in] -> dL/dvalues [n_tokens, width] in values' dtype, zero where not in use."""
+    """Computes dL/dvalues [n_tokens, width] in values' dtype, zero at unused places, from g = dL/dx_hat [n_tokens,
+    d_in]."""
     _check(values, indices, counts, W_dec)
     (n_tokens, width), (n_features, d_in) = values.shape, W_dec.shape
     out = torch.zeros_like(values, memory_format=torch.contiguous_format)
@@ -125,10 +130,10 @@ def sparse_decode_dvalues(g: Tensor, values: Tensor, indices: Tensor, counts: Te
 
 
 def sparse_decode_dweight(g: Tensor, values: Tensor, indices: Tensor, counts: Tensor, W_dec: Tensor) -> Tensor:
-    """g = dL/dx_hat [n_tokens, d_in] -> dL/dW_dec [d_sae, d_in] in W_dec's dtype.
+    """Computes dL/dW_dec [d_sae, d_in] in W_dec's dtype, from g = dL/dx_hat [n_tokens, d_in].
 
-    The entries are sorted by feature, by token within a feature, and each feature's are added in that order. Waits
-    for the GPU, to learn how many entries there are.
+    Entries are sorted by feature, then token, and added in that order. This waits for the GPU to learn the number of
+    entries.
     """
     _check(values, indices, counts, W_dec)
     width, n_features = values.shape[1], W_dec.shape[0]

@@ -1,8 +1,8 @@
-"""Sparse encoder: x_c -> the codes that are not zero, as rows of values and feature indices; inference only.
+"""Sparse encoder: computes the nonzero codes of x_c as rows of values and feature indices; for inference only.
 
-Two kernels for each run of tokens. The first is the fused encoder, but stores only the codes that are not zero
-(at their places in a scratch tensor that is reused for every run of tokens) and one bit for every code. The
-second, `sparse_rows`, turns bits into rows. Dense codes are neither written nor read; no atomics, no sorting.
+There are two kernels for each run of tokens. The first is the fused encoder, but stores only nonzero codes (at their
+places in a scratch tensor that is reused for every run of tokens) and one bit for every code. The second,
+`sparse_rows`, turns bits into rows. Dense codes are neither written nor read; no atomics, no sorting.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from .rational import gate_forward, load_coefficients
 from .sparse_rows import NAN_KEY, gather_rows_kernel, keep_largest_kernel
 
 WORD = 32
-"""Features to a word of bits, and to a block of which the top-k variant knows the maximum."""
+"""Number of features per word of bits, and per block whose maximum the top-k variant stores."""
 SCRATCH = 2**25
-"""Most elements of the scratch tensor (64 MiB in bfloat16), as long as that is at least one tile of tokens."""
+"""Largest size of the scratch tensor in elements (64 MiB in bfloat16), but at least one tile of tokens."""
 
 
 class SparseRows(NamedTuple):
-    """values [n_tokens, width] and indices [n_tokens, width] int64: in each row the features in ascending order,
-    then zeros. counts [n_tokens] int32: how many there are, which can be more than `width`: those are missing."""
+    """values [n_tokens, width] and indices [n_tokens, width] int64: in each row the features in ascending order, then
+    zeros. counts [n_tokens] int32: the number of codes, which can exceed `width`; the excess codes are missing."""
 
     values: Tensor
     indices: Tensor
@@ -43,16 +43,17 @@ def _emit(
     GATED: tl.constexpr, CLAMP: tl.constexpr, IDENTITY: tl.constexpr, RANKED: tl.constexpr,
     WORDS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Gate the columns n_local [1, COLUMNS] of a tile, value [WORDS * 32, COLUMNS]; store what is not zero.
+    """Applies the gate to the columns n_local [1, COLUMNS] of a tile, value [WORDS * 32, COLUMNS], and stores nonzero
+    codes.
 
-    z_tile [WORDS * 32, 1], bits_tile and best_tile [WORDS, 1]: pointers to the tile's rows. RANKED: only positive
-    codes are kept, in float32, and the largest of each 32 goes to best as the integer of its bits.
+    z_tile [WORDS * 32, 1], bits_tile and best_tile [WORDS, 1]: pointers to the tile's rows. RANKED: only positive codes
+    are kept, in float32, and the largest of each 32 is stored in best as the integer of its bits.
     """
     mask = f_mask & (n_local < n_left)
     code, _ = gate_forward(value, theta, activity, c, P, Q, GATED, CLAMP, IDENTITY, True)
     word_mask = word_mask & (n_local < n_left)
     if RANKED:
-        # Positive floats are ordered as the integers of their bits are. NaN, whatever its sign, goes to the top.
+        # Positive floats are ordered like the integers of their bits. NaN, of either sign, comes out on top.
         key = tl.where(code != code, NAN_KEY, code.to(tl.int32, bitcast=True))
         keep = mask & (key > 0)
         tl.store(z_tile + n_local, key.to(tl.float32, bitcast=True), mask=keep)
@@ -75,7 +76,7 @@ def sparse_encode_kernel(
     BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     SUB: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: a [BLOCK_F, BLOCK_N] tile, made exactly as `encode_forward_kernel` makes it.
+    """One program: a [BLOCK_F, BLOCK_N] tile, computed exactly as in `encode_forward_kernel`.
 
     z [n_features, stride_f] is written where the code is not zero; bits and best [n_features / 32, stride_f].
     """
@@ -119,15 +120,16 @@ def sparse_encode(
     capacity: int,
     k: int | None = None,
 ) -> SparseRows:
-    """x_c [n_tokens, d_in], W_enc [d_in, n_features] of one dtype and any strides, b_enc [n_features] -> rows.
+    """Returns the nonzero codes as rows, given x_c [n_tokens, d_in], W_enc [d_in, n_features] and b_enc [n_features].
 
-    The rows are `capacity` wide and hold the codes of `encode_forward(hard=True)` that are not zero, bit for bit
-    where both use one tile. With k they hold the k largest of those that are positive, ranked in float32, equal
-    ones by lowest index; `capacity` is then how many candidates a token may have, k at least, the rows are k wide,
-    and a count above k says that there were more candidates than that (the row is then not to be used).
+    x_c and W_enc have one dtype and any strides. The rows are `capacity` wide and hold the nonzero codes of
+    `encode_forward(hard=True)`, bit for bit if both use the same tile. With k they hold the k largest positive codes,
+    ranked in float32, equal ones by lowest index. `capacity` is then the number of candidates that a token may have (at
+    least k), the rows are k wide, and a count above k says that there were more candidates than that; such a row must
+    not be used.
 
-    gate: the seven tensors of `launch.pack_gate`. Nothing here waits for the GPU: what to do about a count above
-    the width is for the caller to decide, who has to look at it.
+    gate: the seven tensors of `launch.pack_gate`. Nothing here waits for the GPU, so the caller must look at counts
+    above the width and decide what to do.
     """
     (n_tokens, d_in), n_features = x_c.shape, W_enc.shape[1]
     if W_enc.shape[0] != d_in or b_enc.shape != (n_features,) or gate[5].shape != (n_features,):
@@ -152,7 +154,7 @@ def sparse_encode(
     z = x_c.new_empty((n_features, run), dtype=x_c.dtype if k is None else torch.float32)
     bits = x_c.new_empty((n_words, run), dtype=torch.int32)
     best = bits if k is None else torch.empty_like(bits)
-    # The candidates of the top-k variant, of one run of tokens.
+    # The candidates of the top-k variant, for one run of tokens.
     many = 0 if k is None else run
     wide = SparseRows(*(t.new_empty((many, capacity)) for t in (z, indices)), counts.new_empty(many))
     rows = rows_tile(n_words)

@@ -1,7 +1,7 @@
-"""From bits to rows: where the sparse encoder's codes go, and which of them are the k largest.
+"""Turns bits into rows: where the sparse encoder's codes go, and which of them are the k largest.
 
-One program owns a few tokens and walks over their words of 32 features in order, so a running count is each
-token's next free place: rows come out sorted by feature, the same in every run.
+One program owns a few tokens and goes over their words of 32 features in order. A running count is each token's next
+free place, so rows are sorted by feature, the same in every run.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import triton
 import triton.language as tl
 
 NAN_KEY = tl.constexpr(0x7FC00000)
-"""A NaN as the integer of its bits: above every number's."""
+"""A NaN as the integer of its bits, which is above that of every number."""
 
 
 @triton.jit
 def popcount(x):
-    """How many bits of a uint32 are set."""
+    """Returns the number of set bits of a uint32."""
     x = x - ((x >> 1) & 0x55555555)
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
     x = (x + (x >> 4)) & 0x0F0F0F0F
@@ -25,7 +25,7 @@ def popcount(x):
 
 @triton.jit
 def lowest_bit(x):
-    """Which is the lowest bit of a uint32 that is set; 31 for 0."""
+    """Returns the position of the lowest set bit of a uint32; 31 for 0."""
     return popcount((x ^ (x - 1)) >> 1)
 
 
@@ -34,8 +34,8 @@ def kth_largest(
     keys, stride_j, stride_n, length, n, n_mask, k,
     LOWEST_BIT: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The k-th largest of keys[j * stride_j + n * stride_n], j < length (int32, bits from LOWEST_BIT on), or 0
-    where fewer than k are positive. n, n_mask: [1, BLOCK_N]; `length` is a number or one for each n."""
+    """Returns the k-th largest of keys[j * stride_j + n * stride_n], j < length (int32, bits from LOWEST_BIT on), or 0
+    if fewer than k are positive. n, n_mask: [1, BLOCK_N]; `length` is one number, or one for each n."""
     found = tl.zeros((1, BLOCK_N), tl.int32)
     longest = tl.max(length + tl.zeros((1, BLOCK_N), tl.int32))
     for step in range(31 - LOWEST_BIT):
@@ -54,16 +54,17 @@ def gather_rows_kernel(
     z, bits, best, values, indices, counts, n_words, n_tokens, stride_f, capacity, k,
     RANKED: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_N tokens. z, bits, best as `sparse_encode_kernel` wrote them -> rows of `capacity`.
+    """One program: the rows of BLOCK_N tokens, `capacity` wide, from z, bits and best as `sparse_encode_kernel` wrote
+    them.
 
-    counts are true also where they exceed the capacity. RANKED: the rows are of all codes that are not below the
-    k-th largest maximum of a block of 32 features. At least k codes are not, so the k largest are among them.
+    counts are correct even if they exceed the capacity. RANKED: rows hold all codes that are not below the k-th largest
+    of the maxima of blocks of 32 features. At least k codes are not, so the k largest are among them.
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     n_mask = n < n_tokens
     z_bits = z.to(tl.pointer_type(tl.int32), bitcast=True) if RANKED else z
     if RANKED:
-        # The upper 16 bits will do: a little lower a floor admits a few candidates more.
+        # The upper 16 bits are enough: a slightly lower floor only admits a few more candidates.
         floor = tl.maximum(kth_largest(best, stride_f, 1, n_words, n, n_mask, k, 15, 4 * BLOCK_W, BLOCK_N), 1)
     total = tl.zeros((1, BLOCK_N), tl.int32)
     for w0 in range(0, n_words, BLOCK_W):
@@ -98,10 +99,10 @@ def keep_largest_kernel(
     values, indices, counts, out_values, out_indices, out_counts, n_tokens, capacity, k,
     BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_N rows of positive float32 values, `capacity` wide -> the k largest of each, in order.
+    """One program: the k largest of each of BLOCK_N rows of positive float32 values, `capacity` wide, in order.
 
-    Where a count exceeds the capacity the row is not complete: it is left out, and out_counts is that count (which
-    is more than k).
+    If a count exceeds the capacity, the row is not complete: it is skipped, and out_counts is that count (which is more
+    than k).
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     n_mask = n < n_tokens

@@ -1,4 +1,4 @@
-"""The gate at the entries of a support: codes forward, gradients backward. Entry by entry, in float32."""
+"""The gate at the entries of a support: codes in the forward pass, gradients in the backward pass, all in float32."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def entry_gate_forward_kernel(
     values, tokens, features, offsets, z, dense, coefficients, rows, n_features, n_tokens, capacity,
     P: tl.constexpr, Q: tl.constexpr, IDENTITY: tl.constexpr, SHARED: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """z [capacity] float32; also written into dense [n_features, n_tokens], at the entry's place."""
+    """Computes z [capacity] float32, and also writes it into dense [n_features, n_tokens] at the entry's place."""
     total = tl.minimum(tl.load(offsets + n_features), capacity)
     step = tl.num_programs(0).to(tl.int64) * BLOCK_E
     for e0 in range(tl.program_id(0).to(tl.int64) * BLOCK_E, total, step):
@@ -42,7 +42,7 @@ def entry_gate_backward_kernel(
     P: tl.constexpr, Q: tl.constexpr, IDENTITY: tl.constexpr, RATIONAL_BACKWARD: tl.constexpr,
     HAS_DCOUNTS: tl.constexpr, HAS_DL1: tl.constexpr, SHARED: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """dh and dt (the gradient by the gate's argument) [capacity] float32."""
+    """Computes dh and dt (the gradient with respect to the gate's argument), [capacity] float32."""
     total = tl.minimum(tl.load(offsets + n_features), capacity)
     step = tl.num_programs(0).to(tl.int64) * BLOCK_E
     for e0 in range(tl.program_id(0).to(tl.int64) * BLOCK_E, total, step):
@@ -68,10 +68,10 @@ def entry_gate_backward_kernel(
 def entry_gate_forward(
     entries: Entries, gate: Sequence[Tensor], dense: Tensor, *, p: int, q: int, identity: bool
 ) -> Tensor:
-    """-> the codes of the entries [capacity] float32, of a gate of the gated form, clamped and hard.
+    """Computes the codes of the entries, [capacity] float32, for a gate that is gated, clamped and hard.
 
-    gate: the seven tensors of `launch.pack_gate`. dense [n_features, n_tokens]: memory that gets the codes too, in its
-    dtype, at the entries' places alone (h, which is not needed any more).
+    gate: the seven tensors of `launch.pack_gate`. dense [n_features, n_tokens]: memory that also receives the codes, in
+    its dtype, at the entries' places only (usually that of h, which is no longer needed).
     """
     packed = _check(entries, gate, p, q)
     z = torch.empty_like(entries.values)
@@ -98,10 +98,10 @@ def entry_gate_backward(
     identity: bool,
     backward_rational: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dz [capacity] float32 -> dh and dt [capacity] float32. dcounts, dl1: as in `rational_backward`.
+    """Computes dh and dt [capacity] float32 from dz [capacity] float32. dcounts, dl1: see `rational_backward`.
 
-    The gradient of a threshold is minus the sum of its entries' dt over C_in. Those of a, b, the centre and C_in are
-    not made: the first three are not zero outside the support.
+    The gradient of a threshold is minus the sum of its entries' dt over C_in. The gradients of a, b, the centre and
+    C_in are not computed; the first three are not zero outside the support.
     """
     packed = _check(entries, gate, p, q)
     dh, dt = dz.new_empty((2, *dz.shape))

@@ -1,8 +1,8 @@
-"""From bits to lists: the support's entries by feature, and the active ones by token.
+"""Turns bits into lists: the support's entries by feature, and the active ones by token.
 
-Both lists have room for `capacity` entries. How many there are stays on the GPU, in the last element of their
-offsets: what is beyond the capacity is left out, and the caller compares when it looks at numbers anyway. Lists are in
-order of feature, then token (or token, then feature), the same in every run; no atomics, no sorting.
+Both lists have room for `capacity` entries. The number of entries stays on the GPU, in the last element of the offsets.
+Entries beyond the capacity are left out, and the caller compares when it reads numbers anyway. Lists are in order of
+feature, then token (or token, then feature), the same in every run; no atomics, no sorting.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from .sparse_rows import lowest_bit, popcount
 from .support_mark import Marks
 
 PROGRAMS = 4096
-"""Programs that the pass over the active bits wants: it cuts the features of its tokens into segments."""
+"""Number of programs that the pass over the active bits aims for; it cuts the features of its tokens into segments."""
 
 
 class Entries(NamedTuple):
     """tokens, features [capacity] int32 and values [capacity] float32 (h with its bias), sorted by feature, then token;
-    offsets [n_features + 1] int64: where each feature's begin, and last how many there are, also if that is more than
-    the capacity."""
+    offsets [n_features + 1] int64: the start of each feature's entries, and last the number of entries, even if that
+    exceeds the capacity."""
 
     tokens: Tensor
     features: Tensor
@@ -36,7 +36,7 @@ class Entries(NamedTuple):
 
 class Rows(NamedTuple):
     """features [capacity] int32 and values [capacity] of the active codes, sorted by token, then feature; offsets
-    [n_tokens + 1] int64, as `Entries` has them."""
+    [n_tokens + 1] int64, like those of `Entries`."""
 
     features: Tensor
     values: Tensor
@@ -74,7 +74,7 @@ def list_entries_kernel(
 def count_rows_kernel(
     active, counts, n_words, n_tokens, per_segment, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """One program: how many bits are set for BLOCK_N tokens in one segment of words. counts [n_tokens, segments]."""
+    """One program: the number of bits set for BLOCK_N tokens in one segment of words. counts [n_tokens, segments]."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     first = tl.program_id(1) * per_segment
     end = tl.minimum(first + per_segment, n_words)
@@ -113,7 +113,7 @@ def list_rows_kernel(
 
 
 def list_entries(h_fm: Tensor, marks: Marks, capacity: int) -> Entries:
-    """h_fm [n_features, n_tokens] as `support_mark` was given it."""
+    """Lists the support's entries. h_fm [n_features, n_tokens] as given to `support_mark`."""
     n_features, n_tokens = h_fm.shape
     tokens, features = h_fm.new_empty((2, capacity), dtype=torch.int32)
     values = h_fm.new_empty(capacity, dtype=torch.float32)
@@ -130,7 +130,7 @@ def list_entries(h_fm: Tensor, marks: Marks, capacity: int) -> Entries:
 
 
 def list_rows(z_fm: Tensor, marks: Marks, capacity: int) -> Rows:
-    """z_fm [n_features, n_tokens]: has the codes at the places of the active ones; what is elsewhere is not read."""
+    """Lists the active codes. z_fm [n_features, n_tokens] holds the codes at the active places; others are not read."""
     n_words, n_tokens = marks.active.shape
     features = z_fm.new_empty(capacity, dtype=torch.int32)
     values = z_fm.new_empty(capacity)
@@ -153,7 +153,7 @@ def list_rows(z_fm: Tensor, marks: Marks, capacity: int) -> Rows:
 
 
 def _offsets(counts: Tensor) -> Tensor:
-    """[n] -> [n + 1] int64."""
+    """Cumulative sums with a leading 0, [n] -> [n + 1] int64."""
     offsets = counts.new_zeros(len(counts) + 1, dtype=torch.int64)
     torch.cumsum(counts, 0, out=offsets[1:])
     return offsets

@@ -1,8 +1,8 @@
-"""Where the support of a batch is: one pass over h, the encoder's product without its bias.
+"""Finds the support of a batch, in one pass over h, the encoder's product without its bias.
 
-The support of a hard gate whose domain is clamped is h > theta - C_in: outside of it the code and every gradient are
-exactly zero. One bit for each element says whether it is in the support (along tokens), another whether it is active
-(along features), and each feature's are counted. No atomics; the same bits in every run.
+The support of a hard gate whose domain is clamped is h > theta - C_in; outside of it the code and every gradient are
+exactly zero. One bit per element says whether it is in the support (along tokens), another whether it is active (along
+features), and both are counted for each feature. No atomics; the same bits in every run.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from .launch import launching_on, split_tokens
 
 WORD = 32
 MARGIN = 2.0**-21
-"""The lower end of the support is put this share of its terms lower, so that rounding never leaves an element out.
-One too many does no harm: the gate of the entries decides again, and finds zeros."""
+"""The lower end of the support is lowered by this fraction of its terms, so that rounding never leaves an element out.
+One too many does no harm: the gate of the entries decides again and gives zeros."""
 
 
 class Marks(NamedTuple):
-    """support [n_features, n_tokens / 32] and active [n_features / 32, n_tokens] int32: a bit for each element.
-    rows [3, n_features] float32: what was compared (the support's lower end, the threshold) and b_enc.
-    in_support and counts [n_features] int64: how many tokens; NaN is in the support and not counted as active."""
+    """support [n_features, n_tokens / 32] and active [n_features / 32, n_tokens] int32: one bit per element.
+    rows [3, n_features] float32: the support's lower end and the threshold, which were compared with, and b_enc.
+    in_support and counts [n_features] int64: numbers of tokens; NaN is in the support but not active.
+    """
 
     support: Tensor
     active: Tensor
@@ -56,7 +57,7 @@ def support_mark_kernel(
         n_left = n_tokens - n0
         mask = f_mask & (n_local < n_left)
         value = tl.load(h + f * n_tokens + n0 + n_local, mask=mask, other=0.0).to(tl.float32) + bias
-        inside = mask & ~(value <= low)  # so written NaN is inside
+        inside = mask & ~(value <= low)  # written this way, NaN is inside
         found = tl.sum(tl.reshape(tl.where(inside, along_tokens, 0), (BLOCK_F, BLOCK_N // 32, 32)), axis=2)
         tl.store(support + f * n_words + n0 // 32 + word, found, mask=f_mask & (word * 32 < n_left))
         on = mask & ~(value <= theta)
@@ -71,8 +72,10 @@ def support_mark_kernel(
 
 
 def support_mark(h_fm: Tensor, threshold: Tensor, input_scale: Tensor, b_enc: Tensor) -> Marks:
-    """h_fm [n_features, n_tokens] = W_enc^T x_c^T, without the bias; threshold, b_enc [n_features], input_scale [1] or
-    [n_features]."""
+    """Marks the support and the active codes of h_fm [n_features, n_tokens] = W_enc^T x_c^T, which is without the bias.
+
+    threshold, b_enc: [n_features]. input_scale: [1] or [n_features].
+    """
     n_features, n_tokens = h_fm.shape
     if threshold.shape != (n_features,) or b_enc.shape != (n_features,) or len(input_scale) not in (1, n_features):
         raise ValueError(

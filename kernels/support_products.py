@@ -1,7 +1,7 @@
-"""Products at the entries of a support: reconstructions from rows of codes, and the gradient of the entries' codes.
+"""Products at the entries of a support: reconstructions from rows of codes, and the gradients of the entries' codes.
 
-What the dense step multiplies out for every token and feature is made for the entries alone. Sums are float32, in an
-order that only the input fixes.
+The dense step computes these for every token and feature, the sparse step for the entries only. Sums are float32, in an
+order that depends on the input only.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def entry_dots_kernel(
     g, w, tokens, features, offsets, out, n_features, d_in, capacity,
     BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out[e] = g[token] . w[feature]; the programs share the blocks of entries."""
+    """Computes out[e] = g[token] . w[feature]; the programs share the blocks of entries."""
     total = tl.minimum(tl.load(offsets + n_features), capacity)
     step = tl.num_programs(0).to(tl.int64) * BLOCK_E
     for e0 in range(tl.program_id(0).to(tl.int64) * BLOCK_E, total, step):
@@ -61,7 +61,7 @@ def entry_dots_kernel(
 
 
 def support_decode(rows: Rows, W_dec: Tensor, b_dec: Tensor) -> Tensor:
-    """Rows of codes, W_dec [n_features, d_in], b_dec [d_in] -> x_hat [n_tokens, d_in] float32."""
+    """Computes x_hat [n_tokens, d_in] float32 from rows of codes, W_dec [n_features, d_in] and b_dec [d_in]."""
     n_tokens, d_in = len(rows.offsets) - 1, W_dec.shape[1]
     out = W_dec.new_empty((n_tokens, d_in), dtype=torch.float32)
     W_dec = W_dec.contiguous()
@@ -76,7 +76,8 @@ def support_decode(rows: Rows, W_dec: Tensor, b_dec: Tensor) -> Tensor:
 
 
 def entry_dots(g: Tensor, W_dec: Tensor, entries: Entries) -> Tensor:
-    """g = dL/dx_hat [n_tokens, d_in], W_dec [n_features, d_in] -> dL/dz of every entry [capacity] float32."""
+    """Computes dL/dz of every entry, [capacity] float32, from g = dL/dx_hat [n_tokens, d_in] and W_dec [n_features,
+    d_in]."""
     n_features, d_in = W_dec.shape
     if g.shape[1] != d_in or len(entries.offsets) != n_features + 1:
         raise ValueError(

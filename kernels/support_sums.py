@@ -1,7 +1,7 @@
-"""Gradients of the weights from the entries of a support: sums over each feature's entries, one program a feature.
+"""Gradients of the weights from the entries of a support: sums over each feature's entries, one program per feature.
 
-A feature with more entries than a run (one that is active on every token, say) has a program for every run of them;
-what they add up is added by the feature's own program, in order. No atomics: two calls agree to the last bit.
+A feature with more entries than a run (for example one that is active on every token) has a program for every run; the
+feature's own program adds up their sums in order. No atomics: two calls agree to the last bit.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from .launch import launching_on
 from .support_list import Entries
 
 RUN, MOST_RUNS = 256, 8192
-"""Entries of a run, or more of them where there is room for so many that the runs' sums would take much memory."""
+"""Number of entries in a run, and the largest number of runs; if there is room for more entries, runs are longer, so
+that their sums do not take too much memory."""
 
 
 class FeatureSums(NamedTuple):
-    """Sums over each feature's entries: decoder [n_features, d_in] of z g[token], encoder [n_features, d_in] of
-    dh x_c[token]; dh, dt and l1 (of |z|, or of the sizes that are given) [n_features] float32."""
+    """Sums over each feature's entries: decoder [n_features, d_in] of z g[token], encoder [n_features, d_in] of dh
+    x_c[token]; dh, dt and l1 (of |z|, or of given sizes) [n_features] float32."""
 
     decoder: Tensor
     encoder: Tensor
@@ -37,7 +38,7 @@ def add_run(
     g, x, tokens, z, dh, dt, sizes, start, end, d, d_in,
     SIZED: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Sums over the entries from start up to end: the columns d of both matrices' rows, and three numbers."""
+    """Sums over the entries from start up to end: columns d of both matrices' rows, and three numbers."""
     dec, enc = tl.zeros((BLOCK_J, BLOCK_D), tl.float32), tl.zeros((BLOCK_J, BLOCK_D), tl.float32)
     by_h, by_t, size = (
         tl.zeros((BLOCK_J,), tl.float32),
@@ -52,7 +53,7 @@ def add_run(
         code = tl.load(z + e, mask=here, other=0.0)
         slope = tl.load(dh + e, mask=here, other=0.0)
         at = n[:, None] * d_in + d[None, :]
-        # The code is zero for half of a support and more: nothing is read for it.
+        # The code is zero for at least half of a support, so nothing is read for it.
         dec += code[:, None] * tl.load(g + at, mask=(code != 0.0)[:, None] & inside, other=0.0).to(tl.float32)
         enc += slope[:, None] * tl.load(x + at, mask=(slope != 0.0)[:, None] & inside, other=0.0).to(tl.float32)
         by_h += slope
@@ -66,8 +67,9 @@ def long_runs_kernel(
     g, x, tokens, z, dh, dt, sizes, offsets, features, longer, matrices, numbers, n_features, d_in, capacity, run,
     SIZED: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_D columns of one run beyond its feature's first. features [n_runs]: whose run it is; longer
-    [n_features + 1]: where a feature's begin. matrices [n_runs, 2, d_in], numbers [n_runs, 3] float32."""
+    """One program: BLOCK_D columns of one run after its feature's first. features [n_runs]: the feature of each run;
+    longer [n_features + 1]: where each feature's runs begin. matrices [n_runs, 2, d_in], numbers [n_runs, 3]
+    float32."""
     k = tl.program_id(0).to(tl.int64)
     if k < tl.load(longer + n_features):
         f = tl.load(features + k)
@@ -122,10 +124,11 @@ def feature_sums(
     decoder: Tensor | None = None,
     encoder: Tensor | None = None,
 ) -> FeatureSums:
-    """z, dh, dt [capacity] float32 of the entries; g, x_c [n_tokens, d_in] of one dtype (g of a transcoder may be of
-    another width, and the entries are gone through twice then). sizes [capacity] float32: added up in place of |z|.
+    """Computes the sums for z, dh, dt [capacity] float32 of the entries, and g, x_c [n_tokens, d_in] of one dtype.
 
-    decoder, encoder [n_features, d_in], contiguous: where the matrices' sums go; new float32 memory unless given.
+    For a transcoder g may have another width, and the entries are then processed twice. sizes [capacity] float32:
+    summed instead of |z|. decoder, encoder [n_features, d_in], contiguous: memory for the matrices' sums; new float32
+    memory by default.
     """
     n_features, d_in, capacity = len(entries.offsets) - 1, g.shape[1], len(z)
     if len(x_c) != len(g):
@@ -143,7 +146,8 @@ def feature_sums(
     sums = g.new_zeros((3, n_features), dtype=torch.float32)
     if n_features == 0 or d_in == 0:
         return FeatureSums(*found, *sums)
-    # Runs beyond each feature's first, of which there can be capacity / run at most (what is left out has none).
+    # Runs after each feature's first, of which there can be at most capacity / run (entries that were left out have
+    # none).
     run = max(RUN, triton.next_power_of_2(triton.cdiv(capacity, MOST_RUNS)))
     bounds = entries.offsets.clamp(max=capacity)
     runs = (bounds.diff() - 1).div(run, rounding_mode="floor").clamp(min=0)

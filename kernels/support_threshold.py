@@ -1,7 +1,8 @@
-"""The gate of ReLU, JumpReLU and TopK SAEs at the entries of a support: codes forward, gradients backward, in float32.
+"""The gate of ReLU, JumpReLU and TopK SAEs at the entries of a support: codes in the forward pass, gradients in the
+backward pass, in float32.
 
-A code is h where it is above a threshold. A JumpReLU's threshold is trained through a rectangle of some width around
-it (arXiv:2407.14435); the others' has no gradient.
+A code is h where h exceeds a threshold. A JumpReLU's threshold is trained through a rectangle of some width around it
+(arXiv:2407.14435); the others' has no gradient.
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ from .launch import launching_on
 from .support_list import Entries
 
 BLOCK = 256
-"""Entries that a program takes at a time."""
+"""Number of entries that a program takes at a time."""
 
 
 class Slopes(NamedTuple):
-    """Gradients of entries, [capacity] float32: dh by h, dt by h - threshold through the rectangle (a threshold's is
-    minus their sum).
+    """Gradients of entries, [capacity] float32: dh with respect to h; dt with respect to h - threshold, through the
+    rectangle (a threshold's gradient is minus their sum).
 
-    Of the bounded penalty sum tanh(4 |z| norm), else None: sizes [capacity] = 4 |z| (1 - tanh^2), its gradient by the
-    feature's norm, and `bounded`, the penalty of all entries together (a scalar)."""
+    sizes and bounded belong to the bounded penalty sum tanh(4 |z| norm), and are None without it: sizes [capacity] = 4
+    |z| (1 - tanh^2), its gradient with respect to the feature's norm, and `bounded`, the penalty of all entries
+    together (a scalar).
+    """
 
     dh: Tensor
     dt: Tensor
@@ -38,7 +41,7 @@ class Slopes(NamedTuple):
 def threshold_forward_kernel(
     values, tokens, features, offsets, z, dense, thresholds, n_features, n_tokens, capacity, BLOCK_E: tl.constexpr
 ):  # fmt: skip
-    """z [capacity] float32; also written into dense [n_features, n_tokens], at the entry's place."""
+    """Computes z [capacity] float32, and also writes it into dense [n_features, n_tokens] at the entry's place."""
     total = tl.minimum(tl.load(offsets + n_features), capacity)
     step = tl.num_programs(0).to(tl.int64) * BLOCK_E
     for e0 in range(tl.program_id(0).to(tl.int64) * BLOCK_E, total, step):
@@ -47,7 +50,7 @@ def threshold_forward_kernel(
         f = tl.load(features + e, mask=mask, other=0).to(tl.int64)
         n = tl.load(tokens + e, mask=mask, other=0)
         h = tl.load(values + e, mask=mask, other=0.0)
-        code = tl.where(h <= tl.load(thresholds + f, mask=mask, other=0.0), 0.0, h)  # so written NaN stays
+        code = tl.where(h <= tl.load(thresholds + f, mask=mask, other=0.0), 0.0, h)  # written this way, NaN stays NaN
         tl.store(z + e, code, mask=mask)
         tl.store(dense + f * n_tokens + n, code.to(dense.dtype.element_ty), mask=mask)
 
@@ -59,8 +62,8 @@ def threshold_backward_kernel(
     RECTANGLE: tl.constexpr, TO_H: tl.constexpr, HAS_DCOUNTS: tl.constexpr, HAS_DL1: tl.constexpr,
     BOUNDED: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """dh, dt, sizes [capacity]; partial [programs], each program's sum of tanh. width: of the rectangle (RECTANGLE);
-    TO_H: h has its gradient too. bounded: what multiplies the sum of tanh (BOUNDED)."""
+    """Computes dh, dt, sizes [capacity] and partial [programs], each program's sum of tanh. width: of the rectangle
+    (RECTANGLE). TO_H: h gets the rectangle's gradient too. bounded: multiplies the sum of tanh (BOUNDED)."""
     total = tl.minimum(tl.load(offsets + n_features), capacity)
     step = tl.num_programs(0).to(tl.int64) * BLOCK_E
     penalty = tl.zeros((BLOCK_E,), tl.float32)
@@ -98,9 +101,9 @@ def threshold_backward_kernel(
 
 
 def threshold_forward(entries: Entries, thresholds: Tensor, dense: Tensor) -> Tensor:
-    """-> the codes of the entries [capacity] float32; thresholds [n_features] float32.
+    """Computes the codes of the entries, [capacity] float32; thresholds [n_features] float32.
 
-    dense [n_features, n_tokens]: memory that gets the codes too, in its dtype, at the entries' places alone.
+    dense [n_features, n_tokens]: memory that also receives the codes, in its dtype, at the entries' places only.
     """
     _check(entries, thresholds)
     z = torch.empty_like(entries.values)
@@ -125,12 +128,12 @@ def threshold_backward(
     bounded: float = 0.0,
     norms: Tensor | None = None,
 ) -> Slopes:
-    """dz [capacity] float32 -> `Slopes`.
+    """Computes `Slopes` from dz [capacity] float32.
 
     Args:
         dcounts, dl1: [n_features], the gradients of each feature's count and of its sum of |z|; None for zero.
-        width: of the rectangle; 0 where thresholds are not trained. to_h: whether its slope also passes to h.
-        bounded: the weight of the bounded penalty, which `norms` [n_features] float32 are needed for; 0 for none.
+        width: of the rectangle; 0 if thresholds are not trained. to_h: whether its slope is also passed to h.
+        bounded: the weight of the bounded penalty, for which `norms` [n_features] float32 are needed; 0 for none.
     """
     _check(entries, thresholds)
     if bounded and norms is None:
