@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from rsae_triton.activations.downloads import DOWNLOADS, cache_dir, fetch
 from rsae_triton.common.errors import FormatError, SourceError, first_line
-from rsae_triton.common.files import make_folder, refusals, scratch, whole_folder
+from rsae_triton.common.files import check_room, make_folder, refusals, scratch, whole_folder
 from rsae_triton.common.install import advice
 
 
@@ -90,6 +90,7 @@ def _write_folder(gguf: Path, folder: Path) -> None:
         if tensor.data_ptr() not in stored:  # on loading, the config ties a tied lm_head again
             stored.add(tensor.data_ptr())
             state[name] = tensor.contiguous()
+    check_room(folder, sum(one.nbytes for one in state.values()), f"{gguf.name} in float32")
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     config = model.config.to_dict()
     config.pop("quantization_config", None)

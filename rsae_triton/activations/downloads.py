@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from rsae_triton.common.errors import RsaeError, SourceError, StorageError
-from rsae_triton.common.files import file_sha256, scratch, to_disk
+from rsae_triton.common.files import check_room, file_sha256, scratch, to_disk
 
 _TIMEOUT_S = 60
 _CHUNK = 1 << 14  # a broken connection loses up to this many bytes that have arrived
@@ -122,6 +122,8 @@ def _fetch_locked(pinned: Download, folder: Path) -> Path:
             return path
         part.unlink()
         reason = "what arrived there has another SHA-256 than the pinned one"
+    except StorageError:  # pip's way would find no more room
+        raise
     except requests.RequestException as error:
         reason, cause = f"it could not be read ({type(error).__name__})", error
         if part.exists():
@@ -157,8 +159,10 @@ def _download(pinned: Download, part: Path) -> bool:
 
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
         progress = LoggedProgress(*columns, console=Console(stderr=True))
+        left = int(answer.headers.get("Content-Length", 0))
+        check_room(part.parent, left - (0 if resumed else have), pinned.filename)
         with open(part, "ab" if resumed else "wb") as file, progress as bar:
-            total = int(answer.headers.get("Content-Length", 0)) + here
+            total = left + here
             task = bar.add_task(pinned.filename, total=total or None, completed=here)
             for chunk in answer.iter_content(_CHUNK):
                 file.write(chunk)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from rsae_triton.activations.store import MANIFEST, SCHEMA, ActivationStore
 from rsae_triton.common.checks import check_data, check_finite, check_integer
 from rsae_triton.common.errors import ConfigError, NumericsError, RsaeError, ShapeError
-from rsae_triton.common.files import as_path, as_utf8, file_sha256, whole_folder
+from rsae_triton.common.files import as_path, as_utf8, check_room, file_sha256, whole_folder
 
 _LOOK = 1 << 20  # how many numbers are checked at a time
 
@@ -45,6 +45,7 @@ def store_tensor(
         if isinstance(error, RsaeError):
             raise
         raise ConfigError(f"provenance holds what JSON cannot ({error}); nothing was written to {folder}") from error
+    check_room(folder, x.nbytes, "the store")
     with whole_folder(folder) as partial:
         _write(partial, x.detach(), rows_per_shard, provenance or {})
     return ActivationStore(folder)

@@ -24,7 +24,7 @@ from rsae_triton.activations.order import mix_seed
 from rsae_triton.activations.packing import Contexts, pack
 from rsae_triton.activations.store import MANIFEST
 from rsae_triton.common.errors import FormatError, NumericsError
-from rsae_triton.common.files import file_sha256, write_atomically, write_text
+from rsae_triton.common.files import check_room, file_sha256, write_atomically, write_text
 
 _PROGRESS = "progress.json"
 _SHARD_BYTES = 64 << 20  # half a minute of extraction on two cores, which is the most that a killed run loses
@@ -124,6 +124,13 @@ class Extraction:
         self.done = sum(shard.rows for shard in shards)
         self._pending = _Pending(shards[-1].contexts if shards else 0)
         self._head: list[_Block] = []
+
+    def bytes_left(self) -> int:
+        """What the rows that are still to be written take on the disk, at most."""
+        text = 4 * sum(len(one.text) for one in self.documents)  # a token is a byte of text or more
+        columns = 4 * 4  # token, document, position and context
+        row = self.host.hook_width(self.identity["hook_name"]) * self.dtype.itemsize + columns
+        return min(self.wanted - self.done, text) * row
 
     @property
     def complete(self) -> bool:
@@ -293,6 +300,7 @@ def write_shards(extractions: Sequence[Extraction], progress: bool) -> None:
     for one in extractions:
         one.begin()
     missing = [one for one in extractions if not one.complete]
+    check_room(some.partial.parent, sum(one.bytes_left() for one in missing), "what is left to extract")
     wanted, done = (sum(getattr(one, name) for one in extractions) for name in ("wanted", "done"))
     batches = pack(some.documents, some.host, some.identity["context"], some.batch, some.identity["seed"])
     seen = 0

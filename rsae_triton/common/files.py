@@ -156,13 +156,28 @@ def check_folder(folder: Path) -> None:
     """Raises StorageError unless files can be written into the folder, or into its nearest existing parent. Leaves
     nothing behind. To be called before hours of work whose result goes there."""
     as_path("the folder", folder)
-    # A link to nowhere exists too, and nothing can be written into it.
-    above = next((one for one in (folder, *folder.absolute().parents) if os.path.lexists(one)), Path("/"))
     try:
-        with scratch(above):
+        with scratch(_nearest(folder)):
             pass
     except OSError as error:
         raise StorageError(f"{folder} cannot be written to ({error.strerror}); choose another place") from error
+
+
+def check_room(folder: Path, need: int, what: str) -> None:
+    """Raises StorageError unless `need` bytes are free where the folder is, or will be; asked before `what` is made."""
+    try:
+        free = shutil.disk_usage(_nearest(folder)).free
+    except OSError:  # a file system that does not say
+        return
+    if free < need:
+        raise StorageError(
+            f"{what} takes {need:,} bytes, and {folder} has {free:,} free; make room, or choose another place"
+        )
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there; a link to nowhere is there too."""
+    return next((one for one in (folder, *folder.absolute().parents) if os.path.lexists(one)), Path("/"))
 
 
 FIGURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp", ".eps", ".ps", ".tif", ".tiff")

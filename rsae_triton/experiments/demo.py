@@ -29,7 +29,7 @@ from rsae_triton.activations import (
     load_host,
 )
 from rsae_triton.common.errors import ConfigError, ShapeError
-from rsae_triton.common.files import make_folder, write_atomically, write_text
+from rsae_triton.common.files import check_room, make_folder, write_atomically, write_text
 from rsae_triton.common.names import EMBEDDED, EMBEDDED_NOTE, model_metadata
 from rsae_triton.common.progress import LoggedProgress
 from rsae_triton.common.terminal import plain
@@ -58,6 +58,7 @@ from rsae_triton.training.loop import TrainLog, train
 from rsae_triton.training.settings import trains
 from rsae_triton.upgrading.stage_one import upgrade
 
+_SAVED = 7  # teacher, rsae, control, rectangle, and three of them with a round more
 SHARED = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
@@ -101,6 +102,9 @@ def run(demo: Demo) -> Path:
         if loaded is not None:
             warn_of_making(loaded.metadata, "--teacher")
         check_width(loaded, host, demo.teacher)
+        # Before hours of work: encoder and decoder of each of the SAEs that are saved.
+        d_sae = demo.d_sae if loaded is None else loaded.d_sae
+        check_room(demo.out, _SAVED * 8 * host.hook_width() * d_sae, "what the demo saves")
     with stages.stage("Text and activations"):
         documents = load_corpus(list(demo.text))
         places = pair_of(demo, loaded, host)

@@ -31,10 +31,16 @@ def write_parts(folder: Path, tensors: dict[str, Tensor]) -> None:
 
     Args:
         tensors: DTensors, or plain tensors that are equal on every process.
+
+    Raises:
+        OSError: a process could not write its part; raised by all of them.
     """
     dcp = _checkpoint()
     writer = dcp.HuggingFaceStorageWriter(str(folder / STATE), save_distributed=True)
-    dcp.save(dict(tensors), storage_writer=writer)
+    try:
+        dcp.save(dict(tensors), storage_writer=writer)
+    except dcp.api.CheckpointException as error:
+        raise OSError(_reason(error)) from error
 
 
 def shapes_of(path: Path) -> dict[str, torch.Size]:
@@ -98,6 +104,11 @@ def _checkpoint() -> Any:
     return dcp
 
 
+def _reason(error: Any) -> str:
+    """What the first of the processes met whose failures torch puts into one exception."""
+    return first_line(next(iter(error.failures.values()))[0])
+
+
 def _read(path: Path, action: Any) -> Any:
     import logging
     import warnings
@@ -113,7 +124,9 @@ def _read(path: Path, action: Any) -> Any:
             return action(reader)
     except SourceError:
         raise
-    except Exception as error:  # SafetensorError, KeyError, and torch's wrapper of the errors of other processes
+    except Exception as error:  # SafetensorError, KeyError
         raise FormatError(f"{path} is damaged ({first_line(error)})") from error
+    except _checkpoint().api.CheckpointException as error:  # a BaseException
+        raise FormatError(f"{path} is damaged ({_reason(error)})") from error
     finally:
         log.setLevel(level)

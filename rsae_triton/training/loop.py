@@ -15,6 +15,7 @@ from torch import Tensor
 from rsae_triton.activations.pairs import row_width
 from rsae_triton.common.checks import check_data, check_names
 from rsae_triton.common.errors import ConfigError, ShapeError, Stopped
+from rsae_triton.common.files import check_room
 from rsae_triton.ops.runtime import deterministic, only_writer, stop_signal
 from rsae_triton.sae.base import SparseAutoencoder, check_sae
 from rsae_triton.sae.sides import side_by_side
@@ -185,6 +186,10 @@ def _train(
         stack.enter_context(_training(sae))
         stack.enter_context(only_the_sae(None if language is None else language.host))
         if settings.out is not None and together.rank == 0:
+            if mesh is None:
+                # Weights and what Adam keeps of each; of several processes one must not stop alone.
+                need = sum((3 if one.requires_grad else 1) * one.nbytes for one in sae.parameters())
+                check_room(settings.out, need, "a checkpoint")
             stack.enter_context(only_writer(settings.out))
         together.barrier()
         run = Run(sae, settings, recipe, plan, together, identity_of(activations), dtype, language)

@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import shutil
 import threading
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 
 from rsae_triton.activations import downloads
 from rsae_triton.activations.downloads import Download, cache_dir, fetch
-from rsae_triton.common.errors import SourceError
+from rsae_triton.common.errors import SourceError, StorageError
 
 CONTENT = bytes(range(256)) * 4000
 
@@ -142,6 +144,14 @@ def test_an_unreachable_address_is_one_line(monkeypatch):
     pin(monkeypatch, "http://127.0.0.1:9/x")
     with pytest.raises(SourceError, match="check the connection"):
         fetch("stub")
+
+
+def test_room_is_looked_at_before_a_download(server, monkeypatch):
+    pin(monkeypatch, f"{server.url}/whole")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(StorageError, match=r"file\.bin takes 1,024,000 bytes, and .*downloads has 1,000 free"):
+        fetch("stub")
+    assert files_in_cache() == []
 
 
 def test_four_at_once_download_once(server, monkeypatch):

@@ -8,13 +8,17 @@ import subprocess
 import sys
 import textwrap
 import threading
+from types import SimpleNamespace
 
 import pytest
+import tiny_models
 import torch
 
-from rsae_triton.activations import ActivationStore, store_tensor
+from rsae_triton import train
+from rsae_triton.activations import ActivationStore, extract, load_corpus, load_host, store_tensor
 from rsae_triton.common import files
-from rsae_triton.common.errors import ConfigError, FormatError
+from rsae_triton.common.errors import ConfigError, FormatError, StorageError
+from rsae_triton.teachers import ReluSAE
 
 X = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
 
@@ -33,6 +37,46 @@ def test_rows_that_are_not_there_are_refused_at_once(tmp_path, rows):
     with pytest.raises(FormatError, match=r"claims \d+ rows in shard-00000"):
         next(ActivationStore(store.folder).batches(8, prefetch=1))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 << 10
+
+
+def test_room_is_looked_at_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(StorageError, match=rf"the store takes 1,024 bytes, and {tmp_path}/a/s has 1,000 free"):
+        store_tensor(X, tmp_path / "a" / "s")
+    assert list(tmp_path.iterdir()) == []
+    store_tensor(X[:60], tmp_path / "s")
+    # A file system that does not say how much is free is written to.
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: (_ for _ in ()).throw(OSError))
+    store_tensor(X, tmp_path / "t")
+
+
+def test_room_is_looked_at_before_an_extraction(tmp_path, monkeypatch):
+    (tmp_path / "text").mkdir()
+    host = load_host(str(tiny_models.saved(tiny_models.llama(), tmp_path / "model")), dtype="float32")
+    documents = load_corpus([str(tiny_models.text(tmp_path / "text", n_files=2, n_words=120))])
+    free = 100 * (32 * 4 + 16)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    options = {"context": 16, "root": tmp_path / "stores", "progress": False, "dtype": "float32"}
+    read = []
+    residuals = type(host).residuals
+    monkeypatch.setattr(type(host), "residuals", lambda self, *rest: read.append(1) or residuals(self, *rest))
+    with pytest.raises(StorageError, match=r"what is left to extract takes 14,544 bytes, and .*stores has 14,400 free"):
+        extract(host, documents, n_tokens=101, **options)
+    assert read == []
+    assert len(extract(host, documents, n_tokens=100, **options)) == 100
+    # Of a text that ends before, what it can hold counts.
+    free = 4 * sum(len(one.text) for one in documents) * (32 * 4 + 16)
+    with pytest.warns(UserWarning, match="text ended after"):
+        extract(host, documents, n_tokens=10**9, **options)
+
+
+def test_room_is_looked_at_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=900))
+    sae = ReluSAE(4, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(StorageError, match=r"a checkpoint takes 912 bytes, and .* has 900 free"):
+        train(sae, X, steps=2, batch_size=16, out=tmp_path / "run", progress=False)
+    assert list(tmp_path.iterdir()) == []
+    train(sae, X, steps=2, batch_size=16, progress=False)
 
 
 def test_a_shard_is_listed_once(tmp_path):

@@ -9,22 +9,28 @@ import http.server
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import tiny_models
 import torch
 from valid_files import store
 
 from rsae_triton import FusedRationalSAE, train
 from rsae_triton.activations import ActivationStore, downloads
 from rsae_triton.activations.downloads import Download, cache_dir, fetch
+from rsae_triton.commands.cli import main
 from rsae_triton.common.errors import FormatError, SourceError, StorageError
 from rsae_triton.common.files import write_text, write_together
+from rsae_triton.experiments import demo
+from rsae_triton.training import loop
 
 CONTENT = bytes(range(256)) * 2000
 HALF = len(CONTENT) // 2
@@ -123,6 +129,7 @@ def test_a_file_system_that_is_full_loses_nothing(tmp_path, what):
             train(sae(0), x, steps=1, **options)
         before, full = everything(tmp_path), ""
         room = os.statvfs(tmp_path)
+        loop.check_room = lambda *_: None  # there was room when it was looked at
         (tmp_path / "other").write_bytes(bytes(room.f_bavail * room.f_frsize - 20_000))  # somebody else's
         try:
             if what == "an SAE":
@@ -146,6 +153,17 @@ def test_a_file_system_that_is_full_loses_nothing(tmp_path, what):
     if said.startswith("PermissionError: [Errno 1]"):
         pytest.skip(f"no file system can be mounted here: {said}")
     assert said == "nothing lost"
+
+
+def test_a_demo_looks_for_room_before_it_reads_any_text(tmp_path, monkeypatch, capsys):
+    model = tiny_models.saved(tiny_models.llama(), tmp_path / "model")
+    monkeypatch.setattr(demo, "load_corpus", lambda _: pytest.fail("the text was read"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    out = tmp_path / "out" / "demo"
+    assert main(["demo", "--model", str(model), "--d-sae", "64", "--out", str(out)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"what the demo saves takes {7 * 2 * 64 * 32 * 4:,} bytes, and {out} has 1,000 free" in said
+    assert not out.exists()
 
 
 @linux
