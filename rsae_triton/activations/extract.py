@@ -20,6 +20,7 @@ from rsae_triton.activations.host import HostModel
 from rsae_triton.activations.loading import parse_dtype
 from rsae_triton.activations.store import SCHEMA, ActivationStore
 from rsae_triton.activations.writing import Extraction, write_shards
+from rsae_triton.common.checks import shown
 from rsae_triton.common.errors import ConfigError, FormatError, RsaeError, StorageError, first_line
 from rsae_triton.common.files import make_folder, publish
 
@@ -61,6 +62,9 @@ def extract_hooks(
     split: str = "train",
     like: Sequence[ActivationStore] | None = None,
     rows_as: str | None = None,
+    prepend_bos: bool = True,
+    seqpos_slice: Sequence[int | None] | None = None,
+    exclude_special_tokens: bool | Sequence[int] = False,
     root: str | Path | None = None,
     progress: bool = True,
 ) -> list[ActivationStore]:
@@ -79,6 +83,9 @@ def extract_hooks(
             text's units).
         rows_as: one of the places; outliers at all places are then decided by the norms there, so that all stores have
             rows of the same tokens (`extract_pairs`).
+        prepend_bos, seqpos_slice, exclude_special_tokens: SAELens' settings of these names; what an SAE says of them is
+            `making_of(sae.metadata).reading`. Whether contexts begin with BOS; (start, stop, step) of the positions in
+            a context that are kept; whether the tokenizer's special tokens, or tokens of these ids, are dropped.
         root: the folder for the stores; by default in the cache.
 
     Raises:
@@ -98,6 +105,7 @@ def extract_hooks(
         raise ConfigError(f"drop_outliers={drop_outliers} would drop half the text; choose about 4, or None")
     if not documents:
         raise FormatError("there is no text to read activations from; give at least one document")
+    read_as = _read_as(host, context, prepend_bos, seqpos_slice, exclude_special_tokens)
     common: dict[str, Any] = {
         "schema": SCHEMA,
         "model_fingerprint": host.fingerprint(),
@@ -111,6 +119,7 @@ def extract_hooks(
         "split": split,
         **({"center_writing_weights": True} if host.centred else {}),
         **({"keep_bos": True, "mean_of": "text"} if keep_bos else {}),
+        **read_as,
     }
     # Contexts of 128 in batches of 8 are fastest on a CPU; larger batches overflow its cache.
     contexts = batch or (max(1, 1024 // context) if host.device.type == "cpu" else 64)
@@ -147,6 +156,41 @@ def extract_hooks(
             one.finish(key)
             publish(one.partial, one.partial.with_name(one.partial.name[1:].removesuffix(".partial")))
     return [ActivationStore(folder) for folder in folders]
+
+
+def _read_as(
+    host: HostModel,
+    context: int,
+    prepend_bos: bool,
+    seqpos_slice: Sequence[int | None] | None,
+    exclude_special_tokens: bool | Sequence[int],
+) -> dict[str, Any]:
+    """What a manifest says of contexts without BOS and of what is left out; nothing where that is as usual."""
+    found: dict[str, Any] = {} if prepend_bos else {"prepend_bos": False}
+    if seqpos_slice is not None:
+        try:
+            kept = len(range(context)[slice(*seqpos_slice)])
+        except (TypeError, ValueError):
+            kept = 0
+        if not kept:
+            raise ConfigError(
+                f"seqpos_slice={shown(seqpos_slice)} keeps no position of a context of {context}; give (start, stop), "
+                "or (start, stop, step)"
+            )
+        if kept < context:
+            found["seqpos_slice"] = list(seqpos_slice)
+    if exclude_special_tokens is not False:
+        given: Any = exclude_special_tokens
+        if given is True:
+            names = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id")
+            given = [host.bos_token_id, *(getattr(host.tokenizer, name, None) for name in names)]
+            given = [one for one in given if one is not None]
+        if not isinstance(given, list | tuple) or not all(type(one) is int and one >= 0 for one in given):
+            raise ConfigError(
+                f"exclude_special_tokens is {shown(exclude_special_tokens)}; give True, or the ids of tokens"
+            )
+        found["exclude_tokens"] = sorted(set(given))
+    return found
 
 
 @contextmanager

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from rsae_triton.activations.documents import Document
 from rsae_triton.activations.host import HostModel
 
 
 class Contexts(NamedTuple):
-    """A batch of contexts: int32 `tokens` [B, T], with BOS in the first column, and `documents` [B, T], the index of
-    each token's document in the list that was packed."""
+    """A batch of contexts: int32 `tokens` [B, T], as a rule with BOS in the first column, and `documents` [B, T], the
+    index of each token's document in the list that was packed."""
 
     tokens: np.ndarray
     documents: np.ndarray
@@ -41,25 +42,28 @@ def reading_order(documents: Sequence[Document], sizes: dict[int, int], seed: in
         given[source] += sizes.get(index, 0)
 
 
-def pack(documents: Sequence[Document], host: HostModel, context: int, batch: int, seed: int) -> Iterator[Contexts]:
+def pack(
+    documents: Sequence[Document], host: HostModel, context: int, batch: int, seed: int, *, prepend_bos: bool = True
+) -> Iterator[Contexts]:
     """Yields batches of `batch` contexts of `context` tokens; the last batch is shorter, and an incomplete context
     dropped.
 
-    Every context begins with BOS, and there is a BOS between two documents in the same context.
+    Every context begins with BOS unless prepend_bos=False, and there is a BOS between two documents in one context.
     """
     bos = host.bos_token_id
+    start = [bos] if prepend_bos else []
     sizes: dict[int, int] = {}
-    tokens: list[int] = [bos]
+    tokens: list[int] = [*start]
     owners: list[int] = []
     rows: list[tuple[list[int], list[int]]] = []
     for index in reading_order(documents, sizes, seed):
         # verbose=False: documents may be longer than the model's context
         ids = host.tokenizer(documents[index].text, add_special_tokens=False, verbose=False)["input_ids"]
         sizes[index] = len(ids)
-        if len(tokens) > 1:
+        if len(tokens) > len(start):
             ids = [bos, *ids]
         elif not owners:
-            owners = [index]
+            owners = [index] * len(start)
         while ids:
             room = context - len(tokens)
             tokens += ids[:room]
@@ -67,11 +71,11 @@ def pack(documents: Sequence[Document], host: HostModel, context: int, batch: in
             ids = ids[room:]
             if len(tokens) == context:
                 rows.append((tokens, owners))
-                tokens, owners = [bos], [index]
+                tokens, owners = [*start], [index] * len(start)
                 if len(rows) == batch:
                     yield _batch(rows)
                     rows = []
-        if len(tokens) == 1:
+        if len(tokens) == len(start):
             owners = []
     if rows:
         yield _batch(rows)
@@ -79,3 +83,18 @@ def pack(documents: Sequence[Document], host: HostModel, context: int, batch: in
 
 def _batch(rows: list[tuple[list[int], list[int]]]) -> Contexts:
     return Contexts(*(np.array(column, dtype=np.int32) for column in zip(*rows, strict=True)))
+
+
+def left_out(tokens: torch.Tensor, made: Mapping[str, Any]) -> torch.Tensor:
+    """Where in contexts [B, T] no activation is kept, beside BOS and outliers: bool [B, T].
+
+    made: of a store's manifest, `seqpos_slice` (start, stop, step), whose positions alone are kept, and
+    `exclude_tokens`, whose activations are not; without them all are.
+    """
+    left = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device)
+    if (positions := made.get("seqpos_slice")) is not None:
+        left[:] = True
+        left[:, slice(*positions)] = False
+    if excluded := made.get("exclude_tokens"):
+        left |= torch.isin(tokens, torch.tensor(excluded, device=tokens.device, dtype=tokens.dtype))
+    return left

@@ -302,6 +302,13 @@ class ActivationStore:
             limit = self.manifest.get("norm_limit")
             if limit is not None and not (isinstance(limit, int | float) and float(limit) > 0):
                 raise self._broken(MANIFEST, f"has norm_limit={shown(limit)}")
+            positions, excluded = self.manifest.get("seqpos_slice"), self.manifest.get("exclude_tokens", [])
+            whole = positions is None or (isinstance(positions, list) and 1 <= len(positions) <= 3)
+            numbers = [one for one in positions or () if one is not None] if whole else []
+            if not whole or not isinstance(excluded, list) or 0 in (positions or [])[2:]:
+                raise self._broken(MANIFEST, "does not say which positions it holds")
+            if any(type(one) is not int or abs(one) >= 2**31 for one in (*numbers, *excluded)):
+                raise self._broken(MANIFEST, "does not say which positions it holds")
             bos = self.manifest["bos_token_id"]
             if not isinstance(bos, int) or abs(bos) >= 2**31 or not isinstance(self.manifest["hook_name"], str):
                 raise self._broken(MANIFEST, "says neither which token begins a text nor where it was read")

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save, save_file
 from rsae_triton.activations.documents import Document
 from rsae_triton.activations.host import HostModel
 from rsae_triton.activations.order import mix_seed
-from rsae_triton.activations.packing import Contexts, pack
+from rsae_triton.activations.packing import Contexts, left_out, pack
 from rsae_triton.activations.store import MANIFEST
 from rsae_triton.common.errors import FormatError, NumericsError
 from rsae_triton.common.files import check_room, file_sha256, write_atomically, write_text
@@ -35,7 +35,8 @@ _KEPT_SEQUENCES = 2048
 
 class _Block(NamedTuple):
     """A batch of contexts with the residuals [B, T, d] read from them; `is_bos` [B, T]. `norms` are those of the
-    residuals. Outliers are decided by `lengths`: the same, unless rows are kept by the norms at another place."""
+    residuals. Outliers are decided by `lengths`: the same, unless rows are kept by the norms at another place. `left`
+    [B, T]: where no row is kept, whatever its norm."""
 
     residual: torch.Tensor
     norms: torch.Tensor
@@ -43,6 +44,7 @@ class _Block(NamedTuple):
     tokens: torch.Tensor
     documents: torch.Tensor
     is_bos: torch.Tensor
+    left: torch.Tensor
 
 
 class _Pending:
@@ -57,7 +59,8 @@ class _Pending:
     def add(self, block: _Block, limit: float | None, dtype: torch.dtype, room: int, keep_bos: bool) -> int:
         """Takes at most `room` rows of `block`; returns how many were kept."""
         outlier = torch.zeros_like(block.is_bos) if limit is None else (block.lengths > limit) & ~block.is_bos
-        keep = (~outlier if keep_bos else ~block.is_bos & ~outlier).nonzero()[:room]
+        outlier &= ~block.left
+        keep = (~block.left & (~outlier if keep_bos else ~block.is_bos & ~outlier)).nonzero()[:room]
         row, position = keep.unbind(1)
         is_bos = block.is_bos[row, position]
         # Counts are of the text up to the last kept row, so that rates refer to the same text.
@@ -156,7 +159,8 @@ class Extraction:
             )
         lengths = norms if leading is None else leading.float().norm(dim=-1)
         is_bos = tokens == self.host.bos_token_id
-        self._head.append(_Block(residual, norms.cpu(), lengths.cpu(), tokens, documents, is_bos))
+        left = left_out(tokens, self.identity)
+        self._head.append(_Block(residual, norms.cpu(), lengths.cpu(), tokens, documents, is_bos, left))
         if self.state["median_norm"] is None and sum(len(one.tokens) for one in self._head) < _MEDIAN_CONTEXTS:
             return 0
         return self._keep()
@@ -213,7 +217,7 @@ class Extraction:
             raise NumericsError(f"all activations at {self.identity['hook_name']} are zero; choose another hook")
         units = self.identity["units"]
         save_file({"mean": (total / of_text).float()}, self.partial / "mean.safetensors")
-        packed = pack(self.documents, self.host, self.identity["context"], 64, self.identity["seed"])
+        packed = _packed(self, 64)
         kept = min(shards[-1].contexts, _KEPT_SEQUENCES)
         some = list(islice(packed, -(-kept // 64)))
         columns = {name: [torch.from_numpy(getattr(one, name)) for one in some] for name in Contexts._fields}
@@ -259,8 +263,11 @@ class Extraction:
     def _norm_limit(self, head: list[_Block]) -> tuple[float | None, float]:
         """Returns `(limit, median)` of the norms on `head`; the limit is that of the given units, if there are any."""
         norms = torch.cat([block.lengths for block in head])[:_MEDIAN_CONTEXTS]
-        is_bos = torch.cat([block.is_bos for block in head])[:_MEDIAN_CONTEXTS]
-        median = float(norms[~is_bos].median())
+        is_bos = torch.cat([block.is_bos | block.left for block in head])[:_MEDIAN_CONTEXTS]
+        counted = norms[~is_bos]
+        if not len(counted):
+            raise FormatError("every token at the beginning of the text is BOS or left out; exclude fewer tokens")
+        median = float(counted.median())
         factor = self.identity["drop_outliers"]
         if self.identity["units"]:
             return self.identity["units"]["norm_limit"], median
@@ -302,7 +309,7 @@ def write_shards(extractions: Sequence[Extraction], progress: bool) -> None:
     missing = [one for one in extractions if not one.complete]
     check_room(some.partial.parent, sum(one.bytes_left() for one in missing), "what is left to extract")
     wanted, done = (sum(getattr(one, name) for one in extractions) for name in ("wanted", "done"))
-    batches = pack(some.documents, some.host, some.identity["context"], some.batch, some.identity["seed"])
+    batches = _packed(some, some.batch)
     seen = 0
     with _bar(progress, f"activations ({some.identity['split']})", wanted, done) as advance:
         for contexts in batches:
@@ -325,6 +332,13 @@ def write_shards(extractions: Sequence[Extraction], progress: bool) -> None:
             missing = [one for one in missing if not one.complete]
     for one in extractions:
         one.end()
+
+
+def _packed(one: Extraction, batch: int) -> Iterator[Contexts]:
+    made = one.identity
+    return pack(
+        one.documents, one.host, made["context"], batch, made["seed"], prepend_bos=made.get("prepend_bos", True)
+    )
 
 
 @contextmanager

@@ -40,6 +40,12 @@ class Extract:
     """Center the residual stream (TransformerLens' default), for SAEs of GPT-2 that say they expect it."""
     keep_bos: bool = False
     """Keep BOS positions, whose norms are a hundred times the others' in many models."""
+    prepend_bos: bool = True
+    """Begin every context with BOS; SAEs of SAELens say prepend_bos where theirs did not."""
+    seqpos_slice: tuple[int, ...] = ()
+    """Keep these positions of a context alone: start, stop and perhaps step, as SAELens' setting."""
+    exclude_special_tokens: bool = False
+    """Drop activations at the tokenizer's special tokens, as SAELens' setting; BOS is dropped anyway."""
     drop_outliers: float | None = 4.0
     """Drop positions with more than this times the median norm; None keeps them."""
     whole_text: bool = False
@@ -76,6 +82,9 @@ def run_extract(config: Extract) -> list[Path]:
         seed=config.seed,
         drop_outliers=config.drop_outliers,
         keep_bos=config.keep_bos,
+        prepend_bos=config.prepend_bos,
+        seqpos_slice=config.seqpos_slice or None,
+        exclude_special_tokens=config.exclude_special_tokens,
         root=config.root,
     )
     for store in stores:

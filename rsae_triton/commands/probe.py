@@ -26,6 +26,7 @@ from rsae_triton.evaluation.probe_sets import KIND, probe_set, set_names
 from rsae_triton.evaluation.probe_tasks import TASKS, Task, labelled
 from rsae_triton.evaluation.probing import KS, Probed, average, sparse_probe
 from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.sae.making import warn_of_reading
 
 RAW = "raw"
 
@@ -75,6 +76,8 @@ def run_probe(options: Probe) -> dict[str, Any]:
     names = sets_of(options)
     tasks, documents = ([], []) if names else choose(options)
     host = open_host(options, saes)
+    for name, sae in saes.items():
+        warn_of_reading(sae.metadata, {}, name)  # windows begin with BOS, and all positions count
     items = from_sets(options, names, host) if names else windows(options, tasks, documents, host)
     probed, ceilings = probe(saes, host, items, seed=options.seed)
     result = {

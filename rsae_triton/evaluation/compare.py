@@ -13,7 +13,7 @@ from torch import Tensor
 from rsae_triton.activations import ActivationStore, PairedStore
 from rsae_triton.common.checks import check_integer, check_number
 from rsae_triton.common.errors import ConfigError, ShapeError
-from rsae_triton.evaluation.downstream import Splice, Spliced, downstream, splice_sequences
+from rsae_triton.evaluation.downstream import Splice, Spliced, downstream, splice_of, splice_sequences
 from rsae_triton.evaluation.paired import mean_interval
 from rsae_triton.evaluation.reconstruction import Codec, Measured, Thresholded, cut_to, measure
 from rsae_triton.sae.base import SparseAutoencoder
@@ -196,13 +196,3 @@ def evaluate(
             "counted": sequences.counted[:n_sequences],
         }
     return compare({"sae": sae}, activations, **options)["sae"]
-
-
-def splice_of(activations: ActivationStore | PairedStore) -> Splice:
-    """The hook, scale and outlier limit with which a store was made."""
-    manifest = activations.manifest
-    if isinstance(activations, PairedStore):
-        inside, outside = activations.scales
-        places = {"hook_name": manifest["hook_name_out"], "read_at": manifest["hook_name"]}
-        return Splice(**places, scale=inside, scale_out=outside, norm_limit=manifest.get("norm_limit"))
-    return Splice(manifest["hook_name"], activations.scale, manifest.get("norm_limit"))

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rsae_triton.activations import ActivationStore, PairedStore
+from rsae_triton.activations.packing import left_out
 from rsae_triton.common.errors import NumericsError
 from rsae_triton.evaluation.paired import mean_interval
 from rsae_triton.evaluation.reconstruction import Codec, reconstruct
@@ -19,8 +21,9 @@ class Splice:
     """How host activations become SAE inputs: x = scale * activation, at the positions that training kept.
 
     BOS tokens and positions whose norm exceeds `norm_limit` (host units; None: no limit) are left as they are, for SAEs
-    and ablations alike, because training dropped them. A transcoder reads at `read_at` and writes at `hook_name`, there
-    in units of `scale_out`.
+    and ablations alike, because training dropped them; and so are positions outside `seqpos_slice` (start, stop, step)
+    and those of `exclude_tokens`, where a store leaves these out. A transcoder reads at `read_at` and writes at
+    `hook_name`, there in units of `scale_out`.
     """
 
     hook_name: str
@@ -28,21 +31,32 @@ class Splice:
     norm_limit: float | None = None
     read_at: str | None = None
     scale_out: float | None = None
+    seqpos_slice: tuple[int | None, ...] | None = None
+    exclude_tokens: tuple[int, ...] = ()
 
-    def replacement(self, function: Callable[[Tensor], Tensor], is_bos: Tensor | None = None) -> Callable[..., Tensor]:
+    def left(self, tokens: Tensor, bos: int | None) -> Tensor:
+        """Where in tokens [B, T] activations are left as they are, whatever their norms: bool [B, T]."""
+        made = {"seqpos_slice": self.seqpos_slice, "exclude_tokens": self.exclude_tokens}
+        left = left_out(tokens, made)
+        if bos is None:
+            left[:, 0] = True
+            return left
+        return left | (tokens == bos)
+
+    def replacement(self, function: Callable[[Tensor], Tensor], left: Tensor | None = None) -> Callable[..., Tensor]:
         """Returns the function to give the host as `replace`, from one that maps [n, d_in] in SAE units to [n, d_out].
 
-        is_bos: bool [B, T], True at BOS tokens; the first of every row when None.
+        left: bool [B, T], of `left`; the first of every row when None.
         """
 
         def replace(resid: Tensor, read: Tensor | None = None) -> Tensor:
             source = resid if read is None else read
             norms = source.float().norm(dim=-1)
             seen = torch.ones_like(norms, dtype=torch.bool)
-            if is_bos is None:
+            if left is None:
                 seen[:, 0] = False
             else:
-                seen &= ~is_bos.to(seen.device)
+                seen &= ~left.to(seen.device)
             if self.norm_limit is not None:
                 seen &= norms <= self.norm_limit
             out = resid.clone()
@@ -130,10 +144,10 @@ def splice_sequences(
     places: dict[str, Any] = {} if splice.read_at is None else {"read_at": splice.read_at}
     for start in range(0, len(tokens), batch):
         part = tokens[start : start + batch]
-        is_bos = None if bos is None else part == bos
+        left = splice.left(part, bos)
         replacements: dict[str, Callable[[Tensor], Tensor] | None] = {
             "clean": None,
-            **{name: splice.replacement(one, is_bos) for name, one in functions.items()},
+            **{name: splice.replacement(one, left) for name, one in functions.items()},
         }
         use = torch.ones(part.shape[0], part.shape[1] - 1) if counted is None else counted[start : start + batch]
         for name, result in host.splice(part, splice.hook_name, replacements, kl=True, **places).items():
@@ -181,3 +195,18 @@ def downstream(spliced: Mapping[str, Spliced], name: str) -> Downstream:
         ce_zero=level["zero"],
         ce_mean=level["mean"],
     )
+
+
+def splice_of(activations: ActivationStore | PairedStore) -> Splice:
+    """The hook, the scale, and what is left as it is, with which a store was made."""
+    manifest = activations.manifest
+    positions = manifest.get("seqpos_slice")
+    made: dict[str, Any] = {
+        "norm_limit": manifest.get("norm_limit"),
+        "seqpos_slice": None if positions is None else tuple(positions),
+        "exclude_tokens": tuple(manifest.get("exclude_tokens", ())),
+    }
+    if isinstance(activations, PairedStore):
+        inside, outside = activations.scales
+        return Splice(manifest["hook_name_out"], inside, read_at=manifest["hook_name"], scale_out=outside, **made)
+    return Splice(manifest["hook_name"], activations.scale, **made)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,8 +28,7 @@ from rsae_triton.common.errors import ConfigError, FormatError, ShapeError, Sour
 from rsae_triton.common.files import read_json
 from rsae_triton.common.hub import local_path
 from rsae_triton.common.names import EMBEDDED, hub_model
-from rsae_triton.evaluation.compare import splice_of
-from rsae_triton.evaluation.downstream import Splice
+from rsae_triton.evaluation.downstream import Splice, splice_of
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.making import making_of, warn_of_making
 from rsae_triton.sae.pretrained import CONFIG_FILE
@@ -182,6 +181,23 @@ def _context(saes: Mapping[str, SparseAutoencoder]) -> int:
     return said.pop() if len(said) == 1 else 128
 
 
+def _reading(saes: Mapping[str, SparseAutoencoder]) -> dict[str, Any]:
+    """Which positions the SAEs were trained on, as arguments of `extract`.
+
+    Raises:
+        ConfigError: they say different things.
+    """
+    said = {name: making_of(sae.metadata).reading for name, sae in saes.items()}
+    first = next(iter(said.values()))
+    if any(one != first for one in said.values()):
+        what = "; ".join(
+            f"{name}: {', '.join(f'{key}={value}' for key, value in one.items()) or 'all positions, BOS first'}"
+            for name, one in said.items()
+        )
+        raise ConfigError(f"the SAEs were trained on different positions ({what}); evaluate them apart")
+    return first
+
+
 class HeldOut(NamedTuple):
     """Held-out activations in the SAEs' training units: x [n_tokens, d_in], the context of each row, and how host
     activations are converted to these units (`splice`)."""
@@ -210,6 +226,7 @@ def open_held_out(options: TextOptions, saes: Mapping[str, SparseAutoencoder], h
     if not options.whole_text:
         documents = split_three_ways(documents, seed=seed)[2]
     context = min(_context(saes), host.max_context)
+    reads = _reading(saes)
     outside = agreed(saes, "hook_name_out", None)
     if len({isinstance(sae, Transcoder) for sae in saes.values()}) > 1:
         raise ConfigError("SAEs and transcoders are scored on other things; evaluate them apart")
@@ -217,17 +234,25 @@ def open_held_out(options: TextOptions, saes: Mapping[str, SparseAutoencoder], h
         if outside is None:
             raise ConfigError("the transcoder does not say where it writes: set hook_name_out in its metadata")
         pairs = extract_pairs(
-            host, documents, host.default_hook, outside, options.tokens, split="eval", seed=seed, context=context
+            host,
+            documents,
+            host.default_hook,
+            outside,
+            options.tokens,
+            split="eval",
+            seed=seed,
+            context=context,
+            **reads,
         )
         for sae in saes.values():
             assert isinstance(sae, Transcoder)
             sae.to(host.device).to_units_(*pairs.scales)
         return HeldOut(pairs.tensor().to(host.device), pairs, splice_of(pairs), pairs.mean)
-    store = extract(host, documents, n_tokens=options.tokens, split="eval", seed=seed, context=context)
+    store = extract(host, documents, n_tokens=options.tokens, split="eval", seed=seed, context=context, **reads)
     first = next(iter(saes.values())).metadata
     scale = float(first.get("activation_scale") or store.scale)
     for sae in saes.values():
         sae.to(host.device).to_units_(scale)
     ratio = scale / store.scale
-    splice = Splice(store.manifest["hook_name"], scale, store.manifest["norm_limit"])
+    splice = replace(splice_of(store), scale=scale)
     return HeldOut((store.tensor() * ratio).to(host.device), store, splice, store.mean * ratio)

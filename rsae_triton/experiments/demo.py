@@ -34,7 +34,7 @@ from rsae_triton.common.names import EMBEDDED, EMBEDDED_NOTE, model_metadata
 from rsae_triton.common.progress import LoggedProgress
 from rsae_triton.common.terminal import plain
 from rsae_triton.evaluation import compare
-from rsae_triton.evaluation.compare import splice_of
+from rsae_triton.evaluation.downstream import splice_of
 from rsae_triton.experiments.contenders import contender
 from rsae_triton.experiments.demo_options import Demo, check
 from rsae_triton.experiments.teach import (
@@ -108,10 +108,11 @@ def run(demo: Demo) -> Path:
     with stages.stage("Text and activations"):
         documents = load_corpus(list(demo.text))
         places = pair_of(demo, loaded, host)
+        reads = {} if loaded is None else making_of(loaded.metadata).reading
         splits = (
-            splits_for(host, documents, demo.tokens, demo.seed)
+            splits_for(host, documents, demo.tokens, demo.seed, **reads)
             if places is None
-            else pair_splits_for(host, documents, places, demo.tokens, demo.seed)
+            else pair_splits_for(host, documents, places, demo.tokens, demo.seed, **reads)
         )
     x, test = splits.train.tensor().to(host.device), splits.test.tensor().to(host.device)
     # Text that nothing is trained on: on its training text a teacher's l0 is lower than elsewhere. (A transcoder has no

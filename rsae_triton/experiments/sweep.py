@@ -24,7 +24,7 @@ from rsae_triton.common.errors import ConfigError
 from rsae_triton.common.files import check_folder, make_folder, read_finished, write_text
 from rsae_triton.common.terminal import plain
 from rsae_triton.evaluation import compare
-from rsae_triton.evaluation.compare import splice_of
+from rsae_triton.evaluation.downstream import splice_of
 from rsae_triton.evaluation.pursuit import Pursuit
 from rsae_triton.evaluation.reconstruction import at_l0, reconstruction
 from rsae_triton.experiments.contenders import contender, more_rounds, parse_contender, steps_for

@@ -244,18 +244,19 @@ def saved_teacher(option: str, source: str) -> SparseAutoencoder:
         raise type(error)(f"{option} {source} is none of {', '.join(FAMILIES)}, and: {error}") from error
 
 
-def splits_for(host: Any, documents: list[Any], tokens: int, seed: int = 0) -> Splits:
-    """Returns the three splits, in the sizes that all commands use so that they share one cache."""
+def splits_for(host: Any, documents: list[Any], tokens: int, seed: int = 0, **reads: Any) -> Splits:
+    """Returns the three splits, in the sizes that all commands use so that they share one cache; reads: of `extract`."""
     held = max(1000, min(10_000, tokens // 10))
-    return extract_splits(host, documents, n_train=tokens, n_validation=held, n_test=held, seed=seed)
+    return extract_splits(host, documents, n_train=tokens, n_validation=held, n_test=held, seed=seed, **reads)
 
 
 def pair_splits_for(
-    host: Any, documents: list[Any], places: tuple[str, str], tokens: int, seed: int = 0
+    host: Any, documents: list[Any], places: tuple[str, str], tokens: int, seed: int = 0, **reads: Any
 ) -> PairedSplits:
     """Like `splits_for`, for the two places of a transcoder."""
     held = max(1000, min(10_000, tokens // 10))
-    return extract_pair_splits(host, documents, *places, n_train=tokens, n_validation=held, n_test=held, seed=seed)
+    reads |= {"n_train": tokens, "n_validation": held, "n_test": held, "seed": seed}
+    return extract_pair_splits(host, documents, *places, **reads)
 
 
 def objective_of(sae: SparseAutoencoder) -> Recipe:

@@ -22,6 +22,7 @@ from rsae_triton.activations import (
 from rsae_triton.common.checks import check_integer
 from rsae_triton.common.errors import ConfigError, RsaeError
 from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.sae.making import making_of
 from rsae_triton.sae.units import check_place
 
 MOST_TOKENS = 10_000
@@ -69,7 +70,9 @@ def open_source(
     check_integer("n_tokens", n_tokens, 2)
     if isinstance(source, HostModel):
         documents = split_three_ways(load_corpus("demo"))[2]
-        host, source = source, extract(source, documents, sae.metadata.get("hook_name"), n_tokens, split="eval")
+        reads = making_of(sae.metadata).reading
+        place = sae.metadata.get("hook_name")
+        host, source = source, extract(source, documents, place, n_tokens, split="eval", **reads)
     if not isinstance(source, ActivationStore):
         raise ConfigError(f"source is a {type(source).__name__}; give an ActivationStore, or the host of load_host")
     if source.manifest["documents_file"] is None:

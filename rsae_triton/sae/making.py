@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +25,14 @@ class Making:
     """How an SAE's activations were made.
 
     centred: `center_writing_weights`. dtype: of the model; None if not stated or not usable here. context: tokens per
-    context; None if not stated. other: the statements that are not followed here, by name.
+    context; None if not stated. reading: arguments of `extract` that differ from the usual ones (prepend_bos,
+    seqpos_slice, exclude_special_tokens). other: the statements that are not followed here, by name.
     """
 
     centred: bool
     dtype: str | None
     context: int | None
+    reading: dict[str, Any]
     other: tuple[str, ...]
 
 
@@ -44,17 +47,24 @@ def making_of(metadata: Mapping[str, Any]) -> Making:
     if dtype is not None and dtype not in ("float32", "bfloat16"):
         other.append(f"dtype={shown(dtype)} of the model")
         dtype = None
-    if metadata.get("prepend_bos") is False:
-        other.append("prepend_bos=False (every context begins with BOS here)")
+    reading: dict[str, Any] = {"prepend_bos": False} if metadata.get("prepend_bos") is False else {}
     positions = metadata.get("seqpos_slice")
     if isinstance(positions, list | tuple) and any(one is not None for one in positions):
-        other.append(f"seqpos_slice={shown(tuple(positions))} (all positions are read)")
+        if len(positions) <= 3 and all(one is None or type(one) is int for one in positions) and 0 not in positions[2:]:
+            reading["seqpos_slice"] = list(positions)
+        else:
+            other.append(f"seqpos_slice={shown(tuple(positions))} (which is no slice)")
     special = metadata.get("exclude_special_tokens")
     if special is True or (isinstance(special, list | tuple) and special):
-        other.append("exclude_special_tokens (BOS alone is left out)")
+        if special is True or all(type(one) is int and one >= 0 for one in special):
+            reading["exclude_special_tokens"] = special if special is True else sorted(set(special))
+        else:
+            other.append(f"exclude_special_tokens={shown(special)} (which are no tokens)")
     context = metadata.get("context_size")
     usable = isinstance(context, int) and not isinstance(context, bool) and context >= 2
-    return Making(loaded.get("center_writing_weights") is True, dtype, context if usable else None, tuple(other))
+    return Making(
+        loaded.get("center_writing_weights") is True, dtype, context if usable else None, reading, tuple(other)
+    )
 
 
 def warn_of_making(metadata: Mapping[str, Any], name: str, extra: tuple[str, ...] = (), stacklevel: int = 3) -> None:
@@ -64,5 +74,31 @@ def warn_of_making(metadata: Mapping[str, Any], name: str, extra: tuple[str, ...
         warnings.warn(
             f"{name} was trained on activations made otherwise than here: {'; '.join(other)}. Its scores may be worse "
             "than it is",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def reading_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """`Making.reading` of a store, with the ids of the tokens that it leaves out."""
+    names = {"prepend_bos": "prepend_bos", "seqpos_slice": "seqpos_slice", "exclude_tokens": "exclude_special_tokens"}
+    return {ours: manifest[theirs] for theirs, ours in names.items() if theirs in manifest}
+
+
+def warn_of_reading(metadata: Mapping[str, Any], manifest: Mapping[str, Any], name: str, stacklevel: int = 3) -> None:
+    """A warning that names what the SAE says of the positions it was trained on where a store was read otherwise."""
+    ours, theirs, context = making_of(metadata).reading, reading_of(manifest), manifest.get("context")
+    other = []
+    for key, usual in (("prepend_bos", True), ("seqpos_slice", None), ("exclude_special_tokens", False)):
+        said, held = ours.get(key, usual), theirs.get(key, usual)
+        alike = said == held or (said is True and isinstance(held, list))
+        if key == "seqpos_slice" and isinstance(context, int) and not alike:
+            with suppress(TypeError, ValueError, OverflowError):
+                alike = range(context)[slice(*(said or [None]))] == range(context)[slice(*(held or [None]))]
+        if metadata.get(key) is not None and not alike:
+            other.append(f"{key}={shown(said)}")
+    if other:
+        warnings.warn(
+            f"{name} was trained with {', '.join(other)}, and these activations are read otherwise; a store of its own "
+            "is extract(..., **making_of(sae.metadata).reading), of rsae_triton.sae.making",
             stacklevel=stacklevel + 1,
         )

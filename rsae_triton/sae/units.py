@@ -22,7 +22,7 @@ from torch import Tensor
 from rsae_triton.activations.places import canonical, same_place
 from rsae_triton.common.errors import ConfigError
 from rsae_triton.common.names import hub_model, model_metadata
-from rsae_triton.sae.making import making_of
+from rsae_triton.sae.making import making_of, reading_of, warn_of_reading
 
 UNITS = "units"
 """Name in the metadata. Saved SAEs read the model's own activations and do not have it."""
@@ -86,6 +86,7 @@ def take_note(sae: Any, activations: Any) -> None:
         sae.metadata["activation_scale_out"] = scales[1]
     said = model_metadata(manifest["model"]) if isinstance(manifest.get("model"), str) else {}
     said |= {key: manifest[key] for key in ("hook_name", "hook_name_out") if isinstance(manifest.get(key), str)}
+    said |= reading_of(manifest)
     if said.get("model_name") != hub_model(str(sae.metadata.get("model_name", said.get("model_name")))):
         said = {name: one for name, one in said.items() if not name.startswith("host")}  # the SAE names another model
     sae.metadata.update({name: one for name, one in said.items() if name not in sae.metadata})
@@ -153,6 +154,8 @@ def check_place(sae: Any, activations: Any, name: str = "the SAE", stacklevel: i
             "load_host(..., center_writing_weights=True)",
             stacklevel=stacklevel,
         )
+    if read:
+        warn_of_reading(sae.metadata, manifest, name, stacklevel)
     for key, entry, same in (
         ("hook_name", "hook_name", same_hook),
         ("hook_name_out", "hook_name_out", same_hook),

@@ -19,7 +19,7 @@ from torch import Tensor
 from rsae_triton.activations.host import HostModel
 from rsae_triton.activations.store import ActivationStore
 from rsae_triton.common.errors import ConfigError, ShapeError
-from rsae_triton.evaluation.downstream import Splice
+from rsae_triton.evaluation.downstream import splice_of
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.training.settings import TrainSettings
 
@@ -49,8 +49,7 @@ class LanguageLoss:
         self.tokens, self.counted = sequences.tokens[keep], sequences.counted[keep]
         if not len(self.tokens):
             raise ConfigError("the activations' store has no sequence with a token to predict; extract more text")
-        manifest = store.manifest
-        self.splice = Splice(manifest["hook_name"], store.scale, manifest.get("norm_limit"))
+        self.splice = splice_of(store)
         if (width := host.hook_width(self.splice.hook_name)) != store.d_in:
             raise ShapeError(f"the host has width {width} at {self.splice.hook_name}, the activations {store.d_in}")
         self.mse: float | None = None
@@ -81,7 +80,8 @@ class LanguageLoss:
         def through(x: Tensor) -> Tensor:
             return sae(x.to(device=sae.W_dec.device, dtype=sae.W_dec.dtype)).to(x)
 
-        per_token = self.host.kl(tokens, self.splice.hook_name, self.splice.replacement(through))
+        left = self.splice.left(tokens, self.host.bos_token_id)
+        per_token = self.host.kl(tokens, self.splice.hook_name, self.splice.replacement(through, left))
         use = counted.to(per_token)
         kl = (per_token * use).sum() / use.sum()
         value = float(kl.detach())

@@ -11,12 +11,12 @@ import tiny_models
 import torch
 from synthetic import sparse_activations
 
-from rsae_triton import upgrade
+from rsae_triton import train, upgrade
 from rsae_triton.activations import extract, load_corpus, load_host, store_tensor
 from rsae_triton.common.errors import ConfigError, NumericsError
 from rsae_triton.evaluation import at_l0, compare, evaluate, reconstruction
 from rsae_triton.evaluation.downstream import Splice, splice_sequences
-from rsae_triton.evaluation.held_out import HostOptions, TextOptions, open_held_out, open_host
+from rsae_triton.evaluation.held_out import HostOptions, TextOptions, load_sae, open_held_out, open_host
 from rsae_triton.integrations import splice
 from rsae_triton.sae.making import making_of
 from rsae_triton.teachers import JumpReluSAE, ReluSAE, TopKSAE
@@ -78,9 +78,9 @@ def test_other_models_are_not_centred_and_say_so(tmp_path):
 @pytest.mark.parametrize(
     ("said", "named"),
     [
-        ({"prepend_bos": False}, "prepend_bos=False"),
-        ({"seqpos_slice": [1, None]}, "seqpos_slice"),
-        ({"exclude_special_tokens": True}, "exclude_special_tokens"),
+        ({"seqpos_slice": [1, "x"]}, "seqpos_slice"),
+        ({"seqpos_slice": [0, 9, 0]}, "seqpos_slice"),
+        ({"exclude_special_tokens": ["<s>"]}, "exclude_special_tokens"),
         ({"model_from_pretrained_kwargs": {"fold_ln": True}, "hook_name": "blocks.2.mlp.hook_in"}, "fold_ln"),
         ({"model_from_pretrained_kwargs": {"dtype": "float16"}}, "float16"),
     ],
@@ -91,7 +91,107 @@ def test_what_is_not_done_here_is_named(folder, said, named):
         open_host(HostOptions(model=str(folder)), {"sae": sae(**said)})
     harmless = {"prepend_bos": True, "seqpos_slice": [None], "exclude_special_tokens": False, "context_size": 64}
     assert making_of(harmless).other == ()
+    assert making_of(harmless).reading == {}
     assert making_of({"model_from_pretrained_kwargs": 3, "context_size": "x"}).other == ()
+
+
+def texts(folder, n_files=12, n_words=100):
+    folder.mkdir()
+    return str(tiny_models.text(folder, n_files=n_files, n_words=n_words))
+
+
+READING = {"prepend_bos": False, "seqpos_slice": [2, 12, 3], "exclude_special_tokens": [1, 3, 5, 7, 9]}
+
+
+@pytest.mark.parametrize("keys", [[one] for one in READING] + [list(READING)], ids="-".join)
+def test_positions_are_those_the_sae_says(folder, tmp_path, keys):
+    """Against the model's own activations at those positions, computed here."""
+    reads = {key: READING[key] for key in keys}
+    saved = sae(hook_name="blocks.2.hook_resid_pre", units=1.0, context_size=16, **reads)
+    saved.save_pretrained(tmp_path / "sae")
+    one = load_sae(tmp_path / "sae")
+    options = TextOptions(
+        model=str(folder), text=(texts(tmp_path / "text"),), tokens=60, whole_text=True, dtype="float32"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        host = open_host(options, {"sae": one})
+        found = open_held_out(options, {"sae": one}, host)
+    tokens = found.store.sequences.tokens
+    assert tokens.shape[1] == 16
+    assert bool((tokens[:, 0] == 0).all()) == ("prepend_bos" not in keys)
+    assert bool((tokens == 0).any())  # between documents
+    keep = tokens != 0
+    if "seqpos_slice" in keys:
+        keep &= torch.isin(torch.arange(16), torch.tensor([2, 5, 8, 11]))
+    if "exclude_special_tokens" in keys:
+        keep &= ~torch.isin(tokens, torch.tensor([1, 3, 5, 7, 9]))
+    resid = host.residual(tokens)
+    keep &= resid.norm(dim=-1) <= found.store.manifest["norm_limit"]
+    ours, theirs = resid[keep][:60].norm(dim=1), (found.store.tensor() / found.store.scale).norm(dim=1)
+    assert torch.allclose(ours.sort().values, theirs.sort().values, rtol=1e-2)
+    # And what is spliced leaves the same positions as they are.
+    seen = {}
+
+    class Host:
+        bos_token_id = 0
+
+        def splice(self, tokens, hook_name, replacements, *, kl):
+            seen["zero"] = replacements["zero"](resid)
+            return {
+                name: SimpleNamespace(nll=torch.ones(len(tokens), 15), kl=torch.ones(len(tokens), 15))
+                for name in replacements
+            }
+
+    splice_sequences(Host(), {}, tokens, found.splice, found.mean, batch=len(tokens))
+    assert torch.equal((seen["zero"] != resid).any(-1), keep)
+
+
+def test_saes_of_different_positions_are_scored_apart_and_stores_are_compared(folder, tmp_path):
+    place = {"hook_name": "blocks.2.hook_resid_pre"}
+    options = TextOptions(model=str(folder), text=(texts(tmp_path / "text"),), tokens=60, whole_text=True)
+    both = {"a": sae(**place), "b": sae(**place, prepend_bos=False)}
+    host = open_host(options, both)
+    with pytest.raises(ConfigError, match=r"different positions \(a: all positions, BOS first; b: prepend_bos=False"):
+        open_held_out(options, both, host)
+    documents = load_corpus(list(options.text))
+    plain, own = (extract(host, documents, n_tokens=100, context=16, progress=False, **one) for one in ({}, READING))
+    assert plain.manifest["key"] != own.manifest["key"]
+    for key, value in READING.items():
+        with pytest.warns(UserWarning, match=rf"trained with {key}=.*extract\(.*making_of"):
+            evaluate(sae(**place, **{key: value}), None, plain)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*was trained with")
+        evaluate(sae(**place, units=1.0, **READING), None, own)
+        evaluate(sae(**place, units=1.0, prepend_bos=True, seqpos_slice=[None]), None, plain)
+        evaluate(sae(**place, units=1.0, seqpos_slice=[0, 16]), None, plain)
+    rsae = upgrade(sae(**place, units=1.0), own)
+    train(rsae, own, steps=1, batch_size=16, progress=False)
+    assert {key: rsae.metadata[key] for key in READING} == READING
+
+
+@pytest.mark.parametrize(
+    ("reads", "named"),
+    [
+        ({"seqpos_slice": (20, None)}, "seqpos_slice"),
+        ({"seqpos_slice": (0, 9, 0)}, "seqpos_slice"),
+        ({"seqpos_slice": "abc"}, "seqpos_slice"),
+        ({"seqpos_slice": 3}, "seqpos_slice"),
+        ({"exclude_special_tokens": "</s>"}, "exclude_special_tokens"),
+        ({"exclude_special_tokens": [-1]}, "exclude_special_tokens"),
+    ],
+)
+def test_positions_that_are_none_are_refused(folder, tmp_path, reads, named):
+    host = load_host(str(folder), dtype="float32")
+    with pytest.raises(ConfigError, match=named):
+        extract(host, load_corpus([texts(tmp_path / "text", 2)]), n_tokens=50, context=16, progress=False, **reads)
+
+
+def test_special_tokens_are_the_tokenizers(folder, tmp_path):
+    host = load_host(str(folder), dtype="float32")
+    documents = load_corpus([texts(tmp_path / "text", 2)])
+    store = extract(host, documents, n_tokens=50, context=16, exclude_special_tokens=True, progress=False)
+    assert store.manifest["exclude_tokens"] == [0]
 
 
 def test_dtype_and_context_are_those_the_sae_says(folder, tmp_path):

@@ -41,9 +41,11 @@ def test_the_loss_is_the_kl_that_splicing_measures(place):
     term = LanguageLoss(host, store, TrainSettings(steps=5, kl_sequences=len(store.sequences.tokens)))
     found = term.backward(sae, 0, mse=2.0)
     tokens, counted = term.batch(0)
-    measured = host.splice(
-        tokens, term.splice.hook_name, {"": term.splice.replacement(lambda x: sae(x).detach())}, kl=True
-    )[""].kl
+    # BOS between documents is left as it is, too.
+    left = term.splice.left(tokens, host.bos_token_id)
+    assert int(left.sum()) > len(tokens)
+    through = term.splice.replacement(lambda x: sae(x).detach(), left)
+    measured = host.splice(tokens, term.splice.hook_name, {"": through}, kl=True)[""].kl
     assert found == pytest.approx(float((measured * counted).sum() / counted.sum()), rel=1e-5)
     assert found > 0.01
 
