@@ -245,7 +245,7 @@ def saved_teacher(option: str, source: str) -> SparseAutoencoder:
 
 
 def splits_for(host: Any, documents: list[Any], tokens: int, seed: int = 0, **reads: Any) -> Splits:
-    """Returns the three splits, in the sizes that all commands use so that they share one cache; reads: of `extract`."""
+    """Returns the three splits, in the sizes that all commands share (one cache); reads: arguments of `extract`."""
     held = max(1000, min(10_000, tokens // 10))
     return extract_splits(host, documents, n_train=tokens, n_validation=held, n_test=held, seed=seed, **reads)
 
