@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import bench_rounds
 import numpy as np
 import rounds_table
 import tyro
@@ -30,7 +31,10 @@ FORMS = {
     "gate-forms": ("relu", "jumprelu", "topk"),
     "gate-forms-sparsity": ("relu-x2", "jumprelu-x2", "topk-x2"),
 }
-README, EXPERIMENTS, DEMO = Path("README.md"), Path("docs/experiments.md"), Path("docs/demo.md")
+README, EXPERIMENTS, DEMO, ROUNDS = (
+    Path("README.md"),
+    *(Path(f"docs/{name}.md") for name in ("experiments", "demo", "rounds")),
+)
 FORMATS = Path("docs/formats.md")
 # Families of the layouts in docs/formats.md, as far as a layout has one; the rest are sweeps over several.
 LAYOUTS = {
@@ -321,6 +325,7 @@ def tables() -> list[tuple[Path, str, str]]:
         (EXPERIMENTS, "untrained", rounds_table.untrained_table(rounds)),
         (EXPERIMENTS, "known", rounds_table.known_table(known)),
         (EXPERIMENTS, "known-trained", rounds_table.known_table(json.loads(rounds_table.KNOWN_TRAINED.read_text()))),
+        (ROUNDS, "time", bench_rounds.table(json.loads(bench_rounds.RESULTS.read_text()))),
         (EXPERIMENTS, "probes", rounds_table.probes_table(rounds_table.probes())),
         (EXPERIMENTS, "bound", rounds_table.bound_table(rounds)),
         (EXPERIMENTS, "grid", grid_table(grid)),

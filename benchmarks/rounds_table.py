@@ -1,9 +1,9 @@
-"""Tables and the picture of rounds in README.md and docs/experiments.md, from committed results; and their time.
+"""Tables and the picture of rounds in README.md and docs/experiments.md, from committed results.
 
 rsae reproduce --host smollm2-rounds --out out/rounds   # its table.json is results/reproduce-smollm2-rounds.json
 rsae known --data saelens --l0s 5 --out out/known       # its known.json is results/known-features.json
     (with --contenders rsae rsae@2 ... it is results/known-features-trained.json)
-python benchmarks/rounds_table.py --time       # measures, and writes benchmarks/results/rounds-time.json
+python benchmarks/bench_rounds.py              # measures, and writes benchmarks/results/rounds-time.json
 python benchmarks/readme_table.py
 """
 
@@ -11,28 +11,19 @@ from __future__ import annotations
 
 import io
 import json
-import platform
-import statistics
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-import tyro
+from bench_rounds import COUNTS, ONE, PLAIN
+from bench_rounds import RESULTS as TIME
 
 from rsae_triton.common.files import write_text
 from rsae_triton.report.fronts import interval, with_sd
-from rsae_triton.teachers import JumpReluSAE
 
 RESULTS = Path("benchmarks/results")
-ROUNDS, KNOWN, TIME = (
-    RESULTS / f"{name}.json" for name in ("reproduce-smollm2-rounds", "known-features", "rounds-time")
-)
+ROUNDS, KNOWN = (RESULTS / f"{name}.json" for name in ("reproduce-smollm2-rounds", "known-features"))
 KNOWN_TRAINED = RESULTS / "known-features-trained.json"
 PICTURE = Path("docs/rounds.svg")
-COUNTS = (2, 3, 4, 6)
 FAMILIES = {"jumprelu": "JumpReLU", "topk": "TopK", "relu": "ReLU"}
 COLOURS = {"jumprelu": "#0b63ce", "topk": "#2d8a4e", "relu": "#c4361c"}
 TRAINED = {
@@ -46,12 +37,6 @@ TRAINED = {
     "rsae@2": "**RSAE + a round**",
     "refined": "RSAE, two rounds trained",
 }
-
-
-@dataclass(frozen=True)
-class Options:
-    time: bool = False
-    """Measure how long encoding takes by the number of rounds, on this machine."""
 
 
 def ordered(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -204,9 +189,9 @@ def picture() -> None:
             found = [(1, 0.0)] + [(n, row["to_teacher"][f"teacher@{n}"]["f1"]["mean"]) for n in COUNTS]
             draw(features, found, row["teacher"])
     if TIME.is_file():
-        measured = json.loads(TIME.read_text())
-        for place, (d_sae, values) in enumerate(measured["relative"].items()):
-            x, y = [int(n) for n in values], list(values.values())
+        for place, (d_sae, kinds) in enumerate(json.loads(TIME.read_text())["seconds"].items()):
+            by, x = kinds["encode"], [1, *COUNTS]
+            y = [by[name] / by[PLAIN] for name in (ONE, *(f"{n} rounds" for n in COUNTS))]
             seconds.plot(
                 x, y, "o-", color=("#5b3fd0", "#a87500")[place], markersize=4, label=f"{int(d_sae):,} features"
             )
@@ -228,37 +213,3 @@ def picture() -> None:
 def draw(axes: Any, points: list[tuple[int, float]], family: str) -> None:
     x, y = zip(*points, strict=True)
     axes.plot(x, y, "o-", color=COLOURS[family], markersize=4, linewidth=1.4, label=FAMILIES[family])
-
-
-def measure(repeats: int = 9) -> None:
-    """Seconds to encode 1,024 tokens at d_in 576, one thread, in turns: a JumpReLU SAE, l0 32, with rounds."""
-    torch.set_num_threads(1)
-    relative: dict[str, dict[str, float]] = {}
-    for d_sae in (2304, 18432):
-        generator = torch.Generator().manual_seed(0)
-        sae = JumpReluSAE(576, d_sae, generator=generator)
-        codes = torch.zeros(1024, d_sae)
-        codes.scatter_(1, torch.randint(d_sae, (1024, 48), generator=generator), 1.0)
-        x = (codes * (1 + torch.rand(codes.shape, generator=generator))) @ sae.W_dec.detach()
-        with torch.no_grad():
-            sae.threshold.fill_(float(sae.hidden_pre(x).flatten().kthvalue(codes.numel() - 32 * 1024).values))
-        contenders: dict[int, Any] = {1: sae} | {n: sae.with_rounds(n, x) for n in COUNTS}
-        seconds: dict[int, list[float]] = {n: [] for n in contenders}
-        with torch.no_grad():
-            for _ in range(repeats):
-                for n, one in contenders.items():
-                    started = time.perf_counter()
-                    one.encode(x)
-                    seconds[n].append(time.perf_counter() - started)
-        best = {n: statistics.median(values[1:]) for n, values in seconds.items()}
-        relative[str(d_sae)] = {str(n): value / best[1] for n, value in best.items()}
-    facts = {"machine": platform.machine(), "threads": 1, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
-    note = "median of 8 in turns, on a machine that did other work too: ratios, not seconds"
-    write_text(TIME, json.dumps({"command": "python benchmarks/rounds_table.py --time", "note": note, **facts,
-                                 "relative": relative}, indent=1) + "\n")  # fmt: skip
-    print({size: {n: round(float(np.round(v, 2)), 2) for n, v in values.items()} for size, values in relative.items()})
-
-
-if __name__ == "__main__":
-    if tyro.cli(Options).time:
-        measure()
