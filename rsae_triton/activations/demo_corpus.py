@@ -44,7 +44,7 @@ def demo_documents(warn: Callable[[str], None]) -> list[Document]:
         try:
             documents += read()
         except SourceError as error:
-            warn(f"the corpus goes without {name!r}: {error}")
+            warn(f"{name!r} is left out of the corpus: {error}")
     return documents
 
 

@@ -265,7 +265,7 @@ class ActivationStore:
 
     def _text_file(self, name: str) -> str:
         if self.manifest[name] is None:
-            raise FormatError(f"{self.folder} was made of a tensor and knows no text; read activations with `extract`")
+            raise FormatError(f"{self.folder} was made from a tensor and has no text; read activations with `extract`")
         return self.manifest[name]
 
     def _column(self, name: str) -> torch.Tensor:

@@ -193,8 +193,8 @@ class Extraction:
             raise FormatError(f"the text fills no context of {context} tokens; give more text or a smaller context")
         if not self.complete:
             warnings.warn(
-                f"the {self.identity['split']} text ended after {self.done} of {self.wanted} tokens; give more text "
-                "for more",
+                f"the {self.identity['split']} text ended after {self.done} of {self.wanted} tokens; add text "
+                "to get more",
                 stacklevel=5,
             )
 

@@ -216,7 +216,7 @@ def _main(arguments: list[str]) -> int:
             raise
         message = " ".join(str(error).split()) or type(error).__name__
         if not isinstance(error, RsaeError):
-            message += " (the machine, not the input: room on the disk, leave to write, or memory; --debug says where)"
+            message += " (a problem of the machine: disk space, write permission or memory; --debug shows where)"
         Console(stderr=True, soft_wrap=True).print(f"[red]rsae:[/red] {plain(message)}", highlight=False)
         return 2
     except KeyboardInterrupt:

@@ -140,7 +140,7 @@ def _devices() -> Iterator[Finding]:
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
             old = (properties.major, properties.minor) < backends.OLDEST
-            why = "an AMD GPU, the kernels are for NVIDIA's" if torch.version.hip else "too old for the kernels"
+            why = "an AMD GPU; the kernels are for NVIDIA GPUs" if torch.version.hip else "too old for the kernels"
             eager = old or torch.version.hip is not None
             yield Finding(
                 f"cuda:{index}",
@@ -178,7 +178,7 @@ def _backend() -> Iterator[Finding]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     chosen = backends.resolve_backend("auto", device, dtype)
     why = {
-        "triton": "a CUDA device and Triton are there",
+        "triton": "a CUDA device and Triton are available",
         "cpu": f"no CUDA device; a training batch goes through {cpu.engine_for(2**21)}",
         "eager": "no usable Triton, or a GPU too old for it",
     }[chosen]

@@ -125,11 +125,13 @@ def show(result: Mapping[str, Any], console: Console | None = None) -> None:
     title = f"{meta['model']}, {meta['hook']}: {meta['n_tokens']} held-out tokens, {meta['n_sequences']} sequences"
     console.print(_scores(title, saes))
     if any(score.get("loss_recovered", 0) > 1 for score in saes.values()):
-        console.print("Loss recovered above 100 % is noise of so few sequences: see the interval of Δ ce.")
+        console.print("Loss recovered above 100 % is noise from so few sequences; see the interval of Δ ce.")
     if len(saes) == 1:
         return
     matched = result["matched_l0"]
-    console.print(_scores(f"At the l0 of {first} ({saes[first]['l0']:.2f}), or as sparse as it is shipped", matched))
+    console.print(
+        _scores(f"At the l0 of {first} ({saes[first]['l0']:.2f}), or at its own l0 if that is lower", matched)
+    )
     table = Table(title="Paired differences at that l0, 95 % intervals", title_justify="left")
     columns = {"mse": "mse", "delta_ce": "Δ ce", "kl": "KL"}
     table.add_column("")

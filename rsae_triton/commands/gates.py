@@ -26,7 +26,7 @@ def certificate(fit: GateFit) -> str:
     }[fit.certificate]
     bound = f"{fit.lower_bound:.9g}   ({fit.ratio:.6f} of the error: {proof})"
     if fit.certificate == "none":
-        bound = "none: nothing proves that this fit is any good"
+        bound = "none: nothing is proved about this fit"
     lines = [
         f"{fit.target}, degree ({p}, {q}), {fit.method}{where}",
         f"  error        {fit.error:.9g}",

@@ -108,7 +108,7 @@ def sets_of(options: Probe) -> list[str]:
     if not options.sets:
         return []
     if options.text or options.label or options.tasks:
-        raise ConfigError("--sets stands for itself; leave --text, --label and --tasks out")
+        raise ConfigError("--sets cannot be combined with --text, --label or --tasks")
     return set_names() if options.sets == ("all",) else list(dict.fromkeys(options.sets))
 
 

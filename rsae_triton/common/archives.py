@@ -31,7 +31,10 @@ def read_npz(path: Path) -> dict[str, Tensor]:
             swollen = sum(member.file_size for member in archive.infolist())
             # Weights do not compress. Zeros do, a thousandfold, as in a zip bomb.
             if swollen > 8 * packed + (1 << 20):
-                raise FormatError(f"{path} unpacks from {packed:,} to {swollen:,} bytes; weights do not, it is refused")
+                raise FormatError(
+                    f"{path} unpacks from {packed:,} to {swollen:,} bytes; "
+                    "weights do not compress like that, so it is refused"
+                )
             for member in archive.infolist():
                 with archive.open(member) as stream:
                     _check_npy(path, member, stream)

@@ -55,7 +55,7 @@ def check_pickle(path: Path, data: bytes) -> None:
     try:
         result = _run(path, data, made)
     except (IndexError, KeyError, ValueError) as error:  # an empty stack, or a missing entry of the memo
-        raise FormatError(f"{path} is damaged: its pickle is not one ({error}); fetch it again") from error
+        raise FormatError(f"{path} is damaged: its pickle is not valid ({error}); fetch it again") from error
     for one in (*made, result):
         if _weight(path, one) > MAX_ENTRIES:
             raise FormatError(f"{path} would unfold to more than {MAX_ENTRIES:,} entries; it is no checkpoint")
@@ -77,7 +77,7 @@ def _run(path: Path, data: bytes, made: list[_Value]) -> _Value:
 
     def fill(taken: list[_Value]) -> None:
         if stack[-1].kind not in ("list", "dict", "made"):
-            raise ValueError("something else than a container is filled")
+            raise ValueError("something other than a container is filled")
         stack[-1].parts += taken
 
     for opcode, argument, _ in pickletools.genops(data):
@@ -153,7 +153,7 @@ def _check_storage(path: Path, named: _Value) -> None:
     """Checks the description of a tensor's memory: five values, none of which may be large."""
     plain = named.kind == "tuple" and all(one is _PLAIN or one.kind.startswith("global") for one in named.parts)
     if not plain or len(named.parts) != 5:
-        raise FormatError(f"{path} was not written by torch.save (its storages are named otherwise); it is refused")
+        raise FormatError(f"{path} was not written by torch.save (its storages have other names); it is refused")
 
 
 def _weight(path: Path, value: _Value) -> int:

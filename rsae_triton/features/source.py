@@ -76,7 +76,7 @@ def open_source(
     if not isinstance(source, ActivationStore):
         raise ConfigError(f"source is a {type(source).__name__}; give an ActivationStore, or the host of load_host")
     if source.manifest["documents_file"] is None:
-        raise ConfigError(f"{source.folder} was made of a tensor and knows no text; read activations with `extract`")
+        raise ConfigError(f"{source.folder} was made from a tensor and has no text; read activations with `extract`")
     check_place(sae, source, stacklevel=4)
     rows = _rows(source, n_tokens)
     if host is None:

@@ -78,7 +78,7 @@ def tensors(transcoder: Transcoder) -> dict[str, Tensor]:
     """
     if not isinstance(transcoder, ReluTranscoder | JumpReluTranscoder):
         hint = "; use to_jumprelu(inputs, targets=...) first" if hasattr(transcoder, "gate") else ""
-        raise ConfigError(f"circuit-tracer knows ReLU and JumpReLU transcoders, no {type(transcoder).__name__}{hint}")
+        raise ConfigError(f"circuit-tracer knows ReLU and JumpReLU transcoders, not {type(transcoder).__name__}{hint}")
     if transcoder.d_out != transcoder.d_in:
         raise ConfigError(
             f"circuit-tracer's transcoders have one width, not d_in={transcoder.d_in}, d_out={transcoder.d_out}"

@@ -108,7 +108,7 @@ def unsupported(device: torch.device) -> str | None:
     capability (MI300: 9.4) would select the tiles of Hopper, which do not fit it."""
     if torch.version.hip is not None:
         return (
-            f"has tiles for NVIDIA GPUs alone, {device} is an AMD GPU (ROCm {torch.version.hip}); use backend='auto', "
+            f"has tiles for NVIDIA GPUs only, {device} is an AMD GPU (ROCm {torch.version.hip}); use backend='auto', "
             "which takes eager PyTorch there"
         )
     return too_old(device) if capability(device) < OLDEST else None

@@ -38,15 +38,19 @@ def read_table(path: str | Path = PATH) -> tuple[GateFit, ...]:
     try:
         plain = read_json(Path(path))
     except (OSError, FormatError) as error:
-        raise FormatError(f"cannot read the gate table {path}: {error}; rebuild it with `rebuild`") from error
+        raise FormatError(
+            f"cannot read the gate table {path}: {error}; rebuild it with `rsae gates rebuild`"
+        ) from error
     if plain.get("format") != FORMAT or not isinstance(plain.get("fits"), list):
-        raise FormatError(f"{path} is not a gate table of format {FORMAT}; rebuild it with `rebuild`")
+        raise FormatError(f"{path} is not a gate table of format {FORMAT}; rebuild it with `rsae gates rebuild`")
     try:
         return tuple(GateFit.from_dict(fit) for fit in plain["fits"])
     except RsaeError:
         raise
     except (TypeError, ValueError, OverflowError) as error:
-        raise FormatError(f"{path} holds what is no gate fit ({error}); rebuild it with `rebuild`") from error
+        raise FormatError(
+            f"{path} holds something that is not a gate fit ({error}); rebuild it with `rsae gates rebuild`"
+        ) from error
 
 
 @cache

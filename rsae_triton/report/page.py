@@ -75,7 +75,7 @@ def write_report(
         features = feature_snippets(saes, codes, rows.numpy(), store, tokenizer)
     headline, notes = scores.headline(metrics)
     survived = survival(saes["teacher"], {role: sae for role, sae in saes.items() if role != "teacher"}, codes)
-    text = "Above 0.9 (dotted) on both sides a feature counts as the one that it was."
+    text = "A feature counts as unchanged if both similarities exceed 0.9 (dotted)."
     page = _template().render(
         title=title,
         facts=facts,
@@ -173,7 +173,8 @@ def _plots(
             "frequency",
             plots.frequency_figure(frequencies, len(x)),
             "How often features fire",
-            f"Features by the fraction of {len(x):,} held-out tokens on which they are active; areas are numbers.",
+            f"Features by the fraction of {len(x):,} held-out tokens on which they are active; "
+            "areas are proportional to numbers of features.",
         ),
     ]
     tuned = {role: log for role, log in logs.items() if role != "teacher"}

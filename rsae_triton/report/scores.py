@@ -33,9 +33,27 @@ COLUMNS = (
     Column("l0", "l0", ".2f", 0, "features active per token"),
     Column("l1", "l1", "#.4g", 0, "sum of code times decoder norm per token"),
     Column("alive_fraction", "alive", ".1%", 1, "features active on at least one held-out token"),
-    Column("delta_ce", "Δ ce", ".4f", -1, "what the reconstruction costs the language model, in nats per token"),
-    Column("loss_recovered", "recovered", ".2%", 1, "of the loss that setting the activation to zero costs"),
-    Column("loss_recovered_mean", "rec. (mean)", ".2%", 1, "of the loss that setting it to its mean costs"),
+    Column(
+        "delta_ce",
+        "Δ ce",
+        ".4f",
+        -1,
+        "increase in cross-entropy (nats per token) when the reconstruction replaces the activations",
+    ),
+    Column(
+        "loss_recovered",
+        "recovered",
+        ".2%",
+        1,
+        "share of the increase in loss under zero ablation that the reconstruction avoids",
+    ),
+    Column(
+        "loss_recovered_mean",
+        "rec. (mean)",
+        ".2%",
+        1,
+        "share of the increase in loss under mean ablation that the reconstruction avoids",
+    ),
 )
 
 
@@ -135,7 +153,7 @@ def _untrained(rounds: Scores, teacher: Scores) -> str:
     ours, theirs = number(rounds, "mse"), number(teacher, "mse")
     if not (math.isfinite(ours) and math.isfinite(theirs) and theirs > 0):
         return ""
-    said = f"Nothing trained, one more round on the teacher's own weights: error {text(ours / theirs - 1, '+.1%')}"
+    said = f"One more round on the teacher's own weights, without training: error {text(ours / theirs - 1, '+.1%')}"
     cost, before = number(rounds, "delta_ce"), number(teacher, "delta_ce")
     if math.isfinite(cost) and math.isfinite(before):
         said += f", cost in the language model {text(before, '.4f')} -> {text(cost, '.4f')} nats per token"
@@ -144,7 +162,7 @@ def _untrained(rounds: Scores, teacher: Scores) -> str:
 
 def _unequal(l0_ours: float, l0_theirs: float, ours: float, theirs: float) -> str:
     if not math.isfinite(l0_ours + l0_theirs):
-        return "An l0 is missing, so this is no comparison at equal sparsity."
+        return "An l0 is missing, so this is not a comparison at equal sparsity."
     if (ours < theirs) == (l0_ours < l0_theirs):
         return "The winner uses fewer features, so the comparison holds all the more."
     return "The winner uses more features, so this does not settle which code is better."

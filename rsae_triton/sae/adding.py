@@ -162,7 +162,7 @@ def hold_l0(sae: FusedRationalSAE, activations: Tensor | Any, target_l0: float, 
         _hold_rounds(sae, sae.rounds, x, target_l0)
         l0 = _scores(sae, x)[0]
     if abs(l0 / target_l0 - 1) > 0.02:
-        warnings.warn(f"l0 is {l0:.2f}, not {target_l0:.2f}: thresholds of 0 are reached", stacklevel=2)
+        warnings.warn(f"l0 is {l0:.2f}, not {target_l0:.2f}: thresholds cannot go below 0", stacklevel=2)
     return l0
 
 

@@ -116,7 +116,7 @@ def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any] | None = No
         "",
         f"sae = {call}",
         "feature_acts = sae.encode(x)  # x: [..., d_in], the model's own activations",
-        "y_hat = sae(x)  # what the MLP would have given out" if transcoder else "x_hat = sae(x)",
+        "y_hat = sae(x)  # the MLP's output, reconstructed" if transcoder else "x_hat = sae(x)",
         "```",
         "",
     ]

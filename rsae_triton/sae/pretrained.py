@@ -355,7 +355,7 @@ def _own(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         if not isinstance(own, dict) or not isinstance(_mark(own), str):
             raise ValueError("no mark")
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{folder / WEIGHTS_FILE} carries a configuration that is none ({error})") from error
+        raise FormatError(f"{folder / WEIGHTS_FILE} holds a damaged configuration ({error})") from error
     return weights, own
 
 

@@ -134,9 +134,7 @@ class Transcoder(SparseAutoencoder):
             check_number(name, value, above=0)
         before = self.all_units
         if before is None:
-            raise ConfigError(
-                "nobody has said which units this transcoder has; set .units and .units_out (1.0: the model's)"
-            )
+            raise ConfigError("the units of this transcoder are unknown; set .units and .units_out (1.0: the model's)")
         if (units, units_out) != before:
             self.fold_activation_scale_(before[0] / units, before[1] / units_out)
         self.units, self.units_out = units, units_out  # exactly, without rounding
@@ -236,7 +234,7 @@ class RationalTranscoder(Transcoder, FusedRationalSAE):
             ConfigError: no target, or widths that differ (then train with memory="saved").
         """
         if target is None:
-            raise ConfigError("a transcoder reconstructs something else than x; give target=")
+            raise ConfigError("a transcoder reconstructs something other than x; give target=")
         if self.d_out != self.d_in:
             raise ConfigError(
                 f"a loss in pieces takes d_out = d_in, not {self.d_out} and {self.d_in}; use memory='saved'"

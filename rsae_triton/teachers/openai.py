@@ -48,7 +48,7 @@ def read(files: Files) -> SparseAutoencoder:
     }
     for name, value in dict(tensors.get("activation_state_dict") or {}).items():
         if state.setdefault(name, value) != value:
-            raise FormatError(f"{path} says twice what {name} is, and not the same: {state[name]!r} and {value!r}")
+            raise FormatError(f"{path} gives two different values of {name}: {state[name]!r} and {value!r}")
     parts = Parts(w["encoder.weight"].t(), w["decoder.weight"].t(), w["latent_bias"], w["pre_bias"])
     if activation == "TopK":
         after = state.get("postact_fn", "ReLU")

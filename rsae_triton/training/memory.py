@@ -66,11 +66,11 @@ class MemoryPlan:
         there = "" if self.free is None else f"; {_size(self.free)} free"
         ways = {
             "never": ", ".join([self.mode, *pieces]),
-            "auto": f"sparse where that is faster, else {', '.join([self.mode, *pieces])}",
+            "auto": f"sparse where faster, else {', '.join([self.mode, *pieces])}",
             "always": f"sparse ({', '.join([self.mode, *pieces])} where the support is too large)",
         }
         return (
-            f"  memory of a step (way: {ways[self.support]}): weights {_size(self.weights)}, gradients and optimiser "
+            f"  memory of a step ({ways[self.support]}): weights {_size(self.weights)}, gradients and optimiser "
             f"{_size(self.optimiser)}, activations {_size(self.need)}"
             + (f", the language model {_size(self.language)}" if self.language else "")
             + there

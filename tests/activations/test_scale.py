@@ -208,7 +208,7 @@ def test_what_can_be_stored(tmp_path):
     assert float(stored.tensor().norm(dim=1).mean()) == pytest.approx(8**0.5, rel=1e-3)
     assert stored.manifest["hook_name"] == "mine"
     for name in ("sequences", "document_info", "tokens"):
-        with pytest.raises(FormatError, match="knows no text"):
+        with pytest.raises(FormatError, match="has no text"):
             getattr(stored, name)
     for bad, error in ((x[0], ShapeError), (x * torch.inf, NumericsError), (0 * x, NumericsError)):
         with pytest.raises(error):

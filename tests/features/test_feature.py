@@ -88,7 +88,7 @@ def test_what_cannot_be_looked_at_is_refused(world, tmp_path):
         rt.feature(rsae, store.tensor(), 0)
     from rsae_triton.activations.from_tensor import store_tensor
 
-    with pytest.raises(ConfigError, match="knows no text"):
+    with pytest.raises(ConfigError, match="has no text"):
         rt.feature(rsae, store_tensor(torch.randn(32, store.d_in), tmp_path / "own"), 0)
     with pytest.raises(ShapeError, match="give the teacher of this SAE"):
         rt.feature(rsae, store, 0, host=host, teacher=rt.ReluSAE(8, 8))

@@ -100,7 +100,7 @@ def test_a_round_that_nothing_was_trained_for_comes_first():
     told = copy.deepcopy(metrics)
     told["rounds"] = told["matched_l0"]["rounds"] = {**told["matched_l0"]["teacher"], "mse": 56.0}
     first, more = headline(told)
-    assert first.startswith("Nothing trained, one more round on the teacher's own weights: error −20.0")
+    assert first.startswith("One more round on the teacher's own weights, without training: error −20.0")
     assert more == [plain, *notes]
     names = [name for _, name, _ in rows(told)]
     assert names.index(NAMES["rounds"]) == names.index(NAMES["teacher"]) + 1

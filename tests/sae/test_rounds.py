@@ -97,7 +97,7 @@ def test_l0_is_held_by_the_last_gate_alone(two):
     one = two.with_rounds(1, X)
     assert hold_l0(one, X, 9.0) == pytest.approx(9.0, abs=0.05)  # lower than any threshold was: up again, too
     assert hold_l0(one, X, 3.0) == pytest.approx(3.0, abs=0.05)
-    with pytest.warns(UserWarning, match="thresholds of 0"):
+    with pytest.warns(UserWarning, match="cannot go below 0"):
         hold_l0(copy.deepcopy(one), X, 60.0)
     with pytest.raises(ConfigError, match="thresholds per feature"):
         hold_l0(teacher("topk"), X, 5.0)

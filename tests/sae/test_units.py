@@ -156,7 +156,7 @@ def test_another_model_or_place_is_an_error(world):
         for call in (upgrade, lambda sae, x: train(sae, x, steps=1), lambda sae, x: evaluate(sae, None, x)):
             with pytest.raises(ConfigError, match=f"says that it reads {value}"):
                 call(other, store)
-    with pytest.raises(ConfigError, match="nobody has said"):
+    with pytest.raises(ConfigError, match="are unknown"):
         JumpReluSAE(D, F).to_units_(1.0)
 
 

@@ -53,7 +53,7 @@ def test_what_openais_own_class_writes_is_read(tmp_path, state):
     teacher = load_teacher(tmp_path / "8.pt")
     assert (teacher.k, teacher.relu, teacher.normalize_activations) == (5, True, "layer_norm")
     torch.save({**weights, "activation_state_dict": {"k": 6}}, tmp_path / "8.pt")
-    with pytest.raises(FormatError, match="says twice"):
+    with pytest.raises(FormatError, match="gives two different values"):
         load_teacher(tmp_path / "8.pt")
 
 

@@ -243,7 +243,7 @@ def test_bad_settings_are_named(settings, message):
 def test_the_bar_shows_rate_time_left_and_the_state_of_the_sae(activations, capsys):
     train(small_sae("gated"), activations, steps=3, batch_size=64)
     shown = capsys.readouterr().out
-    for part in ("(way: saved)", "3/3", "tok/s", "mse", "l0", "alive"):
+    for part in ("step (saved)", "3/3", "tok/s", "mse", "l0", "alive"):
         assert part in shown
 
 
