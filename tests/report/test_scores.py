@@ -109,7 +109,7 @@ def test_a_round_that_nothing_was_trained_for_comes_first():
     console.print(summary_table(told))
     shown = console.export_text()
     assert NAMES["rounds"] in shown
-    assert "Nothing trained" in shown
+    assert "without training" in shown
     assert "the RSAE wins" in shown
 
 
