@@ -1,4 +1,4 @@
-"""What `aot` compiles: kernels as they would be launched, with their names in the tables and on record."""
+"""Names of the variants that `aot` compiles: kernels as they would be launched, for the tables and the record."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class DecodeTile(NamedTuple):
 SPECIALISED = 16
 """Triton compiles a kernel anew for sizes divisible by this, and only then knows that rows are aligned."""
 LARGE_DEGREE = 8
-"""From p + q of this on, a gate counts as large: its coefficients (one set per feature) take up the registers of a
+"""The least p + q of a gate that counts as large: its coefficients (one set per feature) take up the registers of a
 tile. In the backward pass so do its sums, shared or not."""
 
 # generation -> (bytes per element, large) -> tile. Among the tiles that do not spill, these are the largest whose

@@ -1,4 +1,4 @@
-"""TransformerLens' bridge over a model's own weights, made when it is first needed, and runs of it with functions."""
+"""TransformerLens' bridge over a model's own weights, which is made on first use; and forward passes with functions."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ def run_bridge(
 
 
 class Bridge:
-    """A `TransformerBridge` that is made at the first `get()`, or one that the caller made.
+    """A `TransformerBridge` that is made on the first `get()`, or one that the caller made.
 
-    Importing TransformerLens and making the bridge takes seconds, and most callers never need it: residual streams
-    and MLPs are read from the Hugging Face module.
+    Importing TransformerLens and making the bridge takes seconds, and most callers never need it: residual streams and
+    MLPs are read from the Hugging Face module.
     """
 
     def __init__(self, made: Any = None) -> None:
@@ -78,10 +78,11 @@ class Bridge:
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, name: str, library: Library) -> Bridge:
-        """Over a twin of `model` with the same parameters: the bridge rewires the module that it is given.
+        """Prepares a bridge over a second module with `model`'s parameters, because the bridge changes the module it is
+        given.
 
-        The twin is taken now, before anybody hooks `model`; with library="transformer_lens" the bridge is made now
-        too, and SourceError says why it cannot be.
+        The second module is made now, before anybody adds hooks to `model`. With library="transformer_lens" the bridge
+        is made now as well, and SourceError says why if that fails.
         """
         bridge = cls()
         if library == "transformers":
@@ -94,10 +95,10 @@ class Bridge:
         return bridge
 
     def get(self) -> Any:
-        """The bridge; None where TransformerLens is absent, cannot run the model (a warning) or is not wanted."""
+        """The bridge; None if TransformerLens is missing, cannot run the model (with a warning) or is not wanted."""
         if self._make is not None:
             make, self._make = self._make, None
-            with torch.random.fork_rng(devices=[]):  # when it is made changes no random number
+            with torch.random.fork_rng(devices=[]):  # so that random numbers do not depend on when the bridge is made
                 self.made = make()
             if self.made is not None:
                 for act in self._waiting:
@@ -106,7 +107,7 @@ class Bridge:
 
     @contextlib.contextmanager
     def when_made(self, act: Callable[[Any], None]) -> Iterator[None]:
-        """Calls `act(bridge)` if there is a bridge, or when it is made while the context is open."""
+        """Calls `act(bridge)` if there is a bridge; otherwise as soon as one is made within the context."""
         if self.made is not None:
             act(self.made)
         self._waiting.append(act)
@@ -133,7 +134,7 @@ def _boot(twin: Any, tokenizer: Any, name: str, library: Library) -> Any:
             device=str(next(twin.parameters()).device),
             dtype=next(twin.parameters()).dtype,
         )
-    except Exception as error:  # an architecture it has no adapter for, in one of many ways
+    except Exception as error:  # it has no adapter for the architecture, and can fail in many ways
         reason = first_line(error)
         if library == "transformer_lens":
             raise SourceError(f"TransformerLens cannot run {name!r} ({reason}); use library='transformers'") from error

@@ -122,7 +122,7 @@ def _fetch_locked(pinned: Download, folder: Path) -> Path:
             return path
         part.unlink()
         reason = "what arrived there has another SHA-256 than the pinned one"
-    except StorageError:  # pip's way would find no more room
+    except StorageError:  # pip would find no more space either
         raise
     except requests.RequestException as error:
         reason, cause = f"it could not be read ({type(error).__name__})", error

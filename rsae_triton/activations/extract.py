@@ -165,7 +165,8 @@ def _read_as(
     seqpos_slice: Sequence[int | None] | None,
     exclude_special_tokens: bool | Sequence[int],
 ) -> dict[str, Any]:
-    """What a manifest says of contexts without BOS and of what is left out; nothing where that is as usual."""
+    """Returns the entries of a manifest about contexts without BOS and positions that are left out; only unusual
+    ones."""
     found: dict[str, Any] = {} if prepend_bos else {"prepend_bos": False}
     if seqpos_slice is not None:
         try:

@@ -73,12 +73,12 @@ class HostModel:
 
     @property
     def bridge(self) -> Any:
-        """TransformerLens' bridge, made at the first call; None where there is none."""
+        """TransformerLens' bridge, made at the first call; None if there is none."""
         return self.lens.get()
 
     @property
     def library(self) -> str:
-        """What the model has been run by: "transformers" as long as nothing has needed TransformerLens."""
+        """The library that runs the model: "transformers" until something needs TransformerLens."""
         return "transformers" if self.lens.made is None else "transformer_lens"
 
     @property

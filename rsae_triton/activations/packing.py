@@ -86,10 +86,10 @@ def _batch(rows: list[tuple[list[int], list[int]]]) -> Contexts:
 
 
 def left_out(tokens: torch.Tensor, made: Mapping[str, Any]) -> torch.Tensor:
-    """Where in contexts [B, T] no activation is kept, beside BOS and outliers: bool [B, T].
+    """Marks the positions in contexts [B, T] where no activation is kept, apart from BOS and outliers: bool [B, T].
 
-    made: of a store's manifest, `seqpos_slice` (start, stop, step), whose positions alone are kept, and
-    `exclude_tokens`, whose activations are not; without them all are.
+    made: a store's manifest. Only positions in its `seqpos_slice` (start, stop, step) are kept, and no activations at
+    its `exclude_tokens`; without these entries all are kept.
     """
     left = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device)
     if (positions := made.get("seqpos_slice")) is not None:

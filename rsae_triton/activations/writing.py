@@ -129,8 +129,8 @@ class Extraction:
         self._head: list[_Block] = []
 
     def bytes_left(self) -> int:
-        """What the rows that are still to be written take on the disk, at most."""
-        text = 4 * sum(len(one.text) for one in self.documents)  # a token is a byte of text or more
+        """An upper bound of the bytes that the remaining rows will take on the disk."""
+        text = 4 * sum(len(one.text) for one in self.documents)  # a token has at least one byte of text
         columns = 4 * 4  # token, document, position and context
         row = self.host.hook_width(self.identity["hook_name"]) * self.dtype.itemsize + columns
         return min(self.wanted - self.done, text) * row

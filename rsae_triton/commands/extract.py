@@ -35,7 +35,7 @@ class Extract:
     context: int = 128
     """Tokens the model sees at once, BOS included."""
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
-    """What rows are kept in."""
+    """Dtype of the stored rows."""
     center_writing_weights: bool = False
     """Center the residual stream (TransformerLens' default), for SAEs of GPT-2 that say they expect it."""
     keep_bos: bool = False

@@ -164,10 +164,11 @@ def check_folder(folder: Path) -> None:
 
 
 def check_room(folder: Path, need: int, what: str) -> None:
-    """Raises StorageError unless `need` bytes are free where the folder is, or will be; asked before `what` is made."""
+    """Raises StorageError unless `need` bytes are free in the folder (which need not exist yet); to be called before
+    `what` is made."""
     try:
         free = shutil.disk_usage(_nearest(folder)).free
-    except OSError:  # a file system that does not say
+    except OSError:  # a file system that does not report its free space
         return
     if free < need:
         raise StorageError(
@@ -176,7 +177,7 @@ def check_room(folder: Path, need: int, what: str) -> None:
 
 
 def _nearest(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there; a link to nowhere is there too."""
+    """The folder, or its nearest existing parent; a link to nowhere counts as existing."""
     return next((one for one in (folder, *folder.absolute().parents) if os.path.lexists(one)), Path("/"))
 
 

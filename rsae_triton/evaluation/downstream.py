@@ -35,7 +35,7 @@ class Splice:
     exclude_tokens: tuple[int, ...] = ()
 
     def left(self, tokens: Tensor, bos: int | None) -> Tensor:
-        """Where in tokens [B, T] activations are left as they are, whatever their norms: bool [B, T]."""
+        """Marks where activations for tokens [B, T] are left unchanged, whatever their norms: bool [B, T]."""
         made = {"seqpos_slice": self.seqpos_slice, "exclude_tokens": self.exclude_tokens}
         left = left_out(tokens, made)
         if bos is None:

@@ -182,10 +182,10 @@ def _context(saes: Mapping[str, SparseAutoencoder]) -> int:
 
 
 def _reading(saes: Mapping[str, SparseAutoencoder]) -> dict[str, Any]:
-    """Which positions the SAEs were trained on, as arguments of `extract`.
+    """The positions that the SAEs were trained on, as arguments of `extract`.
 
     Raises:
-        ConfigError: they say different things.
+        ConfigError: the SAEs disagree.
     """
     said = {name: making_of(sae.metadata).reading for name, sae in saes.items()}
     first = next(iter(said.values()))

@@ -224,7 +224,7 @@ def read_rows(items: Items, host: HostModel, *, batch: int = 16, progress: Calla
             if progress is not None:
                 progress(len(tokens))
         rows = torch.cat(parts)
-        with suppress(StorageError):  # a cache that is full, or not ours to write
+        with suppress(StorageError):  # a cache that is full, or that we may not write to
             make_folder(path.parent)
             write_atomically(path, lambda temporary: save_file({"rows": rows}, temporary))
     else:

@@ -58,7 +58,7 @@ class Known:
     l0s: tuple[float, ...] = (5.0, 10.0)
     """Features in a token, of the data and of every code."""
     correlations: tuple[float, ...] = (0.0,)
-    """Of the features: 0 for independent ones."""
+    """Correlation between features; 0 for independent ones."""
     d_in: int = 64
     """Width of the activations."""
     n_features: int = 512

@@ -187,7 +187,7 @@ class Teach:
     weight: float | None = None
     """A fixed weight of the sparsity term instead, in units of the activations' norm (relu, jumprelu)."""
     penalty: Literal["l0", "tanh"] = "l0"
-    """What a jumprelu teacher is penalised by."""
+    """Penalty of a jumprelu teacher."""
     tokens: int = 200_000
     """Training tokens to extract."""
     steps: int = 1000

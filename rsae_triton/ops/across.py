@@ -41,7 +41,7 @@ def decode_across(feature_acts: Tensor, W_dec: Tensor, b_dec: Tensor, across: Ac
 
 
 class _Part(torch.autograd.Function):
-    """A tensor that is the same on all processes enters each one's own part, so its gradient is the sum over the
+    """The input is the same on all processes, and each uses it for its own part, so its gradient is the sum over the
     parts."""
 
     @staticmethod

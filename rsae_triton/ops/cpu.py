@@ -195,12 +195,12 @@ def _compile(function: Callable[..., Any], option: Any, dtype: torch.dtype, thre
 
 
 def _options(threads: int) -> dict[str, Any]:
-    """What the code on the disk depends on, by number.
+    """Options that compiled code depends on, by number.
 
-    Inductor writes the vectors' width and the number of threads into the code, but looks it up by neither. Code written
-    for 512 bits and built for 256 leaves half of every result unwritten (two kinds of processor that share one
-    TORCHINDUCTOR_CACHE_DIR, or ATEN_CPU_CAPABILITY); code written for one thread keeps to it.
-    Horner's rule is asked for in fused multiply-adds where this Inductor has them: faster, and more accurate.
+    Inductor writes the vectors' width and the number of threads into the code, but finds code on the disk by neither.
+    Code written for 512 bits and built for 256 leaves half of every result unwritten (with two kinds of processor that
+    share one TORCHINDUCTOR_CACHE_DIR, or with ATEN_CPU_CAPABILITY); code written for one thread keeps to it. Horner's
+    rule is compiled to fused multiply-adds if this Inductor has them: faster, and more accurate.
     """
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 

@@ -1,4 +1,4 @@
-"""A gated, clamped, hard gate at entries, coefficients frozen: z, what is active, and their derivative by hand."""
+"""A gated, clamped, hard gate with frozen coefficients at entries: z, what is active, and the derivative by hand."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from rsae_triton.ops.native import address, integer
 from rsae_triton.ops.reference import GateSpec, GateTensors, rational_gate
 
 LEAST = 2**14
-"""Entries that are worth a thread of their own."""
+"""Number of entries from which another thread pays."""
 
 
 def gate_at(h: Tensor, gate: GateTensors, spec: GateSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """The gate of every entry, as `rational_gate` has it.
+    """Computes the gate at every entry, as defined in `rational_gate`.
 
     Args:
-        h: [n_entries], of one precision with gate. gate: its rows are those of the entries, or one that all share.
+        h: [n_entries], in the gate's precision. gate: its rows are those of the entries, or one row that all share.
 
     Returns:
-        z and active [n_entries], differentiable, and where the gate is open [n_entries] (bool; NaN is).
+        z and active [n_entries], differentiable, and where the gate is open [n_entries] (bool; True for NaN).
     """
     opened = ~(h.detach() <= gate.threshold.detach())
     if torch.is_grad_enabled() and any(one.requires_grad for one in gate[:4]):
@@ -46,7 +46,7 @@ class _Gate(torch.autograd.Function):
             return h * wide, wide
         r, slope = ramp(h, gate._replace(threshold=theta), spec)
         factor = wide if spec.amplitude == "identity" else r * wide
-        # What of dz reaches r: nothing where the forward pass does not depend on it and the derivative is its own.
+        # The part of dz that goes through r: none if the forward pass does not depend on r and the derivative is soft.
         through = h if not soft else h * wide if spec.amplitude == "rational" else torch.zeros_like(h)
         ctx.save_for_backward(factor, slope, through)
         ctx.set_materialize_grads(False)
@@ -66,7 +66,7 @@ class _Gate(torch.autograd.Function):
 
 
 def ramp(h: Tensor, gate: GateTensors, spec: GateSpec) -> tuple[Tensor, Tensor]:
-    """r of h [n_entries] and dr/dh, zero outside the ramp; gate as in `gate_at`."""
+    """Returns r of h [n_entries] and dr/dh, which is zero outside the ramp; gate: see `gate_at`."""
     theta = gate.threshold.detach().contiguous()
     if native.usable(h, theta) and all(len(one) == 1 for one in gate[:4]):
         r, slope = torch.empty_like(h), torch.empty_like(h)

@@ -30,7 +30,8 @@ class Place(NamedTuple):
     """Entries, and their order by token.
 
     Attributes:
-        order: [n_entries], entries sorted by token, then feature. starts: [n_tokens + 1], where each token's begin.
+        order: [n_entries], the entries sorted by token, then feature. starts: [n_tokens + 1], the start of each token's
+            entries.
     """
 
     there: Entries

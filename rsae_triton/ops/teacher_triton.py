@@ -23,20 +23,21 @@ from rsae_triton.ops.step import Step
 from rsae_triton.ops.support_triton import Code, Slopes, finish, listed, unit_of
 
 TIES = 8
-"""BatchTopK keeps all that equal the last one: there is room for this part of n_tokens * k more (and 1024)."""
+"""BatchTopK keeps all values that equal the last one; there is room for n_tokens * k / TIES (and 1024) more."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What a teacher keeps of h.
+    """How a teacher selects its code from h.
 
     Attributes:
-        ranks: "" for what is above a threshold, "token" for the k largest of every token, "batch" for the n_tokens * k
-            largest of all (those above 0). k: of these. relu: whether negative ones are kept of a token.
-        width: of the rectangle that a threshold is trained through, 0 for none. to_h: whether it passes its slope to h.
-        bounded: the weight of sum_f tanh(4 |z_f| ||W_dec_f||), a mean over tokens.
+        ranks: "" for everything above a threshold, "token" for the k largest of every token, "batch" for the n_tokens *
+            k largest of all (those above 0). k: for these. relu: False also keeps negative values of a token.
+        width: of the rectangle through which a threshold is trained, 0 for none. to_h: whether its slope is also passed
+            to h.
+        bounded: the weight of sum_f tanh(4 |z_f| ||W_dec_f||), averaged over tokens.
         aux_k, aux_weight: how many of the `dead` features [d_sae] (bool) of every token reconstruct the residual, and
-            the weight of the error (TopK's auxiliary loss); none where `dead` is None.
+            the weight of the error (TopK's auxiliary loss); none if `dead` is None.
     """
 
     ranks: str = ""
@@ -50,7 +51,7 @@ class Kept:
     dead: Tensor | None = None
 
     def room(self, n_tokens: int, most: int) -> int:
-        """Returns the number of entries that memory is taken for; most: that number if nothing bounds it."""
+        """Returns the number of entries to make room for; most: that number if nothing else limits it."""
         if self.ranks == "token":
             return n_tokens * self.k
         return n_tokens * self.k * (TIES + 1) // TIES + 1024 if self.ranks == "batch" else most
@@ -67,8 +68,8 @@ def autoencode(
     most: int,
     **loss: Any,
 ) -> tuple[Autoencoded, Tensor | None]:
-    """Returns the same as `rational_autoencode`, and for "batch" the smallest value that was kept (NaN if entries had
-    no room). If there was no room, `entries` is infinite and the loss NaN.
+    """Computes what `rational_autoencode` does, and for "batch" also returns the smallest value that was kept (NaN if
+    the entries did not fit). If they did not fit, `entries` is infinite and the loss NaN.
 
     threshold: [d_sae], used if nothing is ranked. most: the room for entries then. loss: the fields of `Step` from
     l1_weight on, except `wanted`.
@@ -91,20 +92,20 @@ def run(step: Step, kept: Kept, most: int, smallest: Callable[[Tensor], Any]) ->
     x_c = centred(step.x, step.b_dec if step.subtract else None, step.dtype)
     weights, room = step.W_enc.to(step.dtype), kept.room(len(x_c), most)
     if kept.ranks == "token":
-        h = torch.addmm(b_enc.to(step.dtype), x_c, weights)  # token by token, as top-k reads it
+        h = torch.addmm(b_enc.to(step.dtype), x_c, weights)  # token by token, the layout that top-k reads
         thresholds = torch.full_like(thresholds, 0.0 if kept.relu else -torch.inf)
         code = _of_tokens(h, kept.k, kept.relu)
         ranked = h if kept.dead is not None else None
     else:
         if kept.ranks == "batch":
-            # The bias inside the product: what is ranked and what is compared must be the same numbers.
+            # The bias is added inside the product, so that the same numbers are ranked and compared.
             h = torch.addmm(b_enc.to(step.dtype).unsqueeze(1), weights.t(), x_c.t())
             floor = _smallest(h, len(x_c) * kept.k)
             above_zero = torch.where(floor > 0, torch.nextafter(floor, torch.zeros_like(floor)), floor)
             thresholds, bias = above_zero.expand_as(thresholds).contiguous(), torch.zeros_like(thresholds)
         else:
             h, bias = torch.mm(weights.t(), x_c.t()), b_enc
-        ranked = h.t().clone() if kept.dead is not None else None  # h's memory gets the codes
+        ranked = h.t().clone() if kept.dead is not None else None  # a copy, because h's memory will hold the codes
         marks = device.support_mark(h, thresholds, thresholds.new_full((1,), kept.width / 2), bias)
         code = listed(h, marks, room, lambda entries, h: device.threshold_forward(entries, thresholds, h))
         if kept.ranks == "batch":
@@ -138,7 +139,7 @@ def _of_tokens(h: Tensor, k: int, relu: bool) -> Code:
     top = h.topk(k, dim=1, sorted=False)
     features, z = top.indices.flatten().to(torch.int32), top.values.flatten()
     codes = z.relu() if relu else z
-    by_feature, order = features.sort(stable=True)  # so by token within a feature
+    by_feature, order = features.sort(stable=True)  # stable, so that a feature's entries are sorted by token
     offsets = torch.searchsorted(by_feature, torch.arange(d_sae + 1, dtype=torch.int32, device=h.device))
     entries = device.Entries((order // max(k, 1)).to(torch.int32), by_feature, z[order].float(), offsets)
     ends = torch.arange(n + 1, device=h.device) * k

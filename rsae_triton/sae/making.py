@@ -79,13 +79,13 @@ def warn_of_making(metadata: Mapping[str, Any], name: str, extra: tuple[str, ...
 
 
 def reading_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """`Making.reading` of a store, with the ids of the tokens that it leaves out."""
+    """`Making.reading` for a store, with the ids of the tokens that it leaves out."""
     names = {"prepend_bos": "prepend_bos", "seqpos_slice": "seqpos_slice", "exclude_tokens": "exclude_special_tokens"}
     return {ours: manifest[theirs] for theirs, ours in names.items() if theirs in manifest}
 
 
 def warn_of_reading(metadata: Mapping[str, Any], manifest: Mapping[str, Any], name: str, stacklevel: int = 3) -> None:
-    """A warning that names what the SAE says of the positions it was trained on where a store was read otherwise."""
+    """Warns if a store was read at other positions than those that the SAE says it was trained on."""
     ours, theirs, context = making_of(metadata).reading, reading_of(manifest), manifest.get("context")
     other = []
     for key, usual in (("prepend_bos", True), ("seqpos_slice", None), ("exclude_special_tokens", False)):

@@ -105,7 +105,7 @@ def _checkpoint() -> Any:
 
 
 def _reason(error: Any) -> str:
-    """What the first of the processes met whose failures torch puts into one exception."""
+    """The message of the first process's failure, out of those that torch combines in one exception."""
     return first_line(next(iter(error.failures.values()))[0])
 
 

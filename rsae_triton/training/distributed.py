@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 
 
 class Sharding(NamedTuple):
-    """What a part of an SAE is a part of: the configuration of the whole, and for each tensor's name the axis along
-    which it is cut, or None."""
+    """How a part of an SAE was cut: the configuration of the whole, and for each tensor's name the axis of the cut, or
+    None."""
 
     config: dict[str, Any]
     axes: dict[str, int | None]

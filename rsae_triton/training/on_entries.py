@@ -35,8 +35,8 @@ PROBED = 64
 
 
 class Terms(NamedTuple):
-    """The terms total, mse, l0 (scalars), counts [d_sae], and the number of entries. From the kernels that is a tensor,
-    infinite (and the loss NaN) if they had no room."""
+    """The terms total, mse, l0 (scalars), counts [d_sae], and the number of entries. From the kernels that number is a
+    tensor; it is infinite, and the loss NaN, if the entries did not fit."""
 
     total: Tensor
     mse: Tensor
