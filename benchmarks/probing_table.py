@@ -16,7 +16,7 @@ from typing import Any
 
 import tyro
 
-from rsae_triton.common.files import write_text
+from rsae_triton.common.files import make_folder, write_text
 
 COMMITTED = Path("benchmarks/results/probing-smollm2.json")
 PAGE = Path("docs/evaluation.md")
@@ -73,6 +73,7 @@ def _accuracies(scores: dict[str, Any], name: str) -> str:
 
 def main(options: Options) -> None:
     if options.results is not None:
+        make_folder(COMMITTED.parent)
         write_text(COMMITTED, options.results.read_text(encoding="utf-8"))
     rendered = table(json.loads(COMMITTED.read_text()))
     pattern = r"(<!-- probing table:.*?-->\n).*?(<!-- /probing table -->)"

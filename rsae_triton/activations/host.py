@@ -147,6 +147,8 @@ class HostModel:
 
     def hook_width(self, hook_name: str | None = None) -> int:
         """The width d_in of the activations at a place, as `residual` returns them."""
+        if self._depth(self.resolve_hook(hook_name)) is not None:  # a residual stream: known without a pass
+            return self.d_model
         tokens = torch.tensor([[self.bos_token_id] * 2], device=self.device)
         return self.residual(tokens, hook_name).shape[-1]
 
