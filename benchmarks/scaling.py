@@ -20,7 +20,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,10 @@ from rsae_triton import FusedRationalSAE
 from rsae_triton.commands.plan import Plan, estimates
 from rsae_triton.common.files import write_text
 from rsae_triton.ops.cost import Step, cost
+from rsae_triton.ops.workspace import StepMemory
 from rsae_triton.training.memory import plan_memory
-from rsae_triton.training.optimizer import make_optimizer, remove_radial_gradient
-from rsae_triton.training.recipes import RECIPES, losses
+from rsae_triton.training.optimizer import make_optimizer, remove_radial_gradient, take_step
+from rsae_triton.training.recipes import GATE_PARAMETERS, RECIPES, losses
 from rsae_triton.training.settings import TrainSettings
 
 RESULTS, PAGE = Path("benchmarks/results/scaling-cpu.json"), Path("docs/scaling.md")
@@ -44,7 +45,10 @@ STRATEGIES = {
     "saved": "saved h",
     "chunked": "chunked over tokens",
     "streamed": "streamed over features",
+    "sparse": "sparse",
 }
+L0, ENTRIES = 32, 2.5
+"""Active features of a token, and entries of the support for each of them."""
 
 
 @dataclass(frozen=True)
@@ -68,19 +72,30 @@ def training(strategy: str, n: int, d_in: int, d_sae: int) -> Callable[[], None]
     with torch.no_grad():
         for one in (sae.W_enc, sae.W_dec):
             one.uniform_(-0.05, 0.05)
-    recipe, x = RECIPES["hard"], torch.randn(n, d_in)
+        # h is normal with this deviation: thresholds and ramps of a trained SAE's density.
+        deviation = 0.05 / 3**0.5 * d_in**0.5
+        quantiles = torch.special.ndtri(1 - torch.tensor([1.0, ENTRIES], dtype=torch.float64) * L0 / d_sae) * deviation
+        sae.gate.threshold.fill_(float(quantiles[0]))
+        sae.gate.log_input_scale.fill_(float((quantiles[0] - quantiles[1]).log()))
+    for name in GATE_PARAMETERS:
+        getattr(sae.gate, name).requires_grad_(False)
+    recipe, x, memory = RECIPES["hard"], torch.randn(n, d_in), StepMemory()
     optimizer = make_optimizer(sae, recipe, TrainSettings(steps=10))
-    plan = plan_memory(sae, n, strategy) if strategy in ("saved", "chunked", "streamed") else None
+    norms = sae.W_dec.detach().norm(dim=1, keepdim=True)
+    plan = None if backend == "eager" else plan_memory(sae, n, strategy, no_support=None)
+    plan = replace(plan, mode="sparse") if plan is not None and strategy == "sparse" else plan
 
     def loss() -> torch.Tensor:
         return losses(sae, x, recipe, 0.01, None, plan).total
 
     def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        (checkpoint(loss, use_reentrant=False) if strategy == "recompute" else loss()).backward()
+        memory.zero_grad(sae.parameters(), keep=strategy != "saved")
+        with memory:
+            total = checkpoint(loss, use_reentrant=False) if strategy == "recompute" else loss()
+            total.backward()
         remove_radial_gradient(sae.W_dec)
-        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
-        optimizer.step()
+        norm = torch.nn.utils.get_total_norm([one.grad for one in sae.parameters() if one.grad is not None])
+        take_step(sae, optimizer, norm, 1.0, norms)
 
     return step
 
@@ -167,8 +182,9 @@ def table(results: dict[str, Any]) -> str:
     held = " / ".join(f"{16 * 2 * d_in * d_sae / 1e6:,.0f}" for d_sae in widths)
     lines += [
         "",
-        f"Measured: d_in {d_in}, {n} tokens a step, float32, gate (3, 2) shared; MB beside the weights, gradients and "
-        f"moments of Adam ({held} MB). `{results['command']}`, {results['machine']}, torch {results['torch']}, "
+        f"Measured: d_in {d_in}, {n} tokens a step, float32, gate (3, 2) shared and frozen, l0 {L0}, "
+        f"{ENTRIES} entries of the support for each active feature; MB beside the weights, gradients and moments of "
+        f"Adam ({held} MB). `{results['command']}`, {results['machine']}, torch {results['torch']}, "
         f"{results['date']}; best of {results['steps']} steps by CPU time.",
     ]
     return "\n".join(lines)

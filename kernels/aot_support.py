@@ -88,7 +88,7 @@ def types(v: Variant, element: str) -> dict[str, str]:
         ("width", "bounded"), "fp32"
     )
     found |= dict.fromkeys(("matrices", "numbers", "decoder", "encoder", "sums", "out"), "*fp32")
-    found |= dict.fromkeys(("weight", "grad", "mean", "square", "norms", "squares"), "*fp32")
+    found |= dict.fromkeys(("weight", "grad", "mean", "square", "squares"), "*fp32")
     found |= dict.fromkeys(("support", "active", "tokens", "features", "counts"), "*i32")
     found |= dict.fromkeys(("offsets", "longer"), "*i64")
     if v.kernel in ("list_rows", "support_decode"):  # their codes are in the dtype of the products

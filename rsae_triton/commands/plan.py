@@ -160,9 +160,12 @@ def _estimate(plan: Plan, step: Step, data: int, share: int, strategy: str) -> E
         sizes = {"chunk_tokens": way.chunk_tokens or 0, "chunk_features": way.chunk_features or 0}
         priced = cost(step, "split" if strategy == "saved" else strategy, **sizes)
         pieces = ", ".join(f"{value} {name[6:]}" for name, value in sizes.items() if value)
-    # One pass over each row: Adam reads parameter, gradient and both moments and writes three of them. Before it, the
-    # gradient's norm and the decoder's rows are read; after it, the copies are read and written.
-    traffic = held * (7 + 1) + 4.0 * step.weights + 1.5 * 2 * copies
+    # One pass over each row: Adam reads parameter, gradient and both moments and writes three of them, and the copies.
+    # Unless a sparse step made the whole gradient: before it the norm is read, and the decoder's radial part removed
+    # (two reads, one write); and the copies are made by a pass of their own.
+    traffic = held * 7 + copies
+    if strategy != "sparse" or data > 1:
+        traffic += held + 12.0 * step.weights + 2 * copies
     sent, seconds = _communication(plan, step, data, share, parameters, priced.strategy == "streamed", pieces, links)
     return Estimate(
         tokens_over=data,

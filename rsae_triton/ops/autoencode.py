@@ -26,6 +26,7 @@ from rsae_triton.ops.encode import GATE_SCHEMA, check_inputs, product_dtype, set
 from rsae_triton.ops.reference import GateSpec, GateTensors
 from rsae_triton.ops.step import Step
 from rsae_triton.ops.tiles import wide
+from rsae_triton.ops.workspace import current
 
 N_RESULTS, N_GRADIENTS = 7, 11
 """The number of fields of `Autoencoded`, and of gradients: x, W_enc, b_enc, W_dec, b_dec and the gate's first six
@@ -218,7 +219,7 @@ def _(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, *re
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.gradients = list(output[N_RESULTS:])
-    ctx.wanted = inputs[-1]
+    ctx.wanted, ctx.whole = inputs[-1], current().whole
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[N_RESULTS - 1 :])
 
@@ -243,7 +244,8 @@ def _derivative(ctx: Any, total: Tensor | None, *others: Tensor | None) -> tuple
     nothing = (None,) * (len(ctx.needs_input_grad) - N_GRADIENTS)
     if total is None:
         return (None,) * N_GRADIENTS + nothing
-    scaled = [one if wanted else None for one, wanted in zip(_scaled(gradients, total), ctx.wanted, strict=True)]
+    made = gradients if ctx.whole else _scaled(gradients, total)
+    scaled = [one if wanted else None for one, wanted in zip(made, ctx.wanted, strict=True)]
     return *scaled, *nothing
 
 

@@ -307,9 +307,10 @@ def _rounds(step: Step) -> Iterable[Kernel]:
 def optimizer_seconds(step: Step, on: Ceilings, *, rows: bool) -> float:
     """Time of Adam on float32 weights, with removing the radial part, clipping, and restoring the rows' norms.
 
-    Bytes per parameter: 72 with torch's operations; 36 by rows (30 with a copy in bfloat16, 4 or 8 for the norm).
+    Bytes per parameter: 72 with torch's operations; by rows 28, or 30 with a copy in bfloat16, because the norm comes
+    with the gradients.
     """
-    return 2 * step.weights * (36 if rows else 72) / on.bandwidth
+    return 2 * step.weights * ((30 if step.itemsize < 4 else 28) if rows else 72) / on.bandwidth
 
 
 def _between(x: float, *points: tuple[float, float]) -> float:

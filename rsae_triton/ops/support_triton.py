@@ -20,6 +20,7 @@ from rsae_triton.ops.reference import GateSpec
 from rsae_triton.ops.step import Step
 from rsae_triton.ops.support import has_support
 from rsae_triton.ops.tiles import wide
+from rsae_triton.ops.workspace import Made, current
 
 DENSITY = 0.0125
 """The fraction of [n_tokens, d_sae] that the lists have room for by default. Above it the dense step is predicted to be
@@ -87,7 +88,7 @@ def run(step: Step, capacity: int | None = None) -> tuple[Tensor, ...]:
     device = kernels()
     room = capacity_for(len(x) * len(W_dec)) if capacity is None else capacity
     x_c = centred(x, b_dec if step.subtract else None, step.dtype)
-    h = torch.mm(W_enc.t().to(step.dtype), x_c.t())
+    h = torch.mm(current().cast(W_enc, step.dtype).t(), x_c.t())
     marks = device.support_mark(h, gate.threshold, gate.input_scale, b_enc)
     flags: dict[str, Any] = {"p": spec.p, "q": spec.q, "identity": spec.amplitude == "identity"}
     code = listed(h, marks, room, lambda entries, h: device.entry_gate_forward(entries, gate, h, **flags))
@@ -119,7 +120,7 @@ def finish(
     x, _, _, W_dec, b_dec, _, _, l1_weight, l0_weight, _, target, scale, dtype, _, across = step
     device = kernels()
     exact, mean, unit, d_sae = wide(dtype), 1 / max(len(x), 1), unit_of(step), len(W_dec)
-    W_d, entries = W_dec.to(dtype), code.entries
+    W_d, entries, memory = current().cast(W_dec, dtype), code.entries, current()
     # NaN if entries were left out, since the results would be silently wrong: x_hat, and so the loss and its gradients.
     bias = torch.where(code.short, torch.nan, b_dec if step.adds_b_dec else 0.0)
     bias = bias.expand(b_dec.shape).to(b_dec.dtype)
@@ -139,7 +140,7 @@ def finish(
     dcounts = norms.new_full((d_sae,), l0_weight * unit) if l0_weight else None
     dl1 = norms * (l1_weight * unit) if l1_weight else None
     made = slopes(dz, dcounts, dl1, norms, unit)
-    sums = device.feature_sums(entries, code.z, made.dh, made.dt, g_p, x_c, sizes=made.sizes)
+    sums = device.feature_sums(entries, code.z, dz, made.dh, made.dt, g_p, x_c, sizes=made.sizes)
     l1 = torch.dot(sums.l1, norms) * mean if made.sizes is None else torch.zeros_like(mse)  # others were added up
     total = mse + l1_weight * l1 + l0_weight * l0
     if made.penalty is not None:
@@ -149,8 +150,22 @@ def finish(
         for one, more in zip(sums[:4], extra[1][:4], strict=True):
             one.add_(more)
     weight = made.weight if made.sizes is not None else l1_weight
+    if memory.whole and extra is None and unit == mean:
+        memory.made = _squares(step, sums, norms, weight * unit)
     outcome = (total, mse, l1, l0, counts, x_hat.to(x.dtype), entries.offsets[-1])
     return *outcome, *_gradients(step, sums, g, norms, weight * unit, mean / unit)
+
+
+def _squares(step: Step, sums: Any, norms: Tensor, l1_weight: float) -> Made:
+    """Returns the squared norms of the gradients that `_gradients` makes of these sums, without reading them again."""
+    nothing = norms.new_zeros(())
+    encoder, decoder = (sums.squares[k].sum() if step.wanted[at] else nothing for k, at in ((1, 1), (0, 3)))
+    if not step.wanted[3]:
+        return Made(encoder, decoder, decoder, step.dtype)
+    radial = torch.where(norms > 0, sums.along / norms, 0).square()
+    penalty = sums.l1 * l1_weight  # what the penalty adds, which is along the rows: this many times their directions
+    along = 2 * penalty * torch.where(norms > 0, sums.along / norms, 0) + penalty.square()
+    return Made(encoder, (sums.squares[0] - radial).clamp_min(0).sum(), decoder + along.sum(), step.dtype)
 
 
 def _gradients(step: Step, sums: Any, g: Tensor, norms: Tensor, l1_weight: float, rescale: float) -> list[Tensor]:

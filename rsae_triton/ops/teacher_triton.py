@@ -21,6 +21,7 @@ from rsae_triton.ops.encode import centred
 from rsae_triton.ops.reference import GateSpec, GateTensors
 from rsae_triton.ops.step import Step
 from rsae_triton.ops.support_triton import Code, Slopes, finish, listed, unit_of
+from rsae_triton.ops.workspace import current
 
 TIES = 8
 """BatchTopK keeps all values that equal the last one; there is room for n_tokens * k / TIES (and 1024) more."""
@@ -90,7 +91,7 @@ def run(step: Step, kept: Kept, most: int, smallest: Callable[[Tensor], Any]) ->
     device, b_enc = kernels(), step.b_enc
     thresholds = step.gate.threshold.detach().float().contiguous()
     x_c = centred(step.x, step.b_dec if step.subtract else None, step.dtype)
-    weights, room = step.W_enc.to(step.dtype), kept.room(len(x_c), most)
+    weights, room = current().cast(step.W_enc, step.dtype), kept.room(len(x_c), most)
     if kept.ranks == "token":
         h = torch.addmm(b_enc.to(step.dtype), x_c, weights)  # token by token, the layout that top-k reads
         thresholds = torch.full_like(thresholds, 0.0 if kept.relu else -torch.inf)
@@ -162,10 +163,11 @@ def _auxiliary(
     of its gradients."""
     device, unit, mean = kernels(), unit_of(step), 1 / max(len(x_c), 1)
     code = _of_tokens(h.masked_fill(~dead, -torch.inf), kept.aux_k, relu=True)
-    W_d, scale = step.W_dec.to(step.dtype), 1.0 if step.scale is None else step.scale
+    W_d, scale = current().cast(step.W_dec, step.dtype), 1.0 if step.scale is None else step.scale
     left = device.support_decode(code.rows, W_d, torch.zeros_like(step.b_dec)) * scale
     error = residual + left  # the residual is x_hat - x here
     g = (error * (2 * unit * kept.aux_weight) * scale).to(step.dtype)
-    dh = torch.where(code.z > 0, device.entry_dots(g, W_d, code.entries), 0)
-    sums = device.feature_sums(code.entries, code.z, dh, torch.zeros_like(dh), g, x_c)
+    dz = device.entry_dots(g, W_d, code.entries)
+    dh = torch.where(code.z > 0, dz, 0)
+    sums = device.feature_sums(code.entries, code.z, dz, dh, torch.zeros_like(dh), g, x_c)
     return error.square().sum() * (mean * kept.aux_weight), sums

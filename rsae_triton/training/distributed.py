@@ -204,7 +204,13 @@ class Mesh(Alone):
         for one in (*own, *shared) if data > 1 else ():
             one.div_(data)
         zero = terms.mse.new_zeros((), dtype=torch.float64)
-        squares = [sum((_square(one) for one in some), zero) for some in (own, shared)]
+        known = [] if terms.squares is None else [one.grad for one in (sae.W_enc, sae.W_dec) if one.grad is not None]
+        squares = [
+            sum((_square(one) for one in some if not any(one is other for other in known)), zero)
+            for some in (own, shared)
+        ]
+        if terms.squares is not None:
+            squares[0 if features > 1 else 1] += terms.squares
         share = zero if terms.share is None else zero + terms.share / (data * features)
         numbers = [terms.mse.double() / features, terms.l0.double(), terms.total.detach().double(), squares[0], share]
         summed = torch.stack([*numbers, *torch.tensor(flags, dtype=torch.float64, device=zero.device)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,14 +60,24 @@ def remove_radial_gradient(W_dec: nn.Parameter) -> None:
         grad.addcmul_(along, rows, value=-1)
 
 
+def in_one_pass(sae: SparseAutoencoder) -> bool:
+    """Whether `take_step` takes each matrix that has a gradient in one pass of a GPU's kernels, so that it can remove
+    the decoder's radial gradient and write copies in it."""
+    return all(_by_triton(one) for one in (sae.W_enc, sae.W_dec) if one.grad is not None)
+
+
 @torch.no_grad()
 def take_step(
-    sae: SparseAutoencoder, optimizer: torch.optim.Optimizer, norm: Tensor, clip: float, norms: Tensor | None
-) -> None:
+    sae: SparseAutoencoder, optimizer: torch.optim.Optimizer, norm: Tensor, clip: float, norms: Tensor | None,
+    copies: Callable[[Tensor], Tensor | None] | None = None,
+) -> None:  # fmt: skip
     """Clips the gradients, whose norm is `norm`, steps, and gives the decoder's rows the lengths `norms`, if any.
 
     Where the matrices can be read row by row in compiled loops or kernels, all of it is one pass over each; the small
     parameters are the optimiser's own. Nobody waits for a GPU.
+
+    copies: given (on a GPU, `in_one_pass`), the same pass also removes the radial part of the decoder's gradient, if
+    there are `norms`, and writes the matrix into the memory that this returns for it, if any.
     """
     in_rows = [
         (parameter, group) for group in optimizer.param_groups for parameter in group["params"]
@@ -77,7 +88,11 @@ def take_step(
         if not sae.W_dec.is_cuda:
             scale = float(scale)
         for parameter, group in in_rows:
-            _row_step(optimizer, parameter, group, scale, norms if parameter is sae.W_dec else None)
+            own = norms if parameter is sae.W_dec else None
+            if copies is None:
+                _row_step(optimizer, parameter, group, scale, own)
+            else:
+                _row_step(optimizer, parameter, group, scale, own, radial=own is not None, copy=copies(parameter))
     held = [(parameter, parameter.grad) for parameter, _ in in_rows]
     for parameter, _ in held:
         parameter.grad = None
@@ -112,8 +127,9 @@ def _by_triton(parameter: Tensor) -> bool:
 
 
 def _row_step(
-    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, group: dict[str, Any], scale: Any, norms: Tensor | None
-) -> None:
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, group: dict[str, Any], scale: Any, norms: Tensor | None,
+    *, radial: bool = False, copy: Tensor | None = None,
+) -> None:  # fmt: skip
     state = optimizer.state[parameter]
     if not state:  # as Adam itself begins
         state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if parameter.is_cuda else "cpu")
@@ -129,7 +145,7 @@ def _row_step(
             state["step"], group["lr"], scale, betas=group["betas"], eps=group["eps"], weight_decay=decay
         )
         lengths = None if norms is None else norms.flatten()
-        device.adam_rows(weight, grad, first, second, numbers, radial=False, norms=lengths)
+        device.adam_rows(weight, grad, first, second, numbers, radial=radial, norms=lengths, copy=copy)
         return
     row_loops.adam_(
         weight, grad, first, second, norms, step=int(state["step"]), lr=group["lr"], betas=group["betas"],

@@ -72,7 +72,10 @@ class Alone:
 
     def finish(self, sae: SparseAutoencoder, terms: Losses, flags: list[bool]) -> Summed:
         """Combines gradients and numbers, so that they are of the whole batch and the whole SAE."""
-        norm = torch.nn.utils.get_total_norm([one.grad for one in sae.parameters() if one.grad is not None])
+        known = () if terms.squares is None else (sae.W_enc, sae.W_dec)
+        grads = [p.grad for p in sae.parameters() if p.grad is not None and not any(p is one for one in known)]
+        norm = torch.nn.utils.get_total_norm(grads)
+        norm = norm if terms.squares is None else (norm.square() + terms.squares).sqrt()
         # A single transfer from the device for all of them.
         later = [terms.share] if isinstance(terms.share, Tensor) else []
         wanted = (terms.mse, terms.l0, norm, terms.total, *later)

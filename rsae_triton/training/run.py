@@ -17,6 +17,7 @@ from rsae_triton.training.language import LanguageLoss
 from rsae_triton.training.memory import MemoryPlan
 from rsae_triton.training.on_entries import probed_share, support_share
 from rsae_triton.training.optimizer import (
+    in_one_pass,
     make_optimizer,
     optimizer_tensors,
     remove_radial_gradient,
@@ -54,6 +55,7 @@ class Run:
         self.sae, self.settings, self.recipe, self.plan, self.together = sae, settings, recipe, plan, together
         self.identity, self.dtype, self.step, self.language = identity, dtype, 0, language
         self.memory, self.route = StepMemory(), Route(plan)
+        self.memory.whole = settings.accumulate == 1
         self.optimizer = make_optimizer(sae, recipe, settings)
         self.controller: SparsityController | None = None
         self.idle = torch.zeros(sae.d_sae, device=sae.W_dec.device)
@@ -97,7 +99,14 @@ class Run:
         factor = settings.learning_rate(self.step)
         set_learning_rate(self.optimizer, factor)
         before = self._kept() if self._looked_at(summed.flags, checkpoints) else None
-        take_step(sae, self.optimizer, summed.norm, settings.clip, self.norms)
+        take_step(
+            sae,
+            self.optimizer,
+            summed.norm,
+            settings.clip,
+            self.norms,
+            self._copy if terms.squares is not None else None,
+        )
         sae.constrain_()
         if before is not None:
             self._check_step(before, checkpoints)
@@ -135,9 +144,19 @@ class Run:
                 kl["kl"] = self.language.backward(self.sae, self.step, mse)
         if plan.mode != "sparse" and self.route.looks_later(self.step):
             terms.share = probed_share(self.sae, x)
-        if self.norms is not None:
+        made = self.memory.made
+        alone = self.language is None and self.together.data[1] == 1  # nothing is added to these gradients
+        if made is not None and alone and in_one_pass(self.sae):
+            # The optimiser's own pass removes the radial gradient.
+            terms.squares = made.encoder + (made.decoder if self.norms is None else made.without_radial)
+        elif self.norms is not None:
             remove_radial_gradient(self.sae.W_dec)
         return terms, self.together.finish(self.sae, terms, flags), kl
+
+    def _copy(self, matrix: Tensor) -> Tensor | None:
+        """Returns memory for the copy of a matrix that the next step's products read; None if they read the matrix."""
+        made = self.memory.made
+        return None if made is None or made.dtype == matrix.dtype else self.memory.copy_for(matrix, made.dtype)
 
     def _looked_at(self, flags: list[bool], checkpoints: Checkpoints | None) -> bool:
         """Whether to check the parameters after this step: if they are saved or returned, or the rate is very high.

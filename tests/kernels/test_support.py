@@ -14,7 +14,7 @@ from rsae_triton.kernels.support_sums import feature_sums
 from rsae_triton.ops.reference import GateSpec
 
 SHAPE = (21, 5, 33)  # n_tokens, d_in, n_features: nothing divides a tile
-KEYS = ("counts", "x_hat", "dW_dec", "dW_enc", "db_enc", "dthreshold", "l1")
+KEYS = ("counts", "x_hat", "dW_dec", "dW_enc", "db_enc", "dthreshold", "l1", "along", "squares")
 # Of the largest value, or of the largest sum of absolute terms: float32 sums of some ten terms; 16-bit codes are
 # rounded before they are decoded, as the dense step's are.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
@@ -62,10 +62,11 @@ def sparse(gate, spec, given, device, capacity=None, sums=True):
         entries, dz, dcounts if sums else None, dl1 if sums else None, gate, **flags,
         backward_rational=spec.backward == "rational",
     )  # fmt: skip
-    found = feature_sums(entries, z, dh, dt, g, x)
+    found = feature_sums(entries, z, dz, dh, dt, g, x)
     outcome = {
         "counts": marks.counts, "x_hat": x_hat, "dW_dec": found.decoder, "dW_enc": found.encoder, "db_enc": found.dh,
-        "dthreshold": -found.dt / gate.input_scale, "l1": found.l1,
+        "dthreshold": -found.dt / gate.input_scale, "l1": found.l1, "along": found.along,
+        "squares": found.squares.sqrt(),
     }  # fmt: skip
     return {name: one.cpu() for name, one in outcome.items()}, marks, entries, rows, z
 
@@ -77,6 +78,8 @@ def dense(gate, spec, given, sums=True):
     return {
         "counts": found["counts"], "x_hat": found["z"] @ W_dec + b_dec, "dW_dec": found["z"].T @ g,
         "dW_enc": found["dh"].T @ x, "db_enc": found["db_enc"], "dthreshold": found["dthreshold"], "l1": found["l1"],
+        "along": ((found["z"].T @ g) * W_dec).sum(1),
+        "squares": torch.stack([(found["z"].T @ g).norm(dim=1), (found["dh"].T @ x).norm(dim=1)]),
     }  # fmt: skip
 
 
@@ -227,6 +230,6 @@ def test_what_does_not_fit_is_refused(device):
     with pytest.raises(ValueError, match="32 features"):
         entry_gate_forward(entries, narrow, raw, p=3, q=2, identity=False)
     with pytest.raises(ValueError, match="numbers of tokens"):
-        feature_sums(entries, entries.values, entries.values, entries.values, g, x[1:])
+        feature_sums(entries, *[entries.values] * 4, g, x[1:])
     with pytest.raises(ValueError, match="contiguous memory"):
-        feature_sums(entries, entries.values, entries.values, entries.values, g, x, decoder=W_dec.T)
+        feature_sums(entries, *[entries.values] * 4, g, x, decoder=W_dec.T)

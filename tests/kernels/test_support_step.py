@@ -7,6 +7,7 @@ from rsae_triton.ops import pieces, support, support_triton
 from rsae_triton.ops.across import Across
 from rsae_triton.ops.reference import GateSpec, GateTensors
 from rsae_triton.ops.step import Step
+from rsae_triton.ops.workspace import StepMemory
 
 N, D_IN, D_SAE = 14, 6, 33
 NAMES = ("total", "mse", "l1", "l0", "counts", "x_hat", "dx", "dW_enc", "db_enc", "dW_dec", "db_dec", "da", "db",
@@ -102,6 +103,22 @@ def test_it_is_its_sibling(options, device):
     sibling = support.run(Step(*inputs, spec, *weights, *rest, torch.float32, WANTED))
     assert results[6] == sibling[6] > 0
     close(without_size(results), without_size(sibling))
+
+
+@pytest.mark.parametrize("weights", [(0.0, 0.2), (0.3, 0.0)])
+def test_the_norms_of_the_gradients_come_with_them(weights, device):
+    inputs, memory = given(), StepMemory()
+    memory.whole = True
+    with memory:
+        found = dict(zip(NAMES, without_size(step(inputs, device, weights=weights)), strict=True))
+    made, W_dec = memory.made, inputs[3]
+    radial = (found["dW_dec"] * W_dec).sum(1, keepdim=True) / W_dec.square().sum(1, keepdim=True) * W_dec
+    torch.testing.assert_close(made.encoder.cpu(), found["dW_enc"].square().sum())
+    torch.testing.assert_close(made.decoder.cpu(), found["dW_dec"].square().sum())
+    torch.testing.assert_close(made.without_radial.cpu(), (found["dW_dec"] - radial).square().sum())
+    assert float(radial.norm()) > 0.1
+    memory.zero_grad([])
+    assert memory.made is None
 
 
 def test_the_size_says_when_the_capacity_was_too_small(device):

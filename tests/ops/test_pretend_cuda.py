@@ -11,6 +11,7 @@ import rsae_triton as rt
 from rsae_triton import FusedRationalSAE
 from rsae_triton.commands import routes as measure_routes
 from rsae_triton.evaluation.reconstruction import at_l0, measure
+from rsae_triton.ops.workspace import StepMemory
 from rsae_triton.teachers import BatchTopKSAE, JumpReluSAE, ReluSAE, TopKSAE
 
 GPU = "cuda:1"
@@ -189,6 +190,48 @@ def test_the_optimisers_kernels_step_as_the_cpu_does(options, activations):
     assert ("remove_radial_kernel" in cuda.launches) == ("decoder_norm" not in options)
     for name, one in here.items():
         torch.testing.assert_close(there[name], one, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("rational", {"precision": "bf16"}), ("rational", {"decoder_norm": "free"}),
+     ("rational", {"trainable": "encoder"}), ("relu", {}), ("relu", {"decoder_norm": "free"}),
+     ("topk", {"precision": "bf16"})], ids=str,
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:decoder norms are free")
+def test_sparse_steps_pass_over_each_matrix_once(name, options, activations, monkeypatch):
+    """The norm to clip at comes with the gradients, the radial part goes and bfloat16 copies are written in Adam's."""
+
+    def trained(device, memory):
+        sae = (rational() if name == "rational" else teacher(name)).to(device)
+        with torch.no_grad():
+            sae.W_dec.mul_(torch.linspace(0.5, 2, 24, device=device)[:, None])
+        log = rt.train(sae, activations[:64].to(device), **{**QUIET, "steps": 4}, clip=0.01, lr=0.01, memory=memory,
+                       **options)  # fmt: skip
+        return {key: one.detach().cpu() for key, one in sae.named_parameters()}, log
+
+    here, log = trained("cpu", "saved")
+    cast, copies = StepMemory.cast, []
+    with pretend() as cuda:
+
+        def seen(memory, matrix, dtype):
+            found = cast(memory, matrix, dtype)
+            copies.append(any(found.held.data_ptr() == one.held.data_ptr() for _, one in memory._copies.values()))
+            if copies[-1]:
+                torch.testing.assert_close(found.cpu(), matrix.detach().cpu().to(dtype), rtol=0, atol=0)
+            return found
+
+        monkeypatch.setattr(StepMemory, "cast", seen)
+        there, found = trained(GPU, "sparse")
+    assert "remove_radial_kernel" not in cuda.launches
+    assert cuda.launches.count("adam_rows_kernel") == (4 if "trainable" in options else 8)
+    assert found.mse == pytest.approx(log.mse, rel=2e-2 if "precision" in options else 1e-4)
+    within = {"rtol": 5e-2, "atol": 2e-2} if "precision" in options else {"rtol": 1e-3, "atol": 1e-5}
+    for key, one in here.items():
+        torch.testing.assert_close(there[key], one, **within, msg=key)
+    assert copies == (
+        [False] * 2 + [True] * 6 if "precision" in options else [False] * 8
+    )  # two matrices, all steps but the first
 
 
 def test_rows_wait_once_and_decode_without(activations, cuda):
