@@ -13,7 +13,7 @@ PEERS := .venv-peers
 # With the peers where they are installed.
 BENCH_BIN = $(if $(wildcard $(PEERS)/.installed),$(PEERS)/bin,$(BIN))
 
-.PHONY: demo test test-all test-fast test-cpus test-interop test-gpu gpu-check lint bench bench-demo bench-gpu bench-steps peers experiments aot aot-record routes fuzz faults soak docs docs-publish dist notebooks audit clean help
+.PHONY: demo test test-all test-fast test-cpus test-interop test-gpu gpu-check lint bench bench-demo bench-gpu bench-steps peers experiments aot aot-record routes fuzz faults soak first-steps docs docs-publish dist notebooks audit clean help
 
 help:
 	@echo "make demo   upgrade an SAE of SmolLM2-135M, beside a fair control -> out/demo/report.html"
@@ -30,6 +30,7 @@ help:
 	@echo "make fuzz   coverage-guided fuzzing of every file reader, ten minutes (FUZZ_SECONDS)"
 	@echo "make faults every writer, killed and refused at every call to the file system"
 	@echo "make soak   20,000 training steps with stressed coefficients; make audit asks pip-audit about the dependencies"
+	@echo "make first-steps  README and the tutorial word for word, in a fresh clone and environment"
 	@echo "make dist  wheel and sdist, checked by twine and installed in a clean environment; make notebooks runs the notebooks"
 	@echo "make docs   the documentation as a site, warnings are errors -> site/"
 	@echo "make gpu-check  ten minutes on a CUDA device with nothing installed: right, and how fast -> out/gpu-check"
@@ -120,8 +121,15 @@ dist:
 	$(DIST)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
 	cd /tmp && $(CURDIR)/$(DIST)/bin/rsae --version
 
+# README and the tutorial, word for word, in a fresh clone and a fresh environment; FIRST_STEPS is where.
+FIRST_STEPS ?= out/first-steps
+
+first-steps:
+	@test -n "$(PYTHON)" || { echo "no Python 3.11, 3.12 or 3.13 found; give PYTHON=/path/to/python"; exit 2; }
+	$(PYTHON) tools/first_steps.py $(FIRST_STEPS)
+
 # The notebooks again, with their outputs: after a change to what they show. The tutorial needs
-# `rsae demo --teacher jumprelu` in out/demo.
+# `rsae demo` in out/demo.
 notebooks: $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check nbconvert ipykernel
 	$(BIN)/python tools/run_notebooks.py
