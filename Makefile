@@ -10,10 +10,11 @@ DIST := .venv-dist
 INTEROP := .venv-interop
 LENS4 := $(INTEROP)/transformer-lens-4
 PEERS := .venv-peers
+DASHBOARD := .venv-dashboard
 # With the peers where they are installed.
 BENCH_BIN = $(if $(wildcard $(PEERS)/.installed),$(PEERS)/bin,$(BIN))
 
-.PHONY: demo test test-all test-fast test-cpus test-interop test-gpu gpu-check lint bench bench-demo bench-gpu bench-steps peers experiments aot aot-record routes fuzz faults soak first-steps docs docs-publish dist notebooks audit clean help
+.PHONY: demo test test-all test-fast test-cpus test-interop test-dashboard test-gpu gpu-check lint bench bench-demo bench-gpu bench-steps peers experiments aot aot-record routes fuzz faults soak first-steps docs docs-publish dist notebooks audit clean help
 
 help:
 	@echo "make demo   upgrade an SAE of SmolLM2-135M, beside a fair control -> out/demo/report.html"
@@ -21,6 +22,7 @@ help:
 	@echo "make test-all  the tests with every set of parameters"
 	@echo "make test-cpus  the numeric tests as four kinds of processor compute them"
 	@echo "make test-interop  SAELens, dictionary_learning, sparsify, SAEBench, TransformerLens 3 and 4, run as they are"
+	@echo "make test-dashboard  SAEDashboard, in an environment of its own"
 	@echo "make bench  speed on the CPU: a training step and its parts, all contenders, under ten minutes on two cores"
 	@echo "make bench-demo  the demo end to end, timed, into the same result"
 	@echo "make bench-steps  whole training steps on the CPU beside other libraries' (make peers installs them)"
@@ -81,6 +83,16 @@ test-interop: $(INTEROP)/.installed
 	$(INTEROP)/bin/python -m pytest tests/interop tests/teachers tests/integrations tests/sae/test_export.py
 	PYTHONPATH=$(LENS4) $(INTEROP)/bin/python -m pytest tests/integrations/test_splicing.py tests/integrations/test_examples.py
 
+# SAEDashboard needs transformer-lens 2, and with it numpy 1.
+$(DASHBOARD)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(DASHBOARD)
+	$(DASHBOARD)/bin/pip install --quiet --disable-pip-version-check -e . sae-dashboard==0.8.0 'sae-lens==6.54.*' \
+	'pyarrow<22' 'pandas<3' pytest pytest-xdist
+	touch $@
+
+test-dashboard: $(DASHBOARD)/.installed
+	$(DASHBOARD)/bin/python -m pytest tests/interop/test_sae_dashboard.py
+
 fuzz: $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check 'atheris>=2.3'
 	TRITON_INTERPRET=1 $(BIN)/python fuzz/readers.py
@@ -129,7 +141,7 @@ first-steps:
 	$(PYTHON) tools/first_steps.py $(FIRST_STEPS)
 
 # The notebooks again, with their outputs: after a change to what they show. The tutorial needs
-# `rsae demo` in out/demo.
+# `rsae demo --teacher jumprelu` in out/demo.
 notebooks: $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check nbconvert ipykernel
 	$(BIN)/python tools/run_notebooks.py
@@ -202,4 +214,4 @@ test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu
 
 clean:
-	rm -rf $(VENV) $(INTEROP) $(PEERS) $(DOCS) $(DIST) site build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(INTEROP) $(PEERS) $(DASHBOARD) $(DOCS) $(DIST) site build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -57,6 +57,7 @@ check_version()
 from sae_lens import SAE, SAEConfig, TrainingSAE, TrainingSAEConfig  # noqa: E402
 from sae_lens.registry import SAE_CLASS_REGISTRY, register_sae_class, register_sae_training_class  # noqa: E402
 from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepOutput  # noqa: E402
+from sae_lens.saes.topk_sae import TopK  # noqa: E402
 
 
 @dataclass(kw_only=True)
@@ -183,12 +184,24 @@ class _Rational:
             state_dict["gate.group_of"] = state_dict["gate.group_of"].long()
 
 
+class _WholeCode(TopK):
+    """Tells SAEDashboard to encode all features and then to choose some, as it does for TopK.
+
+    It would otherwise slice the encoder to the features that it wants: it cannot slice a gate, and with rounds the code
+    of a feature depends on the others. Nothing calls it; `RationalSAE.encode` has the gate.
+    """
+
+
 class RationalSAE(_Rational, SAE):
     """A Rational SAE as SAELens' `SAE`; its codes carry exact zeros."""
 
     def initialize_weights(self) -> None:
         super().initialize_weights()
         self._initialize_rational()
+
+    def get_activation_fn(self) -> Any:
+        """Returns a marker that other tools read; see `_WholeCode`."""
+        return _WholeCode(self.cfg.d_sae)
 
     def encode(self, x: Tensor) -> Tensor:
         """Encodes activations [..., d_in] as a sparse code [..., d_sae]."""

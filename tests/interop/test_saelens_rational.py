@@ -42,6 +42,13 @@ def test_load_from_disk(tmp_path, x, form, normalize_activations):
     assert again.metadata["hook_name"] == "blocks.1.hook_resid_post"
 
 
+def test_saedashboard_is_told_to_encode_all_features():
+    """It slices every other SAE to the features that it shows; tests/interop/test_sae_dashboard.py runs it."""
+    from sae_lens.saes.topk_sae import TopK
+
+    assert isinstance(saelens.to_saelens(rsae()).activation_fn, TopK)
+
+
 def test_hooks_between_product_and_gate_are_seen(x):
     theirs = saelens.to_saelens(rsae())
     with torch.no_grad():

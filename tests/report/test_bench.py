@@ -266,3 +266,22 @@ def test_the_slower_eager_writing_does_not_take_the_verdict_away():
     assert "| 2.00 | met |" in tables.page({"a": result(once)}, {})
     once["contenders"]["eager, Horner"]["turns"] = 1
     assert "no verdict: turns are 1" in tables.page({"a": result(once)}, {})
+
+
+def test_the_first_case_and_those_of_targets_stand_open_and_the_others_are_folded():
+    import json
+    from pathlib import Path
+
+    from rsae_triton.report.speed import tables
+
+    results = Path(__file__).parents[2] / "benchmarks" / "results"
+    one = json.loads((results / "speed-cpu-intel-r-xeon-r-processor.json").read_text())
+    cases = [case for case in one["cases"] if case["work"] == "step" and not case["sweep"]]
+    page = "\n".join(tables._cases(cases, [cases[1]]))
+    before, folded = page.split("<details")
+    measured = [tables.title(case) for case in cases if "contenders" in case]
+    assert all(f"**{name}**" in before for name in measured[:2])
+    assert all(f"**{name}**" in folded.split("</details>")[0] for name in measured[2:])
+    missing = [tables.title(case) for case in cases if "contenders" not in case]
+    assert missing
+    assert all(name in folded.split("</details>")[1] for name in missing)

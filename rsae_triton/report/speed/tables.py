@@ -73,8 +73,7 @@ def _device(result: dict[str, Any], plots: list[str]) -> Iterator[str]:
         cases = [case for case in result["cases"] if case["work"] == work and not case["sweep"]]
         if cases:
             yield f"\n### {heading}"
-        for case in cases:
-            yield from _case(case)
+            yield from _cases(cases, [find(result, one.case) for one in targets()])
     yield from _growth(result, plots)
     if result["other"]:
         yield "\n### Besides\n\n| what | value |\n| --- | --- |"
@@ -106,11 +105,26 @@ def _targets(result: dict[str, Any]) -> Iterator[str]:
         yield f"| {one.text} | {sign} {one.bound:.2f} | {found[0]} | {found[1]} |"
 
 
+def _cases(cases: list[dict[str, Any]], wanted: list[dict[str, Any] | None]) -> Iterator[str]:
+    """Shows the first case and those of targets, and folds the others away."""
+    measured = [case for case in cases if "contenders" in case]
+    shown = [case for case in measured if case is measured[0] or any(case is one for one in wanted)]
+    for case in shown:
+        yield from _case(case)
+    folded = [case for case in measured if not any(case is one for one in shown)]
+    if folded:
+        # markdown="1": the site renders what is inside as well; GitHub does so by itself.
+        yield f'\n<details markdown="1"><summary>Other gates and sizes ({len(folded)})</summary>'
+        for case in folded:
+            yield from _case(case)
+        yield "\n</details>"
+    for status in dict.fromkeys(case["status"] for case in cases if "contenders" not in case):
+        names = "; ".join(title(case) for case in cases if case.get("status") == status and "contenders" not in case)
+        yield f"\n{status[0].upper()}{status[1:].replace(': ', ', ')}: {names}."
+
+
 def _case(case: dict[str, Any]) -> Iterator[str]:
     yield f"\n**{title(case)}**; floor {seconds(case['floor_s'])}"
-    if "contenders" not in case:
-        yield f"\n{case['status']}"
-        return
     base, floor = eager(case), timed(case).get(FLOOR)
     yield (
         "\n| contender | time | times eager's speed | times the products | memory | predicted time, memory | floor | "
