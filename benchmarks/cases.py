@@ -16,7 +16,7 @@ from rsae_triton.remez import fit_gate
 ACTIVITY = 0.03
 """The activity threshold of a direct gate, in units of its scale; the (3, 2) gate's largest error is 0.022."""
 ACTIVE = 0.004
-"""Of a token's features, the share that the biases leave active: 74 of 18432."""
+"""The share of a token's features that the biases leave active: 74 of 18432."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

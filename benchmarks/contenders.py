@@ -20,7 +20,7 @@ from rsae_triton.training.memory import MemoryPlan
 from rsae_triton.training.recipes import RECIPES, losses
 
 WEIGHTS = {"direct": 0.1, "gated": 0.05}
-"""Of the sparsity term: l1 in the direct form, l0 in the gated one."""
+"""Weight of the sparsity term: l1 in the direct form, l0 in the gated one."""
 TOP_K = 32
 
 
@@ -337,7 +337,7 @@ def naive_encode(sae: FusedRationalSAE, x: Tensor, hard: bool) -> tuple[Tensor, 
 
 
 def naive_loss(made: Made) -> Tensor:
-    """As `recipes.losses`, over `naive_encode`."""
+    """Computes `recipes.losses` with `naive_encode`."""
     sae, x = made.sae, made.x
     z, active = naive_encode(sae, x, hard=not made.recipe.soft)
     residual = x - (z @ sae.W_dec + sae.b_dec)

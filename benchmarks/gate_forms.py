@@ -154,7 +154,7 @@ def contenders(teacher: SparseAutoencoder, x: torch.Tensor) -> dict[str, Callabl
 
 
 def lr_of(name: str) -> float:
-    """Of a contender whose name ends in one, else the default."""
+    """The value in the contender's name if it ends in one, else the default."""
     return float(name.rpartition(", lr ")[2]) if ", lr " in name else LR
 
 

@@ -168,7 +168,7 @@ def relative(cell: dict[str, Any], metric: str) -> float:
 
 
 def share(family: str, formats: str) -> str:
-    """Of the SAEs in SAELens' registry, those whose layout has this family alone, as docs/formats.md counts them."""
+    """Counts the SAEs in SAELens' registry whose layout has this family only, as docs/formats.md counts them."""
     rows = re.findall(r"^\| (\w+) \| [\d,]+ \| ([\d,]+) \| sae \|", formats, re.MULTILINE)
     counts = {name: int(number.replace(",", "")) for name, number in rows}
     own = sum(counts.get(layout, 0) for layout in LAYOUTS[family])

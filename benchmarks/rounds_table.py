@@ -65,7 +65,8 @@ def untrained_table(result: dict[str, Any]) -> str:
 
 
 def by_sequence(result: dict[str, Any], teacher: str) -> list[str]:
-    """Of every seed the difference in Δ CE that one round makes, with its interval over the spliced sequences."""
+    """Returns, for every seed, the difference in Δ CE that one round makes, with its interval over the spliced
+    sequences."""
     cells = [cell for cell in result["cells"] if cell["cell"]["teacher"] == teacher]
     found = [cell["scores"].get("to_teacher", {}).get("teacher@2", {}).get("delta_ce") for cell in cells]
     return [f"{mean:+.3f} ({low:+.3f} to {high:+.3f})" for mean, low, high in filter(None, found)]

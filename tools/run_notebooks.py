@@ -19,7 +19,7 @@ MARK = "ran"
 
 
 def digest(notebook: dict[str, Any]) -> str:
-    """Of the code of all cells."""
+    """A hash of the code of all cells."""
     code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     return hashlib.sha256("\n\n".join(code).encode()).hexdigest()[:16]
 

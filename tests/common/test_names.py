@@ -30,7 +30,7 @@ def test_models_are_found_by_their_other_names(name, expected):
 
 
 def test_our_table_agrees_with_transformer_lens():
-    """Of every short name that SAELens' registry uses for its models."""
+    """Checks every short name that SAELens' registry uses for its models."""
     official = pytest.importorskip("transformer_lens.loading_from_pretrained").get_official_model_name
     names = ("gpt2-small", "pythia-70m-deduped", "gemma-2-2b", "gemma-2-9b", "gemma-2-27b", "gemma-2-9b-it", "gemma-2b",
              "gemma-2b-it", "mistral-7b", "qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-14b")  # fmt: skip

@@ -17,7 +17,7 @@ QUIET = {"progress": False, "batch_size": 128}
 
 
 class Splits:
-    """As much of the real splits as training a teacher reads; of pairs, 8 numbers that are read and 8 to write."""
+    """The part of the real splits that training a teacher reads; for pairs, 8 numbers that are read and 8 to write."""
 
     def __init__(self, pairs=False):
         d_in = 8 if pairs else 16

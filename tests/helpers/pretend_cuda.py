@@ -136,7 +136,7 @@ def _held(one):
 
 @contextlib.contextmanager
 def pretend(capability=(9, 0)):
-    """As if there were two CUDA devices, of which cuda:0 is the current one; "cuda" makes tensors on cuda:1."""
+    """Pretends that there are two CUDA devices, of which cuda:0 is the current one; "cuda" makes tensors on cuda:1."""
     from triton.runtime.interpreter import GridExecutor
 
     from rsae_triton.ops import backends

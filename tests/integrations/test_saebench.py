@@ -49,7 +49,7 @@ def test_attributes(x):
 
 @torch.no_grad()
 def test_to_moves_attributes_along(x):
-    """As its evals call it; thresholds and coefficients stay in float32."""
+    """Its evals call `.to()` like this; thresholds and coefficients stay in float32."""
     bench = SAEBenchSAE(rsae())
     assert bench.to(device="cpu", dtype=torch.bfloat16) is bench
     assert (bench.dtype, bench.W_enc.dtype, bench.cfg.dtype) == (torch.bfloat16, torch.bfloat16, "bfloat16")

@@ -108,7 +108,7 @@ def test_mixed_dtypes_promote(device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_a_feature_with_many_entries_is_summed_in_runs(dtype, device, monkeypatch):
-    """As a feature that is active on every token: several programs, added afterwards, in float32 until the end."""
+    """A feature that is active on every token has several programs, added afterwards, in float32 until the end."""
     monkeypatch.setattr(import_module("rsae_triton.kernels.sparse_decode"), "RUN", 5)
     check(dtype, device, (60, 4, 9, 3))
 

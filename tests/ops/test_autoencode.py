@@ -338,7 +338,7 @@ def test_compiled_without_a_graph_break():
 
 @ENGINE
 def test_steps_with_shared_memory_compute_the_same_in_the_same_memory():
-    """As `train()` has it: the second step's gradients lie where the first one's did, and are its own."""
+    """In `train()`, the second step's gradients take the memory of the first one's, and are its own."""
     leaves, activity = leaves_of(3, 2, F, torch.float32, tokens=40)
     spec, matrices = GateSpec(3, 2), (leaves[1], leaves[3])
     batches = [leaves[0].detach(), leaves[0].detach().flip(0) * 1.5]

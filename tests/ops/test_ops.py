@@ -85,7 +85,7 @@ def test_inductor_engine_agrees(kind, monkeypatch):
 @INDUCTOR
 @pytest.mark.slow
 def test_inductor_engine_in_blocks_of_features_agrees(monkeypatch):
-    """As gates of many coefficients are computed; the last block is a smaller one."""
+    """Gates with many coefficients are computed in blocks; the last block is a smaller one."""
     from rsae_triton.ops import cpu
 
     monkeypatch.setenv("RSAE_CPU_ENGINE", "inductor")
@@ -134,7 +134,7 @@ for value, expected in zip(cpu.gate_forward(h.clone(), gate, spec, torch.full_li
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="a processor of one vector width")
 def test_code_compiled_for_one_vector_width_is_not_run_at_another(tmp_path):
-    """As on two kinds of machine that share a cache on a network's disk."""
+    """Two kinds of machine may share a cache on a network's disk."""
     for capability in ("avx512", "avx2"):
         own = {
             "ATEN_CPU_CAPABILITY": capability,

@@ -19,7 +19,7 @@ def draw(*shape):
 
 
 def old_topk(folder, **trainer):
-    """As dictionary_learning saved AutoEncoderTopK before k was a buffer."""
+    """Writes a file as dictionary_learning saved AutoEncoderTopK before k was a buffer."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {"encoder.weight": draw(D_SAE, D_IN), "encoder.bias": draw(D_SAE), "decoder.weight": draw(D_IN, D_SAE)}
     torch.save({**weights, "b_dec": draw(D_IN)}, folder / "ae.pt")

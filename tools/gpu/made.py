@@ -37,7 +37,7 @@ class Case:
         return f"{self.n_tokens}x{self.d_in}x{self.d_sae} {self.degree} {sets}"
 
     def fields(self) -> dict[str, Any]:
-        """As `rsae_triton.report.speed` has a case."""
+        """The case in the form of `rsae_triton.report.speed`."""
         return {
             "work": "step", "n_tokens": self.n_tokens, "d_in": self.d_in, "d_sae": self.d_sae,
             "degree": list(self.degree), "groups": self.groups, "form": "gated", "dtype": "bf16", "tf32": False,
@@ -92,7 +92,7 @@ def make(case: Case, device: torch.device, *, form: str = "gated", seed: int = 0
 
 
 def freeze(sae: FusedRationalSAE) -> FusedRationalSAE:
-    """As the default recipe does."""
+    """Freezes the gate's coefficients, as the default recipe does."""
     for name in GATE_PARAMETERS:
         getattr(sae.gate, name).requires_grad_(False)
     return sae

@@ -191,7 +191,8 @@ def _loss(sae: FusedRationalSAE, x: Tensor, sparse: bool) -> Tensor:
 
 
 def _optimizer(sae: FusedRationalSAE) -> Callable[[], None]:
-    """As `train()` has it: the radial part, clipping, Adam, the rows' norms; a learning rate of 0 keeps the weights."""
+    """Makes the optimiser's step of `train()`: the radial part, clipping, Adam, the rows' norms; a learning rate of 0
+    keeps the weights."""
     if "optimizer" not in _held:
         trained = [one for one in sae.parameters() if one.requires_grad]
         _held["optimizer"] = torch.optim.Adam(trained, lr=0.0, fused=True)
