@@ -6,7 +6,7 @@ of some more (SUPPORT, as measured on trained SAEs). Contenders take turns, and 
 thread the clock is the process's own CPU time, so that a busy machine distorts little.
 
     python benchmarks/bench_steps.py             # measures, writes benchmarks/results/steps-cpu.json and the tables
-    python benchmarks/bench_steps.py --render    # only the tables of docs/steps.md and README.md
+    python benchmarks/bench_steps.py --render    # only the tables of docs/steps.md, docs/index.md, README.md
 
 Peers (SAELens, sparsify, dictionary_learning) take part where they are installed: `make peers`.
 """
@@ -44,6 +44,7 @@ from rsae_triton.training.run import Run
 from rsae_triton.training.settings import TrainSettings
 
 RESULTS, PAGE, README = Path("benchmarks/results/steps-cpu.json"), Path("docs/steps.md"), Path("README.md")
+INDEX = Path("docs/index.md")
 L0 = 32
 SUPPORT = {2304: 0.03, 18432: 0.004}
 """Shares of [n_tokens, d_sae] in the support of trained SAEs, by d_sae: SmolLM2's, layer 16, at l0 31 to 35."""
@@ -266,7 +267,7 @@ def tables() -> list[tuple[Path, str, str]]:
     result = json.loads(RESULTS.read_text())
     return [
         (PAGE, "steps", table(result)), (PAGE, "growth", growth_table(result)),
-        (README, "steps", summary(result)),
+        (README, "steps", summary(result)), (INDEX, "steps", summary(result).replace("(docs/", "(")),
     ]  # fmt: skip
 
 
