@@ -11,13 +11,16 @@ from torch import Tensor
 
 from rsae_triton.common.checks import check_integer
 from rsae_triton.common.errors import ConfigError, ShapeError
-from rsae_triton.evaluation.reconstruction import CHUNK, check_activations
+from rsae_triton.evaluation.reconstruction import CHUNK, check_activations, rows_of
+from rsae_triton.ops.sparse_ops import used
 from rsae_triton.sae.base import SparseAutoencoder, check_sae
 from rsae_triton.sae.units import check_place, check_same_units, reading
 
 KEPT = 0.9
 # How many pairs of features are accumulated at once (float64); more pairs take more passes over the text.
 _PAIRS = 1 << 26
+_AT_ONCE = 1 << 22
+"""Products of two active codes that are formed at a time."""
 
 
 @dataclass(frozen=True)
@@ -128,21 +131,28 @@ def match_features(
     if len(x) < 2:
         raise ConfigError(f"{len(x)} token gives no correlation; give at least 2, better 10000")
     partner, cosine, mutual = _by_direction(teacher, sae, pairs)
-    ours, theirs = _Moments(sae, x), _Moments(teacher, x)
+    # Rows of active features if both SAEs are wide: no [n_tokens, d_sae] code, and no product of two.
+    rows = all(rows_of(one, _read(one, x[:1])) is not None for one in (sae, teacher))
+    ours, theirs = _Moments(sae, x, rows), _Moments(teacher, x, rows)
     best = torch.full((sae.d_sae,), -torch.inf, dtype=torch.float64)
     best_at = torch.full((sae.d_sae,), -1)
     at_partner = torch.full((sae.d_sae,), torch.nan, dtype=torch.float64)
-    both, either = torch.zeros(sae.d_sae, dtype=torch.float64), torch.zeros(sae.d_sae, dtype=torch.float64)
+    both = torch.zeros(sae.d_sae, dtype=torch.float64)
     for first, last in _blocks(teacher.d_sae, sae.d_sae, pairs):
-        total = torch.zeros(last - first, sae.d_sae, dtype=torch.float64, device=sae.W_dec.device)
+        device = "cpu" if rows else sae.W_dec.device
+        total = torch.zeros(last - first, sae.d_sae, dtype=torch.float64, device=device)
         for chunk in x.split(CHUNK):
-            z, other = ours.codes(sae, chunk), theirs.codes(teacher, chunk)
-            mine, part = z - ours.shift, (other - theirs.shift)[:, first:last]
-            total += (part.t().to(mine.device) @ mine).double()
-            if first == 0:
-                on, there = (z != 0).cpu(), (other != 0).cpu()[:, partner]
-                both += (on & there).sum(0)
-                either += (on | there).sum(0)
+            if rows:
+                mine, its = (_active(one, chunk) for one in (sae, teacher))
+                _add_pairs(total, its, mine, first, len(chunk))
+                if first == 0:
+                    both += _together(mine, its, partner, teacher.d_sae)
+            else:
+                z, other = ours.codes(sae, chunk), theirs.codes(teacher, chunk)
+                shifted, part = z - ours.shift, (other - theirs.shift)[:, first:last]
+                total += (part.t().to(shifted.device) @ shifted).double()
+                if first == 0:
+                    both += ((z != 0).cpu() & (other != 0).cpu()[:, partner]).sum(0)
             if progress is not None:
                 progress(len(chunk))
         correlation = total.cpu() - theirs.offset[first:last, None] * ours.offset * len(x)
@@ -161,7 +171,7 @@ def match_features(
         best_correlation=best.clamp(max=1).masked_fill(best_at < 0, torch.nan),
         frequency=ours.frequency,
         partner_frequency=theirs.frequency[partner],
-        overlap=both / either,
+        overlap=both / ((ours.frequency + theirs.frequency[partner]) * len(x) - both).round(),
         n_tokens=len(x),
     )
 
@@ -196,13 +206,19 @@ def _by_direction(teacher: SparseAutoencoder, sae: SparseAutoencoder, pairs: int
 class _Moments:
     """Moments of an SAE's codes on x: a shift close to each feature's mean, the mean minus the shift, the root of the
     summed squared deviations, and the frequency. Codes are shifted before they are multiplied, so that a large mean
-    costs no precision."""
+    costs no precision. From rows (`rows`) everything is summed in float64 without a shift."""
 
-    def __init__(self, sae: SparseAutoencoder, x: Tensor) -> None:
-        self.shift = self.codes(sae, x[:CHUNK]).mean(0)
+    def __init__(self, sae: SparseAutoencoder, x: Tensor, rows: bool) -> None:
+        self.shift = torch.zeros(sae.d_sae) if rows else self.codes(sae, x[:CHUNK]).mean(0)
         total = torch.zeros(sae.d_sae, dtype=torch.float64, device=self.shift.device)
         squares, active = torch.zeros_like(total), torch.zeros_like(total)
         for chunk in x.split(CHUNK):
+            if rows:
+                _, features, values = _active(sae, chunk)
+                active += torch.bincount(features, minlength=sae.d_sae)
+                total.index_add_(0, features, values)
+                squares.index_add_(0, features, values.square())
+                continue
             z = self.codes(sae, chunk)
             active += (z != 0).sum(0)
             z = (z - self.shift).double()
@@ -217,4 +233,45 @@ class _Moments:
 
     @staticmethod
     def codes(sae: SparseAutoencoder, chunk: Tensor) -> Tensor:
-        return sae.encode(chunk.to(device=sae.W_dec.device, dtype=sae.W_dec.dtype)).float()
+        return sae.encode(_read(sae, chunk)).float()
+
+
+_Active = tuple[Tensor, Tensor, Tensor]
+"""Tokens, features (int64) and values (float64) of the active codes on the CPU, by token."""
+
+
+def _read(sae: SparseAutoencoder, x: Tensor) -> Tensor:
+    return x.to(device=sae.W_dec.device, dtype=sae.W_dec.dtype)
+
+
+def _active(sae: SparseAutoencoder, chunk: Tensor) -> _Active:
+    code = rows_of(sae, _read(sae, chunk))
+    assert code is not None
+    mask = used(code.counts, code.values.shape[-1])
+    tokens = mask.nonzero()[:, 0]
+    return tokens.cpu(), code.indices[mask].cpu(), code.values[mask].double().cpu()
+
+
+def _add_pairs(total: Tensor, other: _Active, mine: _Active, first: int, n_tokens: int) -> None:
+    """Adds z_i z_j to total [block, d_sae] for the features i (from `first` on) and j that are active on one token."""
+    inside = (other[1] >= first) & (other[1] < first + len(total))
+    tokens, features, values = (one[inside] for one in other)
+    counts = torch.bincount(mine[0], minlength=n_tokens)
+    starts = counts.cumsum(0) - counts
+    step = max(1, _AT_ONCE // max(int(counts.max()), 1))
+    for at, row, value in zip(tokens.split(step), features.split(step), values.split(step), strict=True):
+        each = counts[at]
+        entry = torch.repeat_interleave(torch.arange(len(at)), each)
+        place = torch.arange(len(entry)) - (each.cumsum(0) - each)[entry] + starts[at][entry]
+        flat = (row[entry] - first) * total.shape[1] + mine[1][place]
+        total.view(-1).index_add_(0, flat, value[entry] * mine[2][place])
+
+
+def _together(mine: _Active, other: _Active, partner: Tensor, d_teacher: int) -> Tensor:
+    """Returns for each feature on how many tokens its partner is active too, [d_sae]."""
+    wanted = mine[0] * d_teacher + partner[mine[1]]
+    there = other[0] * d_teacher + other[1]  # in order
+    if not len(there):
+        return torch.zeros(len(partner), dtype=torch.int64)
+    at = torch.searchsorted(there, wanted).clamp(max=len(there) - 1)
+    return torch.bincount(mine[1][there[at] == wanted], minlength=len(partner))

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -20,7 +21,9 @@ from rsae_triton.activations import Document, HostModel, cache_dir
 from rsae_triton.common.errors import ConfigError, NumericsError, StorageError
 from rsae_triton.common.files import make_folder, write_atomically
 from rsae_triton.evaluation.probe_tasks import Task
-from rsae_triton.evaluation.reconstruction import Codec
+from rsae_triton.evaluation.reconstruction import Codec, rows_of
+from rsae_triton.ops.sparse_ops import used
+from rsae_triton.sae.sparse import SparseCode
 from rsae_triton.sae.units import reading
 
 # How many characters per token are searched for a window: enough for all but text that is mostly spaces.
@@ -166,14 +169,23 @@ class Rows:
         keep = usual | (counts == 0)[items]
         self.rows, self.items, self.n_items = rows[keep], items[keep], n_items
 
-    def means(self, function: Callable[[Tensor], Tensor], chunk: int = 2048) -> np.ndarray[Any, Any]:
-        """The mean of function(rows) over each item's positions, float32 [n_items, width]."""
+    def means(
+        self, function: Callable[[Tensor], Tensor | SparseCode], chunk: int = 2048, width: int = 0
+    ) -> np.ndarray[Any, Any]:
+        """The mean of function(rows) over each item's positions, float32 [n_items, width]. width: needed if the
+        function returns rows of active features."""
         total: Tensor | None = None
         for rows, items in zip(self.rows.split(chunk), self.items.split(chunk), strict=True):
-            values = function(rows.float()).double().cpu()
+            values = function(rows.float())
+            if isinstance(values, SparseCode):
+                total = torch.zeros(self.n_items, width, dtype=torch.float64) if total is None else total
+                mask = used(values.counts, values.values.shape[-1]).cpu()
+                places = (items[:, None] * width + values.indices.cpu())[mask]
+                total.view(-1).index_add_(0, places, values.values.cpu()[mask].double())
+                continue
             if total is None:
                 total = torch.zeros(self.n_items, values.shape[1], dtype=torch.float64)
-            total.index_add_(0, items, values)
+            total.index_add_(0, items, values.double().cpu())
         assert total is not None
         counts = torch.bincount(self.items, minlength=self.n_items)
         return (total / counts[:, None]).float().numpy()
@@ -183,13 +195,18 @@ class Rows:
 def representations(saes: Mapping[str, Codec], rows: Rows) -> dict[str, np.ndarray[Any, Any]]:
     """Returns the items' mean codes under each SAE, and their mean residuals under "raw"."""
 
-    def codes(sae: Codec) -> Callable[[Tensor], Tensor]:
-        return lambda x: sae.encode(x.to(device=sae.W_dec.device, dtype=sae.W_dec.dtype))
+    def codes(sae: Codec, x: Tensor) -> Tensor | SparseCode:
+        x = x.to(device=sae.W_dec.device, dtype=sae.W_dec.dtype)
+        code = rows_of(sae, x)
+        return sae.encode(x) if code is None else code
 
     with ExitStack() as stack:
         for sae in saes.values():
             stack.enter_context(reading(sae, 1.0))
-        return {**{name: rows.means(codes(sae)) for name, sae in saes.items()}, "raw": rows.means(lambda x: x)}
+        return {
+            **{name: rows.means(partial(codes, sae), width=len(sae.W_dec)) for name, sae in saes.items()},
+            "raw": rows.means(lambda x: x),
+        }
 
 
 def read_rows(items: Items, host: HostModel, *, batch: int = 16, progress: Callable[[int], None] | None = None) -> Rows:

@@ -1,5 +1,7 @@
 """Matching features: a known permutation, known cosines, correlations against numpy, and memory-saving passes."""
 
+from importlib import import_module
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,15 @@ from rsae_triton.teachers import ReluSAE
 
 # A correlation is a float32 sum of the products of 2048 tokens: about sqrt(2048) * 2^-24, some five times that.
 ROUNDING = 1.5e-5
+
+
+@pytest.fixture(params=[False, True], ids=["codes", "rows"], autouse=True)
+def rows(request, monkeypatch):
+    """Every test also by rows of active features, as wide SAEs are matched, some pairs at a time."""
+    if request.param:
+        monkeypatch.setattr(import_module("rsae_triton.evaluation.reconstruction"), "WIDE", 1)
+        monkeypatch.setattr("rsae_triton.evaluation.matching._AT_ONCE", 300)
+        monkeypatch.setattr("rsae_triton.evaluation.matching._Moments.codes", None)  # no dense code is made
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from rsae_triton.common.errors import ConfigError, NumericsError, ShapeError
 from rsae_triton.evaluation.probe_items import Items, Rows, make_items, read_rows, representations
 from rsae_triton.evaluation.probe_tasks import TASKS, labelled
 from rsae_triton.evaluation.probing import average, sparse_probe
+from rsae_triton.sae.sparse import SparseCode
 from rsae_triton.teachers import ReluSAE
 
 N, GROUPS = 400, 40
@@ -280,6 +281,16 @@ def test_items_are_the_means_of_their_positions_and_read_once(tmp_path, monkeypa
     host.default_hook = "another"
     with pytest.raises(NumericsError, match="another holds NaN"):
         read_rows(items, host)
+
+
+def test_means_of_rows_are_those_of_codes():
+    codes = torch.randn(9, 5, generator=torch.Generator().manual_seed(0)).relu()
+    rows = Rows(torch.ones(9, 2), torch.tensor([0, 0, 1, 1, 1, 2, 2, 2, 2]), 3)
+    parts = iter((codes[:4], codes[4:8], codes[8:]) * 2)
+    dense = rows.means(lambda _: next(parts), 4)
+    found = rows.means(lambda _: SparseCode.from_dense(next(parts)), 4, width=5)
+    assert np.allclose(found, dense)
+    assert found.shape == (3, 5)
 
 
 def test_outlier_positions_are_left_out_of_means():
