@@ -19,6 +19,7 @@ The sparse step, on the entries of the support alone (docs/kernels.md):
     support_decode      rows of codes -> reconstructions; entry_dots: the gradient of every entry's code
     feature_sums        entries -> gradients of both weight matrices, the bias and the thresholds
     adam_rows           the optimiser's step on a weight matrix in one pass
+    round_search        a round's search and correction by entries, and their gradients (`_back`)
 
 Every [d_sae, n_tokens] tensor is feature-major: the tokens of one feature are contiguous.
 """
@@ -38,6 +39,7 @@ from .encode_forward import encode_forward
 from .interpreter import INTERPRETED
 from .rational_backward import GateGrads, rational_backward
 from .rational_forward import rational_forward
+from .round_search import SEARCH_COLUMNS, Search, SearchGrads, round_search, round_search_back
 from .sparse_decode import sparse_decode, sparse_decode_dvalues, sparse_decode_dweight
 from .sparse_encode import SparseRows, sparse_encode
 from .support_gate import entry_gate_backward, entry_gate_forward
@@ -50,11 +52,14 @@ from .support_threshold import threshold_backward, threshold_forward
 __all__ = [
     "INTERPRETED",
     "MOST_COLUMNS",
+    "SEARCH_COLUMNS",
     "Entries",
     "FeatureSums",
     "GateGrads",
     "Marks",
     "Rows",
+    "Search",
+    "SearchGrads",
     "SparseRows",
     "adam_numbers",
     "adam_rows",
@@ -69,6 +74,8 @@ __all__ = [
     "rational_backward",
     "rational_forward",
     "remove_radial",
+    "round_search",
+    "round_search_back",
     "row_norms",
     "sparse_decode",
     "sparse_decode_dvalues",

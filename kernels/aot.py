@@ -85,9 +85,11 @@ def programs(v: Variant) -> int:
     if v.kernel == "rational_backward" and large(v.p, v.q):
         return 2 if v.arch == 100 else 3
     # A program of adam_rows has as many warps as its row needs.
-    return {"rational_forward": 8, **dict.fromkeys(aot_support.ROWS, 2), **dict.fromkeys(aot_support.HEAVY, 3)}.get(
-        v.kernel, 4
-    )
+    return {
+        "rational_forward": 8,
+        **dict.fromkeys(aot_support.ROWS + aot_support.SEARCH, 2),
+        **dict.fromkeys(aot_support.HEAVY, 3),
+    }.get(v.kernel, 4)
 
 
 def _tile(v: Variant) -> MatmulTile:

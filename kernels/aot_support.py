@@ -10,6 +10,8 @@ import triton
 from .adam_rows import adam_rows_kernel, remove_radial_kernel, row_norms_kernel
 from .aot_variants import Variant
 from .configs import decode_tile, dots_tile, entry_block, entry_tile, mark_tile, row_warps
+from .round_search import round_search_back_kernel, round_search_kernel
+from .round_search import tile as search_tile
 from .support_gate import entry_gate_backward_kernel, entry_gate_forward_kernel
 from .support_list import count_rows_kernel, list_entries_kernel, list_rows_kernel
 from .support_mark import support_mark_kernel
@@ -33,10 +35,13 @@ KERNELS = {
     "row_norms": row_norms_kernel,
     "remove_radial": remove_radial_kernel,
     "adam_rows": adam_rows_kernel,
+    "round_search": round_search_kernel,
+    "round_search_back": round_search_back_kernel,
 }
 HEAVY = ("support_mark", "feature_sums", "long_runs", "entry_gate_backward", "threshold_backward")
 """Kernels for which three programs per multiprocessor are enough, because each has many loads in flight."""
 ROWS = ("row_norms", "remove_radial", "adam_rows")
+SEARCH = ("round_search", "round_search_back")
 GATES = ("entry_gate_forward", "entry_gate_backward")
 ALONE = ("count_rows", "row_norms", "remove_radial", "threshold_backward")
 """Kernels that are compiled for one dtype only, whatever the dtype of the products."""
@@ -73,6 +78,12 @@ def launch(v: Variant) -> tuple[dict, dict, str]:
         if v.kernel == "adam_rows":
             constants |= {"NORMS": True, "COPY": True}
         return constants, {"num_warps": row_warps(D_IN)}, f"{constants['BLOCK_D']} w{row_warps(D_IN)}"
+    if v.kernel in SEARCH:
+        found = search_tile(D_IN, v.dtype.itemsize)
+        flags = ("CORRECT",) if v.kernel == "round_search" else ("HAS_DAFTER", "HAS_DRAW")
+        constants = {**dict.fromkeys(flags, True), "BLOCK_J": found["BLOCK_J"], "BLOCK_D": found["BLOCK_D"]}
+        name = f"{constants['BLOCK_J']}x{constants['BLOCK_D']} w{found['num_warps']}"
+        return constants, {"num_warps": found["num_warps"]}, name
     tile = dots_tile(D_IN) if v.kernel == "entry_dots" else decode_tile(D_IN)
     constants = {"BLOCK_E" if v.kernel == "entry_dots" else "BLOCK_J": tile.rows, "BLOCK_D": tile.columns}
     if v.kernel in ("feature_sums", "long_runs"):
@@ -93,6 +104,10 @@ def types(v: Variant, element: str) -> dict[str, str]:
     found |= dict.fromkeys(("offsets", "longer"), "*i64")
     if v.kernel in ("list_rows", "support_decode"):  # their codes are in the dtype of the products
         found |= dict.fromkeys(("z", "values"), f"*{element}")
+    if v.kernel in SEARCH:
+        numbers = ("r", "weight", "y", "c", "e", "m", "after", "alpha", "raw", "epsilon", "dy", "dafter", "draw")
+        found |= dict.fromkeys((*numbers, "dweight", "dc", "de", "dm", "depsilon"), "*fp32")
+        found |= {"opened": "*u8"} | dict.fromkeys(("features", "order", "starts"), "*i64")
     if v.kernel == "support_mark":
         found["partial"] = "*i32"
     if v.kernel == "long_runs":

@@ -84,12 +84,12 @@ def lengths(W: Tensor) -> Tensor:
     return _Lengths.apply(W, terms_of(W))
 
 
-def collected(W: Tensor) -> Tensor:
+def collected(W: Tensor, triton: bool = False) -> Tensor:
     """Returns W for use in the functions above: their contributions to its gradient are combined in one pass at the
     end."""
     if not (torch.is_grad_enabled() and W.requires_grad):
         return W
-    terms = _Terms()
+    terms = _Terms(triton)
     alias = _Collect.apply(W, terms)
     alias._rsae_terms = terms
     return alias
@@ -99,7 +99,8 @@ class _Terms:
     """The parts of a matrix's gradient: sums over entries of value * g[token] (`found`: values, g, tokens, offsets),
     and multiples of its own rows (`scales`)."""
 
-    def __init__(self) -> None:
+    def __init__(self, triton: bool = False) -> None:
+        self.triton = triton
         self.found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self.scales: list[Tensor] = []
         self.transposed = False
@@ -115,7 +116,8 @@ class _Terms:
             groups.setdefault(one[2].data_ptr(), []).append(one)
         for group in groups.values():
             _, _, tokens, offsets = group[0]
-            loops.rows([(values, g) for values, g, _, _ in group], tokens, offsets, out, add=add)
+            pairs = [(values, g) for values, g, _, _ in group]
+            loops.rows(pairs, tokens, offsets, out, add=add, triton=self.triton)
             add = True
         out = out if add else out.zero_()
         if self.scales:

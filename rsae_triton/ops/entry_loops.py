@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from rsae_triton.ops import native
+from rsae_triton.ops.backends import kernels
 from rsae_triton.ops.native import address, integer
 
 CHUNK = 2**22
@@ -170,12 +171,16 @@ def dots(g: Tensor, tokens: Tensor, features: Tensor, offsets: Tensor, W: Tensor
     return torch.cat(parts) if parts else g.new_zeros(0, dtype=dtype)
 
 
-def rows(terms: list[tuple[Tensor, Tensor]], tokens: Tensor, offsets: Tensor, out: Tensor, *, add: bool) -> Tensor:
+def rows(
+    terms: list[tuple[Tensor, Tensor]], tokens: Tensor, offsets: Tensor, out: Tensor, *, add: bool, triton: bool = False
+) -> Tensor:
     """Sets out[f], or with `add` adds to it, the sum of value * g[token] over terms (values, g) and the entries of
     f."""
     if not terms:
         return out if add else out.zero_()
     d = out.shape[1]
+    if triton and all(one.dtype == torch.float32 for term in terms for one in term):
+        return _rows_by_kernel(terms, tokens, offsets, out, add)
     if native.usable(out, *(one for term in terms for one in term)):
         pointers = ctypes.c_void_p * len(terms)
         values, g = (pointers(*(term[k].data_ptr() for term in terms)) for k in (0, 1))
@@ -192,6 +197,21 @@ def rows(terms: list[tuple[Tensor, Tensor]], tokens: Tensor, offsets: Tensor, ou
         )  # fmt: skip
         out = out.add_(made) if add else out.copy_(made)
         add = True
+    return out
+
+
+def _rows_by_kernel(
+    terms: list[tuple[Tensor, Tensor]], tokens: Tensor, offsets: Tensor, out: Tensor, add: bool
+) -> Tensor:
+    """Two terms in one pass over the entries."""
+    tokens = tokens.to(torch.int32)
+    for k in range(0, len(terms), 2):
+        (values, g), (others, rows_of) = terms[k], terms[k + 1] if k + 1 < len(terms) else (terms[k][0], terms[k][1])
+        others = others if k + 1 < len(terms) else torch.zeros_like(values)
+        at = kernels().Entries(tokens, tokens, values, offsets)
+        found = kernels().feature_sums(at, values, others, values, g, rows_of)
+        out = out.add_(found.decoder) if add else out.copy_(found.decoder)
+        out, add = out.add_(found.encoder) if k + 1 < len(terms) else out, True
     return out
 
 

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 from rsae_triton.ops import entry_loops as loops
 from rsae_triton.ops import native
+from rsae_triton.ops.backends import kernels
 from rsae_triton.ops.encode import product_dtype
 from rsae_triton.ops.entries import Entries
 from rsae_triton.ops.products import bfloat16_products, rows_by_tokens
@@ -64,6 +65,22 @@ def find_entries(
     parts, counts = found
     tokens, features, values = (torch.cat(one) for one in zip(*parts, strict=True))
     return Entries(tokens, features, values, pad(counts.cumsum(0), (1, 0)), n)
+
+
+@torch.no_grad()
+def find_by_kernels(
+    x_c: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, width: Tensor, dtype: torch.dtype
+) -> Entries:
+    """As `find_entries`, by the Triton kernels, for low = threshold - width; waits once, for the number of entries.
+
+    The kernels' support has a margin for rounding, so that it may hold a few entries just below low.
+    """
+    device = kernels()
+    h = torch.mm(W_enc.t().to(dtype), x_c.to(dtype).t())
+    marks = device.support_mark(h, threshold, width, b_enc)
+    size = int(marks.in_support.sum())
+    tokens, features, values, offsets = device.list_entries(h, marks, max(size, 1))
+    return Entries(tokens[:size].long(), features[:size].long(), values[:size], offsets, len(x_c))
 
 
 Found = tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]

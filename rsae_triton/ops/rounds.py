@@ -33,7 +33,7 @@ from rsae_triton.ops.entries import (
     sum_at,
 )
 from rsae_triton.ops.entry_gate import gate_at
-from rsae_triton.ops.finding import find_entries
+from rsae_triton.ops.finding import find_by_kernels, find_entries
 from rsae_triton.ops.reference import Encoded, GateSpec, GateTensors, rational_gate
 from rsae_triton.ops.search import by_token, search
 from rsae_triton.ops.tiles import wide
@@ -139,12 +139,17 @@ def line(m: Tensor, e: Tensor, epsilon: Tensor) -> Tensor:
 
 def candidates(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, low: Tensor, dtype: torch.dtype,
-    screened: bool = True,
+    screened: bool = True, by: GateTensors | None = None,
 ) -> tuple[Entries, Tensor]:  # fmt: skip
     """Finds where the pre-activations of x [n_tokens, d_in] exceed low [d_sae] (or are NaN); returns the entries and
-    their differentiable values. screened: see `find_entries`."""
+    their differentiable values. screened: see `find_entries`. by: the gate that `low` is of, where the Triton kernels
+    are to find them."""
     x_c = x if b_dec is None else x - b_dec
-    entries = find_entries(x_c.detach(), W_enc.detach(), b_enc.detach(), low, dtype=dtype, screened=screened)
+    given = (x_c.detach(), W_enc.detach(), b_enc.detach())
+    if by is None:
+        entries = find_entries(*given, low, dtype=dtype, screened=screened)
+    else:
+        entries = find_by_kernels(*given, by.threshold, by.input_scale, dtype)
     assert entries is not None
     return entries, encode_at(x, W_enc, b_enc, entries, b_dec)
 
@@ -186,19 +191,22 @@ class Walk:
         across: Across | None = None,
         hidden: Tensor | None = None,
         screened: bool = True,
+        triton: bool = False,
     ) -> None:
         check_spec(spec)
         dtype = x.dtype if dtype is None else dtype
         exact = wide(dtype)
         low = (gate.threshold - gate.input_scale).detach()
+        triton = triton and exact == torch.float32
+        by, W_enc = (gate, collected(W_enc, triton)) if triton else (None, W_enc)
         if hidden is None:
-            found, self.h = candidates(x, W_enc, b_enc, b_dec if subtract else None, low, dtype, screened)
+            found, self.h = candidates(x, W_enc, b_enc, b_dec if subtract else None, low, dtype, screened, by)
         else:
             found, self.h = candidates_of(hidden.to(exact), low)
         self.there: Entries = found
-        self._place = by_token(found)
+        self._place = by_token(found, triton)
         own_b_dec = b_dec if across is None or across.first else b_dec.detach()
-        self.r, self._W = x.to(exact) - own_b_dec.to(exact), collected(W_dec.to(exact))
+        self.r, self._W = x.to(exact) - own_b_dec.to(exact), collected(W_dec if triton else W_dec.to(exact), triton)
         self._spec, self._epsilon, self._across = spec, epsilon, across
         own = [one if len(one) == 1 < len(gate.threshold) else self.at(one) for one in gate[:6]]
         self._gate = GateTensors._make([*own, gate.activity_threshold])  # which a gated gate does not look at
@@ -253,9 +261,9 @@ def on_entries(
 
     Args:
         options: subtract, dtype: see `reference`. hidden: [n_tokens, d_sae], h_1 if it has been computed already.
-            screened: see `find_entries`. across: the other processes that hold features of this SAE. They exchange
-            [n_tokens, d_in] sums: two per round, and two more in the backward pass. Gradients of b_dec are this
-            process's share.
+            screened: see `find_entries`. triton: whether the Triton kernels do what they can. across: the other
+            processes that hold features of this SAE. They exchange [n_tokens, d_in] sums: two per round, and two more
+            in the backward pass. Gradients of b_dec are this process's share.
     """
     walk = Walk(x, W_enc, b_enc, W_dec, b_dec, gate, spec, more.unit, more.epsilon, **options)
     walk.open(walk.theta)

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from rsae_triton.ops import entry_loops as loops
 from rsae_triton.ops import native
 from rsae_triton.ops.across import Across
+from rsae_triton.ops.backends import kernels
 from rsae_triton.ops.entries import Entries, matrix_gradient, terms_of
 from rsae_triton.ops.native import address, integer
 
@@ -32,14 +33,16 @@ class Place(NamedTuple):
     Attributes:
         order: [n_entries], the entries sorted by token, then feature. starts: [n_tokens + 1], the start of each token's
             entries.
+        triton: whether the kernels do the work if they can: on float32 entries, with all features in one process.
     """
 
     there: Entries
     order: Tensor
     starts: Tensor
+    triton: bool = False
 
 
-def by_token(entries: Entries) -> Place:
+def by_token(entries: Entries, triton: bool = False) -> Place:
     """Sorts entries by token."""
     tokens, n = entries.tokens, entries.n_tokens
     if tokens.device.type == "cpu" and native.library() is not None:
@@ -47,9 +50,9 @@ def by_token(entries: Entries) -> Place:
         native.library().by_token(  # type: ignore[union-attr]
             address(tokens), integer(len(tokens)), integer(n), address(order), address(starts)
         )
-        return Place(entries, order, starts)
+        return Place(entries, order, starts, triton)
     ordered, order = tokens.sort(stable=True)
-    return Place(entries, order, loops.offsets_of(ordered, n))
+    return Place(entries, order, loops.offsets_of(ordered, n), triton)
 
 
 def search(
@@ -78,12 +81,10 @@ class _Search(torch.autograd.Function):
         terms: Any, correct: bool, across: Across | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         z, weight, r = z.contiguous(), weight.contiguous(), r.contiguous()
-        compiled = across is None and native.usable(z, weight, r, W)
-        ctx.found = Found(
-            *(_compiled if compiled else _plain)(z, weight, r, W, epsilon, opened, place, correct, across)
-        )
+        forward, ctx.back = _way(place, z, weight, r, W, across)
+        ctx.found = forward(z, weight, r, W, epsilon, opened, place, correct, across)
         ctx.save_for_backward(z, weight, W, epsilon, opened)
-        ctx.place, ctx.terms, ctx.correct, ctx.across, ctx.compiled = place, terms, correct, across, compiled
+        ctx.place, ctx.terms, ctx.correct, ctx.across = place, terms, correct, across
         ctx.set_materialize_grads(False)
         y, after, raw = ctx.found.y, ctx.found.after, ctx.found.raw
         ctx.found = ctx.found._replace(y=None, raw=None, after=after.detach())
@@ -97,9 +98,7 @@ class _Search(torch.autograd.Function):
         found, place = ctx.found, ctx.place
         dy = torch.zeros_like(z) if dy is None else dy
         draw = draw if ctx.correct else None
-        back = (_compiled_back if ctx.compiled else _plain_back)(
-            z, weight, W, epsilon, opened, place, found, dy, dafter, draw, ctx.across
-        )
+        back = ctx.back(z, weight, W, epsilon, opened, place, found, dy, dafter, draw, ctx.across)
         dW = None
         if ctx.needs_input_grad[3]:
             tokens, offsets = place.there.tokens, place.there.offsets
@@ -133,6 +132,16 @@ class Back(NamedTuple):
     de: Tensor
     dm: Tensor
     depsilon: Tensor
+
+
+def _way(place: Place, z: Tensor, weight: Tensor, r: Tensor, W: Tensor, across: Across | None) -> tuple[Any, Any]:
+    """Returns how this search and its derivative are computed."""
+    if across is None and place.triton and z.dtype == weight.dtype == torch.float32:
+        if W.shape[1] <= kernels().SEARCH_COLUMNS:
+            return _by_kernel, _by_kernel_back
+    elif across is None and native.usable(z, weight, r, W):
+        return _compiled, _compiled_back
+    return _plain, _plain_back
 
 
 def _plain(
@@ -217,3 +226,23 @@ def _compiled_back(
         address(depsilon), integer(start), integer(stop),
     ), LEAST)  # fmt: skip
     return Back(dz, dweight, dc, de, dm, depsilon)
+
+
+def _by_kernel(
+    z: Tensor, weight: Tensor, r: Tensor, W: Tensor, epsilon: Tensor, opened: Tensor, place: Place, correct: bool,
+    across: Across | None,
+) -> Found:  # fmt: skip
+    found = kernels().round_search(
+        z, weight, r, W, epsilon, opened, place.there.features, place.order, place.starts, correct=correct
+    )
+    return Found(**found._asdict())
+
+
+def _by_kernel_back(
+    z: Tensor, weight: Tensor, W: Tensor, epsilon: Tensor, opened: Tensor, place: Place, found: Found, dy: Tensor,
+    dafter: Tensor | None, draw: Tensor | None, across: Across | None,
+) -> Back:  # fmt: skip
+    made = kernels().round_search_back(
+        found, weight, W, epsilon, opened, place.there.features, place.order, place.starts, dy, dafter, draw
+    )
+    return Back(**made._asdict())

@@ -175,7 +175,7 @@ def entries(sae: Refined, x: Tensor, **options: Any) -> RoundCode:
 def _entries(sae: Refined, x: Tensor, options: dict[str, Any]) -> RoundCode:
     refuse_transforms("a code by its entries")
     options = {**_options(sae, x), **options}
-    resolve_backend(sae.backend, x.device, options["dtype"])
+    options["triton"] = resolve_backend(sae.backend, x.device, options["dtype"]).startswith("triton")
     with torch.autocast(x.device.type, enabled=False):
         return ops.on_entries(*_arguments(sae, x), **options)
 
