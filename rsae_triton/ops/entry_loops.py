@@ -209,7 +209,7 @@ def _rows_by_kernel(
         (values, g), (others, rows_of) = terms[k], terms[k + 1] if k + 1 < len(terms) else (terms[k][0], terms[k][1])
         others = others if k + 1 < len(terms) else torch.zeros_like(values)
         at = kernels().Entries(tokens, tokens, values, offsets)
-        found = kernels().feature_sums(at, values, others, values, g, rows_of)
+        found = kernels().feature_sums(at, values, values, others, values, g, rows_of)
         out = out.add_(found.decoder) if add else out.copy_(found.decoder)
         out, add = out.add_(found.encoder) if k + 1 < len(terms) else out, True
     return out
