@@ -325,6 +325,11 @@ def tables() -> list[tuple[Path, str, str]]:
         (EXPERIMENTS, "untrained", rounds_table.untrained_table(rounds)),
         (EXPERIMENTS, "known", rounds_table.known_table(known)),
         (EXPERIMENTS, "known-trained", rounds_table.known_table(json.loads(rounds_table.KNOWN_TRAINED.read_text()))),
+        (
+            EXPERIMENTS,
+            "known-settings",
+            rounds_table.settings_table(json.loads(rounds_table.KNOWN_SETTINGS.read_text())),
+        ),
         (ROUNDS, "time", bench_rounds.table(json.loads(bench_rounds.RESULTS.read_text()))),
         (EXPERIMENTS, "probes", rounds_table.probes_table(rounds_table.probes())),
         (EXPERIMENTS, "bound", rounds_table.bound_table(rounds)),

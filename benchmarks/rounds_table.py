@@ -23,6 +23,7 @@ from rsae_triton.report.fronts import interval, with_sd
 RESULTS = Path("benchmarks/results")
 ROUNDS, KNOWN = (RESULTS / f"{name}.json" for name in ("reproduce-smollm2-rounds", "known-features"))
 KNOWN_TRAINED = RESULTS / "known-features-trained.json"
+KNOWN_SETTINGS = RESULTS / "known-features-settings.json"
 PICTURE = Path("docs/rounds.svg")
 FAMILIES = {"jumprelu": "JumpReLU", "topk": "TopK", "relu": "ReLU"}
 COLOURS = {"jumprelu": "#0b63ce", "topk": "#2d8a4e", "relu": "#c4361c"}
@@ -129,6 +130,29 @@ def known_table(result: dict[str, Any]) -> str:
             f"{'sae_lens.synthetic' if one['data'] == 'saelens' else 'our own'}; at the teacher's l0, {seeds} seeds.",
         ]
     )
+
+
+def settings_table(result: dict[str, Any]) -> str:
+    """On other data: F1 - teacher of every way of having two rounds, and what training through them does."""
+    ways = {
+        "teacher@2": "untrained", "control@2": "control + 1", "rectangle@2": "rectangle + 1", "rsae@2": "RSAE + 1",
+        "rectangle-refined": "rectangle, through", "refined": "**RSAE, through**",
+    }  # fmt: skip
+    titles = ("data", "teacher", "F1", *ways.values(), "MCC, RSAE, through", "mse, RSAE + 1", "mse, RSAE, through")
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    for run in result["runs"]:
+        for row in sorted(run["rows"], key=lambda row: list(FAMILIES).index(row["teacher"])):
+            data = f"{row['data']}, l0 {row['l0']:g}" + (
+                f", correlated {row['correlation']:g}" * bool(row["correlation"])
+            )
+            to = row["to_teacher"]
+            line = [data, FAMILIES[row["teacher"]], f"{row['scores']['teacher']['f1']['mean']:.3f}"]
+            line += [interval(to[name]["f1"], relative=False, better=1) for name in ways]
+            line.append(interval(to["refined"]["mcc"], relative=False, better=1))
+            line += [interval(to[name]["mse"], relative=True) for name in ("rsae@2", "refined")]
+            lines.append("| " + " | ".join(line) + " |")
+    commands = "; ".join(f"`{run['command']}`" for run in result["runs"])
+    return "\n".join([*lines, "", f"F1, MCC and mse as differences to the teacher, three seeds. {commands}."])
 
 
 def known_name(name: str) -> str:
