@@ -106,6 +106,11 @@ def extract_hooks(
     if not documents:
         raise FormatError("there is no text to read activations from; give at least one document")
     read_as = _read_as(host, context, prepend_bos, seqpos_slice, exclude_special_tokens)
+    strange = next((one for one in documents if not isinstance(one, Document)), None)
+    if strange is not None:
+        raise ConfigError(
+            f"documents holds a {type(strange).__name__}; give what load_corpus returns, or Document(text, source, ...)"
+        )
     common: dict[str, Any] = {
         "schema": SCHEMA,
         "model_fingerprint": host.fingerprint(),
@@ -134,8 +139,8 @@ def extract_hooks(
             if rows_as is not None:
                 identity |= {"rows_as": rows_as, "rows_of": names}
             key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-            stem = re.sub(r"[^\w.-]+", "_", f"{Path(host.name).name}-{name}-{split}")
-            folder = Path(root or cache_dir() / "activations") / f"{stem}-{key[:12]}"
+            stem = re.sub(r"[^\w.-]+", "_", f"{Path(host.name).name[:80]}-{name[:80]}-{split[:20]}").encode()[:190]
+            folder = Path(root or cache_dir() / "activations") / f"{stem.decode(errors='ignore')}-{key[:12]}"
             folders.append(folder)
             runs.append((folder, key, identity))
         # Always in the same order, so that two runs cannot wait for each other.

@@ -48,15 +48,24 @@ class ActivationStore:
         verify: compare every checksum (default: only for stores below 2 GiB).
         shards: (rank, size) opens only every size-th shard, beginning with number rank: the share of one of several
             processes, which then needs no other shard on its disk.
+        in_memory: hold the rows in memory, once, when they are first read at random, as `batches` and so training do
+            (default: only in stores below 2 GiB); otherwise rows are read from the mapped files, some batches ahead.
 
     Raises:
         FormatError: something is missing, foreign or damaged; the message names the file and the folder to delete.
     """
 
     def __init__(
-        self, folder: str | Path, *, verify: bool | None = None, shards: tuple[int, int] | None = None
+        self,
+        folder: str | Path,
+        *,
+        verify: bool | None = None,
+        shards: tuple[int, int] | None = None,
+        in_memory: bool | None = None,
     ) -> None:
-        self.folder, self.share = as_path("folder", folder), shards
+        self.folder, self.share, self.in_memory = as_path("folder", folder), shards, in_memory
+        if in_memory is not None and not isinstance(in_memory, bool):
+            raise ConfigError(f"in_memory is {shown(in_memory)}; give True, False or None")
         if shards is not None and not (isinstance(shards, tuple) and [type(one) for one in shards] == [int, int]):
             raise ConfigError(f"shards is {shown(shards)}; give two integers (rank, size)")
         # The state of each file when the store was opened; a file made since has other rows and another scale.
@@ -96,7 +105,10 @@ class ActivationStore:
     @cached_property
     def mean(self) -> torch.Tensor:
         """The mean row, float32 [d_in], in SAE units."""
-        return self._load(self.manifest["mean_file"], mean=(self.d_in,))["mean"] * self.scale
+        mean = self._load(self.manifest["mean_file"], mean=(self.d_in,))["mean"] * self.scale
+        if not bool(mean.isfinite().all()):
+            raise self._broken(self.manifest["mean_file"], "holds NaN or infinity")
+        return mean
 
     def tensor(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """All rows in memory, [n_tokens, d_in], in SAE units."""
@@ -179,7 +191,8 @@ class ActivationStore:
     @cached_property
     def _resident(self) -> torch.Tensor | None:
         parts = [shard["activations"] for shard in self._shards]
-        return torch.cat(parts) if sum(part.nbytes for part in parts) <= _SMALL_BYTES else None
+        hold = sum(part.nbytes for part in parts) <= _SMALL_BYTES if self.in_memory is None else self.in_memory
+        return torch.cat(parts) if hold else None
 
     def _gather(self, rows: torch.Tensor) -> torch.Tensor:
         return self._from_files(rows) if self._resident is None else self._resident[rows]
@@ -288,7 +301,7 @@ class ActivationStore:
 
     def _check_manifest(self) -> None:
         """Checks that the manifest's numbers make sense, and that its file names are in the folder itself."""
-        if min(self.d_in, self.n_tokens) < 1 or not 0 < self.scale < float("inf"):
+        if min(self.d_in, self.n_tokens) < 1 or not 1e-37 < self.scale < 1e38:  # a float32
             raise self._broken(MANIFEST, f"has d_in={self.d_in}, n_tokens={self.n_tokens}, scale={self.scale}")
         text = [self.manifest[f"{kind}_file"] for kind in ("sequences", "documents")]
         # A store made from a tensor has no text.
@@ -298,17 +311,18 @@ class ActivationStore:
                 raise self._broken(MANIFEST, f"names {str(name)[:60]!r}, which is no file of its folder")
             if len(os.fsencode(name)) > 255:
                 raise self._broken(MANIFEST, f"names {name[:60]!r}..., longer than a file's name can be")
+        positions, excluded = self.manifest.get("seqpos_slice"), self.manifest.get("exclude_tokens", [])
+        whole = positions is None or (isinstance(positions, list) and 1 <= len(positions) <= 3)
+        numbers = [one for one in positions or () if one is not None] if whole else []
+        said = isinstance(self.manifest.get("prepend_bos", True), bool)
+        if not (whole and said and isinstance(excluded, list)) or 0 in (positions or [])[2:]:
+            raise self._broken(MANIFEST, "does not say which positions it holds")
+        if any(type(one) is not int or abs(one) >= 2**31 for one in (*numbers, *excluded)):
+            raise self._broken(MANIFEST, "does not say which positions it holds")
         if text != [None, None]:
             limit = self.manifest.get("norm_limit")
             if limit is not None and not (isinstance(limit, int | float) and float(limit) > 0):
                 raise self._broken(MANIFEST, f"has norm_limit={shown(limit)}")
-            positions, excluded = self.manifest.get("seqpos_slice"), self.manifest.get("exclude_tokens", [])
-            whole = positions is None or (isinstance(positions, list) and 1 <= len(positions) <= 3)
-            numbers = [one for one in positions or () if one is not None] if whole else []
-            if not whole or not isinstance(excluded, list) or 0 in (positions or [])[2:]:
-                raise self._broken(MANIFEST, "does not say which positions it holds")
-            if any(type(one) is not int or abs(one) >= 2**31 for one in (*numbers, *excluded)):
-                raise self._broken(MANIFEST, "does not say which positions it holds")
             bos = self.manifest["bos_token_id"]
             if not isinstance(bos, int) or abs(bos) >= 2**31 or not isinstance(self.manifest["hook_name"], str):
                 raise self._broken(MANIFEST, "says neither which token begins a text nor where it was read")

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from rsae_triton.activations import HostModel
 from rsae_triton.common.errors import ConfigError, StorageError
-from rsae_triton.common.files import check_folder, make_folder, write_text
+from rsae_triton.common.files import check_folder, check_ordinary, make_folder, write_text
 from rsae_triton.common.progress import LoggedProgress
 from rsae_triton.common.terminal import plain
 from rsae_triton.evaluation.compare import compare
@@ -197,6 +197,7 @@ def check_writable(out: Path | None) -> None:
     if out.is_dir():
         raise ConfigError(f"--out {out} is a folder; name a file in it")
     try:
+        check_ordinary(out)
         check_folder(out.parent)
     except StorageError as error:
         raise StorageError(f"--out {out}: {error}") from error

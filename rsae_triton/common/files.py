@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -152,6 +153,17 @@ def make_folder(folder: Path) -> None:
         raise StorageError(f"the folder {folder} cannot be made ({error.strerror}); choose another place") from error
 
 
+def check_ordinary(path: Path) -> None:
+    """Raises StorageError for a device, a pipe or a socket, which a renamed file would replace: where root writes to
+    /dev/null, the machine would have none any more."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:  # not there, or a link to nowhere
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise StorageError(f"{path} is a device or a pipe and no ordinary file; choose another name")
+
+
 def check_folder(folder: Path) -> None:
     """Raises StorageError unless files can be written into the folder, or into its nearest existing parent. Leaves
     nothing behind. To be called before hours of work whose result goes there."""
@@ -231,6 +243,8 @@ def write_together(folder: Path, files: Mapping[str, Callable[[Path], Any]]) -> 
     """
     done: list[str] = []
     name = next(iter(files))
+    for name in files:
+        check_ordinary(folder / name)
     try:
         with scratch(folder) as place:
             for name, write in files.items():

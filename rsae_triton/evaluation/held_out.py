@@ -250,7 +250,10 @@ def open_held_out(options: TextOptions, saes: Mapping[str, SparseAutoencoder], h
         return HeldOut(pairs.tensor().to(host.device), pairs, splice_of(pairs), pairs.mean)
     store = extract(host, documents, n_tokens=options.tokens, split="eval", seed=seed, context=context, **reads)
     first = next(iter(saes.values())).metadata
-    scale = float(first.get("activation_scale") or store.scale)
+    try:
+        scale = float(first.get("activation_scale") or store.scale)
+    except (TypeError, ValueError) as error:  # metadata can come from anywhere
+        raise FormatError(f"the activation_scale in the SAE's cfg.json is no number ({error}); mend it") from error
     for sae in saes.values():
         sae.to(host.device).to_units_(scale)
     ratio = scale / store.scale

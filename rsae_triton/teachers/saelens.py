@@ -59,7 +59,7 @@ def build(config: dict[str, Any], tensors: dict[str, Any], files: Files) -> Spar
     def get(*names: str, optional: tuple[str, ...] = ()) -> dict[str, Tensor]:
         found = require(tensors, path, "W_enc", "W_dec", "b_dec", *names, optional=("scaling_factor", *optional))
         # SAELens computes in the configuration's dtype, so weights stored in a narrower one are converted to it.
-        return {name: one.to(torch.promote_types(one.dtype, dtype)) for name, one in found.items()}
+        return {name: _at_least(one, dtype) for name, one in found.items()}
 
     options: dict[str, Any] = {
         "apply_b_dec_to_input": config.get("apply_b_dec_to_input", True),
@@ -103,7 +103,7 @@ def _transcoder(config: dict[str, Any], tensors: dict[str, Any], path: Path, fil
     dtype = parse_dtype(config.get("dtype", "float32"))
     names = ["W_enc", "W_dec", "b_enc", "b_dec"]
     names += ["threshold"] * architecture.startswith("jumprelu") + ["W_skip"] * ("skip" in architecture)
-    w = {name: one.to(torch.promote_types(one.dtype, dtype)) for name, one in require(tensors, path, *names).items()}
+    w = {name: _at_least(one, dtype) for name, one in require(tensors, path, *names).items()}
     if config.get("normalize_activations") not in (None, False, "none"):
         raise FormatError(
             f"{files.name} is a transcoder with normalize_activations={config['normalize_activations']!r}; what that "
@@ -203,3 +203,8 @@ def _normalization(parts: Parts, config: dict[str, Any], files: Files) -> None:
         parts.fold_whitening(w["mean"], w["matrix"], w["inverse_matrix"])
     else:
         raise FormatError(f"{files.name} has normalize_activations={mode!r}, which is not a mode of SAELens 6")
+
+
+def _at_least(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In this dtype, if its own is narrower; integers are left as they are, and refused as weights."""
+    return tensor.to(torch.promote_types(tensor.dtype, dtype)) if tensor.is_floating_point() else tensor

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ class Checkpoints:
             names = [path.name for path in self.folder.glob("step-*") if path.is_dir()]
         except OSError as error:
             raise StorageError(f"{self.folder} cannot be read ({error.strerror or error})") from error
-        return sorted(int(name.removeprefix("step-")) for name in names if name.removeprefix("step-").isdigit())
+        return sorted(int(name[5:]) for name in names if re.fullmatch("step-[0-9]{1,18}", name))
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"

@@ -15,12 +15,12 @@ from torch import Tensor
 from rsae_triton.activations.pairs import row_width
 from rsae_triton.common.checks import check_data, check_names
 from rsae_triton.common.errors import ConfigError, ShapeError, Stopped
-from rsae_triton.common.files import check_room
+from rsae_triton.common.files import check_folder, check_room
 from rsae_triton.ops.runtime import deterministic, only_writer, stop_signal
 from rsae_triton.sae.base import SparseAutoencoder, check_sae
 from rsae_triton.sae.sides import side_by_side
 from rsae_triton.sae.units import check_place, reading, take_note, warn_of_units
-from rsae_triton.training.checkpoints import Checkpoints
+from rsae_triton.training.checkpoints import FOLDER, Checkpoints
 from rsae_triton.training.language import LanguageLoss, language_memory, only_the_sae
 from rsae_triton.training.memory import plan_memory
 from rsae_triton.training.metrics import Metrics, TrainLog, progress_bar, take_up
@@ -190,6 +190,7 @@ def _train(
                 # Weights and what Adam keeps of each; of several processes one must not stop alone.
                 need = sum((3 if one.requires_grad else 1) * one.nbytes for one in sae.parameters())
                 check_room(settings.out, need, "a checkpoint")
+                check_folder(settings.out / FOLDER)
             stack.enter_context(only_writer(settings.out))
         together.barrier()
         run = Run(sae, settings, recipe, plan, together, identity_of(activations), dtype, language)

@@ -239,11 +239,12 @@ def test_activations_that_are_not_finite_are_refused(host, documents, monkeypatc
 # --- reading ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("resident", [True, False])
-def test_batches_shuffle_resume_and_cover(made, monkeypatch, resident):
-    if not resident:
+@pytest.mark.parametrize(("small", "in_memory"), [(True, None), (False, None), (True, False), (False, True)])
+def test_batches_shuffle_resume_and_cover(made, monkeypatch, small, in_memory):
+    if not small:
         monkeypatch.setattr(store, "_SMALL_BYTES", 0)
-    opened = ActivationStore(made.folder)
+    opened = ActivationStore(made.folder, in_memory=in_memory)
+    assert (opened._resident is not None) == (small if in_memory is None else in_memory)
     rows = opened.tensor()
     epoch = list(opened.batches(150, seed=5, epochs=1))
     assert [tuple(b.shape) for b in epoch] == [(150, 32)] * 6

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import tiny_models
 import torch
+from safetensors.torch import save_file
 
 from rsae_triton import train
 from rsae_triton.activations import ActivationStore, extract, load_corpus, load_host, store_tensor
@@ -77,6 +78,42 @@ def test_room_is_looked_at_before_training(tmp_path, monkeypatch):
         train(sae, X, steps=2, batch_size=16, out=tmp_path / "run", progress=False)
     assert list(tmp_path.iterdir()) == []
     train(sae, X, steps=2, batch_size=16, progress=False)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seqpos_slice": "x"}, {"seqpos_slice": [1, 2, 0]}, {"seqpos_slice": [1, "a"]}, {"seqpos_slice": []},
+        {"exclude_tokens": {"a": 1}}, {"exclude_tokens": [2**70]}, {"prepend_bos": 3}, {"scale": 1e40},
+        {"scale": 1e-60},
+    ],
+)  # fmt: skip
+def test_positions_and_scales_that_are_none_are_refused(tmp_path, changes):
+    store = store_tensor(X, tmp_path / "s")
+    rewritten(store.folder, **changes)
+    with pytest.raises(FormatError, match=r"positions|scale"):
+        ActivationStore(store.folder)
+
+
+def test_a_mean_that_is_not_finite_is_refused(tmp_path):
+    store = store_tensor(X, tmp_path / "s")
+    mean = store.folder / "mean.safetensors"
+    save_file({"mean": torch.full((4,), float("nan"))}, mean)
+    entry = {"bytes": mean.stat().st_size, "sha256": files.file_sha256(mean)}
+    rewritten(store.folder, files={**store.manifest["files"], mean.name: entry})
+    with pytest.raises(FormatError, match=r"mean\.safetensors holds NaN"):
+        _ = ActivationStore(store.folder).mean
+
+
+def test_text_that_is_no_documents_is_named_and_a_long_name_is_cut(tmp_path):
+    (tmp_path / "text").mkdir()
+    model = tmp_path / ("m" * 250)
+    host = load_host(str(tiny_models.saved(tiny_models.llama(), model)), dtype="float32")
+    options = {"context": 16, "root": tmp_path / "stores", "progress": False}
+    with pytest.raises(ConfigError, match="documents holds a str; give what load_corpus returns"):
+        extract(host, ["w1 w2 w3"], n_tokens=20, **options)
+    documents = load_corpus([str(tiny_models.text(tmp_path / "text", n_files=2, n_words=120))])
+    assert len(extract(host, documents, n_tokens=20, **options)) == 20
 
 
 def test_a_shard_is_listed_once(tmp_path):

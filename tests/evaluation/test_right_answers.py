@@ -13,7 +13,7 @@ from synthetic import sparse_activations
 
 from rsae_triton import train, upgrade
 from rsae_triton.activations import extract, load_corpus, load_host, store_tensor
-from rsae_triton.common.errors import ConfigError, NumericsError
+from rsae_triton.common.errors import ConfigError, FormatError, NumericsError
 from rsae_triton.evaluation import at_l0, compare, evaluate, reconstruction
 from rsae_triton.evaluation.downstream import Splice, splice_sequences
 from rsae_triton.evaluation.held_out import HostOptions, TextOptions, load_sae, open_held_out, open_host
@@ -204,6 +204,14 @@ def test_dtype_and_context_are_those_the_sae_says(folder, tmp_path):
     host = open_host(options, {"sae": one})
     assert host.dtype == torch.float32
     assert open_held_out(options, {"sae": one}, host).store.sequences.tokens.shape[1] == 32
+
+
+@pytest.mark.parametrize("scale", ["y", [1.0], {"a": 1}])
+def test_a_scale_that_is_no_number_is_named(folder, tmp_path, scale):
+    saes = {"sae": sae(hook_name="blocks.2.hook_resid_pre", activation_scale=scale)}
+    options = TextOptions(model=str(folder), text=(texts(tmp_path / "text"),), tokens=60, whole_text=True)
+    with pytest.raises(FormatError, match="the activation_scale in the SAE's"):
+        open_held_out(options, saes, open_host(options, saes))
 
 
 def test_a_place_that_nobody_says_is_a_guess_and_named(folder):

@@ -12,7 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from rsae_triton import FusedRationalSAE, load_teacher
+from rsae_triton.commands.evaluate import check_writable
 from rsae_triton.common.errors import ConfigError, FormatError, NumericsError, StorageError
+from rsae_triton.common.files import write_text
 from rsae_triton.sae.pretrained import CONFIG_FILE, WEIGHTS_FILE
 from rsae_triton.teachers import JumpReluSAE, ReluSAE
 
@@ -131,6 +133,18 @@ def test_leftovers_of_killed_saves_are_removed_and_those_in_use_are_not(tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", CONFIG_FILE, WEIGHTS_FILE]
 
 
+def test_a_device_or_a_pipe_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/null")
+    for name in ("pipe", "link"):
+        with pytest.raises(StorageError, match="is a device or a pipe"):
+            write_text(tmp_path / name, "text")
+        with pytest.raises(StorageError, match=f"--out .*{name}.*is a device or a pipe"):
+            check_writable(tmp_path / name)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["link", "pipe"]
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_the_umask_is_honoured(tmp_path):
     before = os.umask(0o027)
     try:
@@ -212,3 +226,12 @@ def test_weights_in_eight_bits_are_refused(tmp_path):
     rewritten(tmp_path, "W_enc", lambda one: one.to(torch.float8_e4m3fn))
     with pytest.raises(FormatError, match="float8_e4m3fn, which means nothing without its scales"):
         FusedRationalSAE.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.uint8])
+def test_weights_that_are_whole_numbers_are_refused(tmp_path, dtype):
+    sae("relu").save_pretrained(tmp_path)
+    weights = {name: one.to(dtype) for name, one in load_file(tmp_path / WEIGHTS_FILE).items()}
+    save_file(weights, tmp_path / WEIGHTS_FILE)
+    with pytest.raises(FormatError, match="floating-point numbers"):
+        load_teacher(tmp_path)

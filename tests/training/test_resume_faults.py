@@ -241,3 +241,18 @@ def test_where_one_process_finds_no_room_all_say_so_and_the_checkpoint_before_st
     assert not list(checkpoints.folder.glob(".step-*"))
     run_together(2, 2, tmp_path, "gated", **options, out=out, resume=True)
     assert checkpoints.steps() == [5, 10]
+
+
+def test_what_lies_where_checkpoints_go(tmp_path, activations):
+    folder = tmp_path / "run" / "checkpoints"
+    for name in ("step-²", "step-999999999999999999999", "step-"):  # digits to Python, and none of ours
+        (folder / name).mkdir(parents=True)
+    train(small_sae("gated"), activations, steps=1, out=tmp_path / "run", resume=True, **OPTIONS)
+    assert Checkpoints(tmp_path / "run").steps() == [1]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "checkpoints").write_text("a file")
+    before = small_sae("gated")
+    sae = small_sae("gated")
+    with pytest.raises(StorageError, match="checkpoints cannot be written to"):
+        train(sae, activations, steps=1, out=tmp_path / "other", **OPTIONS)
+    assert torch.equal(sae.W_enc, before.W_enc)  # said before the first step
