@@ -59,8 +59,19 @@ struct Token {
     }
 
     void dot_all(const float* g, int64_t d) { dots_with(g, rows.data(), count, d, dots.data()); }
-    void dot_open(const float* g, int64_t d) { dots_with(g, open_rows.data(), opened, d, dots.data()); }
     void add_open(float* out, int64_t d) { add_rows(by.data(), open_rows.data(), opened, d, out); }
+
+    // For every open entry i: by[i] = weigh(i, dots[i]), where dots = g . its row; then out += by[i] * its row, eight
+    // rows at a time, while they are in the nearest cache.
+    template <class Weigh>
+    void dot_and_add(const float* g, float* out, int64_t d, Weigh weigh) {
+        for (int64_t i = 0; i < opened; i += 8) {
+            const int64_t some = std::min<int64_t>(8, opened - i);
+            dots_with(g, open_rows.data() + i, some, d, dots.data() + i);
+            for (int64_t k = i; k < i + some; ++k) by[k] = weigh(k, dots[k]);
+            add_rows(by.data() + i, open_rows.data() + i, some, d, out);
+        }
+    }
 };
 
 inline void horner(const float* s, const float* of, int64_t degree, float* value, float* slope) {
@@ -123,13 +134,11 @@ void search(const float* r, const float* W, int64_t d, const int64_t* starts, co
         for (int64_t i = 0; i < token.opened; ++i) token.by[i] = -value[token.open[i]];
         std::memcpy(own_e, r + t * d, d * sizeof(float));
         token.add_open(own_e, d);
-        token.dot_open(own_e, d);
-        for (int64_t i = 0; i < token.opened; ++i) {
-            own_c[at + token.open[i]] = token.dots[i];
-            token.by[i] = by[at + token.open[i]] * token.dots[i];
-        }
         std::memset(own_m, 0, d * sizeof(float));
-        token.add_open(own_m, d);
+        token.dot_and_add(own_e, own_m, d, [&](int64_t i, float found) {
+            own_c[at + token.open[i]] = found;
+            return by[at + token.open[i]] * found;
+        });
         const float far = dot(own_m, own_e, d) / (epsilon + dot(own_m, own_m, d));
         alpha[t] = far;
         for (int64_t k = 0; k < d; ++k) own_after[k] = own_e[k] - far * own_m[k];
@@ -176,14 +185,12 @@ void search_back(const float* W, int64_t d, const int64_t* starts, const int64_t
             own_dm[k] = dtop * own_e[k] + 2 * dbelow * own_m[k] - far * own_de[k];
             own_de[k] += dtop * own_m[k];
         }
-        token.dot_open(own_dm, d);
-        for (int64_t i = 0; i < token.opened; ++i) {
+        token.dot_and_add(own_dm, own_de, d, [&](int64_t i, float found) {
             const int64_t k = at + token.open[i];
-            const float dg = far * value[token.open[i]] + token.dots[i];
+            const float dg = far * value[token.open[i]] + found;
             own_dweight[k] = dg * own_c[k];
-            token.by[i] = own_dc[k] = dg * by[k];
-        }
-        token.add_open(own_de, d);
+            return own_dc[k] = dg * by[k];
+        });
         token.dot_all(own_de, d);
         for (int64_t i = 0; i < count; ++i) value[i] -= token.dots[i];
     }
