@@ -20,7 +20,7 @@ import rounds_table
 import tyro
 
 from rsae_triton.common.files import write_text
-from rsae_triton.report.fronts import interval, paired, spread, student, with_sd, write_front
+from rsae_triton.report.fronts import interval, one_each, paired, spread, student, with_sd, write_front
 from rsae_triton.report.scores import paired_difference
 
 COMMITTED = Path("benchmarks/results/demo-smollm2.json")
@@ -120,43 +120,33 @@ def grid_table(result: dict[str, Any], sparsities: tuple[float, ...] | None = No
     return "\n".join([*lines, "", sparser + origin(result)])
 
 
-def families_table(rounds: dict[str, Any] | None, grid: dict[str, Any], formats: str) -> str:
+def families_table(rounds: dict[str, Any], formats: str) -> str:
     """Three rows: what one more round, with nothing trained, does to a teacher of each family, and training on top."""
-    lines = [
-        "| teacher | share of public SAEs | error (mse) | loss added to the model (Δ CE, nats) | trained too |",
-        "|---|---|---|---|---|",
-    ]
+    titles = ("teacher", "share of public SAEs", "error (mse)", "loss added to the model (Δ CE, nats)")
+    titles += ("trained too: error", "control + a round")
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    rows = {row["teacher"]: row for row in rounds_table.ordered(rounds)}
     for name, label in FAMILY_NAMES.items():
-        trained = [
-            row
-            for row in grid["rows"]
-            if row["teacher"] == name and row["sparsity"] == 1.0 and row["hook_name"] == "blocks.16.hook_resid_pre"
-        ]
-        row = max(trained, key=lambda one: one["d_sae"])
-        cells = [f"{label}", share(name, formats), "not measured yet", "not measured yet"]
-        own = [] if rounds is None else [one for one in rounds["rows"] if one["teacher"] == name]
-        if rounds is not None and own:
-            scores = {code: kinds["matched"] for code, kinds in own[0]["scores"].items()}
-            members = [cell for cell in rounds["cells"] if is_of(cell, own[0])]
-            for place, (metric, digits) in enumerate((("mse", ".1f"), ("delta_ce", ".3f")), start=2):
-                before, after = (scores[code][metric]["mean"] for code in ("teacher", "teacher@2"))
-                found = student([relative(one, metric) for one in members])
-                reach = (
-                    ""
-                    if found["low"] is None or found["n"] < 3
-                    else f" ({100 * found['low']:+.0f} to {100 * found['high']:+.0f})"
-                )
-                cells[place] = f"{before:{digits}} → {after:{digits}}, **{100 * found['mean']:+.0f} %**{reach}"
-        cells.append(f"{100 * row['against']['mse']['control']['mean']:+.1f} %")
-        lines.append("| " + " | ".join(cells) + " |")
-    note = "Error and Δ CE: the teacher's → with one more round, **nothing trained**, at the teacher's l0"
-    if rounds is not None:
-        seeds = max(len(one["seeds"]) for one in rounds["rows"])
-        note += f"; {seeds} seeds{', 95 % intervals' * (seeds > 2)} (`{rounds['command']}`)"
-    note += (
-        ". Trained too: the error of a one-round RSAE against the *control*, the same teacher trained as long. "
-        "SmolLM2-135M, layer 16, 2,304 features, test split. Shares: [docs/formats.md](docs/formats.md); the rest are "
-        "sweeps over several families."
+        row = rows[name]
+        scores = {code: kinds["matched"] for code, kinds in row["scores"].items()}
+        members = one_each(cell for cell in rounds["cells"] if is_of(cell, row))
+        line = [label, share(name, formats)]
+        for metric, digits in (("mse", ".1f"), ("delta_ce", ".3f")):
+            before, after = (scores[code][metric]["mean"] for code in ("teacher", "teacher@2"))
+            found = student([relative(one, metric) for one in members])
+            reach = f"({100 * found['low']:+.0f} to {100 * found['high']:+.0f})"
+            line.append(f"{before:{digits}} → {after:{digits}}, **{100 * found['mean']:+.0f} %** {reach}")
+        for code in ("refined", "control@2"):
+            found = row["pairs"]["mse"][code]["control"]
+            line.append(f"{100 * found['mean']:+.1f} %")
+        lines.append("| " + " | ".join(line) + " |")
+    seeds = max(len(row["seeds"]) for row in rows.values())
+    note = (
+        "Error and Δ CE: the teacher's → with one more round, **nothing trained**, at the teacher's l0; "
+        f"{seeds} seeds, 95 % intervals (`{rounds['command']}`). Trained too: a Rational SAE trained through both "
+        "rounds, against the *control*, the same teacher trained for as many steps with its own encoder; beside it what an "
+        "untrained round does for that control. SmolLM2-135M, layer 16, 2,304 features, test split. Shares: "
+        "[docs/formats.md](docs/formats.md); the rest are sweeps over several families."
     )
     return "\n".join([*lines, "", note])
 
@@ -320,7 +310,7 @@ def tables() -> list[tuple[Path, str, str]]:
     grid = json.loads(GRID.read_text())
     rounds, known = (json.loads(path.read_text()) for path in (rounds_table.ROUNDS, rounds_table.KNOWN))
     return [
-        (README, "families", families_table(rounds, grid, FORMATS.read_text())),
+        (README, "families", families_table(rounds, FORMATS.read_text())),
         (DEMO, "demo", table(json.loads(COMMITTED.read_text()))),
         (EXPERIMENTS, "untrained", rounds_table.untrained_table(rounds)),
         (EXPERIMENTS, "known", rounds_table.known_table(known)),
@@ -332,6 +322,7 @@ def tables() -> list[tuple[Path, str, str]]:
         ),
         (ROUNDS, "time", bench_rounds.table(json.loads(bench_rounds.RESULTS.read_text()))),
         (EXPERIMENTS, "probes", rounds_table.probes_table(rounds_table.probes())),
+        (EXPERIMENTS, "trained", rounds_table.trained_table(rounds)),
         (EXPERIMENTS, "bound", rounds_table.bound_table(rounds)),
         (EXPERIMENTS, "grid", grid_table(grid)),
         (EXPERIMENTS, "controls", controls_table(grid)),

@@ -25,6 +25,8 @@ ROUNDS, KNOWN = (RESULTS / f"{name}.json" for name in ("reproduce-smollm2-rounds
 KNOWN_TRAINED = RESULTS / "known-features-trained.json"
 KNOWN_SETTINGS = RESULTS / "known-features-settings.json"
 PICTURE = Path("docs/rounds.svg")
+MAIN = ("blocks.16.hook_resid_pre", 2304, 1.0)
+"""Place, width and sparsity of the teachers that every contender was made from."""
 FAMILIES = {"jumprelu": "JumpReLU", "topk": "TopK", "relu": "ReLU"}
 COLOURS = {"jumprelu": "#0b63ce", "topk": "#2d8a4e", "relu": "#c4361c"}
 TRAINED = {
@@ -40,8 +42,15 @@ TRAINED = {
 }
 
 
+def is_main(one: dict[str, Any]) -> bool:
+    """Whether a row or a cell is of MAIN."""
+    return (one["hook_name"], one["d_sae"], one.get("cell", one)["sparsity"]) == MAIN
+
+
 def ordered(result: dict[str, Any]) -> list[dict[str, Any]]:
-    return sorted(result["rows"], key=lambda row: list(FAMILIES).index(row["teacher"]))
+    """The rows of the place that has every contender."""
+    rows = [row for row in result["rows"] if is_main(row)]
+    return sorted(rows, key=lambda row: list(FAMILIES).index(row["teacher"]))
 
 
 def untrained_table(result: dict[str, Any]) -> str:
@@ -68,27 +77,51 @@ def untrained_table(result: dict[str, Any]) -> str:
 def by_sequence(result: dict[str, Any], teacher: str) -> list[str]:
     """Returns, for every seed, the difference in Δ CE that one round makes, with its interval over the spliced
     sequences."""
-    cells = [cell for cell in result["cells"] if cell["cell"]["teacher"] == teacher]
+    cells = [cell for cell in result["cells"] if cell["cell"]["teacher"] == teacher and is_main(cell)]
     found = [cell["scores"].get("to_teacher", {}).get("teacher@2", {}).get("delta_ce") for cell in cells]
     return [f"{mean:+.3f} ({low:+.3f} to {high:+.3f})" for mean, low, high in filter(None, found)]
 
 
 def trained_table(result: dict[str, Any]) -> str:
-    """What training adds: every contender at the teacher's l0, by family, where it was computed."""
-    rows = {row["teacher"]: row for row in ordered(result)}
-    header = ["", *(f"{FAMILIES[name]}: mse | against control | Δ CE" for name in rows)]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * (1 + 3 * len(rows))]
-    for name, label in {"teacher": "teacher", "teacher@2": "teacher + a round, nothing trained", **TRAINED}.items():
-        line = [label]
-        for row in rows.values():
-            score = row["scores"].get(name, {}).get("matched")
-            if score is None:
-                line += ["", "", ""]
+    """What training adds: every contender at the teacher's l0, against the control and the rectangle, by family."""
+    titles = ("teacher", "SAE", "mse", "− control (95 %)", "− rectangle, refined", "Δ CE", "Δ CE − control (95 %)")
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    for row in ordered(result):
+        for name, label in {"teacher": "teacher", "teacher@2": "teacher + a round, nothing trained", **TRAINED}.items():
+            if name not in row["scores"]:
                 continue
-            line += [with_sd(score["mse"], ".2f"), interval(row["pairs"]["mse"][name].get("control"), relative=True)]
+            score, pairs = row["scores"][name]["matched"], row["pairs"]
+            against = pairs["mse"].get(name, {})
+            line = [FAMILIES[row["teacher"]], label, with_sd(score["mse"], ".2f")]
+            line += [interval(against.get(base), relative=True) for base in ("control", "rectangle-refined")]
             line.append(with_sd(score["delta_ce"], ".3f") if "delta_ce" in score else "")
-        lines.append("| " + " | ".join(line) + " |")
+            line.append(interval(pairs["delta_ce"].get(name, {}).get("control"), relative=False))
+            lines.append("| " + " | ".join(line) + " |")
     return "\n".join([*lines, "", source(result)])
+
+
+def places_table(result: dict[str, Any]) -> str:
+    """One row for each place, width and density besides the first: where the gains hold."""
+    titles = ("teacher", "layer", "features", "l0", "seeds", "mse", "**+ 1 round**", "control − teacher")
+    titles += ("control + a round", "rectangle + a round", "RSAE + a round", "RSAE, two rounds trained")
+    titles += ("Δ CE", "**+ 1 round**", "control", "RSAE + a round", "two rounds trained")
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    for row in sorted((row for row in result["rows"] if not is_main(row)), key=place_order):
+        scores, pairs = {name: kinds["matched"] for name, kinds in row["scores"].items()}, row["pairs"]["mse"]
+        line = [FAMILIES[row["teacher"]], row["hook_name"].split(".")[1], f"{row['d_sae']:,}"]
+        line += [f"{row['l0']['mean']:.1f}", f"{len(row['seeds'])}", with_sd(scores["teacher"]["mse"], ".2f")]
+        line += [interval(pairs.get(name, {}).get("teacher"), relative=True) for name in ("teacher@2", "control")]
+        after = ("control@2", "rectangle@2", "rsae@2", "refined")
+        line += [interval(pairs.get(name, {}).get("control"), relative=True) for name in after]
+        spliced = ("teacher", "teacher@2", "control", "rsae@2", "refined")
+        line += [f"{scores[name]['delta_ce']['mean']:.3f}" if name in scores else "" for name in spliced]
+        lines.append("| " + " | ".join(line) + " |")
+    note = "Columns from 'control + a round' to 'two rounds trained': mse against the control, paired by seed."
+    return "\n".join([*lines, "", note])
+
+
+def place_order(row: dict[str, Any]) -> tuple[Any, ...]:
+    return list(FAMILIES).index(row["teacher"]), -row["sparsity"], row["hook_name"], -row["d_sae"]
 
 
 def bound_table(result: dict[str, Any]) -> str:
@@ -166,27 +199,33 @@ def known_name(name: str) -> str:
 def probes_table(results: dict[str, dict[str, Any]]) -> str:
     """By family, the mean difference in accuracy to the teacher that rounds make, over the data sets."""
     lines = ["| teacher | rounds on top | k = 1 | k = 2 | k = 5 | k = 16 |", "|" + "---|" * 6]
+    kinds = {"{}-2-rounds": "1", "{}-6-rounds": "5", "{}-through": "1, trained through both"}
     for family, result in results.items():
-        for n in (2, 6):
-            line = [FAMILIES[family], f"{n - 1}"]
+        for name, label in kinds.items():
+            line = [FAMILIES[family], label]
             for k in ("1", "2", "5", "16"):
-                pair = result["mean"]["paired"][k][f"{family}-{n}-rounds"][f"{family}-teacher"]
-                mean, low, high = pair["accuracy"]
+                mean, low, high = result["mean"]["paired"][k][name.format(family)][f"{family}-teacher"]["accuracy"]
                 line.append(f"{mean:+.3f} ({low:+.3f} to {high:+.3f})")
             lines.append("| " + " | ".join(line) + " |")
     one = next(iter(results.values()))
-    sets = len(one["tasks"])
-    prompts = one["meta"]["items_per_label"]
     where = (
-        f"`rsae probe TEACHER ROUNDS --sets ...`, {sets} sets of sae-probes, {prompts} prompts of each label, seed 0"
+        f"`rsae probe TEACHER ROUNDS --sets ...`, {len(one['tasks'])} sets of sae-probes, "
+        f"{one['meta']['items_per_label']} prompts of each label, seed 0"
     )
     return "\n".join([*lines, "", f"{where}; mean over the sets, intervals resample within them."])
 
 
 def probes() -> dict[str, dict[str, Any]]:
-    """What is committed, by family."""
-    found = {family: RESULTS / f"probing-rounds-{family}.json" for family in FAMILIES}
-    return {family: json.loads(path.read_text()) for family, path in found.items() if path.is_file()}
+    """What is committed, by family: rounds without training, and training through them in files of its own."""
+    found = {}
+    for family in FAMILIES:
+        untrained, trained = (
+            json.loads((RESULTS / f"probing-{kind}-{family}.json").read_text()) for kind in ("rounds", "trained")
+        )
+        for k, pairs in trained["mean"]["paired"].items():
+            untrained["mean"]["paired"][k] |= pairs
+        found[family] = untrained
+    return found
 
 
 def source(result: dict[str, Any]) -> str:

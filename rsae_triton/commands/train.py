@@ -23,7 +23,7 @@ from rsae_triton.sae.pretrained import parse_dtype
 from rsae_triton.sae.rational import FusedRationalSAE
 from rsae_triton.training.checkpoints import Checkpoints
 from rsae_triton.training.loop import train
-from rsae_triton.training.rounds import put_back, set_l0
+from rsae_triton.training.rounds import finish_training
 from rsae_triton.training.settings import TrainSettings
 from rsae_triton.upgrading.stage_one import parse_coefficients, parse_degree, parse_rounds
 from rsae_triton.upgrading.stage_one import upgrade as stage_1
@@ -170,23 +170,15 @@ def run_train(config: Train) -> Path:
     if log.mse:
         print(f"mse {log.mse[-1]:.2f}  l0 {log.l0[-1]:.1f}  dead {log.dead[-1]}  {log.seconds:.0f} s")
     folder = export(config.out, config.out / "sae")
-    if rounds > 1 or config.validation is not None:
-        _finish(folder, store, config.validation, rounds)
-    return folder
-
-
-def _finish(folder: Path, store: ActivationStore, validation: Path | None, rounds: int) -> None:
-    """Sets the l0 of the trained SAE and adds its rounds again, as `train` does in memory."""
     sae = load_sae(folder)
-    if not isinstance(sae, FusedRationalSAE):
-        return
-    rows = store if validation is None else ActivationStore(validation)
-    if rounds > 1:
-        put_back(sae, rounds, rows)
-        print(sae.metadata["rounds"]["summary"])
-    else:
-        set_l0(sae, rows)
-    sae.save_pretrained(folder)
+    if isinstance(sae, FusedRationalSAE) and (rounds > 1 or config.validation is not None):
+        # As `train` does in memory; here the SAE is what the last checkpoint holds, and whole.
+        held_out = store if config.validation is None else ActivationStore(config.validation)
+        finish_training(sae, rounds, held_out, settings.target_l0)
+        if rounds > 1:
+            print(sae.metadata["rounds"]["summary"])
+        sae.save_pretrained(folder)
+    return folder
 
 
 def export(run: Path, out: Path) -> Path:

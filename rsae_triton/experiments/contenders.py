@@ -23,6 +23,7 @@ from rsae_triton.sae.gate import RationalGate
 from rsae_triton.sae.rational import FusedRationalSAE
 from rsae_triton.teachers import JumpReluSAE
 from rsae_triton.training.recipes import Recipe, recipe_for
+from rsae_triton.training.rounds import noted_l0
 
 if TYPE_CHECKING:
     from rsae_triton.training.metrics import TrainLog
@@ -94,12 +95,12 @@ def _rectangle(teacher: SparseAutoencoder, init: FusedRationalSAE, x: Tensor) ->
 
 def _refined(teacher: SparseAutoencoder, init: FusedRationalSAE, x: Tensor) -> Contender:
     """The Rational SAE, trained with two rounds."""
-    made = init.with_rounds(ROUNDS, x)
+    made = init.with_rounds(ROUNDS, x, target_l0=noted_l0(init))
     return Contender(made, recipe_for(made))
 
 
 def _rectangle_refined(teacher: SparseAutoencoder, init: FusedRationalSAE, x: Tensor) -> Contender:
-    made = rectangle_gated(init).with_rounds(ROUNDS, x)
+    made = rectangle_gated(init).with_rounds(ROUNDS, x, target_l0=noted_l0(init))
     return Contender(made, recipe_for(made))
 
 

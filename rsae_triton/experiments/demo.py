@@ -50,11 +50,13 @@ from rsae_triton.experiments.teach import make_teacher as train_or_load
 from rsae_triton.features import write_features
 from rsae_triton.ops.runtime import matmul_precision
 from rsae_triton.report import summary_table, write_report
+from rsae_triton.report.style import NAMES
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.making import making_of, warn_of_making
 from rsae_triton.sae.transcoder import Transcoder
 from rsae_triton.sae.units import scales_of, take_note
 from rsae_triton.training.loop import TrainLog, train
+from rsae_triton.training.recipes import recipe_for
 from rsae_triton.training.settings import trains
 from rsae_triton.upgrading.stage_one import upgrade
 
@@ -133,9 +135,7 @@ def run(demo: Demo) -> Path:
         "trainable": demo.trainable,
     }
     with stages.stage("Stage 2: Rational SAE"):
-        rsae_log = train(
-            rsae, x, recipe=demo.recipe, target_l0=target_l0, validation=unseen, label="  Rational SAE", **options
-        )
+        rsae_log = train(rsae, x, recipe=demo.recipe, validation=unseen, label="  Rational SAE", **options)
     with stages.stage("Control: the teacher, same steps, same batches"):
         control_log = None
         if trains(control, demo.trainable):
@@ -150,11 +150,14 @@ def run(demo: Demo) -> Path:
             options |= {"recipe": second.recipe, "label": "  rectangle"}
             logs["rectangle"] = train(second.sae, x, target_l0=target_l0, **options)
     if form != "direct" and unseen is not None:
-        with stages.stage("One more round, nothing trained for it"):
+        with stages.stage("One more round for the teacher, nothing trained"):
             saes["rounds"] = teacher.with_rounds(2, unseen)
-            saes["rsae-rounds"] = rsae.with_rounds(2, unseen)
-            saes["rectangle-rounds"] = saes["rectangle"].with_rounds(2, unseen)
-            console.print(f"  teacher: {saes['rounds'].metadata['rounds']['summary']}", markup=False)
+            console.print(f"  {saes['rounds'].metadata['rounds']['summary']}", markup=False)
+        with stages.stage("Rational SAE and rectangle, each with a round more and trained through both"):
+            for name, base in (("rsae-rounds", "refined"), ("rectangle-rounds", "rectangle-refined")):
+                saes[name] = more = contender(base, teacher, init, unseen).sae
+                options |= {"recipe": recipe_for(more, demo.recipe), "label": f"  {NAMES[name]}"}
+                logs[name] = train(more, x, validation=unseen, **options)
     with stages.stage("Evaluation on held-out text"):
         metrics = score(demo, host, splits, saes, test)
     with stages.stage("Report"):

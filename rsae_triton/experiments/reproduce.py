@@ -183,6 +183,8 @@ def compact(host: str, cells: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _to_the_teacher(scores: Mapping[str, Any]) -> dict[str, Any]:
     """Every contender's difference to the teacher at equal l0, paired by sequence, where known."""
+    if "to_teacher" in scores:  # a cell that was taken over from a table.json
+        return {"to_teacher": dict(scores["to_teacher"])}
     found = {
         name: pairs["teacher"]
         for name, pairs in scores.get("paired", {}).get("matched_l0", {}).items()

@@ -285,7 +285,7 @@ def run_cell(cell: Cell, host: HostModel, splits: Splits) -> dict[str, Any]:
         teacher.to_units_(splits.train.scale)
     else:
         teacher, _ = make_teacher(plan, splits, x, label=f"{cell.label} teacher")
-    init = upgrade(teacher, x, rounds=1)
+    init = upgrade(teacher, x, rounds=1, validation=splits.validation.tensor().to(host.device))
     saes, logs = make_contenders(cell, host, teacher, init, splits, x)
     held = getattr(splits, config.split)
     options: dict[str, Any] = {}
@@ -355,9 +355,11 @@ def make_contenders(
                     objective=config.objective,
                     steps=steps_for(entry, config.steps, logs),
                     recipe=entry.recipe,
-                    target_l0=target_l0,
+                    # The same number; l0 on validation text is then set to the teacher's.
+                    target_l0="auto" if isinstance(entry.sae, FusedRationalSAE) else target_l0,
                     trainable=config.trainable,
                     rounds="through",
+                    validation=unseen,
                     batch_size=config.batch_size,
                     seed=cell.seed + 1,
                     label=f"{cell.label} {base}",

@@ -22,8 +22,8 @@ METRICS = (
 # Downstream scores exist only where sequences were spliced.
 PAIRED = {"mse": "mse", "delta_ce": "Δ CE (nats)"}
 # The contenders that every other one is compared with, as far as they are present.
-BASES = ("teacher", "init", "control", "control-compute", "rectangle", "rectangle-refined", "rectangle@2", "rsae",
-         "thresholds", "scratch")  # fmt: skip
+BASES = ("teacher", "teacher@2", "init", "control", "control-compute", "control@2", "rectangle", "rectangle-refined",
+         "rectangle@2", "rsae", "rsae@2", "thresholds", "scratch")  # fmt: skip
 
 
 def summarise(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -80,9 +80,9 @@ def train(
         mesh: the processes that train together (`rsae_triton.training.distributed`).
         host: for objective="mse+kl", the language model that the activations are from; its weights are not trained.
         validation: activations that are not trained on, on which l0 is set after training by shifting all thresholds by
-            one constant. With rounds it is set to the l0 that the rounds were made for, with one round to the
-            teacher's. Without validation, rounds are set on a sample of `activations`, and an SAE of one round stays as
-            trained.
+            one constant: to `target_l0` if that is a number, else to the teacher's l0 (with rounds, the one that they
+            were made for). Without validation, l0 stays as trained; rounds="after" sets it on a sample of
+            `activations`.
 
     Returns:
         The log. `sae` is changed.

@@ -25,7 +25,7 @@ class TrainOptions(TypedDict, total=False):
     clip: float
     decoder_norm: Literal["keep", "unit", "free"]
     trainable: Literal["all", "encoder", "gate"]
-    rounds: Literal["after", "through"]
+    rounds: Literal["through", "after"]
     precision: Literal["float32", "bf16"]
     memory: Literal["auto", "saved", "chunked", "streamed", "sparse"]
     exact: bool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from rsae_triton.sae.rational import FusedRationalSAE
 from rsae_triton.sae.units import reading
 from rsae_triton.training.settings import TrainSettings
 
+LEAST_A, MOST_B = 0.3, 0.7
 SAMPLE = 8192
 """Number of tokens on which l0 is set."""
 
@@ -29,7 +31,7 @@ def rounds_aside(
     """Within the context, `sae` is what is to be trained. Yields a function that adds the rounds again and sets l0.
 
     Raises:
-        ConfigError: rounds would have to be set aside on a mesh, where each process holds only a part of the SAE.
+        ConfigError: rounds would have to be set aside, or l0 set, where each process holds only a part of the SAE.
     """
     refinement = sae.refinement if isinstance(sae, FusedRationalSAE) else None
     aside = refinement is not None and settings.rounds == "after"
@@ -38,16 +40,22 @@ def rounds_aside(
             "rounds='after' adds rounds to a whole SAE, and each process of a mesh holds a part: shard an SAE of one "
             "round (sae.with_rounds(1, activations)) and add rounds afterwards, or train with rounds='through'"
         )
+    if validation is not None and mesh is not None and mesh.features[1] > 1:
+        raise ConfigError(
+            "validation sets the l0 of a whole SAE, and each process of this mesh holds a part: leave it out, and call "
+            "rsae_triton.sae.adding.hold_l0 on the whole SAE afterwards (`rsae train --validation` does both)"
+        )
 
     def finish() -> None:
-        if aside and isinstance(sae, FusedRationalSAE) and refinement is not None:
-            source = activations if validation is None else validation
-            with reading(sae, source):
-                put_back(sae, refinement.rounds, _rows(source, settings) if validation is None else validation)
-        elif validation is not None:
-            set_l0(sae, validation)
+        if aside or validation is not None:
+            held_out = activations if validation is None else validation
+            with reading(sae, held_out):
+                rows = _rows(held_out, settings) if validation is None else validation
+                finish_training(sae, refinement.rounds if aside and refinement else 1, rows, settings.target_l0)
 
     if not aside or not isinstance(sae, FusedRationalSAE):
+        if refinement is not None:
+            moderate_starts(sae)
         yield finish
         return
     sae.refinement = None
@@ -58,15 +66,45 @@ def rounds_aside(
             sae.refinement = refinement
 
 
+def finish_training(sae: SparseAutoencoder, rounds: int, activations: Any, target_l0: float | str | None) -> None:
+    """Adds the rounds that training left aside (if `rounds` is more than 1) and sets l0, in place.
+
+    target_l0: of the training's settings. A number is what l0 is set to; otherwise it is the teacher's.
+    """
+    given = float(target_l0) if isinstance(target_l0, int | float) else None
+    if rounds > 1 and isinstance(sae, FusedRationalSAE):
+        put_back(sae, rounds, activations, given)
+    else:
+        set_l0(sae, activations, given)
+
+
 @torch.no_grad()
-def put_back(sae: FusedRationalSAE, rounds: int, activations: Any) -> None:
-    """Adds rounds, in place, to an SAE that was trained without; at the l0 that the original rounds were made for."""
+def moderate_starts(sae: SparseAutoencoder) -> None:
+    """Moves a and b, in place, away from extreme values that the search for untrained rounds has found.
+
+    For ReLU teachers, whose amplitudes are too small, the least error without training is at a = 0.1 and b = 1, but
+    training from there ends with 5 % more error than from a = 0.3 and b = 0.7 (docs/experiments.md). Rounds that have
+    been trained, or were set by hand, stay as they are.
+    """
+    facts, refinement = sae.metadata.get("rounds"), getattr(sae, "refinement", None)
+    if not isinstance(facts, Mapping) or refinement is None:
+        return
+    for name, low, high in (("a", LEAST_A, math.inf), ("b", -math.inf, MOST_B)):
+        start, values = facts.get(name), getattr(refinement, name)
+        if isinstance(start, int | float) and torch.equal(values, torch.full_like(values, start)):
+            values.clamp_(low, high)
+
+
+@torch.no_grad()
+def put_back(sae: FusedRationalSAE, rounds: int, activations: Any, target_l0: float | None = None) -> None:
+    """Adds rounds, in place, to an SAE that was trained without; at `target_l0`, or else at the l0 that the original
+    rounds were made for."""
     with reading(sae, activations):
         x = sample(activations, sae, SAMPLE, 0)
         z = sae.encode(x)
         l0 = float((z != 0).sum(-1).float().mean())
         before = (l0, float((x - sae.decode(z, x)).double().square().sum(1).mean()))
-        facts = add_rounds(sae, rounds, x, noted_l0(sae) or max(l0, 1.0), before)
+        facts = add_rounds(sae, rounds, x, target_l0 or noted_l0(sae) or max(l0, 1.0), before)
     sae.metadata["rounds"] = {**asdict(facts), "summary": facts.summary}
 
 
@@ -80,16 +118,17 @@ def noted_l0(sae: SparseAutoencoder) -> float | None:
     return None
 
 
-def set_l0(sae: SparseAutoencoder, validation: Any) -> None:
-    """Sets the l0 on validation text to the teacher's, if that is known and the SAE has thresholds."""
-    target = noted_l0(sae)
+def set_l0(sae: SparseAutoencoder, activations: Any, target_l0: float | None = None) -> None:
+    """Sets the l0 on these activations to `target_l0`, or else to the teacher's if that is known; only for an SAE with
+    thresholds."""
+    target = noted_l0(sae) if target_l0 is None else target_l0
     if (
         target is not None
         and isinstance(sae, FusedRationalSAE)
         and sae.gate.form == "gated"
         and not sae.compares_features
     ):
-        hold_l0(sae, validation, target)
+        hold_l0(sae, activations, target)
 
 
 def _rows(activations: Any, settings: TrainSettings) -> Tensor:

@@ -37,7 +37,7 @@ def place(tmp_path, activations, monkeypatch):
 def test_stage_2_holds_what_stage_1_noted_and_improves_on_it(place, activations, capsys):
     assert main(words("upgrade teacher --activations STORE --out rational")) == 0
     assert "rsae train holds l0 at" in capsys.readouterr().out
-    assert main(words("train rational --activations STORE --out run --steps 150 --batch-size 128 --lr 3e-3")) == 0
+    assert main(words("train rational --activations STORE --out run --steps 300 --batch-size 128 --lr 1e-3")) == 0
     rsae = FusedRationalSAE.from_pretrained("run/sae")
     metadata = rsae.metadata
     assert (metadata["model_name"], metadata["hook_name"]) == ("tiny", "blocks.0.mlp")
@@ -61,7 +61,8 @@ def test_rounds_by_command(place, activations, capsys):
     held = [reconstruction(one, x[1000:]) for one in (three, teacher)]
     assert held[0].l0 == pytest.approx(held[1].l0, rel=0.02)
     assert held[0].mse < 0.9 * held[1].mse
-    assert main(words("train three --activations STORE --out run --steps 20 --batch-size 128 --validation HELD")) == 0
+    steps = "train three --activations STORE --out run --steps 20 --batch-size 128 --validation HELD"
+    assert main(words(f"{steps} --rounds after")) == 0
     assert "3 rounds, untrained" in capsys.readouterr().out
     trained = FusedRationalSAE.from_pretrained("run/sae")
     assert trained.rounds == 3

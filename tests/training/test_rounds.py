@@ -1,7 +1,8 @@
-"""Training with rounds: left aside by default, or gone through; l0 set on text that was not trained on."""
+"""Training with rounds: through all of them by default, or with the others added afterwards; l0 set on unseen text."""
 
 import copy
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def two():
 def test_rounds_are_left_aside_and_put_back(two, activations):
     sae, one = copy.deepcopy(two), copy.deepcopy(two)
     one.refinement = None
-    logs = [train(given, activations, **OPTIONS) for given in (sae, one)]
+    logs = [train(given, activations, rounds="after", **OPTIONS) for given in (sae, one)]
     assert logs[0].mse == logs[1].mse
     assert all(torch.equal(tensor, sae.state_dict()[name]) for name, tensor in one.state_dict().items())
     assert sae.rounds == 2
@@ -43,7 +44,7 @@ def test_rounds_are_left_aside_and_put_back(two, activations):
 
 def test_training_through_rounds_lowers_the_error_and_moves_all_of_their_numbers(two, activations):
     sae = copy.deepcopy(two)
-    log = train(sae, activations, rounds="through", steps=150, batch_size=128, progress=False, target_l0=6.0, lr=2e-3)
+    log = train(sae, activations, steps=150, batch_size=128, progress=False, target_l0=6.0, lr=2e-3)
     assert sum(log.mse[-5:]) < 0.9 * sum(log.mse[:5])
     before = two.state_dict()
     moved = {name for name, one in sae.state_dict().items() if not torch.equal(one, before[name])}
@@ -53,6 +54,23 @@ def test_training_through_rounds_lowers_the_error_and_moves_all_of_their_numbers
     scale = recipe_for(two).lr_scale
     assert scale["refinement.eta"] == 5
     assert scale["threshold"] == 15
+
+
+def test_training_moves_away_from_extreme_starts_that_were_searched_and_from_no_others(two, activations):
+    """A search without training ends at the edge for ReLU teachers, where training through rounds ends worse."""
+    searched, by_hand = copy.deepcopy(two), copy.deepcopy(two)
+    facts = {"a": 0.1, "b": 1.0, "eta": 0.7}
+    for sae in (searched, by_hand):
+        sae.metadata["rounds"] = sae.metadata["rounds"] | facts
+        with torch.no_grad():
+            for name, value in facts.items():
+                getattr(sae.refinement, name).fill_(value)
+    with torch.no_grad():
+        by_hand.refinement.a[:, 0] = by_hand.refinement.b[:, 0] = 0.2
+    for sae, a, b in ((searched, 0.3, 0.7), (by_hand, 0.1, 1.0)):
+        train(sae, activations, steps=1, lr=1e-9, batch_size=128, progress=False)
+        assert sae.refinement.a[:, 1:].mean().item() == pytest.approx(a)
+        assert sae.refinement.b[:, 1:].mean().item() == pytest.approx(b)
 
 
 def test_the_gate_alone(two, activations):
@@ -67,6 +85,19 @@ def test_l0_on_validation_text_is_what_it_was_set_for(two, activations, rounds):
     held, sae = activations[:1000] * 1.05, copy.deepcopy(two)
     train(sae, activations[1000:], validation=held, rounds=rounds, **OPTIONS)
     assert reconstruction(sae, held).l0 == pytest.approx(two.metadata["rounds"]["target_l0"], rel=0.02)
+
+
+def test_a_number_that_was_asked_for_is_what_l0_is_set_to(two, activations):
+    for rounds, validation in (("through", activations[:1000]), ("after", None)):
+        sae = copy.deepcopy(two)
+        train(sae, activations, target_l0=4.0, rounds=rounds, validation=validation, **OPTIONS)
+        assert reconstruction(sae, activations).l0 == pytest.approx(4.0, rel=0.03), (rounds, validation is None)
+
+
+def test_no_l0_is_set_where_a_process_holds_a_part(two, activations):
+    mesh = SimpleNamespace(features=(0, 2), data=(0, 1))
+    with pytest.raises(ConfigError, match="hold_l0 on the whole SAE"):
+        train(copy.deepcopy(two), activations, validation=activations, mesh=mesh, **OPTIONS)
 
 
 def test_one_round_is_held_on_validation_text_too(two, activations):
