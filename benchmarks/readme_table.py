@@ -144,8 +144,8 @@ def families_table(rounds: dict[str, Any], formats: str) -> str:
     note = (
         "Error and Δ CE: the teacher's → with one more round, **nothing trained**, at the teacher's l0; "
         f"{seeds} seeds, 95 % intervals (`{rounds['command']}`). Trained too: a Rational SAE trained through both "
-        "rounds, against the *control*, the same teacher trained for as many steps with its own encoder; beside it what an "
-        "untrained round does for that control. SmolLM2-135M, layer 16, 2,304 features, test split. Shares: "
+        "rounds, against the *control*, the same teacher trained for as many steps with its own encoder; beside it "
+        "what an untrained round does for that control. SmolLM2-135M, layer 16, 2,304 features, test split. Shares: "
         "[docs/formats.md](docs/formats.md); the rest are sweeps over several families."
     )
     return "\n".join([*lines, "", note])
