@@ -71,7 +71,8 @@ def find_entries(
 def find_by_kernels(
     x_c: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, width: Tensor, dtype: torch.dtype
 ) -> Entries:
-    """As `find_entries`, by the Triton kernels, for low = threshold - width; waits once, for the number of entries.
+    """Does what `find_entries` does with the Triton kernels, for low = threshold - width; waits once, for the number
+    of entries.
 
     The kernels' support has a margin for rounding, so that it may hold a few entries just below low.
     """
