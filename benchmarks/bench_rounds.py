@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ def main(options: Options) -> None:
     torch.set_num_threads(1)
     seconds = {str(d_sae): measured(d_sae, options.repeat) for d_sae in options.d_sae}
     result = {
-        "command": "python benchmarks/bench_rounds.py", "date": time.strftime("%Y-%m-%d"), "repeat": options.repeat,
+        "command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"), "repeat": options.repeat,
         **environment(torch.device("cpu"), 1, "CPU"), "load": os.getloadavg()[0], "seconds": seconds,
     }  # fmt: skip
     write_text(options.out, json.dumps(result, indent=1) + "\n")
