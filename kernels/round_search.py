@@ -177,8 +177,8 @@ def round_search_back(
     found: Search, weight: Tensor, W: Tensor, epsilon: Tensor, opened: Tensor, features: Tensor, order: Tensor,
     starts: Tensor, dy: Tensor, dafter: Tensor | None, draw: Tensor | None,
 ) -> SearchGrads:  # fmt: skip
-    """Returns the gradients of `round_search`. dy, draw [n_entries] and dafter [n_tokens, d_in]: float32, None where they
-    are zero."""
+    """Returns the gradients of `round_search`. dy, draw [n_entries] and dafter [n_tokens, d_in]: float32, None where
+    they are zero."""
     _check(dy, found.e, W, starts)
     dz, dweight, dc = torch.empty_like(dy), torch.zeros_like(dy), torch.zeros_like(dy)
     de, dm, depsilon = torch.empty_like(found.e), torch.empty_like(found.e), torch.empty_like(found.alpha)

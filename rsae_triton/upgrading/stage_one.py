@@ -132,7 +132,7 @@ def upgrade(
         coefficients: "shared", "per_feature", or a number of groups. Features whose active pre-activations are equally
             strong (root mean square on the sample) then share a coefficient set.
         thresholds: for a TopK teacher, whose gate depends on the whole token. "feature": each feature gets a fixed
-            threshold at which it fires as often as in the teacher; this needs no sort but is not the same code.
+            threshold that matches its firing rate in the teacher; this needs no sort but is not the same code.
             "token": the threshold lies between each token's k-th and (k+1)-th pre-activation, which is the teacher's
             code (`TopKRationalSAE`).
         width: width of the gated form's ramp, in units of 2 % of the activations' mean norm. "auto": 1; or, if half of

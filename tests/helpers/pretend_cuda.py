@@ -19,7 +19,7 @@ WAITING = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_sele
 # An index may lie on the CPU, and copies are there to change the device.
 MIXED = {"_to_copy", "copy_", "index", "index_put", "index_put_", "_index_put_impl_", "_pin_memory"}
 INDEX = 1
-"""Of the device, so that whatever takes the current one (0) for the tensors' is found."""
+"""Number of the pretended device: not 0, so that code which takes the current device for the tensors' own is found."""
 
 
 class CudaTensor(torch.Tensor):
