@@ -118,7 +118,11 @@ def _compare(
     target = next(iter(measured.values())).scores.l0 if l0 is None else l0
     if l0 is not None:
         check_number("l0", l0, above=0)
-    matched: dict[str, Thresholded] = {name: cut_to(sae, x, target) for name, sae in saes.items()}
+    matched: dict[str, Thresholded] = {
+        # Known from the first pass: no second one over the activations, and no memory for all their codes.
+        name: Thresholded(sae, 0.0, cut=False) if measured[name].scores.l0 <= target else cut_to(sae, x, target)
+        for name, sae in saes.items()
+    }
     # A code that was not thresholded is the shipped one: it need not be measured and spliced a second time.
     measured_at = {name: measure(one, x) if one.cut else measured[name] for name, one in matched.items()}
     scores: dict[str, Any] = {name: asdict(one.scores) for name, one in measured.items()}

@@ -127,6 +127,15 @@ def test_compare_scores_everyone_at_the_first_ones_l0(sae, activations):
     assert scores["rsae"]["l0"] > scores["teacher"]["l0"]
 
 
+def test_a_code_at_its_own_l0_is_not_gone_through_twice(sae, activations, monkeypatch):
+    """The second pass would hold every active code of the activations."""
+    module = importlib.import_module("rsae_triton.evaluation.compare")
+    monkeypatch.setattr(module, "cut_to", None)
+    scores = compare({"sae": sae}, activations)
+    assert scores["matched_l0"]["sae"]["tau"] == 0
+    assert scores["matched_l0"]["sae"]["mse"] == scores["sae"]["mse"]
+
+
 def test_dead_and_dense_features_are_counted_by_their_frequency():
     """Feature f of this SAE is active where x_f > 0, and that is known by construction."""
     sae = ReluSAE(4, 4, apply_b_dec_to_input=False)
