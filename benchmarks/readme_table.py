@@ -323,6 +323,7 @@ def tables() -> list[tuple[Path, str, str]]:
         (ROUNDS, "time", bench_rounds.table(json.loads(bench_rounds.RESULTS.read_text()))),
         (EXPERIMENTS, "probes", rounds_table.probes_table(rounds_table.probes())),
         (EXPERIMENTS, "trained", rounds_table.trained_table(rounds)),
+        (EXPERIMENTS, "places", rounds_table.places_table(rounds)),
         (EXPERIMENTS, "bound", rounds_table.bound_table(rounds)),
         (EXPERIMENTS, "grid", grid_table(grid)),
         (EXPERIMENTS, "controls", controls_table(grid)),

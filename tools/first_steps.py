@@ -74,11 +74,10 @@ def main(folder: Path) -> None:
 
     step("README, shell", ["bash", "-e", "-c", shell_of(readme)], folder)
     # What a newcomer reads is the clone's.
-    (folder / "readme.py").write_text("".join(blocks((clone / "README.md").read_text(), "python")))
-    step("README, Python", ["python", str(folder / "readme.py")], clone)
+    step("README, Python", ["python", "-c", "".join(blocks((clone / "README.md").read_text(), "python"))], clone)
     # A notebook shows the value of a cell's last line; a script does not, and needs no notebook server.
-    (folder / "tutorial.py").write_text(cells_of((clone / "docs" / "notebooks" / "tutorial.ipynb").read_text()))
-    shown = step("tutorial", ["python", str(folder / "tutorial.py")], clone)
+    cells = cells_of((clone / "docs" / "notebooks" / "tutorial.ipynb").read_text())
+    shown = step("tutorial", ["python", "-c", cells], clone)
     if not re.search(r"^Feature \d+ of ", shown, re.MULTILINE) or "clean" not in shown:
         raise SystemExit("the tutorial showed no feature, or steered nothing")
     print("; ".join(f"{name} {seconds:.0f} s" for name, seconds in taken.items()))

@@ -63,7 +63,7 @@ def summarise(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
                         if name != "rsae" and metric in members[0]["scores"]["matched_l0"][name]
                     }
                     for metric in PAIRED
-                    if "rsae" in names
+                    if metric in matched.get("rsae", {})
                 },
                 "pairs": {
                     metric: {

