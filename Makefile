@@ -141,7 +141,7 @@ first-steps:
 	$(PYTHON) tools/first_steps.py $(FIRST_STEPS)
 
 # The notebooks again, with their outputs: after a change to what they show. The tutorial needs
-# `rsae demo --teacher jumprelu` in out/demo.
+# `rsae demo` in out/demo.
 notebooks: $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check nbconvert ipykernel
 	$(BIN)/python tools/run_notebooks.py
