@@ -75,7 +75,7 @@ def test_a_rational_one_goes_in_as_the_nearest_jumprelu(tmp_path):
 def test_what_it_does_not_have_is_refused(tmp_path):
     for wrong, message in (
         ({}, "empty"),
-        ({0: made(TopKTranscoder, k=4)}, "no TopKTranscoder"),
+        ({0: made(TopKTranscoder, k=4)}, "not TopKTranscoder"),
         ({1: made()}, "one of that layer"),
         ({0: JumpReluTranscoder(D, F, d_out=D + 1)}, "one width"),
         ({0: made(), 1: _other_model()}, "different places or models"),
