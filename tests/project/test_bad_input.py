@@ -150,7 +150,7 @@ COMMANDS = [
     ("train {at}/good --activations {at}/store --out {new} --steps 1 --features-over 0", "--features-over is 0"),
     (
         "train {at}/good --activations {at}/store --out {at}/text.json --steps 1 --batch-size 8",
-        "text.json cannot be made",
+        "text.json/checkpoints cannot be written to",
     ),
     ("train {at}/flag --activations {at}/store --out {new} --steps 1", "apply_b_dec_to_input is 'no'"),
     ("train {at}/float8 --activations {at}/store --out {new} --steps 1", "dtype is torch.float8_e4m3fn"),
