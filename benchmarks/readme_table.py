@@ -48,10 +48,10 @@ NAMES = {
     "rounds": "**teacher + a round, nothing trained**",
     "init": "RSAE, stage 1, one round",
     "rsae": "**RSAE**, trained with one round",
-    "rsae-rounds": "**RSAE + a round** put on afterwards",
+    "rsae-rounds": "**RSAE, two rounds**, trained through both",
     "control": "control: teacher, same steps",
     "rectangle": "second control: JumpReLU's rectangle in place of the rational, same recipe",
-    "rectangle-rounds": "the same + a round",
+    "rectangle-rounds": "the same, two rounds",
 }
 
 
