@@ -49,7 +49,7 @@ def test_wrapped_by_ddp_a_second_step_is_taken(kind, tmp_path):
         for _ in range(2):
             wrapped.zero_grad()
             wrapped(X).square().sum().backward()
-        # If its reducer were the last to hold the group, its end would wait for a thread that waits for the interpreter.
+        # Were its reducer the last to hold the group, its end would wait for a thread that waits for the interpreter.
         del wrapped
         gc.collect()
     finally:
