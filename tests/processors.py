@@ -7,6 +7,7 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +33,15 @@ class Processor(NamedTuple):
 
     @property
     def environment(self) -> dict[str, str]:
-        return {"OPENBLAS_CORETYPE": self.openblas, "ATEN_CPU_CAPABILITY": self.aten, "MKL_CBWR": self.mkl}
+        # torch.compile looks its code up without the vectors' width: a test that compiles a whole module would run code
+        # written for another one. (The product's own loops have it in their key.)
+        cache = Path(tempfile.gettempdir()) / f"rsae-inductor-{self.aten}"
+        return {
+            "OPENBLAS_CORETYPE": self.openblas,
+            "ATEN_CPU_CAPABILITY": self.aten,
+            "MKL_CBWR": self.mkl,
+            "TORCHINDUCTOR_CACHE_DIR": str(cache),
+        }
 
 
 PROCESSORS = (
