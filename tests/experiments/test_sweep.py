@@ -187,6 +187,16 @@ def test_differences_are_paired_by_seed():
     assert paired(cells([90.0], [100.0]), "control", "mse")["low"] is None
 
 
+def test_a_code_that_was_not_spliced_is_compared_by_its_error_alone():
+    made = cells([90.0, 181.0], [100.0, 200.0])
+    for one in made:
+        del one["scores"]["matched_l0"]["rsae"]["delta_ce"]
+    row = summarise(made)[0]
+    assert row["against"]["mse"]["control"]["mean"] == pytest.approx(-0.0975)
+    assert "delta_ce" not in row["against"]
+    assert set(row["pairs"]["delta_ce"]) == {"control", "teacher"}
+
+
 def test_tables_mark_only_what_the_interval_shows():
     clear = sweep_tables(summarise(cells([90.0, 181.0, 36.0], [100.0, 200.0, 40.0])))
     unclear = sweep_tables(summarise(cells([90.0, 221.0, 36.0], [100.0, 200.0, 40.0])))
