@@ -38,6 +38,8 @@ class FusedRationalSAE(SparseAutoencoder):
         degree, groups, form, domain, amplitude, backward: of the gate, see `RationalGate`. groups=1 shares one
             rational, groups=d_sae gives every feature its own.
         gate: a ready `RationalGate`, from which the six arguments above are then taken.
+        rounds: how many rounds the encoder makes (docs/rounds.md); more than one needs form="gated". Their numbers are
+            first guesses: `upgrade` and `with_rounds` search for them on activations.
         backend: "auto", "triton", "cpu" or "eager" (see `rsae_triton.ops.encode`).
         apply_b_dec_to_input, normalize_activations, dtype, device, metadata, generator, initialise: see
             `SparseAutoencoder`.
@@ -159,7 +161,8 @@ class FusedRationalSAE(SparseAutoencoder):
 
         Raises:
             ConfigError: x requires a gradient and the SAE normalises every token; or there is a target and the SAE
-                normalises every token or has several rounds.
+                normalises every token or has several rounds; or it has several rounds, which always work on entries,
+                and is to be cut into pieces.
         """
         refuse_transforms("autoencode")
         x = self._check_last(x, "x", "d_in", self.d_in)
@@ -169,6 +172,11 @@ class FusedRationalSAE(SparseAutoencoder):
         if target is not None and (normalized or self.refinement is not None):
             raise ConfigError("an SAE that normalises every token, or has several rounds, has no target but x")
         if self.refinement is not None:
+            if (chunk_tokens, chunk_features, most_entries) != (None, None, None):
+                raise ConfigError(
+                    "chunk_tokens, chunk_features and most_entries are for one round; an encoder with more works on "
+                    "entries, which take little memory: leave them out"
+                )
             check_spec(self.gate.spec(hard))
             weights = {"l1_weight": l1_weight, "l0_weight": l0_weight}
             return rounds_of.autoencode(self, x, **weights, across=across, exact=exact)

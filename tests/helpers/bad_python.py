@@ -239,6 +239,7 @@ CODES = [
     ("from dense, no room", lambda _: SparseCode.from_dense(torch.ones(2, 2), -1), ConfigError, "capacity is -1"),
     ("no tokens at a time", lambda _: sae().autoencode(X, chunk_tokens=0), ConfigError, "chunk_tokens is 0"),
     ("features as a float", lambda _: sae().autoencode(X, chunk_features=1.5), ConfigError, "chunk_features is 1.5"),
+    ("rounds in pieces", lambda _: sae(form="gated", rounds=2).autoencode(X, chunk_tokens=2), ConfigError, "one round"),
     ("a negative l1", lambda _: sae().autoencode(X, l1_weight=-1), ConfigError, "l1_weight is -1"),
     ("an l1 of text", lambda _: sae().autoencode(X, l1_weight="1"), ConfigError, "l1_weight is '1'"),
     ("an infinite l0", lambda _: sae().autoencode(X, l0_weight=INF), ConfigError, "l0_weight is inf"),
