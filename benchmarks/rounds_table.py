@@ -9,7 +9,6 @@ python benchmarks/readme_table.py
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from bench_rounds import RESULTS as TIME
 
 from rsae_triton.common.files import write_text
 from rsae_triton.report.fronts import interval, with_sd
+from rsae_triton.report.svg import svg_file
 
 RESULTS = Path("benchmarks/results")
 ROUNDS, KNOWN = (RESULTS / f"{name}.json" for name in ("reproduce-smollm2-rounds", "known-features"))
@@ -240,10 +240,9 @@ def source(result: dict[str, Any]) -> str:
 
 def picture() -> None:
     """docs/rounds.svg: error, F1 and time against the number of rounds."""
-    import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10.2, 3.1), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(7.6, 2.7), layout="constrained", facecolor="white")
     error, features, seconds = figure.subplots(1, 3)
     for row in ordered(json.loads(ROUNDS.read_text())):
         found = [(1, 0.0)] + [(n, 100 * row["pairs"]["mse"][f"teacher@{n}"]["teacher"]["mean"]) for n in COUNTS]
@@ -260,7 +259,7 @@ def picture() -> None:
                 x, y, "o-", color=("#5b3fd0", "#a87500")[place], markersize=4, label=f"{int(d_sae):,} features"
             )
         seconds.legend(fontsize="small", frameon=False)
-    error.set(title="error at the teacher's l0", ylabel="% of the teacher's", xlabel="rounds")
+    error.set(title="error at the teacher's l0", ylabel="change to the teacher, %", xlabel="rounds")
     features.set(title="F1 on known features", ylabel="difference to the teacher", xlabel="rounds")
     seconds.set(title="time to encode", ylabel="times the teacher's encoder", xlabel="rounds", ylim=(0, None))
     error.legend(fontsize="small", frameon=False)
@@ -268,10 +267,7 @@ def picture() -> None:
         axes.grid(color="#d5d9de", linewidth=0.5)
         axes.set_xticks((1, *COUNTS))
     features.axhline(0, color="#24292e", linewidth=0.8)
-    buffer = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": "rounds"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    write_text(PICTURE, buffer.getvalue())
+    write_text(PICTURE, svg_file(figure, "rounds"))
 
 
 def draw(axes: Any, points: list[tuple[int, float]], family: str) -> None:

@@ -187,10 +187,14 @@ def run(demo: Demo) -> Path:
         )
         if demo.figure is not None:
             from rsae_triton.report.plots import readme_figure
+            from rsae_triton.report.svg import svg_file
 
             drawn = readme_figure(metrics, logs, saes, test)
             make_folder(demo.figure.parent)
-            write_atomically(demo.figure, lambda path: drawn.savefig(path, dpi=150))
+            if demo.figure.suffix == ".svg":
+                write_text(demo.figure, svg_file(drawn, "demo"))
+            else:
+                write_atomically(demo.figure, lambda path: drawn.savefig(path, dpi=150))
     console.print(summary_table(metrics))
     console.print(f"{plain(report)} ({sum(stages.seconds.values()):.0f} s)", soft_wrap=True)
     return report

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ from scipy import stats
 
 from rsae_triton.common.files import make_folder, write_text
 from rsae_triton.report.style import COLOURS, DASHES, NAMES
+from rsae_triton.report.svg import svg_file
 
 METRICS = (
     *("mse", "fvu", "cosine", "l0", "l1", "alive_fraction", "delta_ce", "loss_recovered", "kl"),
@@ -196,12 +196,7 @@ def interval(difference: Mapping[str, Any] | None, relative: bool, better: int =
 
 def write_front(path: Path, rows: Sequence[Mapping[str, Any]], metric: str) -> None:
     """Writes `front_figure` as an SVG; the same rows give the same file."""
-    import matplotlib as mpl
-
-    picture = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": metric}):
-        front_figure(rows, metric).savefig(picture, format="svg", metadata={"Date": None, "Creator": None})
-    write_text(path, picture.getvalue())
+    write_text(path, svg_file(front_figure(rows, metric), metric))
 
 
 def front_figure(rows: Sequence[Mapping[str, Any]], metric: str) -> Any:
@@ -215,7 +210,7 @@ def front_figure(rows: Sequence[Mapping[str, Any]], metric: str) -> Any:
     settings = list(dict.fromkeys((row["hook_name"], row["d_sae"], row["teacher"]) for row in rows))
     columns = min(3, len(settings))
     lines = -(-len(settings) // columns)
-    figure = Figure(figsize=(3.6 * columns, 3.0 * lines), layout="constrained")
+    figure = Figure(figsize=(2.9 * columns, 2.6 * lines), layout="constrained")
     panels = np.atleast_1d(figure.subplots(lines, columns, squeeze=False)).ravel()
     for axes, setting in zip(panels, settings, strict=False):
         own = [row for row in rows if (row["hook_name"], row["d_sae"], row["teacher"]) == setting]

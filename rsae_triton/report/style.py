@@ -47,6 +47,15 @@ COLOURS = {
     "rsae-rounds": "#5b3fd0",
     "rectangle-rounds": "#7a9a01",
 }
+# The same on a dark background, for pictures that are files of their own: the values of page.html. Colours that are not
+# listed read on both.
+DARK = {
+    **{"#ffffff": "#12161b", "#000000": "#e2e6ea", COLOURS["ink"]: "#e2e6ea", COLOURS["grid"]: "#323a43"},
+    **{COLOURS["fill"]: "#2a323b", COLOURS["teacher"]: "#a3adb8", COLOURS["init"]: "#dba520"},
+    **{COLOURS["rsae"]: "#62a8ff", COLOURS["control"]: "#ff7d63", COLOURS["rectangle"]: "#5fc983"},
+    **{COLOURS["thresholds"]: "#c39af5", COLOURS["scratch"]: "#c3c9cf", COLOURS["rounds"]: "#3fc4c4"},
+    **{COLOURS["rsae-rounds"]: "#a893ff", COLOURS["rectangle-rounds"]: "#b9d63c", "#0072b2": "#3d9be0"},
+}
 # So that lines can be told apart without colour.
 DASHES: dict[str, Any] = {
     "teacher": (0, (5, 2)),

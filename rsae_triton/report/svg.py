@@ -1,4 +1,4 @@
-"""Turns a matplotlib figure into SVG inside HTML, with system fonts and colours that follow the page's theme."""
+"""Turns a matplotlib figure into SVG, inside HTML or as a file, with colours that follow the light or dark theme."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from typing import Any
 from xml.etree import ElementTree
 
-from rsae_triton.report.style import COLOURS
+from rsae_triton.report.style import COLOURS, DARK
 
 _ID_REFERENCE = re.compile(r"url\(#([^)]+)\)")
 _COLOUR = re.compile("|".join(map(re.escape, COLOURS.values())), re.IGNORECASE)
@@ -44,6 +44,32 @@ def inline_svg(figure: Any, name: str, title: str, description: str) -> str:
         element.text = text
         svg.insert(position, element)
     return ElementTree.tostring(svg, encoding="unicode", short_empty_elements=False)
+
+
+def svg_file(figure: Any, name: str, **settings: Any) -> str:
+    """Returns the figure as the text of an SVG file that is dark where the reader's theme is.
+
+    The background stays opaque, so that the picture can be read on a page whose theme is not the reader's. Viewers that
+    know no style sheets show the light colours.
+
+    Args:
+        figure: a matplotlib `Figure`. name: salt of the ids; the same figure and name give the same text.
+        settings: matplotlib's rc settings to save with, such as `{"svg.fonttype": "none"}`.
+    """
+    import matplotlib as mpl
+
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": name, **settings}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    rules = [
+        f'[style*="{what}: {light}"] {{ {what}: {dark} !important }}'
+        for light, dark in DARK.items()
+        for what in ("fill", "stroke")
+    ]
+    # Glyphs in black have no fill of their own: they take the root's.
+    rules.insert(0, f"svg {{ fill: {DARK['#000000']} }}")
+    style = f"\n@media (prefers-color-scheme: dark) {{ {' '.join(rules)} }}</style>"
+    return buffer.getvalue().replace("</style>", style, 1)
 
 
 def _rewrite(key: str, text: str, name: str) -> str:

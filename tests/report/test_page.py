@@ -190,3 +190,22 @@ def test_what_cannot_be_reported_is_refused(path, saes, x, metrics, logs, store)
     with pytest.raises(ShapeError, match="the store"):
         write(path, saes, x.repeat(2, 1), metrics, logs, store=store, tokenizer=FakeTokenizer())
     assert not Path(path).exists()
+
+
+def test_svg_files_follow_the_reader_s_theme():
+    """The same dark colours as the page's; every committed picture has them, on an opaque background."""
+    from rsae_triton.report import style
+
+    page = (Path(style.__file__).parent / "page.html").read_text()
+    dark = page[page.index("@media") : page.index("</style>")]
+    for name, light in style.COLOURS.items():
+        assert light in style.DARK, name
+        if f"--{name}:" in dark:
+            assert f"--{name}: {style.DARK[light]};" in dark
+    pictures = list((Path(__file__).parents[2] / "docs").glob("*.svg"))
+    assert pictures
+    for picture in pictures:
+        text = picture.read_text()
+        rules = text[text.index("@media (prefers-color-scheme: dark)") : text.index("</style>")]
+        assert f'[style*="fill: #ffffff"] {{ fill: {style.DARK["#ffffff"]} !important }}' in rules, picture
+        assert 'style="fill: #ffffff"' in text, picture

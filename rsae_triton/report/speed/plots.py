@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rsae_triton.common.files import write_atomically
+from rsae_triton.common.files import write_text
 from rsae_triton.report.speed.results import SWEEPS, series
+from rsae_triton.report.svg import svg_file
 
 LABELS = {
     "d_sae": "d_sae", "n_tokens": "n_tokens", "degree": "degree, p + q", "groups": "coefficient sets (of 5, 4)",
@@ -26,7 +27,6 @@ STYLES: dict[str, dict[str, Any]] = {
 
 def draw(result: dict[str, Any], what: str, path: Path) -> bool:
     """Writes an SVG with a panel for each sweep; returns False if there is none. what: "median_s" or "peak_bytes"."""
-    import matplotlib as mpl
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter, NullLocator
 
@@ -34,7 +34,7 @@ def draw(result: dict[str, Any], what: str, path: Path) -> bool:
     lines = {sweep: found for sweep, found in lines.items() if found}
     if not lines:
         return False
-    figure = Figure(figsize=(3.1 * len(lines), 3.6), layout="constrained")
+    figure = Figure(figsize=(2.6 * len(lines), 3.2), layout="constrained")
     scale = 1e-6 if what == "peak_bytes" else 1.0
     seen: dict[str, Any] = {}
     for axes, (sweep, found) in zip(figure.subplots(1, len(lines), squeeze=False)[0], lines.items(), strict=True):
@@ -50,8 +50,5 @@ def draw(result: dict[str, Any], what: str, path: Path) -> bool:
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel(LABELS[what])
     figure.legend(seen.values(), seen.keys(), loc="outside upper center", ncols=min(len(seen), 4), frameon=False)
-    # This makes the file a function of the numbers alone.
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": what}):
-        options: dict[str, Any] = {"format": "svg", "metadata": {"Date": None, "Creator": None}}
-        write_atomically(path, lambda one: figure.savefig(one, **options))
+    write_text(path, svg_file(figure, what, **{"svg.fonttype": "none"}))
     return True
