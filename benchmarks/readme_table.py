@@ -95,29 +95,24 @@ def table(metrics: dict[str, Any]) -> str:
 
 
 def grid_table(result: dict[str, Any], sparsities: tuple[float, ...] | None = None) -> str:
-    """The Markdown table of a table.json of `rsae reproduce`, one row a setting, and where it comes from."""
-    titles = ("layer", "features", "teacher", "l0", "seeds", "teacher mse", "control", "rectangle", "**RSAE**")
-    titles += ("RSAE − control (95 %)", "RSAE − rectangle", "Δ CE: control", "RSAE", "RSAE − control (95 %)")
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    """A table.json of `rsae reproduce` in Markdown: a table of errors, one of Δ CE, and where they come from."""
+    errors, nats = [], []
     rows = [row for row in result["rows"] if sparsities is None or row["sparsity"] in sparsities]
     for row in sorted(rows, key=row_order):
         equal = {name: kinds["matched"] for name, kinds in row["scores"].items()}
         against = row["against"]
-        line = [
-            f"{layer(row)}",
-            f"{row['d_sae']:,}",
-            row["teacher"],
-            f"{row['l0']['mean']:.1f}",
-            f"{len(row['seeds'])}",
-        ]
-        line += [mse_cell(equal, name) for name in ("teacher", "control", "rectangle", "rsae")]
-        line += [interval(against["mse"][name], relative=True) for name in ("control", "rectangle")]
-        line += [with_sd(equal[name]["delta_ce"], ".3f") for name in ("control", "rsae")]
-        line.append(interval(against["delta_ce"]["control"], relative=False))
-        lines.append("| " + " | ".join(line) + " |")
+        own = f"{FAMILY_NAMES[row['teacher']]}, layer {layer(row)}, {row['d_sae']:,}"
+        errors.append([own, f"{row['l0']['mean']:.1f}"])
+        errors[-1] += [mse_cell(equal, name) for name in ("teacher", "control", "rectangle", "rsae")]
+        errors[-1] += [interval(against["mse"][name], relative=True) for name in ("control", "rectangle")]
+        nats.append([*errors[-1][:2], *(with_sd(equal[name]["delta_ce"], ".3f") for name in ("control", "rsae"))])
+        nats[-1].append(interval(against["delta_ce"]["control"], relative=False))
+    titles = ("teacher, features", "l0", "teacher's mse", "control", "rectangle", "**RSAE**")
+    first = rounds_table.lines_of((*titles, "RSAE − control (95 %)", "RSAE − rectangle"), errors)
+    second = rounds_table.lines_of(("Δ CE", "l0", "control", "RSAE", "RSAE − control (95 %)"), nats)
     sparser = "@: the l0 of a code more than 1 % sparser than the teacher, which stays as it is. "
-    sparser *= any(" @ " in line for line in lines)
-    return "\n".join([*lines, "", sparser + origin(result)])
+    sparser *= any(" @ " in line for line in first)
+    return "\n".join([*first, "", *second, "", sparser + origin(result)])
 
 
 def families_table(rounds: dict[str, Any], formats: str) -> str:
@@ -186,25 +181,26 @@ def controls_table(result: dict[str, Any]) -> str:
     A teacher that is trained for longer ends sparser, and no threshold makes a code denser: its scores are carried
     along the front of its family's teachers at that place (a power of l0, fitted to their means), as are the RSAE's.
     """
-    titles = ("teacher", "l0", "thresholds", "scratch", "carried to l0", "control", "**RSAE**", "RSAE − scratch (95 %)")
-    titles += ("Δ CE: thresholds", "scratch", "carried to l0", "control", "RSAE", "RSAE − scratch (95 %)")
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    found: dict[str, list[list[str]]] = {"mse": [], "delta_ce": []}
     for row in sorted(result["rows"], key=row_order):
         if "scratch" not in row["scores"]:
             continue
         equal = {name: kinds["matched"] for name, kinds in row["scores"].items()}
         slopes = {metric: front_slope(result["rows"], row, metric) for metric in ("mse", "delta_ce")}
         members = [carried(cell, slopes) for cell in result["cells"] if is_of(cell, row)]
-        line = [row["teacher"], f"{row['l0']['mean']:.1f}"]
         for metric, digits in (("mse", ".2f"), ("delta_ce", ".3f")):
             scratch = [one["scores"]["matched_l0"]["scratch"][metric] for one in members]
+            line = [FAMILY_NAMES[row["teacher"]], f"{row['l0']['mean']:.1f}"]
             line += [with_sd(equal["thresholds"][metric], digits)]
             line += [f"{with_sd(equal['scratch'][metric], digits)} @ {equal['scratch']['l0']['mean']:.1f}"]
             line += [with_sd(spread(scratch), digits)]
             line += [with_sd(equal[name][metric], digits) for name in ("control", "rsae")]
-            line.append(interval(paired(members, "scratch", metric), relative=metric == "mse"))
-        lines.append("| " + " | ".join(line) + " |")
-    return "\n".join([*lines, "", origin(result)])
+            found[metric].append([*line, interval(paired(members, "scratch", metric), relative=metric == "mse")])
+    titles = ("l0", "thresholds", "scratch", "carried to l0", "control", "**RSAE**", "RSAE − scratch (95 %)")
+    first, second = (
+        rounds_table.lines_of((name, *titles), found[metric]) for name, metric in (("mse", "mse"), ("Δ CE", "delta_ce"))
+    )
+    return "\n".join([*first, "", *second, "", origin(result)])
 
 
 def is_of(cell: dict[str, Any], row: dict[str, Any]) -> bool:
@@ -309,12 +305,17 @@ def tables() -> list[tuple[Path, str, str]]:
     """(page, name, text) of every table, from what is committed."""
     grid = json.loads(GRID.read_text())
     rounds, known = (json.loads(path.read_text()) for path in (rounds_table.ROUNDS, rounds_table.KNOWN))
+    trained = json.loads(rounds_table.KNOWN_TRAINED.read_text())
     return [
         (README, "families", families_table(rounds, FORMATS.read_text())),
         (DEMO, "demo", table(json.loads(COMMITTED.read_text()))),
+        (EXPERIMENTS, "first-rounds", rounds_table.first_rounds_table(rounds)),
+        (EXPERIMENTS, "first-known", rounds_table.first_known_table(known, trained)),
+        (EXPERIMENTS, "first-trained", rounds_table.first_trained_table(rounds)),
+        (EXPERIMENTS, "first-gate", rounds_table.first_gate_table(grid["rows"])),
         (EXPERIMENTS, "untrained", rounds_table.untrained_table(rounds)),
         (EXPERIMENTS, "known", rounds_table.known_table(known)),
-        (EXPERIMENTS, "known-trained", rounds_table.known_table(json.loads(rounds_table.KNOWN_TRAINED.read_text()))),
+        (EXPERIMENTS, "known-trained", rounds_table.known_table(trained)),
         (
             EXPERIMENTS,
             "known-settings",

@@ -53,25 +53,117 @@ def ordered(result: dict[str, Any]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: list(FAMILIES).index(row["teacher"]))
 
 
+def lines_of(titles: tuple[str, ...], rows: list[list[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    return [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles), *(f"| {' | '.join(row)} |" for row in rows)]
+
+
 def untrained_table(result: dict[str, Any]) -> str:
-    """What rounds do to a teacher with nothing trained: error, cost in the language model, both paired over seeds."""
-    titles = ("teacher", "l0", "seeds", "mse", "**+ 1 round**", "+ 2", "+ 3", "+ 5", "Δ CE", "**+ 1 round**")
-    titles += ("difference (95 %)", "of each seed, by sequence", "KL")
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    """What rounds do to a teacher with nothing trained: a table of errors and one of Δ CE, paired over seeds."""
+    errors, nats = [], []
     for row in ordered(result):
         scores = {name: kinds["matched"] for name, kinds in row["scores"].items()}
         if "teacher@2" not in scores:
             continue
-        mse, nats, kl = (row["pairs"].get(metric, {}) for metric in ("mse", "delta_ce", "kl"))
-        line = [FAMILIES[row["teacher"]], f"{row['l0']['mean']:.1f}", f"{len(row['seeds'])}"]
-        line.append(with_sd(scores["teacher"]["mse"], ".2f"))
-        line += [interval(mse.get(f"teacher@{n}", {}).get("teacher"), relative=True) for n in COUNTS]
-        line += [with_sd(scores[name]["delta_ce"], ".3f") for name in ("teacher", "teacher@2")]
-        line.append(interval(nats.get("teacher@2", {}).get("teacher"), relative=False))
-        line.append("; ".join(by_sequence(result, row["teacher"])))
-        line.append(interval(kl.get("teacher@2", {}).get("teacher"), relative=False))
+        mse, ce, kl = (row["pairs"].get(metric, {}) for metric in ("mse", "delta_ce", "kl"))
+        errors.append([FAMILIES[row["teacher"]], f"{row['l0']['mean']:.1f}", with_sd(scores["teacher"]["mse"], ".2f")])
+        errors[-1] += [interval(mse.get(f"teacher@{n}", {}).get("teacher"), relative=True) for n in COUNTS]
+        nats.append([FAMILIES[row["teacher"]]])
+        nats[-1] += [with_sd(scores[name]["delta_ce"], ".3f") for name in ("teacher", "teacher@2")]
+        nats[-1].append(interval(ce.get("teacher@2", {}).get("teacher"), relative=False))
+        nats[-1].append("; ".join(by_sequence(result, row["teacher"])))
+        nats[-1].append(interval(kl.get("teacher@2", {}).get("teacher"), relative=False))
+    first = lines_of(("teacher", "l0", "mse", "**+ 1 round**", "+ 2", "+ 3", "+ 5"), errors)
+    titles = ("teacher", "Δ CE", "**+ 1 round**", "difference (95 %)", "of each seed, by sequence", "KL, difference")
+    return "\n".join([*first, "", *lines_of(titles, nats), "", source(result)])
+
+
+def first_rounds_table(result: dict[str, Any]) -> str:
+    """The first page's table: what rounds do to a teacher with nothing trained, without intervals."""
+    titles = ("teacher", "error (mse)", "+ 1 round", "+ 3 rounds", "+ 5 rounds", "Δ CE (nats)", "+ 1 round")
+    lines, halves = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)], []
+    for row in ordered(result):
+        scores = {name: kinds["matched"] for name, kinds in row["scores"].items()}
+        found = [row["pairs"]["mse"][name]["teacher"] for name in ("teacher@2", "teacher@4", "teacher@6")]
+        halves += [100 * (one["high"] - one["low"]) / 2 for one in found]
+        line = [FAMILIES[row["teacher"]], f"{scores['teacher']['mse']['mean']:.1f}"]
+        line += [f"{100 * one['mean']:+.1f} %" for one in found]
+        line += [f"{scores[name]['delta_ce']['mean']:.3f}" for name in ("teacher", "teacher@2")]
         lines.append("| " + " | ".join(line) + " |")
-    return "\n".join([*lines, "", source(result)])
+    note = f"Three seeds; no 95 % interval of a percentage is wider than ± {max(halves):.1f} points."
+    return "\n".join([*lines, "", note])
+
+
+def first_trained_table(result: dict[str, Any]) -> str:
+    """The first page's table of training: one line a contender, a column a family, error against the control."""
+    names = {
+        "control": "control: the teacher, as many steps",
+        "control-compute": "control, as much time as two rounds take",
+        "rectangle": "JumpReLU's rectangle, one round",
+        "rsae": "rational gate, one round",
+        "teacher@2": "**nothing trained: teacher + a round**",
+        "control@2": "control + an untrained round",
+        "rectangle@2": "rectangle + an untrained round",
+        "rsae@2": "rational gate + an untrained round",
+        "rectangle-refined": "rectangle, trained through two rounds",
+        "refined": "**rational gate, trained through two rounds**",
+    }
+    rows = {row["teacher"]: row for row in ordered(result)}
+    titles = (
+        "SAE",
+        *(f"{label} error" for label in FAMILIES.values()),
+        *(f"{label} Δ CE" for label in FAMILIES.values()),
+    )
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    for name, label in names.items():
+        line = [label]
+        for family in FAMILIES:
+            found = rows[family]["pairs"]["mse"][name].get("control")
+            line.append("0" if found is None else f"{100 * found['mean']:+.1f} %")
+        for family in FAMILIES:
+            score = rows[family]["scores"][name]["matched"]
+            line.append(f"{score['delta_ce']['mean']:.3f}" if "delta_ce" in score else "")
+        lines.append("| " + " | ".join(line) + " |")
+    return "\n".join([*lines, "", "Error: mse minus the control's. Δ CE in nats. Three seeds; intervals are below."])
+
+
+def first_known_table(untrained: dict[str, Any], trained: dict[str, Any]) -> str:
+    """The first page's table of features: F1 and MCC minus the teacher's, a line a contender, a column a family."""
+    names = {
+        "teacher@2": "**nothing trained: teacher + a round**",
+        "control": "control",
+        "control@2": "control + an untrained round",
+        "rsae/gate": "rational gate, one round, only thresholds trained",
+        "rsae": "rational gate, one round",
+        "rsae@2": "rational gate + an untrained round",
+        "refined": "**rational gate, trained through two rounds**",
+    }
+    found: dict[str, dict[str, Any]] = {family: {} for family in FAMILIES}
+    for result in (untrained, trained):
+        for row in result["rows"]:
+            found[row["teacher"]] |= row["to_teacher"]
+    titles = ("SAE", *(f"{label} F1" for label in FAMILIES.values()), *(f"{label} MCC" for label in FAMILIES.values()))
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    for name, label in names.items():
+        line = [f"{found[family][name][metric]['mean']:+.3f}" for metric in ("f1", "mcc") for family in FAMILIES]
+        lines.append("| " + " | ".join([label, *line]) + " |")
+    own = {row["teacher"]: row["scores"]["teacher"]["f1"]["mean"] for row in untrained["rows"]}
+    own_f1 = ", ".join(f"{own[family]:.3f} ({label})" for family, label in FAMILIES.items())
+    return "\n".join(
+        [*lines, "", f"Differences to the teacher, whose F1 is {own_f1}. Three seeds; intervals are below."]
+    )
+
+
+def first_gate_table(rows: list[dict[str, Any]]) -> str:
+    """The first page's table of the gate alone: an SAE of one round against both controls, from the grid."""
+    titles = ("teacher", "l0", "rational − control", "rational − rectangle", "Δ CE: rational − control")
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    for row in sorted((row for row in rows if is_main(row)), key=lambda row: list(FAMILIES).index(row["teacher"])):
+        line = [FAMILIES[row["teacher"]], f"{row['l0']['mean']:.0f}"]
+        line += [interval(row["against"]["mse"][name], relative=True) for name in ("control", "rectangle")]
+        line.append(interval(row["against"]["delta_ce"]["control"], relative=False))
+        lines.append("| " + " | ".join(line) + " |")
+    return "\n".join([*lines, "", "Three seeds with 95 % intervals; bold where the interval is below zero."])
 
 
 def by_sequence(result: dict[str, Any], teacher: str) -> list[str]:
@@ -101,23 +193,27 @@ def trained_table(result: dict[str, Any]) -> str:
 
 
 def places_table(result: dict[str, Any]) -> str:
-    """One row for each place, width and density besides the first: where the gains hold."""
-    titles = ("teacher", "layer", "features", "l0", "seeds", "mse", "**+ 1 round**", "control − teacher")
-    titles += ("control + a round", "rectangle + a round", "RSAE + a round", "RSAE, two rounds trained")
-    titles += ("Δ CE", "**+ 1 round**", "control", "RSAE + a round", "two rounds trained")
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    """One row for each place, width and density besides the first: a table of errors and one of Δ CE."""
+    after, spliced = (
+        ("control@2", "rectangle@2", "rsae@2", "refined"),
+        ("teacher", "teacher@2", "control", "rsae@2", "refined"),
+    )
+    errors, nats = [], []
     for row in sorted((row for row in result["rows"] if not is_main(row)), key=place_order):
         scores, pairs = {name: kinds["matched"] for name, kinds in row["scores"].items()}, row["pairs"]["mse"]
-        line = [FAMILIES[row["teacher"]], row["hook_name"].split(".")[1], f"{row['d_sae']:,}"]
-        line += [f"{row['l0']['mean']:.1f}", f"{len(row['seeds'])}", with_sd(scores["teacher"]["mse"], ".2f")]
-        line += [interval(pairs.get(name, {}).get("teacher"), relative=True) for name in ("teacher@2", "control")]
-        after = ("control@2", "rectangle@2", "rsae@2", "refined")
-        line += [interval(pairs.get(name, {}).get("control"), relative=True) for name in after]
-        spliced = ("teacher", "teacher@2", "control", "rsae@2", "refined")
-        line += [f"{scores[name]['delta_ce']['mean']:.3f}" if name in scores else "" for name in spliced]
-        lines.append("| " + " | ".join(line) + " |")
-    note = "Columns from 'control + a round' to 'two rounds trained': mse against the control, paired by seed."
-    return "\n".join([*lines, "", note])
+        seeds = f", {len(row['seeds'])} seeds" * (len(row["seeds"]) > 1)
+        own = f"{FAMILIES[row['teacher']]}, layer {row['hook_name'].split('.')[1]}, {row['d_sae']:,}{seeds}"
+        errors.append([own, f"{row['l0']['mean']:.1f}", with_sd(scores["teacher"]["mse"], ".2f")])
+        errors[-1] += [interval(pairs.get(name, {}).get("teacher"), relative=True) for name in ("teacher@2", "control")]
+        errors[-1] += [interval(pairs.get(name, {}).get("control"), relative=True) for name in after]
+        nats.append([own])
+        nats[-1] += [f"{scores[name]['delta_ce']['mean']:.3f}" if name in scores else "" for name in spliced]
+    titles = ("teacher, features", "l0", "mse", "**+ 1 round**", "control", "control + a round")
+    titles += ("rectangle + a round", "RSAE + a round", "RSAE, two rounds trained")
+    first = lines_of(titles, errors)
+    titles = ("Δ CE", "teacher", "**+ 1 round**", "control", "RSAE + a round", "RSAE, two rounds trained")
+    note = "mse: '+ 1 round' and 'control' against the teacher, the four columns after them against the control."
+    return "\n".join([*first, "", *lines_of(titles, nats), "", note])
 
 
 def place_order(row: dict[str, Any]) -> tuple[Any, ...]:
