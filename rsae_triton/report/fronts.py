@@ -35,9 +35,10 @@ def summarise(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = defaultdict(list)
     for cell in cells:
-        groups[cell["hook_name"], cell["d_sae"], cell["cell"]["teacher"], cell["cell"]["sparsity"]].append(cell)
+        place = cell["hook_name"], cell["d_sae"], cell["cell"]["teacher"], cell["cell"]["sparsity"]
+        groups[*place, *training_of(cell["cell"]).values()].append(cell)
     rows = []
-    for (hook, d_sae, teacher, sparsity), some in groups.items():
+    for (hook, d_sae, teacher, sparsity, *_), some in groups.items():
         members = one_each(some)
         matched = members[0]["scores"]["matched_l0"]
         names = list(matched)
@@ -47,6 +48,7 @@ def summarise(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "d_sae": d_sae,
                 "teacher": teacher,
                 "sparsity": sparsity,
+                "training": training_of(members[0]["cell"]),
                 "seeds": [one["cell"]["seed"] for one in members],
                 "l0": spread([one["scores"]["teacher"]["l0"] for one in members]),
                 "scores": {
@@ -81,6 +83,22 @@ def summarise(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def training_of(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """How the contenders of a cell were trained: cells that differ here are of different rows."""
+    usual = {"objective": "mse", "trainable": "all", "steps": 0, "batch_size": 0, "tokens": 0}
+    teacher = (cell.get("plan") or {}).get("steps", 0)
+    return {**{name: cell.get(name, value) for name, value in usual.items()}, "teacher_steps": teacher}
+
+
+def different(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """For each row, the part of its training in which the rows differ, as ", mse+kl" or ", steps 100"."""
+    names = [name for name in training_of({}) if len({row["training"][name] for row in rows}) > 1]
+    return [
+        "".join(f", {row['training'][n]}" if n == "objective" else f", {n} {row['training'][n]}" for n in names)
+        for row in rows
+    ]
 
 
 def one_each(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -163,8 +181,9 @@ def _table(rows: Sequence[Mapping[str, Any]], metric: str, digits: str, kind: st
     pairs = [("rsae", name) if "rsae" in names else (name, "teacher") for name in versus]
     header += [f"{NAMES.get(ours, ours)} − {NAMES.get(theirs, theirs)}" for ours, theirs in pairs]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for row in sorted(rows, key=lambda r: (r["hook_name"], r["d_sae"], str(r["teacher"]), r["l0"]["mean"])):
-        line = [row["hook_name"], f"{row['d_sae']}", Path(row["teacher"]).name, f"{row['l0']['mean']:.1f}"]
+    rows = sorted(rows, key=lambda r: (r["hook_name"], r["d_sae"], str(r["teacher"]), r["l0"]["mean"]))
+    for row, training in zip(rows, different(rows), strict=True):
+        line = [row["hook_name"], f"{row['d_sae']}", Path(row["teacher"]).name + training, f"{row['l0']['mean']:.1f}"]
         for name in names:
             score = row["scores"].get(name, {}).get(kind, {}).get(metric)
             line.append("" if score is None else with_sd(score, digits))
@@ -207,13 +226,17 @@ def front_figure(rows: Sequence[Mapping[str, Any]], metric: str) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-    settings = list(dict.fromkeys((row["hook_name"], row["d_sae"], row["teacher"]) for row in rows))
+    titles = [
+        f"{Path(row['teacher']).name}, {row['hook_name']}, {row['d_sae']}{training}"
+        for row, training in zip(rows, different(rows), strict=True)
+    ]
+    settings = list(dict.fromkeys(titles))
     columns = min(3, len(settings))
     lines = -(-len(settings) // columns)
     figure = Figure(figsize=(2.9 * columns, 2.6 * lines), layout="constrained")
     panels = np.atleast_1d(figure.subplots(lines, columns, squeeze=False)).ravel()
     for axes, setting in zip(panels, settings, strict=False):
-        own = [row for row in rows if (row["hook_name"], row["d_sae"], row["teacher"]) == setting]
+        own = [row for row, title in zip(rows, titles, strict=True) if title == setting]
         own.sort(key=lambda row: row["l0"]["mean"])
         for name in dict.fromkeys(name for row in own for name in row["scores"]):
             points = [
@@ -228,7 +251,7 @@ def front_figure(rows: Sequence[Mapping[str, Any]], metric: str) -> Any:
                 l0, value, yerr=sd, marker="o", markersize=3, linewidth=1.3, capsize=2,
                 color=COLOURS.get(name, "#777777"), linestyle=DASHES.get(name, ":"), label=NAMES.get(name, name),
             )  # fmt: skip
-        axes.set(title=f"{Path(setting[2]).name}, {setting[0]}, {setting[1]}", xlabel="l0", ylabel=PAIRED[metric])
+        axes.set(title=setting, xlabel="l0", ylabel=PAIRED[metric])
         axes.title.set_fontsize("small")
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))

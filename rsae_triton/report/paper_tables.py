@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rsae_triton.report.fronts import interval, with_sd
+from rsae_triton.report.fronts import different, interval, with_sd
 from rsae_triton.report.style import NAMES
 
 RECONSTRUCTION = {"mse": ".2f", "fvu": ".4f", "cosine": ".4f", "l0": ".1f", "l1": ".1f", "alive_fraction": ".3f"}
@@ -32,10 +32,11 @@ def _table(rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, str]) -> str
     main = next(iter(metrics))
     header = ["place", "d_sae", "teacher", "SAE", *(TITLES.get(name, name) for name in metrics), "RSAE against it"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for row in sorted(rows, key=lambda r: (r["hook_name"], r["d_sae"], str(r["teacher"]), r["l0"]["mean"])):
+    rows = sorted(rows, key=lambda r: (r["hook_name"], r["d_sae"], str(r["teacher"]), r["l0"]["mean"]))
+    for row, training in zip(rows, different(rows), strict=True):
         for name, kinds in row["scores"].items():
             scores = kinds["matched"]
-            line = [row["hook_name"], f"{row['d_sae']}", teacher_name(row["teacher"]), NAMES.get(name, name)]
+            line = [row["hook_name"], f"{row['d_sae']}", teacher_name(row["teacher"]) + training, NAMES.get(name, name)]
             line += [with_sd(scores[metric], digits) if metric in scores else "" for metric, digits in metrics.items()]
             line.append(interval(row["against"].get(main, {}).get(name), relative=main == "mse"))
             lines.append("| " + " | ".join(line) + " |")

@@ -16,6 +16,7 @@ from rsae_triton.experiments import sweep as module
 from rsae_triton.experiments.contenders import Contender, contender, jumprelu_like, rectangle_gated, steps_for
 from rsae_triton.experiments.sweep import Sweep, sweep
 from rsae_triton.report.fronts import front_figure, paired, summarise, sweep_tables
+from rsae_triton.report.paper_tables import paper_tables
 from rsae_triton.teachers import ReluSAE, TopKSAE
 from rsae_triton.training.metrics import TrainLog
 from rsae_triton.training.recipes import RECIPES
@@ -195,6 +196,21 @@ def test_a_code_that_was_not_spliced_is_compared_by_its_error_alone():
     assert row["against"]["mse"]["control"]["mean"] == pytest.approx(-0.0975)
     assert "delta_ce" not in row["against"]
     assert set(row["pairs"]["delta_ce"]) == {"control", "teacher"}
+
+
+def test_contenders_that_were_trained_otherwise_are_other_rows():
+    made = cells([90.0, 181.0], [100.0, 200.0])
+    with_kl = cells([80.0, 161.0], [99.0, 198.0])
+    for one in with_kl:
+        one["cell"]["objective"] = "mse+kl"
+    rows = summarise([*made, *with_kl])
+    assert [row["seeds"] for row in rows] == [[0, 1], [0, 1]]
+    assert [row["scores"]["rsae"]["matched"]["mse"]["mean"] for row in rows] == [135.5, 120.5]
+    for page in (sweep_tables(rows), paper_tables(rows, {})):
+        assert "| relu, mse |" in page
+        assert "| relu, mse+kl |" in page
+    assert len(front_figure(rows, "mse").axes) == 2
+    assert "mse+kl" not in sweep_tables(rows[:1])
 
 
 def test_tables_mark_only_what_the_interval_shows():
