@@ -88,6 +88,8 @@ def launch(v: Variant) -> tuple[dict, dict, str]:
     constants = {"BLOCK_E" if v.kernel == "entry_dots" else "BLOCK_J": tile.rows, "BLOCK_D": tile.columns}
     if v.kernel in ("feature_sums", "long_runs"):
         constants["SIZED"] = v.sized
+    if v.kernel == "feature_sums":
+        constants |= {"TOGETHER": v.together, "ADD": v.together}
     return constants, {"num_warps": tile.warps}, f"{tile.rows}x{tile.columns} w{tile.warps}"
 
 
@@ -121,6 +123,7 @@ def variants(arch: int) -> Iterator[Variant]:
             yield Variant(kernel, arch, dtype)
         yield Variant("support_mark", arch, dtype, ragged=True)
         yield from (Variant(kernel, arch, dtype, sized=True) for kernel in ("feature_sums", "long_runs"))
+    yield Variant("feature_sums", arch, torch.float32, together=True)
     yield from (Variant(kernel, arch, torch.float32) for kernel in ALONE)
     for kernel in GATES:
         for degree in ((3, 2), (9, 8), (12, 12)):

@@ -36,6 +36,8 @@ class Variant(NamedTuple):
     """A backward pass without gradients of the coefficients."""
     sized: bool = False
     """Sums of given sizes instead of |z|."""
+    together: bool = False
+    """The two matrices' sums added up in one, as for the rounds' gradients."""
 
     def __str__(self) -> str:
         words = [NAMES[self.dtype]]
@@ -45,7 +47,7 @@ class Variant(NamedTuple):
             words += ["gated" if self.gated else "direct", f"({self.p}, {self.q})"]
             words.append("shared" if self.shared else "per feature")
         words += ["ragged"] * self.ragged + ["top-k"] * self.ranked
-        return " ".join(words + ["frozen"] * self.frozen + ["sized"] * self.sized)
+        return " ".join(words + ["frozen"] * self.frozen + ["sized"] * self.sized + ["together"] * self.together)
 
     @property
     def key(self) -> str:

@@ -93,10 +93,12 @@ def long_runs_kernel(
 @triton.jit
 def feature_sums_kernel(
     g, x, tokens, z, dz, dh, dt, sizes, offsets, longer, matrices, numbers, decoder, encoder, sums, squares,
-    n_features, d_in, capacity, run, SIZED: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    n_features, d_in, capacity, run, SIZED: tl.constexpr, TOGETHER: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_D columns of one feature's row of both matrices. sums [4, n_features],
-    squares [column blocks, 2, n_features] float32."""
+    squares [column blocks, 2, n_features] float32. TOGETHER: decoder receives the sum of both; ADD: in addition to what
+    it holds."""
     f = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     start = tl.load(offsets + f)
@@ -111,8 +113,13 @@ def feature_sums_kernel(
         by_t += tl.load(numbers + k * 4 + 1)
         size += tl.load(numbers + k * 4 + 2)
         along += tl.load(numbers + k * 4 + 3)
+    if TOGETHER:
+        dec += enc
+        if ADD:
+            dec += tl.load(decoder + f * d_in + d, mask=d < d_in)
+    else:
+        tl.store(encoder + f * d_in + d, enc.to(encoder.dtype.element_ty), mask=d < d_in)
     tl.store(decoder + f * d_in + d, dec.to(decoder.dtype.element_ty), mask=d < d_in)
-    tl.store(encoder + f * d_in + d, enc.to(encoder.dtype.element_ty), mask=d < d_in)
     own = squares + tl.program_id(1).to(tl.int64) * 2 * n_features + f
     tl.store(own, tl.sum(dec * dec))
     tl.store(own + n_features, tl.sum(enc * enc))
@@ -135,24 +142,28 @@ def feature_sums(
     sizes: Tensor | None = None,
     decoder: Tensor | None = None,
     encoder: Tensor | None = None,
+    into: Tensor | None = None,
+    add: bool = False,
 ) -> FeatureSums:
     """Computes the sums for z, dz, dh, dt [capacity] float32 of the entries, and g, x_c [n_tokens, d_in] of one dtype.
 
     For a transcoder g may have another width, and the entries are then processed twice. sizes [capacity] float32:
     summed instead of |z|. decoder, encoder [n_features, d_in], contiguous: memory for the matrices' sums; new float32
-    memory by default.
+    memory by default. into: memory that receives the two sums added up instead, and with `add` also keeps what it held.
     """
     n_features, d_in, capacity = len(entries.offsets) - 1, g.shape[1], len(z)
     if len(x_c) != len(g):
         raise ValueError(f"g {tuple(g.shape)} and x_c {tuple(x_c.shape)} are of different numbers of tokens")
     if x_c.shape != g.shape:
+        if into is not None:
+            raise ValueError(f"g {tuple(g.shape)} and x_c {tuple(x_c.shape)} are of two widths: their sums have no sum")
         written = feature_sums(entries, z, dz, dh, dt, g, g, sizes=sizes, decoder=decoder)
         read = feature_sums(entries, z, dz, dh, dt, x_c, x_c, encoder=encoder)
         squares = torch.stack([written.squares[0], read.squares[1]])
         return written._replace(encoder=read.encoder, squares=squares)
     g, x_c = g.contiguous(), x_c.contiguous()
     found = []
-    for name, out in (("decoder", decoder), ("encoder", encoder)):
+    for name, out in (("decoder", decoder if into is None else into), ("encoder", encoder if into is None else into)):
         out = g.new_empty((n_features, d_in), dtype=torch.float32) if out is None else out
         if out.shape != (n_features, d_in) or not out.is_contiguous():
             raise ValueError(f"{name} is {tuple(out.shape)}; contiguous memory of [{n_features}, {d_in}] is wanted")
@@ -173,6 +184,7 @@ def feature_sums(
     tile = decode_tile(d_in)
     columns = triton.cdiv(d_in, tile.columns)
     shape = {"SIZED": sizes is not None, "BLOCK_J": tile.rows, "BLOCK_D": tile.columns, "num_warps": tile.warps}
+    one = {"TOGETHER": into is not None, "ADD": add}
     squares = sums.new_empty((columns, 2, n_features))
     given = (g, x_c, entries.tokens, z, dz, dh, dt, z if sizes is None else sizes, bounds)
     with launching_on(g):
@@ -181,6 +193,6 @@ def feature_sums(
                 *given, features, longer, matrices, numbers, n_features, d_in, capacity, run, **shape
             )
         feature_sums_kernel[(n_features, columns)](
-            *given, longer, matrices, numbers, *found, sums, squares, n_features, d_in, capacity, run, **shape
+            *given, longer, matrices, numbers, *found, sums, squares, n_features, d_in, capacity, run, **shape, **one
         )
     return FeatureSums(*found, *sums, squares.sum(0))

@@ -206,12 +206,10 @@ def _rows_by_kernel(
     """Two terms in one pass over the entries."""
     tokens = tokens.to(torch.int32)
     for k in range(0, len(terms), 2):
-        (values, g), (others, rows_of) = terms[k], terms[k + 1] if k + 1 < len(terms) else (terms[k][0], terms[k][1])
-        others = others if k + 1 < len(terms) else torch.zeros_like(values)
+        # An odd one out goes with zeros, for which no rows are read.
+        (values, g), (others, rows_of) = terms[k], [*terms, (torch.zeros_like(terms[k][0]), terms[k][1])][k + 1]
         at = kernels().Entries(tokens, tokens, values, offsets)
-        found = kernels().feature_sums(at, values, values, others, values, g, rows_of)
-        out = out.add_(found.decoder) if add else out.copy_(found.decoder)
-        out, add = out.add_(found.encoder) if k + 1 < len(terms) else out, True
+        kernels().feature_sums(at, values, values, others, values, g, rows_of, into=out, add=add or k > 0)
     return out
 
 

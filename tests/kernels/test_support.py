@@ -7,7 +7,7 @@ import torch
 from gate_cases import DTYPES, doubtful, error, magnitudes, name_of, oracle, random_gate, to
 
 from rsae_triton.kernels.support_gate import entry_gate_backward, entry_gate_forward
-from rsae_triton.kernels.support_list import list_entries, list_rows
+from rsae_triton.kernels.support_list import Entries, list_entries, list_rows
 from rsae_triton.kernels.support_mark import support_mark
 from rsae_triton.kernels.support_products import entry_dots, support_decode
 from rsae_triton.kernels.support_sums import feature_sums
@@ -214,6 +214,31 @@ def test_nothing_to_do(shape, device):
     found = sparse(gate, spec_of(), given, device)[0]
     assert torch.equal(found["x_hat"], torch.ones(n, d))
     assert torch.equal(found["dW_dec"], torch.zeros(features, d))
+
+
+@pytest.mark.parametrize("one_feature", [False, True])
+def test_both_sums_in_one_matrix_and_in_addition(one_feature, device):
+    """Also where a feature has more entries than a run."""
+    n, d, features = (600, 3, 1) if one_feature else SHAPE
+    generator = torch.Generator().manual_seed(5)
+    there = (torch.rand(features, n, generator=generator) < (1 if one_feature else 0.3)).to(device)
+    at, tokens = (one.to(torch.int32) for one in there.nonzero(as_tuple=True))
+    values, others, g, x, held = (
+        torch.randn(size, generator=generator).to(device)
+        for size in ((len(tokens),), (len(tokens),), (n, d), (n, d), (features, d))
+    )
+    offsets = torch.nn.functional.pad(there.sum(1).cumsum(0), (1, 0))
+    entries = Entries(tokens, at, values, offsets)
+    wanted = torch.zeros(2, features, n, dtype=torch.float64, device=device)
+    wanted[0, at.long(), tokens.long()], wanted[1, at.long(), tokens.long()] = values.double(), others.double()
+    wanted = wanted[0] @ g.double() + wanted[1] @ x.double()
+    for add in (False, True):
+        into = held.clone()
+        found = feature_sums(entries, values, values, others, values, g, x, into=into, add=add)
+        assert found.decoder is found.encoder is into
+        assert error(into.cpu(), (wanted + held if add else wanted).cpu()) <= 1e-6
+    with pytest.raises(ValueError, match="two widths"):
+        feature_sums(entries, values, values, others, values, g, x[:, 1:], into=into)
 
 
 def test_what_does_not_fit_is_refused(device):
