@@ -1,15 +1,17 @@
-"""`rsae extract`: stores activations of a language model on disk, of several places in one pass."""
+"""`rsae extract`: stores activations of a language model on disk, of several places or of a transcoder's two."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rsae_triton.activations.boot import load_host
 from rsae_triton.activations.corpus import check_corpus, load_corpus
 from rsae_triton.activations.extract import extract_hooks, split_three_ways
+from rsae_triton.activations.pairs import extract_pairs
 from rsae_triton.common.checks import check_integer, check_number, check_seed
+from rsae_triton.common.errors import ConfigError
 from rsae_triton.common.files import check_folder
 
 
@@ -22,12 +24,16 @@ class Extract:
     Examples:
         rsae extract --hook blocks.8.hook_resid_pre blocks.16.hook_resid_pre --tokens 1000000
         rsae extract --model gpt2 --text owner/dataset:config:train --root /data/activations
+        rsae extract --hook blocks.16.mlp.hook_in --hook-out blocks.16.hook_mlp_out    # for a transcoder
     """
 
     model: str = "smollm2"
     """Host model: smollm2 (embedded default), a .gguf file, a model folder, or a hub id such as gpt2."""
     hook: tuple[str, ...] = ()
     """Where to read, in TransformerLens' names; the middle of the model when none is given."""
+    hook_out: str | None = None
+    """For a transcoder: where it writes; `--hook` is then the one place where it reads. Both stores hold the same
+    tokens, for `rsae upgrade` and `rsae train` with --activations and --targets."""
     text: tuple[str, ...] = ("demo",)
     """Text to read: demo, files, folders, or hub datasets (streamed)."""
     tokens: int = 200_000
@@ -69,24 +75,29 @@ def run_extract(config: Extract) -> list[Path]:
     check_seed(config.seed)
     if config.root is not None:
         check_folder(config.root)
+    if config.hook_out is not None and len(config.hook) != 1:
+        raise ConfigError(f"--hook-out needs one --hook, where the transcoder reads; got {len(config.hook)}")
     check_corpus(config.text)
     host = load_host(config.model, device=config.device, center_writing_weights=config.center_writing_weights)
     documents = load_corpus(list(config.text), max_documents=config.max_documents)
-    stores = extract_hooks(
-        host,
-        documents if config.whole_text else split_three_ways(documents, seed=config.seed)[0],
-        config.hook or [None],
-        config.tokens,
-        context=config.context,
-        dtype=config.dtype,
-        seed=config.seed,
-        drop_outliers=config.drop_outliers,
-        keep_bos=config.keep_bos,
-        prepend_bos=config.prepend_bos,
-        seqpos_slice=config.seqpos_slice or None,
-        exclude_special_tokens=config.exclude_special_tokens,
-        root=config.root,
-    )
+    if not config.whole_text:
+        documents = split_three_ways(documents, seed=config.seed)[0]
+    options: dict[str, Any] = {
+        "context": config.context,
+        "dtype": config.dtype,
+        "seed": config.seed,
+        "drop_outliers": config.drop_outliers,
+        "keep_bos": config.keep_bos,
+        "prepend_bos": config.prepend_bos,
+        "seqpos_slice": config.seqpos_slice or None,
+        "exclude_special_tokens": config.exclude_special_tokens,
+        "root": config.root,
+    }
+    if config.hook_out is None:
+        stores = extract_hooks(host, documents, config.hook or [None], config.tokens, **options)
+    else:
+        pairs = extract_pairs(host, documents, config.hook[0], config.hook_out, config.tokens, **options)
+        stores = [pairs.inputs, pairs.targets]
     for store in stores:
         print(store.folder)
     return [store.folder for store in stores]

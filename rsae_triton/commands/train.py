@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from rsae_triton.activations import ActivationStore, load_host
+from rsae_triton.activations import ActivationStore, PairedStore, load_host
 from rsae_triton.common.checkpoint import read_info
 from rsae_triton.common.checks import check_integer, parse_device
 from rsae_triton.common.errors import ConfigError, FormatError, NumericsError
@@ -41,6 +41,8 @@ class Upgrade:
     """The teacher: a folder, a file or a hub id, in any format that load_teacher reads."""
     activations: Path
     """Folder of an activation store (`rsae extract`)."""
+    targets: Path | None = None
+    """For a transcoder: the store of what it should write, made together with the other (`rsae extract --hook-out`)."""
     out: Path
     """Folder for the Rational SAE."""
     degree: str = "auto"
@@ -76,6 +78,8 @@ class Train(TrainSettings):
     """Folder of the SAE to train, in the model's own units."""
     activations: Path
     """Folder of an activation store (`rsae extract`)."""
+    targets: Path | None = None
+    """For a transcoder: the store of what it should write, made together with the other (`rsae extract --hook-out`)."""
     out: Path = tyro.MISSING  # without MISSING the field would inherit the default None
     """Folder for sae/, metrics.jsonl and checkpoints/."""
     recipe: str = "auto"
@@ -111,13 +115,29 @@ class Export:
     """Folder for the SAE."""
 
 
+def open_store(config: Upgrade | Train, shards: tuple[int, int] | None = None) -> ActivationStore | PairedStore:
+    """Opens the store of `--activations`, for a transcoder together with that of `--targets`.
+
+    Raises:
+        ConfigError: their rows are not of the same tokens, or --validation beside --targets.
+    """
+    store = ActivationStore(config.activations, shards=shards)
+    if config.targets is None:
+        return store
+    if config.validation is not None:
+        raise ConfigError(
+            "--validation is for rounds, and a transcoder has none; leave it out where --targets is given"
+        )
+    return PairedStore(store, ActivationStore(config.targets, shards=shards))
+
+
 def run_upgrade(config: Upgrade) -> Path:
     """Runs `rsae upgrade` and returns the folder of the Rational SAE."""
     parse_degree(config.degree)
     parse_coefficients(config.coefficients)
     parse_rounds(config.rounds)
     check_folder(config.out)
-    store = ActivationStore(config.activations)
+    store = open_store(config)
     rsae = stage_1(
         load_sae(config.teacher),
         store,
@@ -150,7 +170,7 @@ def run_train(config: Train) -> Path:
         )
     with mesh_of(config.features_over, device) as mesh:
         share = mesh.data if mesh is not None and config.split_shards else None
-        store = ActivationStore(config.activations, shards=share)
+        store = open_store(config, share)
         sae = load_sae(config.sae)
         rounds = 1
         if isinstance(sae, FusedRationalSAE) and config.rounds == "after":

@@ -26,7 +26,7 @@ from rsae_triton.sae.architectures import JumpReluSAE, ReluSAE, TopKSAE
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.batch_topk import BatchTopKSAE
 from rsae_triton.sae.gate import RationalGate
-from rsae_triton.sae.like_teacher import ramp_width, sample, teacher_thresholds
+from rsae_triton.sae.like_teacher import LEAST_TOKENS, few_tokens, ramp_width, sample, teacher_thresholds
 from rsae_triton.sae.rational import FusedRationalSAE
 from rsae_triton.sae.rounds import EPSILON, STARTS, check_rounds
 from rsae_triton.sae.topk_rational import TopKRationalSAE
@@ -70,6 +70,8 @@ class AddedRounds:
 
     @property
     def summary(self) -> str:
+        if self.n_tokens < LEAST_TOKENS:
+            return f"{self.rounds} rounds, untrained; only {few_tokens(self.n_tokens)}"
         return (
             f"{self.rounds} rounds, untrained: mse {self.mse_before:.4g} -> {self.mse:.4g} ({self.change}) at l0 "
             f"{self.l0:.2f} (before: {self.l0_before:.2f})"

@@ -37,6 +37,15 @@ class Precise(nn.Module):
 
         return super()._apply(move, recurse)
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        # With load_state_dict(assign=True) torch takes the given tensors themselves, in their dtype. `state_dict` is a
+        # copy that torch made for this call.
+        for name, _ in (*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)):
+            given = state_dict.get(prefix + name)
+            if isinstance(given, Tensor) and given.is_floating_point() and given.element_size() < 4:
+                state_dict[prefix + name] = given.detach().float()
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
 
 class RationalGate(Precise):
     """A rational gate for `d_sae` features; feature f uses coefficient set ``f * groups // d_sae``, or ``group_of[f]``.

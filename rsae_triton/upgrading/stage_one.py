@@ -21,7 +21,7 @@ from rsae_triton.sae.adding import AddedRounds, add_rounds
 from rsae_triton.sae.architectures import JumpReluSAE, ReluSAE, TopKSAE
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.batch_topk import BatchTopKSAE
-from rsae_triton.sae.like_teacher import sample, teacher_thresholds
+from rsae_triton.sae.like_teacher import LEAST_TOKENS, few_tokens, sample, teacher_thresholds
 from rsae_triton.sae.rational import FusedRationalSAE
 from rsae_triton.sae.rounds import MOST_ROUNDS
 from rsae_triton.sae.sides import side_by_side
@@ -74,7 +74,9 @@ class StageOne:
             f"l0 {self.l0:.2f} against {self.teacher_l0:.2f}"
         )
         if self.rounds is None:
-            return one
+            return one if self.n_tokens >= LEAST_TOKENS else f"{one}; only {few_tokens(self.n_tokens)}"
+        if self.rounds.n_tokens < LEAST_TOKENS:
+            return f"nothing trained. {self.rounds.summary}. The first round alone: {one}"
         return (
             f"nothing trained: mse {self.rounds.change} at the teacher's l0 ({self.rounds.rounds} rounds, l0 "
             f"{self.rounds.l0:.2f} against {self.rounds.l0_before:.2f}). The first round alone: {one}"

@@ -6,14 +6,16 @@ import subprocess
 import sys
 
 import pytest
+import tiny_models
 import torch
 from workers import small_sae
 
-from rsae_triton import FusedRationalSAE, TopKRationalSAE, load_teacher
-from rsae_triton.activations import ActivationStore, store_tensor
+from rsae_triton import FusedRationalSAE, TopKRationalSAE, load_teacher, train
+from rsae_triton.activations import ActivationStore, PairedStore, store_tensor
 from rsae_triton.commands.cli import main
 from rsae_triton.evaluation import reconstruction
 from rsae_triton.evaluation.held_out import load_sae
+from rsae_triton.sae.transcoder import JumpReluTranscoder, RationalTranscoder
 
 
 def words(line):
@@ -23,7 +25,6 @@ def words(line):
 @pytest.fixture
 def place(tmp_path, activations, monkeypatch):
     """A folder with STORE of activations in a model's units, and a trained teacher/ of them."""
-    from rsae_triton import train
     from rsae_triton.training.recipes import Recipe
 
     monkeypatch.chdir(tmp_path)
@@ -108,3 +109,27 @@ def test_torchrun_trains_the_same_sae(place):
     for name, tensor in one.state_dict().items():
         assert torch.allclose(tensor, two.state_dict()[name], rtol=1e-3, atol=2e-5), name
     assert main([*options, "--out", "one", "--features-over", "2"]) == 2
+
+
+def test_a_transcoder_by_command_from_extraction_to_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny_models.saved(tiny_models.llama(), tmp_path / "model")
+    (tmp_path / "texts").mkdir()
+    tiny_models.text(tmp_path / "texts")
+    places = "--hook blocks.1.mlp.hook_in --hook-out blocks.1.hook_mlp_out"
+    assert main(words(f"extract --model model --text texts --tokens 1500 --context 32 --root stores {places}")) == 0
+    inside, outside = capsys.readouterr().out.split()[-2:]
+    pairs = PairedStore(inside, outside)
+    assert pairs.manifest["hook_name_out"] == "blocks.1.hook_mlp_out"
+    teacher = JumpReluTranscoder(pairs.d_in, 96, threshold=0.3, generator=torch.Generator().manual_seed(0))
+    train(teacher, pairs, steps=50, batch_size=128, progress=False)
+    teacher.to_units_(1.0, 1.0)
+    teacher.save_pretrained("teacher")
+    stores = f"--activations {inside} --targets {outside}"
+    assert main(words(f"upgrade teacher {stores} --out rational")) == 0
+    assert main(words(f"train rational {stores} --out run --steps 5 --batch-size 128")) == 0
+    assert isinstance(load_sae("run/sae"), RationalTranscoder)
+    capsys.readouterr()
+    assert main(words(f"upgrade teacher {stores} --validation {inside} --out other")) == 2
+    assert "--validation is for rounds" in capsys.readouterr().err
+    assert main(words(f"upgrade teacher --activations {inside} --out other")) == 2

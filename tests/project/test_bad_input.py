@@ -192,6 +192,7 @@ COMMANDS = [
     ("extract --text {at}/nowhere", "nowhere"),
     ("extract --model {at}/nowhere", "nowhere"),
     ("extract --dtype x", "--dtype"),
+    ("extract --hook-out blocks.1.hook_mlp_out", "--hook-out needs one --hook"),
     ("extract --max-documents 0", "--max-documents is 0"),
     ("bench --keep", "--new"),
     ("bench --new {at}/nowhere", "nowhere"),

@@ -63,6 +63,21 @@ def test_gate_parameters_stay_float32_in_a_bf16_module():
     assert copy.deepcopy(sae).double().gate.alpha.dtype == torch.float64
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gate_parameters_stay_float32_when_half_precision_weights_are_assigned(dtype):
+    made = rsae(form="gated").with_rounds(2, torch.randn(300, 16))
+    narrow = {name: one.to(dtype) if one.is_floating_point() else one for name, one in made.state_dict().items()}
+    sae = rsae(form="gated").with_rounds(2, torch.randn(300, 16))
+    sae.load_state_dict(narrow, assign=True)
+    assert sae.W_enc.dtype == dtype
+    for part in (sae.gate, sae.refinement):
+        for name, one in (*part.named_parameters(), *part.named_buffers()):
+            assert one.dtype in (torch.float32, torch.int64), name
+    assert sae.gate.threshold.requires_grad
+    assert narrow["gate.threshold"].dtype == dtype
+    sae(torch.randn(3, 16, dtype=dtype)).float().sum().backward()
+
+
 def test_autocast_runs_the_matrix_product_low_and_the_gate_high():
     sae, x = rsae(), torch.randn(9, 16)
     with torch.autocast("cpu", torch.bfloat16):

@@ -347,6 +347,19 @@ def test_rounds_lower_the_error_at_the_teachers_l0_and_nothing_is_trained(teache
     assert all(torch.equal(tensor, own[key]) for key, tensor in one.state_dict().items())
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("n", [1, 200])
+def test_too_few_tokens_are_warned_of_and_claim_no_percentage(teachers, activations, name, n):
+    with pytest.warns(UserWarning, match=f"only {n} token.* to calibrate on: too few"):
+        rsae = upgrade(teachers[name], activations[:n])
+    said = rsae.metadata["stage1"]["summary"]
+    assert "mse" not in said
+    assert "too few to say what l0 and the error will be" in said
+    with pytest.warns(UserWarning, match="too few"):
+        said = teachers[name].with_rounds(2, activations[:n]).metadata["rounds"]["summary"]
+    assert "%" not in said
+
+
 def test_rounds_are_set_on_validation_text_where_there_is_any(teachers, activations):
     held = activations[1::2] * 1.02
     rsae = upgrade(teachers["jumprelu"], activations[0::2], rounds=3, validation=held)
