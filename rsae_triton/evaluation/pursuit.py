@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +14,11 @@ from torch import Tensor
 from rsae_triton.common.checks import check_integer
 from rsae_triton.common.errors import ConfigError, SourceError
 from rsae_triton.common.install import advice
+from rsae_triton.evaluation.reconstruction import at_l0, reconstruction
 from rsae_triton.sae.base import SparseAutoencoder, check_sae
+
+TOKENS = 2000
+"""`pursuit_bound` runs on this many tokens, because pursuit takes a hundredth of a second per token."""
 
 
 class Pursuit:
@@ -59,3 +66,18 @@ class Pursuit:
 
     def decode(self, feature_acts: Tensor, x: Tensor | None = None) -> Tensor:
         return self.sae.decode(feature_acts, x)
+
+
+def pursuit_bound(saes: Mapping[str, SparseAutoencoder], x: torch.Tensor) -> dict[str, Any]:
+    """The mse of matching pursuit on the teacher's dictionary, and of every SAE at its l0, on the same few tokens."""
+    x = x[:TOKENS]
+    teacher = saes["teacher"]
+    bound = Pursuit(teacher, max(1, round(reconstruction(teacher, x).l0)))
+    found = asdict(reconstruction(bound, x))
+    mse = {name: reconstruction(at_l0(sae, x, found["l0"]), x).mse for name, sae in saes.items()}
+    return {
+        "n_tokens": len(x),
+        "l0": found["l0"],
+        "negative": found["negative"],
+        "mse": {"pursuit": found["mse"], **mse},
+    }

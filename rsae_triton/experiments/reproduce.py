@@ -128,7 +128,7 @@ def reproduce(config: Reproduce) -> Path:
     if config.list:
         for cell in cells:
             print(
-                "done   " if read_cell(cell.path) is not None or key_of(cell.identity()) in known else "waiting",
+                "done   " if cell.finished() or key_of(cell.identity()) in known else "waiting",
                 cell.label,
             )
         return config.out

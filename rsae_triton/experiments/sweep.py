@@ -3,6 +3,7 @@ resumable."""
 
 from __future__ import annotations
 
+import copy
 import gc
 import hashlib
 import itertools
@@ -10,7 +11,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,25 +23,25 @@ from rsae_triton.activations import HostModel, Splits, check_corpus, load_corpus
 from rsae_triton.common.checks import check_integer, check_number, check_seed
 from rsae_triton.common.errors import ConfigError
 from rsae_triton.common.files import check_folder, make_folder, read_finished, write_text
+from rsae_triton.common.names import EMBEDDED
 from rsae_triton.common.terminal import plain
 from rsae_triton.evaluation import compare
 from rsae_triton.evaluation.downstream import splice_of
-from rsae_triton.evaluation.pursuit import Pursuit
-from rsae_triton.evaluation.reconstruction import at_l0, reconstruction
+from rsae_triton.evaluation.pursuit import pursuit_bound
 from rsae_triton.experiments.contenders import contender, more_rounds, parse_contender, steps_for
-from rsae_triton.experiments.teach import FAMILIES, TeacherPlan, make_teacher, saved_teacher, splits_for
+from rsae_triton.experiments.teach import FAMILIES, L0, TeacherPlan, make_teacher, saved_teacher, splits_for
 from rsae_triton.ops.runtime import matmul_precision
 from rsae_triton.report.fronts import write_sweep_report
 from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.sae.pretrained import CONFIG_FILE
 from rsae_triton.sae.rational import FusedRationalSAE
+from rsae_triton.sae.units import take_note
 from rsae_triton.training.loop import LR, TrainLog, train
 from rsae_triton.training.recipes import RECIPES
 from rsae_triton.training.settings import KEPT_BY, trains
 from rsae_triton.upgrading.stage_one import upgrade
 
 SCHEMA = 1
-PURSUIT_TOKENS = 2000
-"""Matching pursuit runs on this many tokens, because it takes a hundredth of a second per token."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,8 @@ class Sweep:
     """Which held-out split is scored: test, or validation while choosing."""
     device: str | None = None
     """cpu or cuda; CUDA where there is one when not given."""
+    save: bool = False
+    """Save every contender too, as OUT/saes/CELL/CONTENDER in the model's own units, for `rsae probe` and the like."""
     out: Path = Path("out/sweep")
     """Folder of the cells and the report."""
 
@@ -161,11 +164,14 @@ class Cell:
         if self.teacher not in FAMILIES:
             return None
         usual = RECIPES[self.teacher].weight
+        # The usual weights were chosen on the embedded model. Elsewhere they give any l0, so l0 itself is held.
+        held = min(L0 * self.sparsity, self.width / 4) if usual and self.sweep.model != EMBEDDED else None
         return TeacherPlan(
             family=self.teacher,
             d_sae=self.width,
             k=max(1, round(TeacherPlan.k * self.sparsity)),
-            weight=usual / self.sparsity if usual else None,
+            weight=usual / self.sparsity if usual and held is None else None,
+            l0=held,
             steps=self.sweep.teacher_steps,
             batch_size=self.sweep.batch_size,
             seed=self.seed,
@@ -217,6 +223,16 @@ class Cell:
     def label(self) -> str:
         return self.path.stem.rsplit("-", 1)[0]
 
+    @property
+    def folder(self) -> Path:
+        """Where its SAEs are saved."""
+        return self.sweep.out / "saes" / self.path.stem
+
+    def finished(self) -> bool:
+        """Whether its scores are on disk, and its SAEs if they are asked for."""
+        names = ("teacher", *(one for one in self.sweep.contenders if one != "pursuit")) if self.sweep.save else ()
+        return all((self.folder / name / CONFIG_FILE).is_file() for name in names) and read_cell(self.path) is not None
+
 
 def key_of(identity: dict[str, Any]) -> str:
     """A key that is the same for a cell's identity and for that identity read back from JSON."""
@@ -249,13 +265,13 @@ def run_cells(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """Computes the cells that are not on disk yet, and returns all of them. Cells of the same place should be
     adjacent."""
     console = Console()
-    waiting = [cell for cell in cells if read_cell(cell.path) is None]
+    waiting = [cell for cell in cells if not cell.finished()]
     console.print(f"{len(cells)} cells, {len(cells) - len(waiting)} of them done before")
     host: HostModel | None = None
     splits: Splits | None = None
     started = time.perf_counter()
     for done, cell in enumerate(waiting):
-        if read_cell(cell.path) is not None:  # another process may be working on the same folder
+        if cell.finished():  # another process may be working on the same folder
             continue
         config = cell.sweep
         if host is None or splits is None or cell.place != waiting[done - 1].place:
@@ -287,6 +303,10 @@ def run_cell(cell: Cell, host: HostModel, splits: Splits) -> dict[str, Any]:
         teacher, _ = make_teacher(plan, splits, x, label=f"{cell.label} teacher")
     init = upgrade(teacher, x, rounds=1, validation=splits.validation.tensor().to(host.device))
     saes, logs = make_contenders(cell, host, teacher, init, splits, x)
+    for name in saes.keys() - {"init"} if config.save else ():
+        own = copy.deepcopy(saes[name])
+        take_note(own, splits.train)
+        own.save_pretrained(cell.folder / name)
     held = getattr(splits, config.split)
     options: dict[str, Any] = {}
     if config.sequences:
@@ -369,21 +389,6 @@ def make_contenders(
     # A contender that was only trained to add rounds to it is not compared.
     wanted = ("teacher", "init", *config.contenders)
     return {name: sae for name, sae in saes.items() if name in wanted}, logs
-
-
-def pursuit_bound(saes: Mapping[str, SparseAutoencoder], x: torch.Tensor) -> dict[str, Any]:
-    """The mse of matching pursuit on the teacher's dictionary, and of every SAE at its l0, on the same few tokens."""
-    x = x[:PURSUIT_TOKENS]
-    teacher = saes["teacher"]
-    bound = Pursuit(teacher, max(1, round(reconstruction(teacher, x).l0)))
-    found = asdict(reconstruction(bound, x))
-    mse = {name: reconstruction(at_l0(sae, x, found["l0"]), x).mse for name, sae in saes.items()}
-    return {
-        "n_tokens": len(x),
-        "l0": found["l0"],
-        "negative": found["negative"],
-        "mse": {"pursuit": found["mse"], **mse},
-    }
 
 
 def one_line(result: dict[str, Any]) -> str:
