@@ -16,6 +16,7 @@ from tyro.extras import SubcommandApp
 
 from rsae_triton import __version__
 from rsae_triton.commands import gates
+from rsae_triton.commands.absorption import Absorption, run_absorption
 from rsae_triton.commands.bench import Bench, run_bench
 from rsae_triton.commands.doctor import Doctor
 from rsae_triton.commands.doctor import doctor as run_doctor
@@ -70,6 +71,10 @@ def features(config: Annotated[Features, tyro.conf.arg(name="")]) -> None:
 
 def probe(config: Annotated[Probe, tyro.conf.arg(name="")]) -> None:
     run_probe(config)
+
+
+def absorption(config: Annotated[Absorption, tyro.conf.arg(name="")]) -> None:
+    run_absorption(config)
 
 
 def teach(config: Annotated[Teach, tyro.conf.arg(name="")]) -> None:
@@ -128,6 +133,7 @@ COMMANDS: dict[str, tuple[Callable[..., Any], type]] = {
     "match": (match, Match),
     "features": (features, Features),
     "probe": (probe, Probe),
+    "absorption": (absorption, Absorption),
     "sweep": (sweep, Sweep),
     "known": (known, Known),
     "reproduce": (reproduce, Reproduce),
