@@ -12,6 +12,7 @@ from tiny_sweep import Host, Splits
 
 from rsae_triton import upgrade
 from rsae_triton.common.errors import ConfigError, FormatError
+from rsae_triton.evaluation.held_out import load_sae
 from rsae_triton.experiments import sweep as module
 from rsae_triton.experiments.contenders import Contender, contender, jumprelu_like, rectangle_gated, steps_for
 from rsae_triton.experiments.sweep import Sweep, sweep
@@ -55,6 +56,40 @@ def test_sparsities_multiply_k_and_divide_weights():
         usual = RECIPES[family].weight
         assert [plans[family, factor].weight for factor in (0.5, 2.0)] == [2 * usual, usual / 2]
         assert plans[family, 2.0].recipe().weight == usual / 2
+
+
+def test_l0_is_held_on_other_hosts_than_the_embedded_one():
+    """The usual weights were chosen on SmolLM2; on another host they gave an l0 of 4."""
+    of = {"teachers": ("relu", "jumprelu", "topk", "batchtopk"), "sparsities": (0.5,), "model": "other"}
+    plans = {cell.teacher: cell.plan() for cell in Sweep(**of).cells()}
+    assert {family: plan.l0 for family, plan in plans.items()} == {
+        "relu": 16,
+        "jumprelu": 16,
+        "topk": None,
+        "batchtopk": None,
+    }
+    assert [plans[family].recipe().target_l0 for family in ("relu", "jumprelu")] == [16, 16]
+    assert all(plan.weight is None for plan in plans.values())
+    assert all(cell.plan().l0 is None for cell in Sweep(**{**of, "model": "smollm2"}).cells())
+
+
+def test_contenders_are_saved_in_the_models_units(tiny, monkeypatch):
+    monkeypatch.setattr(Splits.train, "scale", 0.25)
+    names = ("teacher@2", "rsae")
+    config = replace(tiny, sparsities=(1.0,), seeds=(0,), contenders=names)
+    sweep(config)
+    cell = next(iter(replace(config, save=True).cells()))
+    assert cell.path.is_file()
+    assert not cell.finished()  # the scores are there, the SAEs are not
+    result = module.run_cell(cell, Host(), Splits())
+    assert cell.finished()
+    assert sorted(path.name for path in cell.folder.iterdir()) == ["rsae", "teacher", "teacher@2"]
+    x = Splits.test.tensor()
+    for name in ("teacher", *names):
+        own = load_sae(cell.folder / name)
+        assert own.metadata["hook_name"] == "blocks.1.hook_resid_pre"
+        error = (own(x / 0.25).detach() * 0.25 - x).square().sum(1).mean()
+        assert float(error) == pytest.approx(result["scores"][name]["mse"], rel=2e-2)  # scored in bfloat16 products
 
 
 def test_a_cell_repeats_to_the_bit(tiny):

@@ -94,6 +94,8 @@ COMMANDS = [
     ("probe {at}/good --label x", "--text"),
     ("probe {at}/good --text {at}/nowhere --label y", "nowhere"),
     ("probe {at}/good --out {at}", "--out"),
+    ("absorption", "no SAE"),
+    ("absorption {at}/good --per-letter 3", "--per-letter"),
     ("teach", "Nonlinearity of the teacher"),
     ("teach x --out {new}", "relu"),
     ("teach relu", "--out"),
