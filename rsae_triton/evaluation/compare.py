@@ -21,6 +21,27 @@ from rsae_triton.sae.sides import side_by_side
 from rsae_triton.sae.units import check_place, check_same_units, reading, warn_of_units
 
 
+class Scores(dict[str, Any]):
+    """Scores by name; printed, the important ones in a line each."""
+
+    def __str__(self) -> str:
+        def shown(*names: str) -> str:
+            return ", ".join(f"{name} {self[name]:.4g}" for name in names if name in self)
+
+        lines = [
+            f"error     {shown('mse', 'fvu', 'cosine')}  ({self['n_tokens']:,} tokens)",
+            f"sparsity  {shown('l0', 'l1')}, {100 * self['alive_fraction']:.1f} % of the features alive",
+        ]
+        if "delta_ce" in self:
+            low, high = (self[f"delta_ce_{end}"] for end in ("low", "high"))
+            recovered = f"loss recovered {100 * self['loss_recovered']:.1f} %"
+            lines += [
+                f"model     delta CE {self['delta_ce']:.4g} nats (95 %: {low:.4g} to {high:.4g})",
+                f"          {shown('kl')}, {recovered}  ({self['n_sequences']} sequences)",
+            ]
+        return "\n".join(lines)
+
+
 def compare(
     saes: Mapping[str, SparseAutoencoder],
     x: Tensor | ActivationStore | PairedStore,
@@ -169,7 +190,7 @@ def differences(
 
 def evaluate(
     sae: SparseAutoencoder, host: Any, activations: ActivationStore | PairedStore, *, n_sequences: int = 32
-) -> dict[str, Any]:
+) -> Scores:
     """Scores one SAE on a store of held-out text, and with its host model.
 
     Args:
@@ -180,7 +201,8 @@ def evaluate(
 
     Returns:
         The fields of `Reconstruction` (mse, fvu, cosine, l0, l1, alive_fraction, dead_features, ...) and with a host
-        those of `Downstream` (ce, delta_ce with its interval, loss_recovered, kl, ...).
+        those of `Downstream` (ce, delta_ce with its interval, loss_recovered, kl, ...). Printed, the important ones in
+        a line each.
 
     Raises:
         ConfigError: `activations` is not a store.
@@ -199,4 +221,4 @@ def evaluate(
             "tokens": sequences.tokens[:n_sequences],
             "counted": sequences.counted[:n_sequences],
         }
-    return compare({"sae": sae}, activations, **options)["sae"]
+    return Scores(compare({"sae": sae}, activations, **options)["sae"])

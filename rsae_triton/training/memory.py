@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -64,17 +65,19 @@ class MemoryPlan:
             if size is not None
         ]
         there = "" if self.free is None else f"; {_size(self.free)} free"
+        mode = "on the active entries" if self.mode == "entries" else self.mode
         ways = {
-            "never": ", ".join([self.mode, *pieces]),
+            "never": ", ".join([mode, *pieces]),
             "auto": f"sparse where faster, else {', '.join([self.mode, *pieces])}",
             "always": f"sparse ({', '.join([self.mode, *pieces])} where the support is too large)",
         }
-        return (
-            f"  memory of a step ({ways[self.support]}): weights {_size(self.weights)}, gradients and optimiser "
+        text = (
+            f"memory of a step ({ways[self.support]}): weights {_size(self.weights)}, gradients and optimiser "
             f"{_size(self.optimiser)}, activations {_size(self.need)}"
             + (f", the language model {_size(self.language)}" if self.language else "")
             + there
         )
+        return textwrap.fill(text, 80, initial_indent="  ", subsequent_indent="    ")
 
 
 def plan_memory(

@@ -149,8 +149,10 @@ _SINKS: dict[str, Callable[[Path, dict[str, Any]], Sink]] = {"tensorboard": _ten
 
 @contextmanager
 def progress_bar(label: str, steps: int, done: int, batch_size: int, show: bool) -> Iterator[Callable[[Any], None]]:
-    """A progress bar with tokens/s, ETA, mse, l0 and the fraction of alive features; yields a function of a step's
-    row."""
+    """A progress bar with tokens/s, ETA, mse, l0 and, where features are dead, the fraction that is alive.
+
+    Yields a function of a step's row.
+    """
     if not show:
         yield lambda _: None
         return
@@ -160,10 +162,10 @@ def progress_bar(label: str, steps: int, done: int, batch_size: int, show: bool)
 
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(bar_width=6),  # so that the line fits into 80 columns
+        BarColumn(bar_width=max(1, min(6, 22 - len(label)))),  # so that the line fits into 80 columns
         MofNCompleteColumn(),
         TextColumn("{task.fields[state]}"),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(compact=True),
     )
     started = time.perf_counter()
     with ExitStack() as stack:
@@ -172,7 +174,10 @@ def progress_bar(label: str, steps: int, done: int, batch_size: int, show: bool)
 
         def advance(row: dict[str, Any]) -> None:
             rate = (bar.tasks[0].completed + 1 - done) * batch_size / max(time.perf_counter() - started, 1e-9)
-            state = f"{rate:,.0f} tok/s mse {row['mse']:.1f} l0 {row['l0']:.1f} alive {row['alive']:.0%}"
+            speed = f"{rate:.0f}" if rate < 1000 else f"{rate / 1000:.3g}k"
+            state = f"{speed} tok/s mse {row['mse']:.1f} l0 {row['l0']:.1f}"
+            if row["alive"] < 0.995:
+                state += f" alive {row['alive']:.0%}"
             bar.update(task, advance=1, state=state)
 
         yield advance

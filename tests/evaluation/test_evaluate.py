@@ -1,6 +1,7 @@
 """Scores against their definitions, equal l0, and splicing with a host whose answer is known."""
 
 import importlib
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from rsae_triton.common.errors import ConfigError, NumericsError, ShapeError
 from rsae_triton.evaluation import Splice, at_l0, compare, mean_interval, measure, reconstruction, splice_loss
+from rsae_triton.evaluation.compare import Scores
 from rsae_triton.sae.rational import FusedRationalSAE
 from rsae_triton.teachers import BatchTopKSAE, JumpReluSAE, ReluSAE, TopKSAE
 
@@ -276,3 +278,19 @@ def test_a_wide_code_is_scored_as_rows_and_never_made_whole(kind, activations, m
     monkeypatch.setattr(type(sae), "encode", lambda *_, **__: pytest.fail("the dense code was made"))
     measure(at_l0(sae, x, 4.0), x)
     monkeypatch.setattr(type(sae), "encode", encode)
+
+
+def test_scores_print_in_lines_of_80_columns_and_stay_a_dictionary():
+    one = {"mse": 48.12455758356161, "fvu": 0.18633, "cosine": 0.95779, "l0": 32.665, "l1": 34.718, "n_tokens": 1200}
+    scores = Scores(one | {"alive_fraction": 0.98784})
+    assert scores == one | {"alive_fraction": 0.98784}
+    assert json.loads(json.dumps(scores)) == scores
+    assert str(scores).splitlines() == [
+        "error     mse 48.12, fvu 0.1863, cosine 0.9578  (1,200 tokens)",
+        "sparsity  l0 32.66, l1 34.72, 98.8 % of the features alive",
+    ]
+    spliced = {"delta_ce": 0.12086, "delta_ce_low": 0.0019, "delta_ce_high": 0.2398, "kl": 0.24, "n_sequences": 4}
+    more = str(Scores(scores | spliced | {"loss_recovered": 0.98847}))
+    assert "delta CE 0.1209 nats (95 %: 0.0019 to 0.2398)" in more
+    assert "kl 0.24, loss recovered 98.8 %  (4 sequences)" in more
+    assert max(map(len, more.splitlines())) <= 80

@@ -10,8 +10,10 @@ import torch
 from workers import small_sae
 
 from rsae_triton import train
+from rsae_triton.common import progress
 from rsae_triton.common.errors import ConfigError, NumericsError
 from rsae_triton.teachers import ReluSAE, TopKSAE
+from rsae_triton.training.metrics import progress_bar
 from rsae_triton.training.optimizer import make_optimizer
 from rsae_triton.training.recipes import RECIPES, Recipe
 from rsae_triton.training.settings import KEPT_BY, TrainSettings
@@ -240,10 +242,24 @@ def test_bad_settings_are_named(settings, message):
         TrainSettings(steps=1, **settings)
 
 
-def test_the_bar_shows_rate_time_left_and_the_state_of_the_sae(activations, capsys):
+def test_the_progress_bar_shows_speed_time_left_and_the_state_of_the_sae_in_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    for alive in (1.0, 0.9):
+        with progress_bar("  rectangle, two rounds", 3, 0, 512, True) as advance:
+            for _ in range(3):
+                advance({"mse": 139.5, "l0": 131.9, "alive": alive})
+        shown = capsys.readouterr().out
+        assert "…" not in shown
+        assert ("alive 90%" in shown) == (alive < 1)
+        for part in ("rectangle, two rounds", "3/3", "tok/s", "mse 139.5", "l0 131.9"):
+            assert part in shown
+
+
+def test_training_shows_its_progress_and_memory(activations, capsys):
     train(small_sae("gated"), activations, steps=3, batch_size=64)
     shown = capsys.readouterr().out
-    for part in ("step (saved)", "3/3", "tok/s", "mse", "l0", "alive"):
+    for part in ("memory of a step (saved)", "3/3"):
         assert part in shown
 
 
