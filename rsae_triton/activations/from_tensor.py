@@ -21,7 +21,7 @@ _LOOK = 1 << 20  # how many numbers are checked at a time
 def store_tensor(
     x: torch.Tensor, folder: str | Path, *, rows_per_shard: int = 1 << 16, provenance: dict[str, Any] | None = None
 ) -> ActivationStore:
-    """Writes x [n_tokens, d_in], in the model's own units and in its dtype, as an activation store.
+    """Writes raw activations x [n_tokens, d_in], in the model's units and in their dtype, as an activation store.
 
     Rows keep their order on disk; reading shuffles them. `provenance` (model, hook_name, ...) goes into the manifest. x
     may be mapped from a file larger than memory (`torch.from_numpy(np.memmap(...))`), since only one shard is read at a

@@ -75,7 +75,7 @@ class Train(TrainSettings):
     """
 
     sae: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="SAE")]]
-    """Folder of the SAE to train, in the model's own units."""
+    """Folder of the SAE to train (a saved SAE, which takes raw activations)."""
     activations: Path
     """Folder of an activation store (`rsae extract`)."""
     targets: Path | None = None
@@ -202,7 +202,7 @@ def run_train(config: Train) -> Path:
 
 
 def export(run: Path, out: Path) -> Path:
-    """Writes the SAE of a checkpoint, or of a run's latest one, as a plain folder in the model's own units.
+    """Writes the SAE of a checkpoint, or of a run's latest one, as a plain folder; it takes raw activations.
 
     Raises:
         FormatError: there is no checkpoint that can be read.

@@ -301,7 +301,7 @@ def facts(demo: Demo, host: HostModel, splits: Splits | PairedSplits, corpus: st
 def save(
     out: Path, saes: dict[str, SparseAutoencoder], store: ActivationStore | PairedStore, metrics: dict[str, Any]
 ) -> None:
-    """Writes metrics.json and, in the model's own units, every SAE but `init`."""
+    """Writes metrics.json and every SAE but `init`; saved SAEs take raw activations."""
     make_folder(out)
     for name in saes.keys() - {"init"}:
         own = copy.deepcopy(saes[name])

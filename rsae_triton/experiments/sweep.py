@@ -99,7 +99,7 @@ class Sweep:
     device: str | None = None
     """cpu or cuda; CUDA where there is one when not given."""
     save: bool = False
-    """Save every contender too, as OUT/saes/CELL/CONTENDER in the model's own units, for `rsae probe` and the like."""
+    """Save every contender too, as OUT/saes/CELL/CONTENDER, for `rsae probe` and other commands."""
     out: Path = Path("out/sweep")
     """Folder of the cells and the report."""
 

@@ -161,7 +161,7 @@ def _said(teacher: SparseAutoencoder, store: ActivationStore | PairedStore) -> N
 
 @dataclass(frozen=True)
 class Teach:
-    """Train a teacher SAE on a language model and save it, in the model's own units.
+    """Train a teacher SAE on a language model and save it; the saved SAE takes raw activations.
 
     Examples:
         rsae teach relu --out out/teacher

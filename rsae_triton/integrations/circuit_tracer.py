@@ -28,7 +28,7 @@ CONFIG, THRESHOLD = "config.yaml", "activation_function.threshold"
 def write_transcoders(
     transcoders: Mapping[int, Transcoder], folder: str | Path, *, scan: str | None = None, repo: str | None = None
 ) -> Path:
-    """Writes layer_N.safetensors for every layer, in the model's own units, and config.yaml.
+    """Writes layer_N.safetensors for every layer, for raw activations, and config.yaml.
 
     Args:
         transcoders: by layer. circuit-tracer itself needs every layer from 0 on, all with the same d_sae.
@@ -84,7 +84,7 @@ def tensors(transcoder: Transcoder) -> dict[str, Tensor]:
             f"circuit-tracer's transcoders have one width, not d_in={transcoder.d_in}, d_out={transcoder.d_out}"
         )
     if transcoder.all_units not in (None, (1.0, 1.0)):
-        raise ConfigError("the transcoder reads a store's units; use to_units_(1.0), the model's own")
+        raise ConfigError("the transcoder reads a store's units; use to_units_(1.0) for raw activations")
     found = {
         "W_enc": transcoder.W_enc.t(),
         "W_dec": transcoder.W_dec,

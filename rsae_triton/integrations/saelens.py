@@ -290,7 +290,7 @@ def transcoder_to_saelens(sae: Transcoder) -> Any:
 
 
 def to_saelens(sae: FusedRationalSAE) -> RationalSAE:
-    """Converts to a SAELens `SAE` of the model's own activations, with its own copy of the weights.
+    """Converts to a SAELens `SAE` that takes raw activations, with its own copy of the weights.
 
     Raises:
         ConfigError: a subclass that computes something else, such as `TopKRationalSAE`.

@@ -46,7 +46,7 @@ def splice(
 
     Args:
         model: a TransformerLens model, a Hugging Face model, or the host that `load_host` returns.
-        sae: any SAE of the package; if it reads other units than the model's own (`sae.units`), activations are
+        sae: any SAE of the package; if it does not take raw activations (`sae.units` is not 1), activations are
             converted.
         hook_name: the place, by any of its names (`rsae_triton.activations.places`); the one in the SAE's metadata when
             None. In a Hugging Face model, names of residual streams and MLPs work, or the path of a module whose output

@@ -250,7 +250,7 @@ class SparseAutoencoder(Pretrained):
         before = self.units
         if before is None:
             raise ConfigError(
-                "the units that this SAE reads are unknown; set sae.units (1.0: the model's own activations, "
+                "the units that this SAE reads are unknown; set sae.units (1.0: raw activations, "
                 "store.scale: a store's rows)"
             )
         if units != before:

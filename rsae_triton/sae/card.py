@@ -115,7 +115,7 @@ def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any] | None = No
         loader,
         "",
         f"sae = {call}",
-        "feature_acts = sae.encode(x)  # x: [..., d_in], the model's own activations",
+        "feature_acts = sae.encode(x)  # x: [..., d_in], raw activations of the model",
         "y_hat = sae(x)  # the MLP's output, reconstructed" if transcoder else "x_hat = sae(x)",
         "```",
         "",

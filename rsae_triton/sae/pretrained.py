@@ -122,7 +122,7 @@ class Pretrained(nn.Module, abc.ABC):
     def save_pretrained(self, folder: str | Path, *, metrics: Mapping[str, Any] | None = None) -> Path:
         """Writes cfg.json and sae_weights.safetensors (SAELens' layout), both or neither, and a model card.
 
-        The saved SAE reads the model's own activations, whatever `units` this SAE reads.
+        The saved SAE takes raw activations, in the model's units, whatever `units` this SAE reads.
 
         Args:
             metrics: scores for the card, as in a run's metrics.json. A README.md that is not such a card is not

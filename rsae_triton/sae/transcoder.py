@@ -125,7 +125,7 @@ class Transcoder(SparseAutoencoder):
         """Changes the transcoder to read the model's activations times `units` and to write them times `units_out`.
 
         Raises:
-            ConfigError: the present units are unknown, or units other than 1.0 (the model's own) without units_out.
+            ConfigError: the present units are unknown, or units other than 1.0 (raw activations) without units_out.
         """
         if units_out is None and units != 1.0:
             raise ConfigError("a transcoder has two units; give to_units_(units, units_out), such as *store.scales")

@@ -1,8 +1,8 @@
 """The scale of the activations that an SAE reads, and conversion to the activations at hand.
 
 A model's residual stream has norms of 1 or of 1,000. Stores scale it to a mean norm of sqrt(d_in), so that learning
-rates and penalties mean the same everywhere; saved SAEs read the model's own activations. An SAE carries its `units`:
-the factor on the model's activations that it expects (1.0 for the model's own, None for one that only ever saw plain
+rates and penalties mean the same everywhere; saved SAEs take raw activations, in the model's units. An SAE carries its `units`:
+the factor on raw activations that it expects (1.0 for raw activations, None for an SAE that only ever saw plain
 tensors). Whatever takes an SAE and a store compares the two and converts, so that no caller has to.
 """
 
@@ -25,7 +25,7 @@ from rsae_triton.common.names import hub_model, model_metadata
 from rsae_triton.sae.making import making_of, reading_of, warn_of_reading
 
 UNITS = "units"
-"""Name in the metadata. Saved SAEs read the model's own activations and do not have it."""
+"""Name in the metadata. Saved SAEs take raw activations and do not have it."""
 
 _FACTORS = tuple(10 ** (k / 4) for k in range(-12, 13))
 _ROWS = 64
@@ -220,7 +220,7 @@ def warn_of_units(sae: Any, x: Tensor, name: str = "the SAE", stacklevel: int = 
     if found[best] < 0.7:
         text += (
             f". Multiplied by about {best:.2g} its fvu is {found[best]:.2f}: they are in other units than it reads. A "
-            "store's rows are scaled, a saved SAE reads the model's own activations: give the store itself instead of "
+            "store's rows are scaled, a saved SAE takes raw activations: give the store itself instead of "
             "store.tensor(), or use sae.to_units_(store.scale)"
         )
     else:
