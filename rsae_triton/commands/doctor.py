@@ -54,7 +54,7 @@ OPTIONAL: dict[str, tuple[str, str, str]] = {
 class Doctor:
     """Say what is installed, which backend will run and why, and test it for some seconds.
 
-    Ends with 1 if something is wrong that will make a run fail.
+    Exits with 1 if something is wrong that would make a run fail.
 
     Examples:
         rsae doctor

@@ -34,9 +34,9 @@ class Features(HostOptions):
     labels: Path | None = None
     """A JSON file with names of features: {"303": "numbers"}."""
     most: int = 4096
-    """Features on the page; of an SAE with more, so many at random."""
+    """Features on the page; a random choice if the SAE has more."""
     tokens: int = 10_000
-    """About how many tokens to look at."""
+    """About how many tokens to read."""
     out: Path | None = None
     """The page; features.html in the SAE's folder when not given."""
 

@@ -31,7 +31,7 @@ class Match(TextOptions):
     teacher: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="TEACHER")]]
     """Folder of the SAE whose features are the reference."""
     sae: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="SAE")]]
-    """Folder of the SAE whose every feature is matched with one of the teacher's."""
+    """Folder of the SAE whose features are matched with the teacher's."""
     changed: int = 20
     """How many of the most changed features to list."""
     out: Path | None = None

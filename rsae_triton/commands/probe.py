@@ -43,7 +43,7 @@ class Probe(HostOptions):
     """
 
     paths: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="SAE [SAE ...]")]]
-    """Folders of saved SAEs, ours or a teacher's; differences are taken to those named before."""
+    """Folders of saved SAEs, ours or a teacher's; each is compared with those named before it."""
     tasks: tuple[str, ...] = ()
     """Only these of the built-in tasks, by name or kind; all when not given."""
     text: tuple[str, ...] = ()

@@ -40,7 +40,7 @@ STARTS_AT = 0.4
 
 @dataclass(frozen=True)
 class Known:
-    """Train teachers on data with known features, upgrade them, and score who detects the features: MCC, F1, precision,
+    """Train teachers on data with known features, upgrade them, and score how well they detect the features: MCC, F1, precision,
     recall, and the error beside them.
 
     Every finished cell is a file in OUT/cells, as with `rsae sweep`. OUT/known.json and OUT/known.md hold all of them,
@@ -66,7 +66,7 @@ class Known:
     d_sae: int = 256
     """Features of the SAEs."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each gives data, a teacher and an order of batches of its own."""
+    """Seeds; each has its own data, teacher and order of batches."""
     contenders: tuple[str, ...] = (
         "teacher@2",
         "teacher@3",

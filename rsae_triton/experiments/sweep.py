@@ -66,7 +66,7 @@ class Sweep:
     widths: tuple[int, ...] = (2304,)
     """Features of the teachers trained here."""
     seeds: tuple[int, ...] = (0,)
-    """Each gives a teacher of its own and an order of batches."""
+    """Seeds; each has its own teacher and its own order of batches."""
     contenders: tuple[str, ...] = ("rsae", "control", "rectangle")
     """What is made of each teacher: rsae, control, rectangle, refined (trained through two rounds), rectangle-refined,
     control-compute (the control, as many seconds as refined took), thresholds, scratch; NAME@N for N untrained rounds
@@ -84,8 +84,8 @@ class Sweep:
     steps: int = 400
     """Steps of every contender."""
     trainable: Literal["all", "encoder", "gate"] = "all"
-    """What contenders train: all, encoder (the decoder stays to the bit) or gate (every weight stays); a control that
-    has nothing of the kind stays the teacher."""
+    """What contenders train: all, encoder (the decoder stays to the bit) or gate (every weight stays). A control
+    without such parameters is the teacher itself."""
     objective: Literal["mse", "mse+kl"] = "mse"
     """What contenders minimise beside their sparsity: mse, or mse and KL with the language model in the loop."""
     batch_size: int = 512

@@ -1,9 +1,9 @@
 """The scale of the activations that an SAE reads, and conversion to the activations at hand.
 
 A model's residual stream has norms of 1 or of 1,000. Stores scale it to a mean norm of sqrt(d_in), so that learning
-rates and penalties mean the same everywhere; saved SAEs take raw activations, in the model's units. An SAE carries its `units`:
-the factor on raw activations that it expects (1.0 for raw activations, None for an SAE that only ever saw plain
-tensors). Whatever takes an SAE and a store compares the two and converts, so that no caller has to.
+rates and penalties mean the same everywhere. Saved SAEs take raw activations, in the model's units. An SAE carries its
+`units`: the factor on raw activations that it expects (1.0 for raw ones, None for an SAE that only ever saw plain
+tensors). Every function that takes an SAE and a store compares the two and converts, so that no caller has to.
 """
 
 from __future__ import annotations

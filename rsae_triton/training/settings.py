@@ -49,7 +49,7 @@ class TrainSettings:
     batch_size: int = 512
     """Tokens per optimiser step, over all processes."""
     accumulate: int = 1
-    """Pieces a batch is cut into, whose gradients are summed; the step stays that of the whole batch."""
+    """Cut each batch into this many pieces and sum their gradients; the step is that of the whole batch."""
     optimizer: Literal["adam", "adamw"] = "adam"
     """adamw decays the weights of the encoder and the decoder by `weight_decay`."""
     weight_decay: float = 0.01
@@ -67,23 +67,23 @@ class TrainSettings:
     decoder_norm: Literal["keep", "unit", "free"] = "keep"
     """Norm of the decoder's rows: as it was, one, or free (a free norm evades the l1 penalty)."""
     trainable: Literal["all", "encoder", "gate"] = "all"
-    """Which parameters are trained: all; encoder, all but W_dec and b_dec, so that labels people gave to features hold;
-    gate, the numbers per feature alone (thresholds, and what a round adds), every weight bit-equal."""
+    """Which parameters are trained. all. encoder: all but W_dec and b_dec, so that labels of features stay valid. gate:
+    only thresholds and the rounds' parameters; every weight stays bit-equal."""
     rounds: Literal["through", "after"] = "through"
     """For an encoder with rounds. through: train all of them; after: train with one round and add the others later,
     untrained, at the l0 they had been set for (faster, but error and features are a little worse)."""
     precision: Literal["float32", "bf16"] = "float32"
     """bf16: matrix products in bfloat16 (autocast); weights, gate, optimiser and sums stay float32."""
     memory: Literal["auto", "saved", "chunked", "streamed", "sparse"] = "auto"
-    """How a step is made. saved: whole; chunked, streamed: cut over tokens, over features; sparse: one dense product,
-    and all else where the gate is not zero. auto: sparse where that is faster, else the first other one that fits."""
+    """How a step is computed. saved: in one piece. chunked: cut over tokens. streamed: cut over features. sparse: one
+    dense product, the rest for active entries only. auto: sparse where that is faster, else the first that fits."""
     exact: bool = False
-    """Sparse steps look for active features in float32 only. Otherwise a CPU with bfloat16 in hardware looks for
-    candidates with that and makes theirs again in float32: faster, and the same to rounding."""
+    """Find the active features of sparse steps in float32. Otherwise a CPU with bfloat16 in hardware finds candidates in
+    bfloat16 and computes them again in float32: faster, and the same up to rounding."""
     seed: int = 0
     """Seed of the order of the batches; nothing else is random."""
     deterministic: bool = False
-    """Only algorithms that give the same bits every time; slower on a GPU."""
+    """Use only deterministic algorithms; slower on a GPU."""
     objective: Literal["mse", "mse+kl"] = "mse"
     """mse, or mse and KL: the increase in the language model's loss when the reconstruction is spliced in, through the
     layers above (`train` then takes a host, and whole sequences beside the shuffled tokens)."""
