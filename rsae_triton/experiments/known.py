@@ -40,8 +40,8 @@ STARTS_AT = 0.4
 
 @dataclass(frozen=True)
 class Known:
-    """Train teachers on data with known features, upgrade them, and score how well they detect the features: MCC, F1, precision,
-    recall, and the error beside them.
+    """Train teachers on data with known features, upgrade them, and score how well they detect the features: MCC, F1,
+    precision, recall, and the error.
 
     Every finished cell is a file in OUT/cells, as with `rsae sweep`. OUT/known.json and OUT/known.md hold all of them,
     with intervals over seeds.

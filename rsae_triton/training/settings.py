@@ -78,8 +78,8 @@ class TrainSettings:
     """How a step is computed. saved: in one piece. chunked: cut over tokens. streamed: cut over features. sparse: one
     dense product, the rest for active entries only. auto: sparse where that is faster, else the first that fits."""
     exact: bool = False
-    """Find the active features of sparse steps in float32. Otherwise a CPU with bfloat16 in hardware finds candidates in
-    bfloat16 and computes them again in float32: faster, and the same up to rounding."""
+    """Find the active features of sparse steps in float32. Otherwise a CPU with bfloat16 in hardware finds candidates
+    in bfloat16 and computes them again in float32: faster, and the same up to rounding."""
     seed: int = 0
     """Seed of the order of the batches; nothing else is random."""
     deterministic: bool = False
