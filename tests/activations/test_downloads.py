@@ -130,7 +130,7 @@ def test_a_server_without_ranges_is_asked_for_all_of_it_again(server, monkeypatc
 @pytest.mark.parametrize(
     "part", [b"of something else", CONTENT[::-1], CONTENT + b"more"], ids=["half", "whole", "longer"]
 )
-def test_what_is_there_and_does_not_fit_is_fetched_anew(server, monkeypatch, part):
+def test_a_partial_download_that_does_not_match_is_fetched_from_the_start(server, monkeypatch, part):
     pin(monkeypatch, f"{server.url}/ranged")
     folder = cache_dir() / "downloads"
     folder.mkdir(parents=True)

@@ -45,7 +45,7 @@ def loss_of(logits, tokens):
 # --- loading ----------------------------------------------------------------------------------------------------
 
 
-def test_what_a_host_knows_of_itself(both):
+def test_a_host_reports_its_library_width_layers_and_default_hook(both):
     plain, lens = both
     assert (plain.library, lens.library) == ("transformers", "transformer_lens")
     assert plain.d_model == 32

@@ -42,7 +42,7 @@ def test_one_place_has_one_meaning_under_all_its_names(hosts, name):
     assert not same_place(name, "blocks.1.hook_resid_pre")
 
 
-def test_what_the_last_layer_gives_out_is_also_what_a_next_one_would_read(hosts):
+def test_the_output_of_the_last_layer_is_the_hook_in_of_the_layer_after_it(hosts):
     last = hosts[0].residual(TOKENS, f"blocks.{tiny_models.N_LAYERS - 1}.hook_out")
     assert torch.equal(hosts[0].residual(TOKENS, f"blocks.{tiny_models.N_LAYERS}.hook_in"), last)
 

@@ -201,7 +201,7 @@ def test_a_foreign_shard_of_the_right_size_is_named_even_unverified(tmp_path, ch
         ActivationStore(stored.folder, verify=False).tensor()
 
 
-def test_what_can_be_stored(tmp_path):
+def test_store_tensor_keeps_values_and_metadata_and_refuses_bad_tensors(tmp_path):
     x = 3 * torch.randn(50, 8)
     stored = store_tensor(x.bfloat16(), tmp_path / "s", provenance={"hook_name": "mine"})
     assert torch.allclose(stored.tensor() / stored.scale, x, rtol=1e-2)

@@ -263,7 +263,7 @@ def test_batches_shuffle_resume_and_cover(made, monkeypatch, small, in_memory):
 
 
 @pytest.mark.parametrize("size", [0, -3, 1001])
-def test_a_batch_that_does_not_fit(made, size):
+def test_an_impossible_batch_size_is_a_config_error(made, size):
     with pytest.raises(ConfigError, match="batch_size"):
         next(made.batches(size))
 
@@ -314,7 +314,7 @@ def test_a_damaged_shard_that_was_not_verified_is_still_named(made):
         ActivationStore(made.folder, verify=False).tensor()
 
 
-def test_what_is_no_store(tmp_path):
+def test_a_folder_without_a_store_is_a_format_error(tmp_path):
     with pytest.raises(FormatError, match="no activation store"):
         ActivationStore(tmp_path)
 

@@ -193,7 +193,7 @@ def test_of_two_writers_of_one_store_one_wins(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
-def test_what_a_killed_writer_left_is_removed(tmp_path):
+def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
     (tmp_path / ".rsae-0123abcd.tmp" / "s").mkdir(parents=True)
     store_tensor(X, tmp_path / "s")
     assert [path.name for path in tmp_path.iterdir()] == ["s"]

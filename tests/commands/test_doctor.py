@@ -29,7 +29,7 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setenv("RSAE_CACHE", str(tmp_path / "cache"))
 
 
-def test_this_machine_is_well(capsys):
+def test_doctor_finds_nothing_wrong_on_this_machine(capsys):
     status, found = findings(capsys)
     assert status == 0, found
     assert found["torch"] == ("ok", torch.__version__)
@@ -124,7 +124,7 @@ def test_a_cache_that_cannot_be_written_is_wrong(capsys, monkeypatch, tmp_path):
     assert "RSAE_CACHE" in found["cache"][1]
 
 
-def test_what_is_pinned_is_within_what_is_called_tested():
+def test_pinned_versions_lie_in_the_tested_ranges():
     constraints = Path(__file__).parents[2] / "constraints.txt"
     pinned = dict(re.findall(r"^([\w-]+)==(\S+)$", constraints.read_text(), flags=re.MULTILINE))
     pinned = {name.replace("_", "-"): version for name, version in pinned.items()}

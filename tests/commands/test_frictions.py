@@ -66,14 +66,14 @@ def test_narrower_activations_are_read_and_wider_ones_refused():
         sae.bfloat16().encode(x)
 
 
-def test_an_sae_says_what_it_is():
+def test_repr_shows_sizes_model_hook_and_units():
     sae = JumpReluSAE(8, 16, metadata={"model_name": "gpt2", "hook_name": "blocks.5.hook_resid_pre"})
     assert "d_in=8, d_sae=16, model=gpt2, hook=blocks.5.hook_resid_pre" in repr(sae)
     sae.units = 0.25
     assert "units=0.25" in repr(sae)
 
 
-def test_codes_that_are_only_looked_at_wait_for_no_compiler(monkeypatch):
+def test_encoding_without_training_never_starts_the_compiler(monkeypatch):
     monkeypatch.delenv("RSAE_CPU_ENGINE", raising=False)
     with cpu.looking(True):
         assert cpu.engine_for(2048 * 2304) == "tiled"

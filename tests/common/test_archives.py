@@ -65,7 +65,7 @@ def test_a_pickle_that_would_take_for_ever_is_refused_at_once(tmp_path, name):
         load_teacher(tmp_path)
 
 
-def test_what_torch_saves_is_read(tmp_path):
+def test_files_written_by_torch_save_are_read(tmp_path):
     model = torch.nn.Linear(4, 5)
     optimizer = torch.optim.Adam(model.parameters())
     model(torch.ones(3, 4)).sum().backward()

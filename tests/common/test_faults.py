@@ -197,7 +197,7 @@ def test_files_that_belong_together_are_replaced_together(tmp_path):
 
 
 @linux
-def test_two_that_save_into_one_folder_leave_one_of_them(tmp_path, monkeypatch):
+def test_two_processes_saving_into_one_folder_leave_a_matching_pair(tmp_path, monkeypatch):
     """Not the weights of one beside the configuration of the other."""
     replace, chance = os.replace, random.Random(0)
 

@@ -73,7 +73,7 @@ def sae(host, kept):
 
 
 @pytest.mark.parametrize(("kept", "fraction", "full"), [(1.0, 0, 0), (0.0, 1, 1), (1 / 3, 2 / 3, 0)])
-def test_what_is_planted_is_found(kept, fraction, full):
+def test_planted_absorption_is_measured(kept, fraction, full):
     host = Host()
     items = letter_words(host, seed=1)
     assert len(items) == LETTERS * WORDS
@@ -110,7 +110,7 @@ def test_capitals_do_not_put_a_word_on_both_sides():
     assert not set(words[probes.test]) & set(words[~probes.test])
 
 
-def test_what_cannot_be_measured_is_said():
+def test_absorption_that_cannot_be_measured_is_a_config_error():
     host = Host()
     items = letter_words(host)
     noise = np.random.default_rng(0).normal(size=(len(items), D))

@@ -120,7 +120,7 @@ def test_a_feature_with_a_large_mean_keeps_its_digits(activations):
     assert float(found.correlation[0]) == pytest.approx(expected, abs=1e-3)
 
 
-def test_what_changed_is_listed_first_and_dead_features_apart(teacher, activations):
+def test_the_most_changed_features_come_first_and_dead_ones_separately(teacher, activations):
     sae = permuted(teacher, torch.arange(32))
     with torch.no_grad():
         sae.W_dec[5] = -sae.W_dec[5]  # another direction

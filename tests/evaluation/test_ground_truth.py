@@ -102,7 +102,7 @@ def test_pursuit_finds_a_sparse_code_and_bounds_an_encoder(known):
         Pursuit(sae, 11)
 
 
-def test_what_does_not_fit_is_named(known, monkeypatch):
+def test_bad_arguments_of_detect_and_planted_features_are_errors(known, monkeypatch):
     with pytest.raises(ShapeError, match="do not fit"):
         detect(perfect(known), known._replace(active=known.active[:, :7]))
     with pytest.raises(ConfigError, match="correlation"):

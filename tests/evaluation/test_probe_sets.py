@@ -52,7 +52,7 @@ def test_a_set_is_prompts_with_their_last_token(package, host):
     assert not torch.equal(items.tokens, probe_set("7_words", host, per_label=10, context=4, seed=1)[1].tokens)
 
 
-def test_what_follows_a_prompt_does_not_reach_its_last_token(package, host):
+def test_padding_after_a_prompt_does_not_change_its_last_token(package, host):
     """Prompts are as long as they are; the rows are those of each prompt by itself."""
     _, items = probe_set("7_words", host, per_label=12, context=8)
     rows = read_rows(items, host)
@@ -63,7 +63,7 @@ def test_what_follows_a_prompt_does_not_reach_its_last_token(package, host):
     assert len({int(one.nonzero()) for one in items.pooled}) > 1
 
 
-def test_what_is_missing_is_named(package, host, monkeypatch):
+def test_unknown_or_unsuitable_probe_sets_are_errors(package, host, monkeypatch):
     with pytest.raises(ConfigError, match="did you mean 7_words"):
         probe_set("7_word", host)
     with pytest.raises(ConfigError, match="3 labels"):

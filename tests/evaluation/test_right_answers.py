@@ -85,7 +85,7 @@ def test_other_models_are_not_centred_and_say_so(tmp_path):
         ({"model_from_pretrained_kwargs": {"dtype": "float16"}}, "float16"),
     ],
 )
-def test_what_is_not_done_here_is_named(folder, said, named):
+def test_settings_that_cannot_be_followed_give_a_warning(folder, said, named):
     said = {"hook_name": "blocks.2.hook_resid_pre", **said}
     with pytest.warns(UserWarning, match=named):
         open_host(HostOptions(model=str(folder)), {"sae": sae(**said)})
@@ -214,7 +214,7 @@ def test_a_scale_that_is_no_number_is_named(folder, tmp_path, scale):
         open_held_out(options, saes, open_host(options, saes))
 
 
-def test_a_place_that_nobody_says_is_a_guess_and_named(folder):
+def test_a_guessed_hook_gives_a_warning(folder):
     with pytest.warns(UserWarning, match=r"no SAE says at which hook .* blocks\.2\.hook_resid_pre"):
         open_host(HostOptions(model=str(folder), dtype="float32"), {"sae": sae()})
     with warnings.catch_warnings():

@@ -71,7 +71,7 @@ def test_both_families_get_their_rows_and_the_published_numbers_stand_beside(sma
     assert "6 cells, 6 of them done before" in capsys.readouterr().out
 
 
-def test_what_a_committed_table_holds_is_not_computed_again(small, tmp_path, monkeypatch, capsys):
+def test_cells_of_a_known_table_are_not_computed_again(small, tmp_path, monkeypatch, capsys):
     reproduce(small)
     table = small.out / "table.json"
     fresh = replace(small, out=tmp_path / "fresh", known=table)

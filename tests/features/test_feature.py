@@ -80,7 +80,7 @@ def test_a_topk_has_no_gate_to_draw_and_a_dead_feature_no_contexts(world):
     assert found._repr_html_()
 
 
-def test_what_cannot_be_looked_at_is_refused(world, tmp_path):
+def test_bad_features_and_sources_are_errors(world, tmp_path):
     host, store, _, rsae = world
     with pytest.raises(ConfigError, match="index is 96"):
         rt.feature(rsae, store, 96)

@@ -63,7 +63,7 @@ def test_of_a_large_sae_some_are_drawn(world, tmp_path):
         write_features(tmp_path / "no.html", rsae, store, host=host, labels={960: "x"})
 
 
-def test_the_command(world, tmp_path, capsys):
+def test_rsae_features_writes_the_page(world, tmp_path, capsys):
     _, store, teacher, rsae = world
     for name, sae in (("rsae", rsae), ("teacher", teacher)):
         sae.save_pretrained(tmp_path / name)

@@ -17,7 +17,7 @@ def residual_behind(host, depth=3):
 
 @torch.no_grad()
 @pytest.mark.parametrize("scaled", [False, True])
-def test_add_and_set(world, scaled):
+def test_steering_adds_to_or_sets_a_feature(world, scaled):
     host, store, _, rsae = world
     sae = copy.deepcopy(rsae).to_units_(store.scale) if scaled else rsae
     place = sae.metadata["hook_name"]
@@ -51,7 +51,7 @@ def test_a_completion_changes_and_the_model_is_as_it_was(world):
     assert host.complete("w1 w2 w3", 12) == clean
 
 
-def test_what_cannot_be_steered_is_refused(world):
+def test_bad_strengths_features_and_modes_are_errors(world):
     host, _, _, rsae = world
     for strengths, message in (({}, "strengths is {}"), ({96: 1.0}, "a feature is 96"), ({3: "x"}, "strength of")):
         with pytest.raises(ConfigError, match=message), rt.steer(host, rsae, strengths):

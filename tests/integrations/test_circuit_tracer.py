@@ -60,7 +60,7 @@ def test_its_rule_on_our_files_is_our_transcoder(tmp_path, kind, skip):
         assert line in text
 
 
-def test_a_rational_one_goes_in_as_the_nearest_jumprelu(tmp_path):
+def test_a_rational_transcoder_is_exported_as_the_nearest_jumprelu(tmp_path):
     teacher = made()
     rsae = upgrade(teacher, X, targets=teacher(X).detach())
     with pytest.raises(ConfigError, match="to_jumprelu"):
@@ -72,7 +72,7 @@ def test_a_rational_one_goes_in_as_the_nearest_jumprelu(tmp_path):
     assert float((y - rsae(X)).norm() / rsae(X).norm()) < 0.01
 
 
-def test_what_it_does_not_have_is_refused(tmp_path):
+def test_transcoders_that_circuit_tracer_cannot_read_are_refused(tmp_path):
     for wrong, message in (
         ({}, "empty"),
         ({0: made(TopKTranscoder, k=4)}, "not TopKTranscoder"),

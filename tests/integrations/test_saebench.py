@@ -58,7 +58,7 @@ def test_to_moves_attributes_along(x):
     assert bench.check_decoder_norms()
 
 
-def test_what_it_cannot_be_told():
+def test_without_metadata_model_and_hook_must_be_passed():
     sae = rsae()
     assert SAEBenchSAE(sae, "gpt2", "blocks.7.hook_mlp_out").cfg.hook_layer == 7
     sae.metadata.clear()
@@ -70,7 +70,7 @@ def test_what_it_cannot_be_told():
         SAEBenchSAE(rsae(normalize_activations="layer_norm"))
 
 
-def test_teachers_too(x):
+def test_teachers_can_be_wrapped_for_saebench(x):
     teacher = ReluSAE(D_IN, D_SAE, metadata={"model_name": "tiny", "hook_name": "blocks.0.hook_resid_pre"})
     with torch.no_grad():
         teacher.W_dec.mul_(0.5 + torch.rand(D_SAE, 1))

@@ -92,7 +92,7 @@ def test_nothing_stays_when_the_body_or_the_sae_raises(model):
 
 
 @torch.no_grad()
-def test_what_is_spliced_in_is_the_reconstruction(models):
+def test_the_spliced_activations_are_the_reconstruction_by_all_three_ways(models):
     """The same place by three ways: our host's own splice, the Hugging Face hook, TransformerLens' hook."""
     from rsae_triton.activations import layers
 
@@ -198,7 +198,7 @@ def test_wrong_places_are_named(model, place, message):
 
 
 @torch.no_grad()
-def test_a_place_that_is_not_computed_is_no_silent_success():
+def test_splicing_at_a_module_that_never_runs_is_an_error():
     class Idle(torch.nn.Module):
         def __init__(self):
             super().__init__()

@@ -182,7 +182,7 @@ def old_folder(path, sae, **fields):
         ("standard", {"normalize_activations": "layer_norm"}),
     ],
 )
-def test_configurations_before_6(tmp_path, x, kind, fields):
+def test_saelens_configurations_before_version_6_are_read(tmp_path, x, kind, fields):
     old_folder(tmp_path, make(kind), **fields)
     teacher = load_teacher(tmp_path)
     agree(SAE.load_from_disk(tmp_path), teacher, x)

@@ -65,7 +65,7 @@ def test_encode_decode_and_forward(tmp_path, options):
     ("options", "message"),
     [({"activation": "groupmax"}, "groupmax"), ({"skip_connection": True}, "skip connection")],
 )
-def test_what_is_no_topk_sae_is_refused(tmp_path, options, message):
+def test_sparsify_files_other_than_topk_saes_are_refused(tmp_path, options, message):
     write(tmp_path / "layers.0", **options)
     with pytest.raises(FormatError, match=message):
         load_teacher(tmp_path / "layers.0")

@@ -206,7 +206,7 @@ SIZES = {"get_gemma_2_config_from_hf", "get_gemma_2_transcoder_config_from_hf", 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("release", CASES)
-def test_a_release_computes_here_what_it_computes_in_saelens(hub, monkeypatch, release):
+def test_a_registry_release_computes_the_same_as_in_saelens(hub, monkeypatch, release):
     torch.manual_seed(0)
     sae_id = next(iter(get_pretrained_saes_directory()[release].saes_map))
     entry = registry.entry(release, sae_id)
@@ -269,7 +269,7 @@ def test_the_page_holds_the_count(capsys):
 
 
 @pytest.mark.parametrize("release", ["mntss-gemma-2-2b-2.5m-clt-as-per-layer", "temporal-sae-gemma-2-2b"])
-def test_what_is_refused_says_why(hub, release):
+def test_refused_registry_entries_give_the_reason(hub, release):
     entry = registry.entry(release, next(iter(get_pretrained_saes_directory()[release].saes_map)))
     if "clt" in release:
         for part in ("enc", "dec"):

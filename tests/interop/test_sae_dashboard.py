@@ -15,7 +15,7 @@ PLACE, SHOWN = "blocks.1.hook_resid_post", [3, 7, 11]
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
-def test_what_is_shown_of_a_feature_is_its_code(model, tmp_path, rounds):
+def test_the_dashboard_shows_our_activations(model, tmp_path, rounds):
     tokens = torch.randint(1, 50, (8, 16))
     with torch.no_grad():
         x = model.run_with_cache(tokens)[1][PLACE]

@@ -57,7 +57,7 @@ def test_it_is_torchs_step_with_the_steps_around_it(shape, radial, kind, decay, 
         torch.testing.assert_close(ours.double(), exact, rtol=2e-5, atol=2e-6)
 
 
-def test_the_copy_is_the_weights(device):
+def test_the_bfloat16_copy_equals_the_updated_weights(device):
     weight, grads = start()
     copy = torch.zeros(7, 5, dtype=torch.bfloat16, device=device)
     ours, *_ = found(weight, grads, device, True, copy=copy)
@@ -87,7 +87,7 @@ def test_nan_is_kept_and_nothing_waits(device):
     assert ours.isnan().nonzero().tolist() == [[2, 3]]
 
 
-def test_what_does_not_fit_is_refused(device):
+def test_tensors_of_other_shapes_or_strides_are_refused(device):
     one = torch.zeros(4, 5, device=device)
     numbers = torch.zeros(7, device=device)
     with pytest.raises(ValueError, match="one shape"):

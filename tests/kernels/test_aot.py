@@ -75,7 +75,7 @@ def test_more_or_less_arithmetic_than_on_record_is_a_fault(recorded, clean):
     assert (REPORT.faults(recorded) == []) == clean
 
 
-def test_what_is_compiled_here_is_on_record():
+def test_every_compiled_variant_is_in_the_record():
     """`make aot-record` writes the file; with another Triton the counts are not compared."""
     record = json.loads(RECORD.read_text())["fp32_per_element"]
     assert {v.key for arch in ARCHS for v in representative(arch) if v.p} <= set(record)

@@ -83,7 +83,7 @@ def test_the_fastest_tile_is_taken_and_remembered(device, tuning, monkeypatch, t
 
 
 @pytest.mark.parametrize("change", ["degree", "tokens", "source", "device"])
-def test_what_the_answer_depends_on_is_measured_again(change, device, tuning, monkeypatch, tmp_path):
+def test_tiles_are_timed_again_when_source_device_or_shape_changes(change, device, tuning, monkeypatch, tmp_path):
     forward(device)
     if change == "source":
         monkeypatch.setattr(autotune, "source_hash", lambda: "another")

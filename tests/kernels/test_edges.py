@@ -65,7 +65,7 @@ def test_large_arguments_do_not_overflow(domain, device):
     assert all(g.isfinite().all() for g in grads)
 
 
-def test_tokens_that_are_not_there_stay_out_of_the_sums(device):
+def test_unused_rows_of_a_tile_do_not_enter_the_sums(device):
     """A free gate far from 0: where h = 0, as in the unused part of a tile, its polynomials overflow."""
     gate = random_gate(9, 8, 2, 1)._replace(threshold=torch.full((2,), 1e6))
     h = 1e6 + torch.randn(2, 33)

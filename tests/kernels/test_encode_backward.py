@@ -153,7 +153,7 @@ def test_bit_reproducible(device, small_tiles):
         assert torch.equal(one, other)
 
 
-def test_tokens_that_are_not_there_stay_out_of_the_sums(device, small_tiles):
+def test_unused_rows_of_a_tile_do_not_enter_the_sums(device, small_tiles):
     """A free gate far from 0: where h = 0, as in the unused part of a tile, its polynomials overflow."""
     small_tiles()
     gate = random_gate(9, 8, 21, 1)._replace(threshold=torch.full((21,), 1e6))

@@ -81,7 +81,7 @@ def test_an_odd_denominator_is_the_even_one_below():
     np.testing.assert_array_equal(odd.a, even.a)
 
 
-def test_what_has_no_best_approximant_is_refused_with_its_bracket():
+def test_a_jump_without_a_gap_is_refused_with_bounds_on_the_error():
     """A callable that jumps without a gap: 1 is the infimum, and nothing alternates."""
     with pytest.raises(ConvergenceError, match=r"lies in \[0\.\d+, 1") as caught:
         fit_gate(np.sign, "3,2")

@@ -96,7 +96,7 @@ def test_targets_take_the_faster_eager_and_say_what_is_missed():
     assert any("out of memory" in line for line in lines)
 
 
-def test_a_single_turn_is_no_verdict():
+def test_a_benchmark_of_one_turn_gives_no_verdict():
     once = case()
     for one in once["contenders"].values():
         one["turns"] = 1

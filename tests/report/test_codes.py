@@ -51,7 +51,7 @@ def test_subset_is_ordered_and_depends_on_the_seed_only():
     assert first.tolist() != subset(100, seed=1, limit=9).tolist()
 
 
-def test_change_and_choice_of_features(saes, x):
+def test_code_change_and_the_choice_of_features_follow_the_dense_codes(saes, x):
     before = codes_of(saes["teacher"], x)
     after = codes_of(saes["rsae"], x)
     dense = [saes[role].encode(x).detach() for role in ("teacher", "rsae")]

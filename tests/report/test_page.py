@@ -178,7 +178,7 @@ def test_a_failed_write_leaves_the_old_page(path, saes, x, metrics, logs, monkey
     assert os.listdir(path.parent) == [path.name]
 
 
-def test_what_cannot_be_reported_is_refused(path, saes, x, metrics, logs, store):
+def test_a_report_of_missing_or_mismatched_saes_is_refused(path, saes, x, metrics, logs, store):
     with pytest.raises(ConfigError, match="lacks control"):
         write(path, {role: sae for role, sae in saes.items() if role != "control"}, x, metrics, logs)
     with pytest.raises(ConfigError, match="give a FusedRationalSAE"):

@@ -93,7 +93,7 @@ def test_summary_table_fits_a_terminal():
     console.print(summary_table({}))
 
 
-def test_a_round_that_nothing_was_trained_for_comes_first():
+def test_the_untrained_round_is_the_first_line_of_the_headline():
     """With it the comparison of what was trained is the first note; without it nothing changes."""
     metrics = metrics_of()
     plain, notes = headline(metrics)
@@ -113,7 +113,7 @@ def test_a_round_that_nothing_was_trained_for_comes_first():
     assert "the RSAE wins" in shown
 
 
-def test_the_second_control_says_what_the_rational_is_worth():
+def test_the_headline_compares_with_the_rectangle():
     metrics = metrics_of()
     told = copy.deepcopy(metrics)
     told["matched_l0"]["rectangle"] = {**told["matched_l0"]["rsae"], "mse": told["matched_l0"]["rsae"]["mse"] / 0.9}

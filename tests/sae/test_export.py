@@ -18,7 +18,7 @@ def x():
 @torch.no_grad()
 @pytest.mark.parametrize("normalize_activations", ["none", "layer_norm"])
 @pytest.mark.parametrize("form", FORMS)
-def test_the_loss_is_what_one_measures_oneself(form, normalize_activations, x, tmp_path):
+def test_the_reported_export_loss_equals_a_direct_measurement(form, normalize_activations, x, tmp_path):
     sae = rsae(form, normalize_activations=normalize_activations)
     dense, loss = sae.to_jumprelu(x)
     assert isinstance(dense, JumpReluSAE)

@@ -86,7 +86,7 @@ def test_every_read_during_saves_finds_a_pair(tmp_path, monkeypatch):
     assert mixtures == 0
 
 
-def test_what_the_user_writes_into_cfg_json_counts(tmp_path):
+def test_edits_of_cfg_json_by_the_user_are_used(tmp_path):
     sae("relu").save_pretrained(tmp_path)
     config = json.loads((tmp_path / CONFIG_FILE).read_text())
     config["metadata"]["model_name"] = "mine"

@@ -74,14 +74,14 @@ def test_every_family_gains_at_its_own_l0_and_keeps_its_weights(family):
     assert "2 rounds, untrained" in facts["summary"]
 
 
-def test_what_is_chosen_does_not_depend_on_the_rows_alone(two):
+def test_rounds_set_on_one_sample_help_on_another(two):
     held = X[1::2]
     sae, own = teacher().with_rounds(2, X[0::2]), teacher()
     assert scores(sae, held)[0] < 0.9 * scores(own, held)[0]
     assert abs(scores(sae, held)[1] / scores(own, held)[1] - 1) < 0.03
 
 
-def test_a_target_l0_and_taking_rounds_away(two):
+def test_with_rounds_reaches_a_target_l0_and_removes_rounds(two):
     assert scores(two.with_rounds(3, X, target_l0=4.0))[1] == pytest.approx(4.0, abs=0.05)
     one = two.with_rounds(1, X)
     assert one.rounds == 1
@@ -255,7 +255,7 @@ def test_a_gradient_reaches_x_and_a_compiled_module_runs(two):
         assert torch.allclose(compiled(X[:20]), two(X[:20]), atol=1e-6)
 
 
-def test_what_cannot_have_rounds_is_told_so(two):
+def test_saes_that_cannot_have_rounds_are_refused(two):
     with pytest.raises(ConfigError, match="gated"):
         FusedRationalSAE(32, 96, rounds=2)
     with pytest.raises(ConfigError, match="gated"):

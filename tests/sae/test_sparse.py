@@ -159,7 +159,7 @@ def test_nan_is_an_error_that_names_the_token(kind, k, backend):
         encode_sparse(sae, tokens(3), k=k)
 
 
-def test_an_sae_of_another_kind():
+def test_encode_sparse_of_an_unknown_class_uses_its_encode():
     """Only `encode` is known of it; a subclass of a teacher may compute something else than the teacher."""
 
     class Odd(ReluSAE):
@@ -248,7 +248,7 @@ def test_to_dense_does_not_read_what_is_not_in_use():
     assert values.grad.tolist() == [[1, 0]]
 
 
-def test_what_cannot_be_used_is_refused():
+def test_bad_capacities_and_k_are_refused():
     sae, x = make("gated"), tokens(3)
     for capacity in (0, -1, 2.0, True):
         with pytest.raises(ConfigError, match="capacity"):

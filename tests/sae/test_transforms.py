@@ -80,7 +80,7 @@ def test_a_row_alone_is_encoded_as_among_others(kind):
     assert torch.equal(one.encode_with_counts(X[0])[1], (one.encode(X[0]) != 0).float())
 
 
-def test_two_rounds():
+def test_transforms_of_an_encoder_with_two_rounds_equal_autograd():
     one = sae("gated")
     from rsae_triton.sae.adding import with_rounds
 
@@ -92,7 +92,7 @@ def test_two_rounds():
 
 
 @pytest.mark.parametrize("what", ["encode_sparse", "autoencode"])
-def test_what_has_no_rules_says_so(what):
+def test_functions_without_transform_rules_raise(what):
     one = sae("gated")
 
     def loss(x):

@@ -44,7 +44,7 @@ def test_k_of_an_old_topk_comes_from_its_configuration_or_from_the_caller(tmp_pa
 
 
 @pytest.mark.parametrize("state", [{}, {"activation_state_dict": {"k": 5, "postact_fn": "ReLU"}}])
-def test_what_openais_own_class_writes_is_read(tmp_path, state):
+def test_files_of_openais_autoencoder_class_are_read(tmp_path, state):
     """torch.save(Autoencoder(...).state_dict()): the activation's state is spread over keys of its own."""
     weights = {"pre_bias": draw(D_IN), "encoder.weight": draw(D_SAE, D_IN), "latent_bias": draw(D_SAE),
                "decoder.weight": draw(D_IN, D_SAE), "stats_last_nonzero": torch.zeros(D_SAE).long(),
@@ -57,7 +57,7 @@ def test_what_openais_own_class_writes_is_read(tmp_path, state):
         load_teacher(tmp_path / "8.pt")
 
 
-def test_what_is_known_comes_from_what_was_asked_for_and_not_from_the_cache(tmp_path):
+def test_metadata_comes_from_the_requested_name_and_not_from_the_cache_folder(tmp_path):
     snapshot = tmp_path / "models--Goodfire--Llama-3.1-8B-Instruct-SAE-l19" / "snapshots" / "644acafa98be9120d1ef40"
     snapshot.mkdir(parents=True)
     parts = {"encoder_linear.weight": (D_SAE, D_IN), "encoder_linear.bias": (D_SAE,),

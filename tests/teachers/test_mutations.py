@@ -48,7 +48,7 @@ def load(name, folder):
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_the_undamaged_is_read(sources, name):
+def test_undamaged_files_are_read(sources, name):
     tensors = load(name, sources[name][0])
     assert tensors
     assert all(bool(one.isfinite().all()) for one in tensors.values())

@@ -75,7 +75,7 @@ def test_architectures(tmp_path, subtracted):
         holds(load_teacher(folder), z, decoded(z))
 
 
-def test_a_gated_sae_is_the_jumprelu_that_it_is(tmp_path):
+def test_a_gated_sae_is_read_as_the_equivalent_jumprelu(tmp_path):
     v = (X - W["b_dec"]) @ W["W_enc"]
     write(tmp_path, {"architecture": "gated"}, b_enc=None, r_mag=R_MAG, b_gate=B_GATE, b_mag=B_MAG)
     z = (v + B_GATE > 0) * relu(np.exp(R_MAG) * v + B_MAG)
@@ -97,7 +97,7 @@ def test_codes_in_units_of_the_decoder_norm(tmp_path):
 
 
 @pytest.mark.parametrize("subtracted", [True, False])
-def test_what_is_done_to_activations_first(tmp_path, subtracted):
+def test_normalisation_of_activations_is_followed(tmp_path, subtracted):
     def run(x):
         z = relu(hidden_pre(x, subtracted))
         return z, decoded(z)
@@ -174,7 +174,7 @@ def test_files_of_before_version_6(tmp_path):
     ],
     ids=lambda value: str(value)[:60],
 )
-def test_what_cannot_be_reproduced_is_refused(tmp_path, fields, tensors, message):
+def test_saelens_settings_that_cannot_be_reproduced_are_refused(tmp_path, fields, tensors, message):
     write(tmp_path, fields, **tensors)
     with pytest.raises(FormatError, match=message):
         load_teacher(tmp_path, format="saelens")

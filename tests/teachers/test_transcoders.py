@@ -312,7 +312,7 @@ def crosscoder(folder):
     ("write", "name"),
     [(clt, "cross-layer"), (gemma_clt, "cross-layer"), (temporal, "temporal SAE"), (crosscoder, "crosscoder")],
 )
-def test_what_is_not_read_is_refused_by_name(tmp_path, write, name):
+def test_unsupported_transcoder_formats_are_refused_by_name(tmp_path, write, name):
     write(tmp_path)
     with pytest.raises(FormatError, match=name):
         load_teacher(tmp_path)
@@ -329,7 +329,7 @@ def test_saelens_architectures_that_are_no_teachers(tmp_path, architecture):
         assert "RationalTranscoder.from_pretrained" in str(raised.value)
 
 
-def test_what_a_transcoder_cannot_have(tmp_path):
+def test_options_that_transcoders_do_not_have_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="b_dec"):
         ReluTranscoder(4, 8, apply_b_dec_to_input=True)
     with pytest.raises(ConfigError, match="normalise"):

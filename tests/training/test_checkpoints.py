@@ -123,7 +123,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path, activations):
     assert torch.equal(first.W_enc, second.W_enc)
 
 
-def test_another_run_is_refused(tmp_path, activations):
+def test_resuming_with_other_settings_is_refused(tmp_path, activations):
     train(small_sae("gated"), activations, steps=4, out=tmp_path, **OPTIONS)
     with pytest.raises(ConfigError, match="reached step 4"):
         train(small_sae("gated"), activations, steps=4, out=tmp_path, **OPTIONS)

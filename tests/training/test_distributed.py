@@ -86,7 +86,7 @@ def mesh_of_two():
     return mesh
 
 
-def test_what_cannot_be_cut_by_features_is_refused():
+def test_saes_that_cannot_be_split_by_features_are_refused():
     mesh = mesh_of_two()
     for kind in ("topk", "token"):
         sae = small_sae(kind)

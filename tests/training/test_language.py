@@ -112,7 +112,7 @@ def test_a_run_goes_on_to_the_same_bits(place, tmp_path):
     assert ['"kl"' in row for row in rows] == [False] * 3 + [True] * 3
 
 
-def test_what_it_needs_is_said(place):
+def test_the_language_objective_needs_a_host_and_a_store(place):
     host, store = place
     with pytest.raises(ConfigError, match="host=load_host"):
         train(sae_of(store), store, steps=1, objective="mse+kl", **QUIET)

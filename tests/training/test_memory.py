@@ -55,7 +55,7 @@ def test_a_mode_that_is_asked_for_is_used():
         (small_sae("token"), "chunked", 0, "thresholds per feature; a rational_topk SAE"),
     ],
 )
-def test_what_cannot_be_done_is_said(sae, memory, aux_k, message):
+def test_impossible_memory_modes_are_refused(sae, memory, aux_k, message):
     with pytest.raises(ConfigError, match=message):
         plan_memory(sae, 64, memory, aux_k=aux_k)
 

@@ -105,7 +105,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_whatever_is_damaged_in_a_checkpoint_the_one_before_is_taken(tmp_path, activations, finished, name):
+def test_any_damaged_checkpoint_is_skipped_for_the_one_before(tmp_path, activations, finished, name):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     DAMAGE[name](Checkpoints(out).path(9))
@@ -226,7 +226,7 @@ def test_a_lock_that_is_a_folder_is_named(tmp_path, activations):
         export(tmp_path, tmp_path / "plain")
 
 
-def test_another_run_is_refused_by_all(tmp_path, activations, finished):
+def test_resuming_on_other_activations_is_refused(tmp_path, activations, finished):
     with pytest.raises(ConfigError, match="other activations"):
         train(small_sae("gated"), activations.flip(0), out=finished, steps=9, resume=True, **OPTIONS)
 
@@ -243,7 +243,7 @@ def test_where_one_process_finds_no_room_all_say_so_and_the_checkpoint_before_st
     assert checkpoints.steps() == [5, 10]
 
 
-def test_what_lies_where_checkpoints_go(tmp_path, activations):
+def test_foreign_files_in_the_checkpoints_folder_are_ignored_or_refused(tmp_path, activations):
     folder = tmp_path / "run" / "checkpoints"
     for name in ("step-²", "step-999999999999999999999", "step-"):  # digits to Python, and none of ours
         (folder / name).mkdir(parents=True)

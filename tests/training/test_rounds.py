@@ -73,7 +73,7 @@ def test_training_moves_away_from_extreme_starts_that_were_searched_and_from_no_
         assert sae.refinement.b[:, 1:].mean().item() == pytest.approx(b)
 
 
-def test_the_gate_alone(two, activations):
+def test_training_the_gate_alone_keeps_every_weight(two, activations):
     sae = copy.deepcopy(two)
     train(sae, activations, rounds="through", trainable="gate", **OPTIONS)
     assert all(torch.equal(getattr(sae, name), getattr(two, name)) for name in ("W_enc", "b_enc", "W_dec", "b_dec"))
@@ -87,7 +87,7 @@ def test_l0_on_validation_text_is_what_it_was_set_for(two, activations, rounds):
     assert reconstruction(sae, held).l0 == pytest.approx(two.metadata["rounds"]["target_l0"], rel=0.02)
 
 
-def test_a_number_that_was_asked_for_is_what_l0_is_set_to(two, activations):
+def test_training_ends_at_a_given_target_l0(two, activations):
     for rounds, validation in (("through", activations[:1000]), ("after", None)):
         sae = copy.deepcopy(two)
         train(sae, activations, target_l0=4.0, rounds=rounds, validation=validation, **OPTIONS)
@@ -123,7 +123,7 @@ def test_a_run_goes_on_where_it_stopped_and_only_in_the_way_it_began(two, activa
         assert torch.allclose(one, whole.state_dict()[name], rtol=1e-4, atol=1e-5), name
 
 
-def test_what_goes_wrong_leaves_the_rounds(two, activations):
+def test_an_error_in_training_keeps_the_rounds(two, activations):
     sae = copy.deepcopy(two)
     bad = activations.clone()
     bad[:] = torch.inf

@@ -31,7 +31,7 @@ def small(monkeypatch, engine):
 @pytest.mark.parametrize("kind", ["adam", "adamw"])
 @pytest.mark.parametrize("clip", [1e-3, 1e3])
 @pytest.mark.parametrize("kept", [True, False])
-def test_a_step_is_torchs(kind, clip, kept, threads, monkeypatch):
+def test_row_steps_equal_torchs_optimizer(kind, clip, kept, threads, monkeypatch):
     found = []
     for engine in ("tiled", ""):
         sae = small(monkeypatch, engine)

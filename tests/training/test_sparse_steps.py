@@ -122,7 +122,7 @@ def sparser(level):
     return sae
 
 
-def test_auto_goes_by_the_support_and_says_so(activations, tmp_path, caplog):
+def test_auto_chooses_sparse_steps_by_the_measured_support(activations, tmp_path, caplog):
     x = activations / activations.norm(dim=1).mean() * D**0.5
     with caplog.at_level("INFO", logger="rsae_triton.training.route"):
         train(sparser(2.8), x, steps=12, batch_size=128, progress=False, out=tmp_path / "thin", log_every=1)
@@ -169,7 +169,7 @@ def test_ways_change_with_hysteresis():
 
 
 @pytest.mark.parametrize("modes", [("saved", "sparse"), ("sparse", "saved"), ("auto", "auto")])
-def test_a_run_goes_on_another_way(modes, activations, tmp_path):
+def test_a_run_can_switch_between_dense_and_sparse_steps(modes, activations, tmp_path):
     options = {"batch_size": 128, "progress": False, "recipe": "hard", "steps": 30, "decay": 0.0, "warmup": 0}
     whole = train(sparser(1.0), activations, memory="saved", **options)
     first, second = sparser(1.0), sparser(1.0)
@@ -195,7 +195,7 @@ def test_a_run_goes_on_another_way(modes, activations, tmp_path):
         (lambda: made("rational", backend="eager"), {"recipe": "hard"}, "eager"),
     ],
 )
-def test_what_has_no_support_is_refused_with_the_reason(sae, options, message, activations):
+def test_sparse_steps_without_a_support_are_refused_with_the_reason(sae, options, message, activations):
     with pytest.raises(ConfigError, match=message):
         train(sae(), activations, steps=1, memory="sparse", progress=False, **options)
 
@@ -209,7 +209,7 @@ def test_nan_stops_a_sparse_run_as_it_does_a_dense_one(activations):
 
 
 @pytest.mark.parametrize("kind", ["rational", "relu", "jumprelu"])
-def test_the_share_that_nobody_waits_for_is_the_share(kind, activations):
+def test_the_probed_share_equals_the_support_share(kind, activations):
     sae = made(kind)
     assert float(probed_share(sae, activations)) == pytest.approx(support_share(sae, activations), abs=2e-4)
     assert 0 < support_share(sae, activations) < 1

@@ -62,7 +62,7 @@ def test_l0_is_held_at_the_target(activations):
     assert len(set(log.weight)) > 10
 
 
-def test_what_stage_1_noted_is_held_unless_told_otherwise(activations):
+def test_training_holds_the_l0_of_stage_1_by_default(activations):
     sae = teacher()
     train(sae, activations, steps=100, recipe=Recipe("relu", "l1", weight=0.08), lr=3e-3, **QUIET)
     rsae = upgrade(sae, activations)

@@ -147,7 +147,7 @@ def test_determinism_asked_for_after_the_first_products_says_what_to_set(activat
 
 
 @pytest.mark.parametrize("where", ["W_dec", "the gradient of W_enc"])
-def test_what_is_not_finite_is_named(activations, where):
+def test_infinite_weights_and_activations_are_refused_with_their_place(activations, where):
     sae = small_sae("relu")
     if where == "W_dec":
         with torch.no_grad():
@@ -265,7 +265,7 @@ def test_training_shows_its_progress_and_memory(activations, capsys):
 
 @pytest.mark.parametrize("memory", ["saved", "chunked", "streamed"])
 @pytest.mark.parametrize(("trainable", "kept"), list(KEPT_BY.items()))
-def test_what_is_kept_stays_to_the_bit(activations, trainable, kept, memory):
+def test_parameters_that_are_not_trained_stay_bit_equal(activations, trainable, kept, memory):
     """Also where the decoder's rows have other norms than one, and where an optimiser would decay them."""
     sae = small_sae("gated")
     with torch.no_grad():

@@ -132,7 +132,7 @@ def test_an_upgraded_transcoder_is_its_teacher(splits, kind):
     torch.testing.assert_close(plain(x), rsae(x), rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_wrong_with_targets_is_said(splits):
+def test_missing_or_mismatched_targets_are_errors(splits):
     x, y = splits.train.inputs.tensor(), splits.train.targets.tensor()
     for function in (upgrade, lambda sae, *a, **k: train(sae, *a, steps=1, **FAST, **k)):
         with pytest.raises(ConfigError, match="targets="):
@@ -301,7 +301,7 @@ def test_units_of_both_sides_travel_along(splits, teacher, tmp_path):
     assert isinstance(splits.train.inputs, ActivationStore)
 
 
-def test_the_share_of_the_support_is_of_what_it_reads(splits):
+def test_the_support_share_of_a_transcoder_comes_from_its_inputs(splits):
     """On a GPU it is found beside a dense step's other numbers."""
     sae, x, y = made(), splits.train.inputs.tensor()[:64], splits.train.targets.tensor()[:64]
     rows = torch.cat([x, y], dim=1)

@@ -369,7 +369,7 @@ def test_rounds_are_set_on_validation_text_where_there_is_any(teachers, activati
     assert one.metadata["stage1"]["validation_l0"] == pytest.approx(wanted, rel=1e-5)
 
 
-def test_what_has_no_rounds(teachers, activations):
+def test_direct_gates_and_thresholds_by_token_get_no_rounds(teachers, activations):
     assert upgrade(teachers["relu"], activations, form="direct").rounds == 1
     assert upgrade(teachers["topk"], activations, thresholds="token").rounds == 1
     for options in ({"form": "direct"}, {"thresholds": "token"}):
