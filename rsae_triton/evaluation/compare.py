@@ -76,7 +76,8 @@ def compare(
     Returns:
         {name: {mse, fvu, cosine, l0, l1, alive_fraction, ..., and with a host delta_ce, kl, ...}, "matched_l0": {name:
         the same, with the threshold `tau` that it took}, "paired": {"shipped": differences, "matched_l0": differences}}
-        with `differences[b][a]` = {mse, delta_ce, kl: [b - a, low, high]} for every a before b.
+        with `differences[b][a]` = {mse, delta_ce, kl: [b - a, low, high]} for every a before b. Each SAE's scores are a
+        `Scores`, a dictionary that prints its important numbers in a line each.
 
     Raises:
         ConfigError: no SAEs, a bad l0, `measured` or `contexts`, or a host without tokens, splice and mean.
@@ -146,8 +147,8 @@ def _compare(
     }
     # A code that was not thresholded is the shipped one: it need not be measured and spliced a second time.
     measured_at = {name: measure(one, x) if one.cut else measured[name] for name, one in matched.items()}
-    scores: dict[str, Any] = {name: asdict(one.scores) for name, one in measured.items()}
-    at_target = {name: {**asdict(one.scores), "tau": matched[name].tau} for name, one in measured_at.items()}
+    scores: dict[str, Any] = {name: Scores(asdict(one.scores)) for name, one in measured.items()}
+    at_target = {name: Scores(asdict(one.scores), tau=matched[name].tau) for name, one in measured_at.items()}
     spliced: dict[str, Spliced] = {}
     if host is not None:
         if tokens is None or splice is None or mean is None:
