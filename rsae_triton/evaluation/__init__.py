@@ -5,7 +5,14 @@ Every number is computed on the shipped code, with its exact zeros, and again wi
 
 from rsae_triton.evaluation.compare import compare, evaluate
 from rsae_triton.evaluation.downstream import Downstream, Splice, splice_loss
-from rsae_triton.evaluation.ground_truth import Detection, KnownFeatures, detect, planted_features, saelens_model
+from rsae_triton.evaluation.ground_truth import (
+    Detection,
+    KnownFeatures,
+    detect,
+    planted_features,
+    saelens_model,
+    synthsaebench_model,
+)
 from rsae_triton.evaluation.matching import Matching, match_features
 from rsae_triton.evaluation.paired import Interval, mean_interval
 from rsae_triton.evaluation.probing import Probed, sparse_probe
@@ -34,4 +41,5 @@ __all__ = [
     "saelens_model",
     "sparse_probe",
     "splice_loss",
+    "synthsaebench_model",
 ]

@@ -41,7 +41,7 @@ class Detection:
     f1, precision, recall: each SAE feature is scored as a detector of the true feature whose direction is most like its
     decoder row; means over the SAE's features, with 0 for one that is never active. uniqueness: the number of different
     true features detected in this way, divided by the SAE's features. dead: features that are never active on this
-    data. l0: of the code. true_l0: of the data.
+    data; alive_fraction: the share of the others. l0: of the code. true_l0: of the data.
     """
 
     mcc: float
@@ -50,6 +50,7 @@ class Detection:
     recall: float
     uniqueness: float
     dead: int
+    alive_fraction: float
     l0: float
     true_l0: float
     mse: float
@@ -92,6 +93,7 @@ def detect(sae: Codec, known: KnownFeatures, *, chunk: int = CHUNK) -> Detection
         recall=float(recall.mean()),
         uniqueness=len(partner.unique()) / len(partner),
         dead=int((fires == 0).sum()),
+        alive_fraction=float((fires > 0).double().mean()),
         l0=float(fires.sum()) / len(x),
         true_l0=known.l0,
         mse=error / len(x),
@@ -165,9 +167,13 @@ def saelens_features(model: Any, n_tokens: int, *, seed: int = 0, chunk: int = 8
         raise ConfigError(f"model is a {type(model).__name__}; give a sae_lens.synthetic.SyntheticModel")
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        parts = [model.sample_with_features(min(chunk, n_tokens - at)) for at in range(0, n_tokens, chunk)]
-    x, acts = (torch.cat([part[i].to_dense() for part in parts]) for i in range(2))
-    return KnownFeatures(x.float().cpu(), model.feature_dict.feature_vectors.detach().float().cpu(), (acts > 0).cpu())
+        x, active = [], []
+        for at in range(0, n_tokens, chunk):
+            rows, acts = model.sample_with_features(min(chunk, n_tokens - at))
+            x.append(rows.to_dense().float().cpu())
+            active.append((acts.to_dense() > 0).cpu())  # a quarter of the memory
+    directions = model.feature_dict.feature_vectors.detach().float().cpu()
+    return KnownFeatures(torch.cat(x), directions, torch.cat(active))
 
 
 def saelens_model(
@@ -182,22 +188,72 @@ def saelens_model(
     Raises:
         SourceError: SAELens 6.54 or later is not installed.
     """
+    synthetic = _saelens()
+    related = synthetic.LowRankCorrelationConfig(correlation_scale=correlation, seed=seed) if correlation else None
+    config = synthetic.SyntheticModelConfig(
+        num_features=n_features, hidden_dim=d_in, std_firing_magnitudes=0.15, bias=False, seed=seed, correlation=related
+    )
+    model = synthetic.SyntheticModel(config)
+    generator = model.activation_generator
+    probabilities = generator.firing_probabilities * (l0 / float(generator.firing_probabilities.sum()))
+    model = synthetic.SyntheticModel(
+        config, activation_generator=_with_probabilities(generator, probabilities.clamp(max=0.9))
+    )
+    return lambda n_tokens, draw: saelens_features(model, n_tokens, seed=draw)
+
+
+def synthsaebench_model(
+    *, d_in: int = 96, n_features: int = 2048, seed: int = 0
+) -> Callable[[int, int], KnownFeatures]:
+    """Makes a smaller SynthSAEBench-16k (arXiv:2602.14687) and returns a function (n_tokens, seed) that draws from it.
+
+    The settings are the published ones: Zipf-distributed frequencies (exponent 0.5, 0.4 to 5e-4), trees of features
+    (depth 3, four children each, which exclude each other, are active with their parent only and scale with it),
+    correlations of rank 25 and scale 0.1, directions moved apart in 100 steps, a bias. The published model has 16,384
+    features in 768 dimensions, 128 trees and 34 active features per token. Here the number of trees is that of features
+    divided by 128, so that the same share of the features is in trees. With the default sizes, 11 features are active
+    per token; directions are further from orthogonal (a mean largest cosine of 0.35 instead of 0.15).
+
+    Raises:
+        SourceError: SAELens 6.54 or later is not installed. ConfigError: fewer than 128 features.
+    """
+    check_integer("n_features", n_features, 128)
+    check_integer("d_in", d_in, 1)
+    synthetic = _saelens()
+    config = synthetic.SyntheticModelConfig(
+        num_features=n_features,
+        hidden_dim=d_in,
+        firing_probability=synthetic.ZipfianFiringProbabilityConfig(exponent=0.5, max_prob=0.4, min_prob=5e-4),
+        hierarchy=synthetic.HierarchyConfig(
+            total_root_nodes=n_features // 128,
+            branching_factor=4,
+            max_depth=3,
+            mutually_exclusive_portion=1.0,
+            compensate_probabilities=True,
+            scale_children_by_parent=True,
+        ),
+        correlation=synthetic.LowRankCorrelationConfig(rank=25, correlation_scale=0.1),
+        mean_firing_magnitudes=synthetic.LinearMagnitudeConfig(start=5.0, end=4.0),
+        std_firing_magnitudes=synthetic.FoldedNormalMagnitudeConfig(mean=0.5, std=0.5),
+        bias=0.5,
+        seed=seed,
+    )
+    apart = synthetic.orthogonal_initializer(num_steps=100, lr=3e-4, show_progress=False)
+    directions = synthetic.FeatureDictionary(n_features, d_in, bias=0.5, initializer=apart, seed=seed)
+    model = synthetic.SyntheticModel(config, feature_dict=directions)
+    return lambda n_tokens, draw: saelens_features(model, n_tokens, seed=draw)
+
+
+def _saelens() -> Any:
     try:
-        from sae_lens.synthetic import LowRankCorrelationConfig, SyntheticModel, SyntheticModelConfig
+        from sae_lens import synthetic
+        from sae_lens.synthetic import SyntheticModelConfig  # noqa: F401  SAELens 6.0 has none
     except ImportError as error:
         raise SourceError(
             "data of sae_lens.synthetic needs SAELens; install it with: pip install 'sae-lens>=6.54', or take "
             "planted_features, which needs nothing"
         ) from error
-    more = {"correlation": LowRankCorrelationConfig(correlation_scale=correlation, seed=seed)} if correlation else {}
-    config = SyntheticModelConfig(
-        num_features=n_features, hidden_dim=d_in, std_firing_magnitudes=0.15, bias=False, seed=seed, **more
-    )
-    model = SyntheticModel(config)
-    generator = model.activation_generator
-    probabilities = generator.firing_probabilities * (l0 / float(generator.firing_probabilities.sum()))
-    model = SyntheticModel(config, activation_generator=_with_probabilities(generator, probabilities.clamp(max=0.9)))
-    return lambda n_tokens, draw: saelens_features(model, n_tokens, seed=draw)
+    return synthetic
 
 
 def _with_probabilities(generator: Any, probabilities: Tensor) -> Any:

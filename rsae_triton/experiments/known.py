@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -20,10 +21,16 @@ from rsae_triton.common.checks import check_integer, check_number, check_seed
 from rsae_triton.common.errors import ConfigError
 from rsae_triton.common.files import check_folder, make_folder, read_finished, write_text
 from rsae_triton.common.terminal import plain
-from rsae_triton.evaluation.ground_truth import KnownFeatures, detect, planted_features, saelens_model
+from rsae_triton.evaluation.ground_truth import (
+    KnownFeatures,
+    detect,
+    planted_features,
+    saelens_model,
+    synthsaebench_model,
+)
 from rsae_triton.evaluation.reconstruction import at_l0
 from rsae_triton.experiments.contenders import contender, more_rounds, parse_contender, steps_for
-from rsae_triton.experiments.teach import FAMILIES, TeacherPlan, objective_of
+from rsae_triton.experiments.teach import FAMILIES, TeacherPlan, objective_of, train_teacher
 from rsae_triton.ops.runtime import matmul_precision
 from rsae_triton.report.known import known_tables, summarise_known
 from rsae_triton.sae.base import SparseAutoencoder
@@ -34,8 +41,10 @@ from rsae_triton.upgrading.stage_one import upgrade
 Trainable = Literal["all", "encoder", "gate"]
 HELD_OUT = 20_000
 """Number of tokens in the validation set, and in the test set."""
-STARTS_AT = 0.4
-"""Share of a teacher's steps over which its sparsity weight rises, as in `rsae teach`."""
+SYNTHSAEBENCH = 0.1
+"""The correlation of SynthSAEBench's features."""
+VERSION = 2
+"""Raised when the same settings give other numbers, so that cells of before are not taken for new ones."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +62,13 @@ class Known:
 
     teachers: tuple[str, ...] = ("jumprelu", "topk", "relu")
     """Families: relu, jumprelu, topk, batchtopk."""
-    data: Literal["saelens", "planted"] = "planted"
-    """saelens: a model of sae_lens.synthetic (SAELens must be installed); planted: our own, which needs nothing."""
+    data: Literal["saelens", "synthsaebench", "planted"] = "planted"
+    """planted: our own, which needs nothing; saelens: a model of sae_lens.synthetic (SAELens must be installed);
+    synthsaebench: SynthSAEBench's settings (trees of features, correlations) at --d-in and --n-features."""
     l0s: tuple[float, ...] = (5.0, 10.0)
-    """Features in a token, of the data and of every code."""
+    """Active features per token, of every code; and of the data, but for synthsaebench's, which has its own."""
     correlations: tuple[float, ...] = (0.0,)
-    """Correlation between features; 0 for independent ones."""
+    """Correlation between features; 0 for independent ones (synthsaebench has its own)."""
     d_in: int = 64
     """Width of the activations."""
     n_features: int = 512
@@ -103,8 +113,12 @@ class Known:
             check_seed(seed)
         if strange := [name for name in self.teachers if name not in FAMILIES]:
             raise ConfigError(f"--teachers {', '.join(strange)}: choose from {', '.join(FAMILIES)}")
-        if self.data not in ("saelens", "planted"):
-            raise ConfigError(f"--data is {self.data!r}; choose saelens or planted")
+        if self.data not in ("saelens", "synthsaebench", "planted"):
+            raise ConfigError(f"--data is {self.data!r}; choose saelens, synthsaebench or planted")
+        if self.data == "synthsaebench":
+            check_integer("--n-features", self.n_features, 128)
+            if self.correlations != Known.correlations:
+                raise ConfigError(f"--correlations: synthsaebench has its own ({SYNTHSAEBENCH:g}); leave them out")
         for name in self.contenders:
             split_name(name)
         check_folder(self.out)
@@ -124,7 +138,8 @@ class Known:
         return " ".join(said)
 
     def cells(self) -> Iterator[KnownCell]:
-        for seed, l0, correlation, teacher in itertools.product(self.seeds, self.l0s, self.correlations, self.teachers):
+        correlations = (SYNTHSAEBENCH,) if self.data == "synthsaebench" else self.correlations
+        for seed, l0, correlation, teacher in itertools.product(self.seeds, self.l0s, correlations, self.teachers):
             yield KnownCell(self, teacher, l0, correlation, seed)
 
 
@@ -145,6 +160,7 @@ class KnownCell:
             **own,
             **{name: getattr(self.config, name) for name in sizes},
             "contenders": list(self.config.contenders),
+            "version": VERSION,
         }
 
     @property
@@ -208,20 +224,26 @@ def known(config: Known) -> Path:
 
 
 def draws(cell: KnownCell) -> Draws:
-    """Draws the data of a cell."""
+    """Draws the data of a cell; that of the last cell is kept, because teachers of several families share it."""
     config = cell.config
-    sizes: dict[str, Any] = {"d_in": config.d_in, "n_features": config.n_features}
-    sizes |= {"l0": cell.l0, "correlation": cell.correlation}
+    return _draws(config.data, config.d_in, config.n_features, config.tokens, cell.l0, cell.correlation, cell.seed)
+
+
+@functools.lru_cache(maxsize=1)
+def _draws(data: str, d_in: int, n_features: int, tokens: int, l0: float, correlation: float, seed: int) -> Draws:
+    sizes: dict[str, Any] = {"d_in": d_in, "n_features": n_features, "l0": l0, "correlation": correlation}
     draw: Callable[[int, int], KnownFeatures]
-    if config.data == "saelens":
-        draw = saelens_model(**sizes, seed=cell.seed)
+    if data == "synthsaebench":
+        draw = synthsaebench_model(d_in=d_in, n_features=n_features, seed=seed)
+    elif data == "saelens":
+        draw = saelens_model(**sizes, seed=seed)
     else:
 
-        def draw(n_tokens: int, seed: int) -> KnownFeatures:
-            return planted_features(n_tokens, **sizes, seed=seed, model_seed=cell.seed)
+        def draw(n_tokens: int, tokens_seed: int) -> KnownFeatures:
+            return planted_features(n_tokens, **sizes, seed=tokens_seed, model_seed=seed)
 
-    found, held, test = draw(config.tokens, 1).x, draw(HELD_OUT, 2).x, draw(HELD_OUT, 3)
-    scale = math.sqrt(config.d_in) / float(found.norm(dim=1).mean())
+    found, held, test = draw(tokens, 1).x, draw(HELD_OUT, 2).x, draw(HELD_OUT, 3)
+    scale = math.sqrt(d_in) / float(found.norm(dim=1).mean())
     return Draws(found * scale, held * scale, test._replace(x=test.x * scale))
 
 
@@ -229,16 +251,18 @@ def run_known(cell: KnownCell) -> dict[str, Any]:
     """Trains the teacher and its contenders, and scores them all at the teacher's l0. Returns a dict for JSON."""
     config, started = cell.config, time.perf_counter()
     data = draws(cell)
-    held = None if cell.teacher in ("topk", "batchtopk") else cell.l0
     plan = TeacherPlan(
-        cell.teacher, config.d_sae, max(1, round(cell.l0)), steps=config.teacher_steps, seed=cell.seed, l0=held
+        cell.teacher,
+        config.d_sae,
+        max(1, round(cell.l0)),
+        steps=config.teacher_steps,
+        batch_size=config.batch_size,
+        seed=cell.seed,
+        l0=None if cell.teacher in ("topk", "batchtopk") else cell.l0,
     )
-    teacher = plan.untrained(config.d_in)
-    warmup = int(STARTS_AT * plan.steps)
-    options: dict[str, Any] = {"batch_size": config.batch_size, "progress": False}
-    train(teacher, data.train, steps=plan.steps, recipe=plan.recipe(), lr=1e-3, sparsity_warmup=warmup, **options)
-    teacher.metadata["objective"] = {name: value for name, value in plan.identity().items() if name != "d_sae"}
-    saes, logs = _contenders(cell, teacher, data, options)
+    teacher, log = train_teacher(plan, data.train, data.train.mean(0), progress=False)
+    saes, logs = _contenders(cell, teacher, data)
+    logs = {"teacher": log, **logs}
     wanted = ("teacher", *config.contenders)
     l0 = detect(teacher, data.test).l0
     scores = {name: asdict(detect(at_l0(saes[name], data.test.x, l0), data.test)) for name in wanted}
@@ -253,7 +277,7 @@ def run_known(cell: KnownCell) -> dict[str, Any]:
 
 
 def _contenders(
-    cell: KnownCell, teacher: SparseAutoencoder, data: Draws, options: Mapping[str, Any]
+    cell: KnownCell, teacher: SparseAutoencoder, data: Draws
 ) -> tuple[dict[str, SparseAutoencoder], dict[str, TrainLog]]:
     init = upgrade(teacher, data.train, rounds=1)
     saes: dict[str, SparseAutoencoder] = {"teacher": teacher}
@@ -275,7 +299,8 @@ def _contenders(
                     trainable=trainable,
                     rounds="through",
                     seed=cell.seed + 1,
-                    **options,
+                    batch_size=cell.config.batch_size,
+                    progress=False,
                 )
         if rounds:
             saes[name] = more_rounds(saes[key], rounds, data.validation)

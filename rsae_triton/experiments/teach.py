@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -54,6 +56,8 @@ AUX_K = 256
 """Number of dead features that learn from the residual of the live ones (arXiv:2406.04093), where l0 is held."""
 WARMUP = 0.4
 """Share of the steps over which the sparsity weight rises; full weight from the start kills features."""
+SAMPLE = 8192
+"""Tokens that the activations' norm is taken from."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ def make_teacher(
     plan: TeacherPlan, splits: Splits | PairedSplits, x: Tensor, label: str = ""
 ) -> tuple[SparseAutoencoder, TrainLog]:
     """Trains `plan` on x (the training split, in the store's units), or loads what an earlier run trained."""
-    identity = {"data": splits.train.manifest["key"], **plan.identity(), "version": 2}
+    identity = {"data": splits.train.manifest["key"], **plan.identity(), "version": 2 if plan.l0 is None else 3}
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     folder = cache_dir() / "teachers" / f"{plan.family}-{key}"
     log_path = folder / "log.json"
@@ -128,26 +132,48 @@ def make_teacher(
         teacher = FAMILIES[plan.family].from_pretrained(folder, x.device)
         _said(teacher, splits.train)
         return teacher, TrainLog(**{one.name: log[one.name] for one in fields(TrainLog)})
-    teacher = plan.untrained(splits.train.d_in, getattr(splits.train, "d_out", None)).to(x.device)
-    with torch.no_grad():
-        teacher.b_dec.copy_(splits.train.mean)
-    trained = train(
-        teacher,
-        x,
-        steps=plan.steps,
-        batch_size=plan.batch_size,
-        lr=LR,
-        recipe=plan.recipe(),
-        sparsity_warmup=int(WARMUP * plan.steps),
-        seed=plan.seed,
-        label=label or f"  {plan.family} teacher",
-    )
-    teacher.metadata["objective"] = {name: value for name, value in plan.identity().items() if name != "d_sae"}
+    label = label or f"  {plan.family} teacher"
+    teacher, trained = train_teacher(plan, x, splits.train.mean, label=label)
     # saved before the units are noted: in the cache, weights stay in the units they were trained in
     teacher.save_pretrained(folder)
     write_text(log_path, json.dumps(trained.as_dict()))
     _said(teacher, splits.train)
     return teacher, trained
+
+
+def train_teacher(
+    plan: TeacherPlan, x: Tensor, mean: Tensor, *, label: str | None = None, progress: bool = True
+) -> tuple[SparseAutoencoder, TrainLog]:
+    """Trains `plan` on x [n_tokens, d_in], or for a transcoder [n_tokens, d_in + d_out]; b_dec starts at `mean`, [d_in]
+    or [d_out].
+
+    Where l0 is held, metadata["objective"] notes the sparsity weight at which it settled, so that a control goes on
+    with it.
+    """
+    recipe = plan.recipe()
+    teacher = plan.untrained(x.shape[1] - len(mean) * plan.transcodes, len(mean)).to(x.device)
+    with torch.no_grad():
+        teacher.b_dec.copy_(mean)
+    log = train(
+        teacher,
+        x,
+        steps=plan.steps,
+        batch_size=plan.batch_size,
+        lr=LR,
+        recipe=recipe,
+        sparsity_warmup=int(WARMUP * plan.steps),
+        seed=plan.seed,
+        label=label,
+        progress=progress,
+    )
+    objective = {name: value for name, value in plan.identity().items() if name != "d_sae"}
+    if recipe.target_l0 is not None:
+        norm = float(teacher.sides(x[:SAMPLE])[1].float().norm(dim=1).mean())
+        last = [weight for weight in log.weight[-max(1, len(log.weight) // 4) :] if weight > 0]
+        if last:
+            objective["weight"] = math.exp(fmean(map(math.log, last))) / (norm if recipe.sparsity == "l1" else norm**2)
+    teacher.metadata["objective"] = objective
+    return teacher, log
 
 
 def _said(teacher: SparseAutoencoder, store: ActivationStore | PairedStore) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 from rsae_triton.report.fronts import interval, spread, student
 
-SCORES = {"f1": ".3f", "mcc": ".3f", "precision": ".3f", "recall": ".3f", "mse": ".2f"}
+SCORES = {"f1": ".3f", "mcc": ".3f", "precision": ".3f", "recall": ".3f", "mse": ".2f", "alive_fraction": ".3f"}
+TITLES = {"f1": "F1", "mcc": "MCC", "alive_fraction": "alive"}
 SETTING = ("data", "teacher", "l0", "correlation", "d_sae")
 
 
@@ -51,7 +52,13 @@ def known_tables(rows: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     for row in rows:
         title = f"{row['teacher']}, l0 {row['l0']:g}, correlation {row['correlation']:g}, {row['data']} data"
-        header = ["SAE", *SCORES, "F1 - teacher (95 %)", "MCC - teacher", "mse - teacher"]
+        header = [
+            "SAE",
+            *(TITLES.get(name, name) for name in SCORES),
+            "F1 - teacher (95 %)",
+            "MCC - teacher",
+            "mse - teacher",
+        ]
         lines = [
             f"## {title}, {len(row['seeds'])} seeds\n",
             "| " + " | ".join(header) + " |",

@@ -169,9 +169,14 @@ class SparsityController:
     scale-free and the weight stays positive. (Thresholds integrate the weight themselves; integral control alone would
     oscillate.) The integral part stays within a factor 100 of its start: a target that cannot be reached shows in the
     log as a weight at its limit, not as a diverging loss.
+
+    During the warm-up of the sparsity term the target falls geometrically from the l0 of the first batch, and the
+    weight is raised where l0 is above it. (If the starting weight is far too low for the target, its warm-up alone
+    changes nothing: the code is dense until the end, then loses nine tenths of its l0 within a few steps, and features
+    die.)
     """
 
-    _STATE = ("weight", "_base", "_low", "_high", "_average")
+    _STATE = ("weight", "_base", "_low", "_high", "_start", "_average", "_first")
 
     def __init__(
         self,
@@ -184,17 +189,24 @@ class SparsityController:
     ) -> None:
         """norm: the activations' mean norm."""
         self.target, self.weight = recipe.target_l0, recipe.weight * (norm if recipe.sparsity == "l1" else norm**2)
-        self._base, self._low, self._high = self.weight, self.weight / 100, self.weight * 100
+        self._base = self._start = self.weight
+        self._low, self._high = self.weight / 100, self.weight * 100
         self._proportional, self._integral, self._memory = proportional, integral, memory
         self._average: float | None = None
+        self._first: float | None = None
 
-    def update(self, l0: float) -> float:
-        """Takes the mean l0 of a batch and returns the weight for the next batch."""
+    def update(self, l0: float, warm: float = 1.0) -> float:
+        """Takes the mean l0 of a batch and returns the weight for the next batch. warm: how much of the warm-up is
+        done, from 0 to 1."""
         self._average = l0 if self._average is None else self._memory * self._average + (1 - self._memory) * l0
+        self._first = l0 if self._first is None else self._first
         if self.target is not None:
-            error = math.log(max(self._average, 1e-3) / self.target)
-            self._base = min(max(self._base * math.exp(self._integral * error), self._low), self._high)
+            target = self.target * max(self._first / self.target, 1.0) ** (1 - warm)
+            error = math.log(max(self._average, 1e-3) / target)
+            low = self._start if warm < 1 else self._low
+            self._base = min(max(self._base * math.exp(self._integral * error), low), self._high)
             self.weight = self._base * math.exp(self._proportional * max(-1.0, min(1.0, error)))
+            self.weight = max(self.weight, self._start) if warm < 1 else self.weight
         return self.weight
 
     def state(self) -> dict[str, float | None]:
@@ -203,7 +215,7 @@ class SparsityController:
 
     def restore(self, state: dict[str, float | None]) -> None:
         for name in self._STATE:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, getattr(self, name)))  # older checkpoints have no `_start` and `_first`
 
 
 @dataclass

@@ -113,8 +113,7 @@ class Run:
         self.idle = torch.where(summed.counts > 0, 0.0, self.idle + settings.batch_size)
         if summed.share is not None:
             self.route.saw(summed.share, self.step)
-        if ramp == 1.0:
-            self.controller.update(summed.l0)
+        self.controller.update(summed.l0, ramp)
         row = {
             "step": self.step,
             "tokens": (self.step + 1) * settings.batch_size,

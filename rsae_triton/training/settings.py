@@ -61,7 +61,8 @@ class TrainSettings:
     decay: float = 0.2
     """Last share of the steps, over which the learning rate falls to zero."""
     sparsity_warmup: int = 0
-    """Steps over which the sparsity weight rises from zero; at full weight an untrained code kills features."""
+    """Steps over which the sparsity weight rises from zero, and a target l0 falls from that of the first batch to its
+    value; at full weight from the start, or all at once, features die."""
     clip: float = 1.0
     """Largest norm of the gradient."""
     decoder_norm: Literal["keep", "unit", "free"] = "keep"

@@ -36,12 +36,15 @@ def test_cells_are_kept_and_scored_at_one_l0(done):
         assert set(cell["scores"]) == {"teacher", *config.contenders}
         assert all(one["l0"] <= teacher["l0"] + 1e-3 for one in cell["scores"].values())
         assert 0.2 < teacher["f1"] < 1
+        assert teacher["alive_fraction"] == 1 - teacher["dead"] / config.d_sae >= 0.9
+        assert cell["training"]["teacher"]["steps"] == config.teacher_steps
         assert cell["scores"]["rsae/gate"]["mcc"] == teacher["mcc"]  # the dictionary is the teacher's
         if cell["cell"]["teacher"] == "topk":  # it has no gate to train
             assert cell["scores"]["control/gate"] == teacher
     text = page.read_text()
     assert "## jumprelu, l0 3, correlation 0, planted data, 2 seeds" in text
     assert "| rsae/gate |" in text
+    assert "| SAE | F1 | MCC | precision | recall | mse | alive |" in text
 
 
 def test_differences_are_paired_by_seed(done):
@@ -64,3 +67,12 @@ def test_names_of_contenders():
             split_name(bad)
     with pytest.raises(ConfigError, match="--l0s"):
         Known(l0s=(200.0,)).check()
+
+
+def test_synthsaebench_has_its_own_correlation():
+    config = Known(data="synthsaebench", n_features=2048)
+    assert {cell.correlation for cell in config.cells()} == {0.1}
+    with pytest.raises(ConfigError, match="leave them out"):
+        replace(config, correlations=(0.3,)).check()
+    with pytest.raises(ConfigError, match="--n-features"):
+        replace(config, n_features=64).check()

@@ -9,7 +9,7 @@ import torch
 from rsae_triton import train, upgrade
 from rsae_triton.common.errors import ConfigError
 from rsae_triton.evaluation import reconstruction
-from rsae_triton.experiments.teach import FAMILIES, TeacherPlan, make_teacher, objective_of
+from rsae_triton.experiments.teach import FAMILIES, TeacherPlan, make_teacher, objective_of, train_teacher
 from rsae_triton.teachers import BatchTopKSAE, JumpReluSAE, load_teacher
 from rsae_triton.training.recipes import RECIPES, recipe_for
 
@@ -167,6 +167,25 @@ def test_a_teacher_holds_l0_and_revives_features(family, activations):
     assert found[0].alive_fraction == 1 > 0.95 > found[1].alive_fraction
     assert found[0].l0 == pytest.approx(5, rel=0.15)
     assert found[0].mse < 1.02 * found[1].mse
+
+
+@pytest.mark.parametrize(("family", "power"), [("jumprelu", 2), ("relu", 1)])
+def test_a_held_l0_is_steered_from_the_first_step_and_the_weight_is_noted(family, power, activations):
+    """A warm-up of a weight that is far too low changed nothing: the code was dense until its end, then collapsed."""
+    plan = TeacherPlan(family, 32, weight=1e-3, steps=100, batch_size=128, l0=1.0)
+    teacher, log = train_teacher(plan, activations, activations.mean(0), progress=False)
+    risen = [weight / (step / 40) for step, weight in zip(log.step, log.weight, strict=True) if 0 < step <= 40]
+    norm = float(activations.norm(dim=1).mean())
+    assert risen[-1] > 2 * 1e-3 * norm**power
+    # The control goes on with the weight at which its teacher settled, not with the one where it started.
+    objective = objective_of(teacher)
+    last = log.weight[-len(log.weight) // 4 :]
+    assert min(last) <= objective.weight * norm**power * 1.001
+    assert objective.weight * norm**power <= max(last) * 1.001
+    assert objective.target_l0 == 1.0
+    fixed, log = train_teacher(replace(plan, l0=None), activations, activations.mean(0), progress=False)
+    assert max(log.weight) == pytest.approx(1e-3 * norm**power, rel=0.05)
+    assert objective_of(fixed).weight == 1e-3
 
 
 def test_plans_that_hold_l0_are_plans_of_their_own():

@@ -158,6 +158,23 @@ def test_controller_brings_a_slow_process_to_its_target():
     assert seen[-1] == pytest.approx(20, rel=0.05)
 
 
+def test_controller_lowers_l0_slowly_in_the_warm_up_from_a_weight_that_is_far_too_low():
+    controller = SparsityController(Recipe("own", "l0", weight=0.02, target_l0=5.0))
+    l0, seen = 100.0, []
+    for step in range(400):
+        warm = min(1.0, step / 200)
+        l0 += 0.1 * (100 / (1 + 20 * warm * controller.update(l0, warm)) - l0)  # at the first weight: 71
+        seen.append(l0)
+    assert seen[100] == pytest.approx(500**0.5, rel=0.5)
+    assert seen[200] < 8  # at its end the warm-up has done its work
+    assert seen[-1] == pytest.approx(5, rel=0.2)
+    assert max(a / b for a, b in zip(seen, seen[10:], strict=False)) < 2  # it never collapses
+
+    copy = SparsityController(Recipe("own", "l0", weight=0.02, target_l0=5.0))
+    copy.restore(controller.state())
+    assert copy.update(7.0, 0.5) == controller.update(7.0, 0.5)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
