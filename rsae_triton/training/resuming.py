@@ -94,7 +94,9 @@ def _controller(run: Run, path: Path, state: dict[str, float | None] | None) -> 
     controller = SparsityController(run.recipe)
     wanted = controller.state().keys()
     newer = {"_start", "_first"}  # checkpoints of earlier versions lack these
-    if not wanted - newer <= state.keys() <= wanted or any(isinstance(one, bool | str | list | dict) for one in state.values()):
+    if not wanted - newer <= state.keys() <= wanted or any(
+        isinstance(one, bool | str | list | dict) for one in state.values()
+    ):
         raise FormatError(f"{path} has lost the state of the sparsity weight")
     controller.restore(state)
     return controller
