@@ -208,8 +208,8 @@ def _refusals(folders: list[Path]) -> Iterator[None]:
         if isinstance(error, RsaeError):
             raise
         raise StorageError(
-            f"activations cannot be written to {folders[0].parent} ({first_line(error)}); make room and run the same "
-            "again: it goes on at the next shard"
+            f"activations cannot be written to {folders[0].parent} ({first_line(error)}); free some space and run it "
+            "again; it continues at the next shard"
         ) from error
 
 

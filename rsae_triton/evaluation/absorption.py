@@ -117,7 +117,7 @@ def letter_probes(x: _Array, items: Items, *, seed: int = 0) -> Letters:
             f1[letter] = found
             directions[letter] = probe.coef_[0] / np.linalg.norm(probe.coef_[0])
     if not f1:
-        raise ConfigError(f"at this place no first letter is told apart with an F1 of {LEAST_F1}; try another layer")
+        raise ConfigError(f"at this place no first letter is predicted with an F1 of {LEAST_F1}; try another layer")
     return Letters(letters, test, directions, scores, f1)
 
 

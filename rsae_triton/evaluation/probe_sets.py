@@ -51,7 +51,7 @@ def probe_set(
     rows = _rows(name)
     classes = sorted({target for _, target in rows})
     if len(classes) != 2:
-        raise ConfigError(f"{name} has {len(classes)} labels; probes tell two apart")
+        raise ConfigError(f"{name} has {len(classes)} labels; a probe needs exactly two")
     digest = hashlib.sha256(f"{seed}|{name}".encode()).digest()[:8]
     rng = np.random.default_rng(int.from_bytes(digest, "little"))
     of_label = [[prompt for prompt, target in rows if target == one] for one in classes]

@@ -122,7 +122,7 @@ class Sweep:
         for name in self.contenders:
             parse_contender(name)
         if strange := set(self.spliced) - {"init", *self.contenders}:
-            raise ConfigError(f"--spliced {', '.join(sorted(strange))}: name what is among the contenders")
+            raise ConfigError(f"--spliced {', '.join(sorted(strange))}: give names of contenders")
         if self.sequences == 1 or self.sequences < 0:
             raise ConfigError(f"--sequences is {self.sequences}; an interval takes at least 2 (0 for none)")
         if self.split not in ("test", "validation"):

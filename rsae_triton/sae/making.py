@@ -98,7 +98,7 @@ def warn_of_reading(metadata: Mapping[str, Any], manifest: Mapping[str, Any], na
             other.append(f"{key}={shown(said)}")
     if other:
         warnings.warn(
-            f"{name} was trained with {', '.join(other)}, and these activations are read otherwise; a store of its own "
-            "is extract(..., **making_of(sae.metadata).reading), of rsae_triton.sae.making",
+            f"{name} was trained with {', '.join(other)}, but these activations were read with other settings; read "
+            "them again with extract(..., **making_of(sae.metadata).reading), from rsae_triton.sae.making",
             stacklevel=stacklevel + 1,
         )

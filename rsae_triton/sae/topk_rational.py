@@ -87,7 +87,7 @@ class TopKRationalSAE(FusedRationalSAE):
 
     def _scale_nonlinearity_(self, scale: Tensor) -> None:
         if not bool(torch.isclose(scale, scale[:1]).all()):
-            raise ConfigError("features in units of their own would be ranked differently: one scale for all")
+            raise ConfigError("a scale per feature would change which k are largest; give one scale for all features")
         self.gate.scale_features_(scale)
 
     def config(self) -> dict[str, Any]:

@@ -37,11 +37,9 @@ class Transcoder(SparseAutoencoder):
 
     def __init__(self, d_in: int, d_sae: int, *, d_out: int | None = None, skip: bool = False, **options: Any) -> None:
         if options.pop("apply_b_dec_to_input", False):
-            raise ConfigError("b_dec of a transcoder is of what it writes; it cannot be subtracted from what it reads")
+            raise ConfigError("b_dec of a transcoder belongs to its output; it cannot be subtracted from its input")
         if options.get("normalize_activations", "none") != "none":
-            raise ConfigError(
-                "a transcoder does not normalise tokens: what it reads and writes have scales of their own"
-            )
+            raise ConfigError("a transcoder does not normalise tokens: its input and its output have different scales")
         if options.get("rounds", 1) != 1:
             raise ConfigError(NO_ROUNDS)
         check_flag("skip", skip)

@@ -150,8 +150,8 @@ def check_place(sae: Any, activations: Any, name: str = "the SAE", stacklevel: i
     read = manifest.get("documents_file") is not None  # read by this package, which records how
     if read and making_of(sae.metadata).centred and not manifest.get("center_writing_weights"):
         warnings.warn(
-            f"{name} says center_writing_weights=True, and these activations are of the model as it is; read them with "
-            "load_host(..., center_writing_weights=True)",
+            f"{name} says center_writing_weights=True, but these activations come from a model without it; read them "
+            "again with load_host(..., center_writing_weights=True)",
             stacklevel=stacklevel,
         )
     if read:

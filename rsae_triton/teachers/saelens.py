@@ -106,8 +106,8 @@ def _transcoder(config: dict[str, Any], tensors: dict[str, Any], path: Path, fil
     w = {name: _at_least(one, dtype) for name, one in require(tensors, path, *names).items()}
     if config.get("normalize_activations") not in (None, False, "none"):
         raise FormatError(
-            f"{files.name} is a transcoder with normalize_activations={config['normalize_activations']!r}; what that "
-            "does to what it writes is nowhere defined"
+            f"{files.name} is a transcoder with normalize_activations={config['normalize_activations']!r}; its "
+            "effect on the output is not defined"
         )
     k = config.get("k")
     if architecture.startswith("topk") and k is None:

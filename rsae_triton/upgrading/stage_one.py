@@ -209,8 +209,8 @@ def upgrade(
     negative = int((z < 0).sum())
     if negative and thresholds == "feature":
         warnings.warn(
-            f"{negative / max(1, int((z != 0).sum())):.0%} of the teacher's codes are negative, and a feature that "
-            "opens above a threshold of its own drops those; thresholds='token' keeps them",
+            f"{negative / max(1, int((z != 0).sum())):.0%} of the teacher's codes are negative; thresholds "
+            "per feature drop those, thresholds='token' keeps them",
             stacklevel=2,
         )
     seen = Sample(x, h, z, teacher_thresholds(teacher, h, z), y)

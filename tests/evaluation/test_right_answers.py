@@ -57,7 +57,7 @@ def test_centred_activations_are_what_an_sae_gets_that_says_so(folder, tmp_path)
     documents = load_corpus([str(tiny_models.text(text, n_files=2, n_words=200))])
     stores = [extract(host, documents, n_tokens=100, context=16, progress=False) for host in (plain, centred)]
     assert stores[1].manifest["center_writing_weights"] is True
-    with pytest.warns(UserWarning, match="says center_writing_weights=True, and these activations"):
+    with pytest.warns(UserWarning, match="says center_writing_weights=True, but these activations"):
         evaluate(sae(**place, **CENTRED), None, stores[0])
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*center_writing_weights.*")
