@@ -90,7 +90,7 @@ def test_corpus_sha256_sees_text_order_and_groups():
 # --- local files and the hub -------------------------------------------------------------------------------------
 
 
-def test_files_and_folders(tmp_path):
+def test_a_corpus_is_read_from_files_and_folders(tmp_path):
     folder = tmp_path / "texts"
     (folder / "deep").mkdir(parents=True)
     (folder / "b.txt").write_text("A text.")

@@ -78,7 +78,7 @@ def test_a_pair_of_places_is_read_and_written_in_one_pass(hosts):
             host.splice(TOKENS, "blocks.0.mlp.hook_in", {"x": lambda out, x: out}, read_at="blocks.1.mlp.hook_out")
 
 
-def test_a_name_of_no_place_is_answered_with_names_that_are(hosts):
+def test_an_unknown_hook_name_is_an_error_that_suggests_known_ones(hosts):
     for host in hosts:
         with pytest.raises(ConfigError, match=r"blocks\.1\.hook_resid_p"):
             host.resolve_hook("blocks.1.hook_resid_pos")

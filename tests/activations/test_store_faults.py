@@ -30,7 +30,7 @@ def rewritten(folder, **changes):
 
 
 @pytest.mark.parametrize("rows", [2**40, 2**63])
-def test_rows_that_are_not_there_are_refused_at_once(tmp_path, rows):
+def test_a_manifest_that_claims_missing_rows_is_refused_at_once(tmp_path, rows):
     """With prefetch= too, where a thread would take memory for their order before a shard is looked at."""
     store = store_tensor(X, tmp_path / "s")
     rewritten(store.folder, shards=[{**store.manifest["shards"][0], "rows": rows}], n_tokens=rows)
@@ -88,7 +88,7 @@ def test_room_is_looked_at_before_training(tmp_path, monkeypatch):
         {"scale": 1e-60},
     ],
 )  # fmt: skip
-def test_positions_and_scales_that_are_none_are_refused(tmp_path, changes):
+def test_invalid_positions_and_scales_in_a_manifest_are_refused(tmp_path, changes):
     store = store_tensor(X, tmp_path / "s")
     rewritten(store.folder, **changes)
     with pytest.raises(FormatError, match=r"positions|scale"):
@@ -124,7 +124,7 @@ def test_a_shard_is_listed_once(tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{"dtype": "float8_e4m3fn"}, {"dtype": 3}, {"dtype": "int64"}])
-def test_a_dtype_that_is_none_is_refused(tmp_path, changes):
+def test_an_unknown_dtype_in_a_manifest_is_refused(tmp_path, changes):
     store = store_tensor(X, tmp_path / "s")
     rewritten(store.folder, **changes)
     with pytest.raises(FormatError, match="dtype"):

@@ -24,7 +24,7 @@ from rsae_triton.ops import cpu
         ("demo --dict_size 5", "use --d-sae"),
     ],
 )
-def test_other_names_are_answered(line, said, capsys):
+def test_option_and_command_names_of_other_tools_get_a_suggestion(line, said, capsys):
     assert main(line.split()) == 2
     error = capsys.readouterr().err.strip()
     assert said in error

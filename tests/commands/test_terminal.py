@@ -201,5 +201,5 @@ def test_half_a_character_of_a_text_is_replaced_and_said(tmp_path):
     assert document.text.encode().decode().endswith("\ufffd end")
 
 
-def test_errors_are_of_ours():
+def test_storage_error_is_an_rsae_error():
     assert issubclass(StorageError, RsaeError)

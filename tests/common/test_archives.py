@@ -131,7 +131,7 @@ def test_links_out_of_a_folder_are_refused_in_every_format(tmp_path):
 
 
 @pytest.mark.parametrize("size", ['"x"', "[0]", "NaN", "-3", "true"])
-def test_sizes_that_are_no_numbers_are_not_multiplied(tmp_path, size):
+def test_config_sizes_that_are_not_positive_integers_are_refused(tmp_path, size):
     from valid_files import sparsify
 
     sparsify(tmp_path)

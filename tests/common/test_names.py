@@ -70,7 +70,7 @@ def test_addresses_of_the_hub(text, expected):
     assert (None if found is None else tuple(found)) == expected
 
 
-def test_addresses_that_cannot_be_meant_are_refused():
+def test_addresses_other_than_a_hub_model_are_refused():
     with pytest.raises(FormatError, match="Hugging Face hub"):
         address("https://example.com/owner/repo")
     with pytest.raises(FormatError, match="no address of a model"):

@@ -44,7 +44,7 @@ def test_a_dictionary_of_the_true_features_is_found(known):
     assert score.mse == pytest.approx(reconstruction(perfect(known), known.x).mse, rel=1e-6)
 
 
-def test_detectors_that_are_wrong_count_as_what_they_are(known):
+def test_dead_and_wrong_detectors_are_scored_by_the_definition(known):
     sae = perfect(known)
     with torch.no_grad():
         sae.W_enc[:, 0], sae.b_enc[0] = 0, -1.0  # never active

@@ -181,7 +181,7 @@ def test_saes_of_different_positions_are_scored_apart_and_stores_are_compared(fo
         ({"exclude_special_tokens": [-1]}, "exclude_special_tokens"),
     ],
 )
-def test_positions_that_are_none_are_refused(folder, tmp_path, reads, named):
+def test_impossible_seqpos_slices_are_refused(folder, tmp_path, reads, named):
     host = load_host(str(folder), dtype="float32")
     with pytest.raises(ConfigError, match=named):
         extract(host, load_corpus([texts(tmp_path / "text", 2)]), n_tokens=50, context=16, progress=False, **reads)

@@ -48,12 +48,12 @@ def test_every_feature_is_there(world, page):
     assert block["strings"][one["tokens"][one["peak"]]].strip().startswith("w")
 
 
-def test_it_is_small_and_asks_for_nothing(page):
+def test_the_features_page_is_small_and_makes_no_requests(page):
     assert page.stat().st_size < 30e6 * 96 / 2304
     assert "http" not in re.sub("http://www.w3.org/2000/svg|http-equiv", "", page.read_text())
 
 
-def test_of_a_large_sae_some_are_drawn(world, tmp_path):
+def test_the_features_page_of_a_large_sae_shows_a_random_choice(world, tmp_path):
     host, store, _, rsae = world
     path = write_features(tmp_path / "some.html", rsae, store, host=host, most=10)
     summary = parts(path)["summary"]

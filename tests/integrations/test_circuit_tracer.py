@@ -42,7 +42,7 @@ def traced(weights, x):
 
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("kind", [ReluTranscoder, JumpReluTranscoder])
-def test_its_rule_on_our_files_is_our_transcoder(tmp_path, kind, skip):
+def test_circuit_tracers_own_formula_on_our_files_gives_our_reconstruction(tmp_path, kind, skip):
     own = {layer: made(kind, layer, skip) for layer in (0, 1)}
     folder = write_transcoders(own, tmp_path / "set", repo="me/transcoders")
     for layer, sae in own.items():

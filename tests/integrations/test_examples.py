@@ -64,7 +64,7 @@ def test_dense_export(places, tmp_path, capsys):
     assert found["loss"].summary in capsys.readouterr().out
 
 
-def test_none_is_forgotten_and_all_are_short():
+def test_every_example_is_tested_and_short():
     names = {path.stem for path in EXAMPLES.glob("*.py")}
     assert names == {
         *("load_teacher", "upgrade", "save", "transformer_lens", "huggingface", "dense_export"),  # above

@@ -96,7 +96,7 @@ def test_revisions_are_kept_apart(hub):
         FusedRationalSAE.from_pretrained("someone/rsae", revision="third")
 
 
-def test_refusals_say_why(hub):
+def test_refused_uploads_and_downloads_give_the_reason(hub):
     with pytest.raises(SourceError, match="token"):
         rsae().push_to_hub("someone/rsae", token="hf_wrong")
     with pytest.raises(SourceError, match="no-one/nothing"):
@@ -162,7 +162,7 @@ def test_configuration_of_the_run_comes_along(hub, tmp_path):
     assert teacher.metadata["hook_name"] == "blocks.1.hook_resid_post"
 
 
-def test_offline_it_says_so_and_uses_what_is_cached(hub, monkeypatch):
+def test_offline_the_hubs_cache_is_used_and_missing_files_are_reported(hub, monkeypatch):
     sae = rsae()
     sae.push_to_hub("someone/rsae", token=hub.token)
     FusedRationalSAE.from_pretrained("someone/rsae")

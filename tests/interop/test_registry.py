@@ -282,7 +282,7 @@ def test_refused_registry_entries_give_the_reason(hub, release):
         load_teacher(f"{release}/{entry.sae_id}")
 
 
-def test_factors_that_stand_in_the_registry_alone(hub):
+def test_scaling_factors_known_only_to_saelens_registry_are_applied(hub):
     """gpt2-small-mlp-tm: the file says that there is one, the registry which."""
     entry = registry.entry("gpt2-small-mlp-tm", "blocks.0.hook_mlp_out")
     sae_lens(hub, entry)

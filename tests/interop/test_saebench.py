@@ -16,7 +16,7 @@ from rsae_triton.integrations import saelens
 from rsae_triton.integrations.saebench import SAEBenchConfig, SAEBenchSAE
 
 
-def test_nothing_of_its_base_class_is_missing():
+def test_our_wrapper_has_everything_of_saebenchs_base_class():
     class Empty(BaseSAE):
         encode = decode = forward = torch.nn.Identity.forward
 
@@ -27,7 +27,7 @@ def test_nothing_of_its_base_class_is_missing():
     assert set(dir(CustomSAEConfig("m", 1, 1, 1, "h"))) <= set(dir(SAEBenchConfig("m", 1, 1, 1, "h")))
 
 
-def test_core(model, store, text):
+def test_saebenchs_core_evals_run(model, store, text):
     sae = rsae()
     _, bench, _ = load_and_format_sae("ours", SAEBenchSAE(sae), "cpu")
     assert check_decoder_norms(bench.W_dec.data)

@@ -136,7 +136,7 @@ def test_low_precision_warns_that_the_gate_was_rounded(tmp_path, x):
     assert exact.encode(x.bfloat16()).dtype == torch.bfloat16
 
 
-def test_only_the_same_function_is_handed_over():
+def test_saes_that_saelens_cannot_compute_are_not_converted():
     with pytest.raises(ConfigError, match="rational_topk"):
         saelens.to_saelens(TopKRationalSAE(D_IN, D_SAE, k=4, gate=rsae().gate))
 
@@ -320,7 +320,7 @@ def test_the_penalties_are_those_of_the_shipped_code(x):
 
 
 @pytest.mark.parametrize(("found", "error"), [("6.99.0", None), ("7.0.0", SourceError), ("5.11.0", SourceError)])
-def test_other_versions_say_so(monkeypatch, found, error):
+def test_untested_saelens_versions_give_a_warning_or_an_error(monkeypatch, found, error):
     monkeypatch.setattr(saelens, "version", lambda _: found)
     if error is None:
         with pytest.warns(UserWarning, match=r"tested with sae-lens 6\.54; this is 6\.99"):

@@ -50,7 +50,7 @@ def found(weight, grads, device, radial, decay=0.0, copy=None):
 @pytest.mark.parametrize(("kind", "decay"), [(torch.optim.Adam, 0.0), (torch.optim.AdamW, 0.3)])
 @pytest.mark.parametrize("radial", [False, True])
 @pytest.mark.parametrize("shape", [(7, 5), (1, 1), (3, 300)], ids=str)
-def test_it_is_torchs_step_with_the_steps_around_it(shape, radial, kind, decay, device):
+def test_a_row_step_equals_torchs_adam_with_clipping_and_normalisation(shape, radial, kind, decay, device):
     weight, grads = start(shape)
     truth = expected(weight, grads, kind, radial, decay)
     for ours, exact in zip(found(weight, grads, device, radial, decay), truth, strict=True):

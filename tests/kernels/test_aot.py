@@ -63,7 +63,7 @@ def test_machine_code_is_clean(arch, tmp_path):
         ({"registers": 201}, "201 registers, 200 allowed"),
     ],
 )
-def test_faults_are_found(change, fault):
+def test_spills_and_too_many_registers_are_reported_as_faults(change, fault):
     report = REPORT._replace(usage=REPORT.usage._replace(**change), ceiling=200)
     assert report.faults() == [] if fault is None else fault in report.faults()[0]
 

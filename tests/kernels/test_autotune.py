@@ -54,7 +54,7 @@ def files(tmp_path):
     return sorted((tmp_path / "autotune").iterdir()) if (tmp_path / "autotune").exists() else []
 
 
-def test_it_is_off_unless_asked_for(device, tuning, monkeypatch, tmp_path):
+def test_autotune_is_off_by_default(device, tuning, monkeypatch, tmp_path):
     for value in (None, "0", ""):
         if value is None:
             monkeypatch.delenv("RSAE_AUTOTUNE")

@@ -78,7 +78,7 @@ def without_size(results):
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("sets", [1, D_SAE])
-def test_it_is_the_dense_step(sets, dtype, device):
+def test_the_sparse_step_equals_the_dense_step(sets, dtype, device):
     inputs = given(sets)
     double = [
         GateTensors(*(t.double() for t in one)) if isinstance(one, GateTensors) else one.double() for one in inputs
@@ -94,7 +94,7 @@ def test_it_is_the_dense_step(sets, dtype, device):
      {"spec": GateSpec(3, 2, form="gated", backward="soft", amplitude="identity")}],
     ids=str,
 )  # fmt: skip
-def test_it_is_its_sibling(options, device):
+def test_the_kernels_step_equals_the_pytorch_step(options, device):
     inputs = given()
     if "target" in options:
         options = {"target": inputs[0] * 2, "scale": torch.linspace(0.5, 2, N)[:, None]}
@@ -137,7 +137,7 @@ def test_the_size_says_when_the_capacity_was_too_small(device):
     assert support_triton.capacity_for(1) == 1024
 
 
-def test_nothing_of_it_depends_on_the_run(device):
+def test_the_sparse_step_gives_the_same_bits_every_time(device):
     first, again = (step(given(D_SAE), device) for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
 

@@ -84,7 +84,7 @@ def check(sae, x, device, *, tolerance=2e-6, **options):
     ("kind", "sparsity"),
     [(kind, one) for kind in KINDS for one in ("l1", "tanh")] + [("jumprelu", "l0"), ("jumprelu-to-h", "l0")],
 )
-def test_it_is_the_dense_step(kind, sparsity, device):
+def test_the_sparse_teacher_step_equals_the_dense_step(kind, sparsity, device):
     check(made(kind), tokens(), device, sparsity=sparsity)
 
 

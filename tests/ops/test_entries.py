@@ -55,7 +55,7 @@ def check_order(entries, f):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_found_is_what_is_above(shape, dtype, engine):
+def test_entries_found_are_those_above_the_threshold(shape, dtype, engine):
     n, d, f, level = SHAPES[shape]
     x, W_enc, b_enc, _, low = tensors(n, d, f, level, dtype)
     h = x @ W_enc + b_enc
@@ -196,14 +196,14 @@ def test_the_largest_of_each_token(k, least, dtype, engine):
     torch.testing.assert_close(dense(found, found.values, 70), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_of_equal_ones_the_lowest_features_are_kept(engine):
+def test_ties_keep_the_features_with_the_lowest_index(engine):
     x, W_enc, b_enc = torch.ones(5, 4), torch.zeros(4, 1500), torch.ones(1500)
     b_enc[1100], b_enc[3] = 2.0, 0.0
     found = find_largest(x, W_enc, b_enc, 4)
     assert found.features.view(4, 5)[:, 0].tolist() == [0, 1, 2, 1100]
 
 
-def test_nan_is_nothing_to_rank(engine):
+def test_top_k_with_nan_returns_none(engine):
     x, W_enc, b_enc, _, _ = tensors(37, 8, 70, 0.0, torch.float32)
     x[4, 4] = torch.nan
     assert find_largest(x, W_enc, b_enc, 3) is None

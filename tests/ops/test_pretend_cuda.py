@@ -263,7 +263,7 @@ def test_routes_are_measured(cuda):
     assert row["source"] == "measured"
 
 
-def test_it_is_as_strict_as_a_gpu(cuda):
+def test_pretend_cuda_tensors_refuse_to_mix_with_cpu_tensors(cuda):
     x, here = torch.randn(4, 16, device=GPU), torch.randn(4, 16)
     for mixed in (lambda: x + here, lambda: x @ here.T, lambda: here[torch.ones(4, dtype=torch.long, device=GPU)]):
         with pytest.raises(RuntimeError, match="on"):

@@ -228,7 +228,7 @@ def test_no_dtype_is_much_further_from_float64_than_the_reference_in_it(dtype):
     assert error[1] <= 2 * error[0] + 1e-6  # a value rounded across a threshold counts whole, and these are few
 
 
-def test_pre_activations_that_somebody_changed():
+def test_rounds_start_from_pre_activations_changed_by_a_hook():
     inputs, gate, more = case()
     h = (inputs[0] - inputs[4]) @ inputs[1] + inputs[2]
     h[:, 7] = 2.0

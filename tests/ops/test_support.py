@@ -219,7 +219,7 @@ def test_trained_coefficients_are_refused():
         ours(leaves, activity, GateSpec(3, 2, "gated", backward="rational"))
 
 
-def test_its_flops_are_those_of_one_product():
+def test_a_sparse_step_counts_the_flops_of_one_product():
     spec = GateSpec(3, 2, "gated", backward="rational")
     leaves, activity = leaves_of(torch.float32)
     with FlopCounterMode(display=False) as flops:

@@ -301,7 +301,7 @@ def test_a_bug_is_not_taken_for_the_machine(monkeypatch):
 
 
 @pytest.mark.parametrize(("said", "shown"), [("", "RuntimeError"), (" \n", "RuntimeError"), ("one\ntwo", "one")])
-def test_a_library_that_says_nothing_is_quoted_by_the_type_of_its_error(said, shown, monkeypatch):
+def test_an_empty_error_of_a_library_is_reported_by_its_type(said, shown, monkeypatch):
     def refuse(*_, **__):
         raise RuntimeError(said)
 

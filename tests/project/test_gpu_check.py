@@ -76,7 +76,7 @@ def test_the_dry_run_finds_all_right(dry_run):
     assert {path.name for path in out.iterdir()} == {"gpu_check.json", "rows-all.jsonl", "log.txt"}
 
 
-def test_it_goes_on_where_it_was(bare, dry_run):
+def test_gpu_check_continues_where_it_stopped(bare, dry_run):
     _, out = dry_run
     before = lines(out)
     run = check(bare, out, "--only", "compile", "--only", "sanitize")
@@ -86,7 +86,7 @@ def test_it_goes_on_where_it_was(bare, dry_run):
     assert result["checks"]["correct"] == {"ok": 9}
 
 
-def test_it_ends_when_its_time_is_up(bare, tmp_path):
+def test_gpu_check_ends_when_its_time_is_up(bare, tmp_path):
     """A quarter of a minute is what it keeps in reserve."""
     run = check(bare, tmp_path / "out", "--minutes", "0.2")
     assert run.returncode == 0, run.stdout + run.stderr

@@ -12,14 +12,14 @@ FOLDER = Path(__file__).parents[2] / "docs" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 
-def test_they_are_listed():
+def test_every_notebook_is_listed_in_the_index():
     assert len(NOTEBOOKS) >= 4
     page = (FOLDER / "index.md").read_text()
     assert all(f"({path.name})" in page for path in NOTEBOOKS)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_its_outputs_are_of_its_code(path, monkeypatch):
+def test_the_committed_outputs_of_a_notebook_belong_to_its_code(path, monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER.parents[1] / "tools"))
     run_notebooks = pytest.importorskip("run_notebooks")
     notebook = json.loads(path.read_text())
@@ -32,7 +32,7 @@ def test_its_outputs_are_of_its_code(path, monkeypatch):
 
 # The tutorial takes minutes and the demo's files: `make notebooks` runs it.
 @pytest.mark.parametrize("path", [one for one in NOTEBOOKS if one.stem != "tutorial"], ids=lambda path: path.stem)
-def test_it_runs(path, tmp_path, monkeypatch, capsys):
+def test_the_notebook_runs(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     if "transformers" in path.read_text():
         pytest.importorskip("transformers")

@@ -116,7 +116,7 @@ def test_the_centre_may_lie_beyond_the_interval():
     assert np.all(np.isfinite(beyond(np.linspace(-50, 50, 10_001))))
 
 
-def test_an_odd_target_and_a_constant_numerator_leave_nothing_but_zero():
+def test_zero_is_the_best_fit_of_an_odd_target_with_a_constant_numerator():
     """A / Q has one sign, the target takes 1 and -1: 0 is best, and two points prove it (defect)."""
     fit = fit_gate(tanh_shrink, (0, 6))
     assert not np.any(fit.a)

@@ -73,7 +73,7 @@ def test_more_coefficients_never_do_worse(target, theta, margin):
             assert error.get(larger, 0.0) <= value * (1 + 1e-5), (p, q, larger)
 
 
-def test_an_odd_denominator_is_the_even_one_below():
+def test_an_odd_denominator_degree_is_fitted_as_the_even_one_below():
     odd, even = (fit_gate("jumprelu", (4, q), theta=0.2, margin=0.05) for q in (3, 2))
     assert odd.b.shape == odd.denominator_scale.shape == (3,)
     assert odd.b[2] == 0.0

@@ -225,7 +225,7 @@ def test_a_contender_out_of_memory_is_reported_and_the_others_go_on(measuring):
     assert runs["large"] == 4
 
 
-def test_no_case_starves_the_next(measuring):
+def test_a_benchmark_case_ends_when_its_time_is_used_up(measuring):
     device = torch.device("cpu")
     made, wanted, runs = fakes(measuring, 99)
     fit, entries = measuring.warm_up(made, wanted, "fp32", device, seconds=-1.0)

@@ -39,7 +39,7 @@ def test_the_reported_export_loss_equals_a_direct_measurement(form, normalize_ac
 
 
 @torch.no_grad()
-def test_it_is_nearer_than_reading_the_thresholds_off_the_gate(x):
+def test_to_jumprelu_is_nearer_than_copying_the_thresholds(x):
     """The obvious export keeps weights and thresholds; it forgets what the gate does just above them."""
     gate = RationalGate(D_SAE, (2, 2), *smooth_step(), form="gated", input_scale=1.0, threshold=0.3)
     sae = FusedRationalSAE(D_IN, D_SAE, gate=gate)

@@ -205,7 +205,7 @@ def rewritten(folder, name, change, dtype="float32"):
         ("W_dec", lambda one: one * 0 + 3.4028235e38, "bfloat16"),
     ],
 )
-def test_numbers_are_looked_at_after_the_cast(tmp_path, name, change, dtype):
+def test_weights_that_overflow_when_cast_are_refused(tmp_path, name, change, dtype):
     sae("rational").save_pretrained(tmp_path)
     rewritten(tmp_path, name, change, dtype)
     with pytest.raises(NumericsError, match=f"{name} in .* infinite"):

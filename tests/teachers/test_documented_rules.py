@@ -134,7 +134,7 @@ def test_openai_identity_after_topk_keeps_negative_values(tmp_path, x):
     check(load_teacher(tmp_path), x, z, x_hat)
 
 
-def test_openai_relu_does_not(tmp_path, x):
+def test_openai_relu_models_do_not_normalise_their_input(tmp_path, x):
     w, saved = openai("ReLU")
     torch.save(saved, tmp_path / "3.pt")
     teacher = load_teacher(tmp_path / "3.pt")

@@ -227,7 +227,7 @@ def test_tensors_that_do_not_fit(tmp_path, changes, error, message):
         load_teacher(gemma(tmp_path / "params.npz", **changes), kind="sae")
 
 
-def test_options_and_paths(tmp_path):
+def test_unknown_formats_and_missing_paths_are_errors(tmp_path):
     with pytest.raises(ConfigError, match="sparsify"):
         load_teacher(tmp_path, format="onnx")
     with pytest.raises(FormatError, match="does not exist"):

@@ -247,7 +247,7 @@ def test_a_pickle_under_any_name_is_refused_and_not_run(tmp_path, name):
     assert not marker.exists()
 
 
-def test_numbers_that_are_none_are_named(tmp_path):
+def test_nan_infinity_and_impossible_scales_are_refused(tmp_path):
     sae = FusedRationalSAE(3, 5, form="gated")
     sae.save_pretrained(tmp_path)
     weights = read_safetensors(tmp_path / "sae_weights.safetensors")

@@ -72,7 +72,7 @@ def test_gradients_reach_the_sae_alone_and_are_those_of_finite_differences(place
     assert float((sae.b_dec.grad * direction).sum()) / factor == pytest.approx(slope, rel=2e-2)
 
 
-def test_it_lowers_what_splicing_costs(place):
+def test_the_language_objective_lowers_delta_ce(place):
     host, store = place
     start = sae_of(store)
     train(start, store, steps=150, lr=3e-3, recipe="topk", **QUIET)
