@@ -61,13 +61,15 @@ def test_the_dry_run_finds_all_right(dry_run):
     result = read_result(out / "gpu_check.json")
     assert result["checks"]["machine"] == {"ok": 1}
     assert set(result["checks"]["correct"]) == {"ok"}
-    assert result["checks"]["correct"]["ok"] == 9
+    assert result["checks"]["correct"]["ok"] == 10
     assert result["checks"]["sanitize"] == {"not run": 2}
     assert result["versions"]["torch"] == torch.__version__
     [case] = result["cases"]
-    assert {"bare products", "one product", "sparse", "sparse, row optimiser", "split", "fused"} <= set(
+    assert {"bare products", "one product", "sparse", "sparse, row optimiser", "two rounds", "split", "fused"} <= set(
         case["contenders"]
     )
+    alone = [one["name"].split(": ", 1)[1] for one in result["other"]]
+    assert {"sparse: encoding alone", "two rounds: encoding alone", "two rounds: loss and backward alone"} <= set(alone)
     assert all(one["median_s"] > 0 for one in case["contenders"].values() if one["status"] == "ok")
     assert case["contenders"]["sparse"]["predicted_s"] > 0
     assert 0 < case["contenders"]["sparse"]["support"] < 0.5
@@ -83,7 +85,7 @@ def test_gpu_check_continues_where_it_stopped(bare, dry_run):
     assert run.returncode == 0, run.stdout + run.stderr
     assert lines(out) == before
     result = read_result(out / "gpu_check.json")
-    assert result["checks"]["correct"] == {"ok": 9}
+    assert result["checks"]["correct"] == {"ok": 10}
 
 
 def test_gpu_check_ends_when_its_time_is_up(bare, tmp_path):

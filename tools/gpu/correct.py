@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu.made import GATES, WEIGHT, Case, freeze, make
+from gpu.made import GATES, WEIGHT, Case, freeze, make, with_rounds
 from rsae_triton import FusedRationalSAE, kernels, train
 from rsae_triton.ops.runtime import matmul_precision
 
@@ -35,6 +35,8 @@ def items(device: torch.device, tiny: bool) -> Iterator[tuple[str, Callable[[], 
                     name = f"{way} {form} {case} {dtype}"
                     yield name, partial(step, case, device, way, form, frozen, dtype)
         case = Case(n, d_in, d_sae)
+        for dtype in ("fp32",) if tiny else LIMITS:
+            yield f"two rounds {case} {dtype}", partial(refined, case, device, dtype)
         yield f"rows {case}", partial(rows, case, device)
         yield f"adam {case}", partial(adam, case, device)
     case = Case(16, 8, 33) if tiny else Case(2048, 256, 32768)  # wide, so that the entries have room
@@ -87,6 +89,23 @@ def step(case: Case, device: torch.device, way: str, form: str, frozen: bool, dt
         sae.backend = "triton:split" if way == "sparse" else way
         room = {"memory": "sparse", "most_entries": x.shape[0] * case.d_sae} if way == "sparse" else {}
         return judged(errors(differentiated(sae, x, dtype, **room), truth), eager, dtype)
+
+
+def refined(case: Case, device: torch.device, dtype: str) -> Row:
+    """Loss, code and gradients through two rounds, against the written-out formulas in float64."""
+    sae, x = make(case, device)
+    sae = with_rounds(sae, x)
+    found = {}
+    with matmul_precision("highest"):
+        for name, backend in (("truth", "eager"), ("eager", "eager"), ("kernels", "triton:split")):
+            one, given = (copy.deepcopy(sae).double(), x.double()) if name == "truth" else (sae, x)
+            one.backend = backend
+            found[name] = differentiated(one, given, "fp32" if name == "truth" else dtype)
+            with torch.no_grad():
+                found[name]["code"] = one.encode(given)
+    truth = found.pop("truth")
+    eager, kernels = (errors(one, truth) for one in (found["eager"], found["kernels"]))
+    return judged(kernels, eager, dtype)
 
 
 def rows(case: Case, device: torch.device) -> Row:
@@ -171,5 +190,6 @@ def smallest(device: torch.device) -> Iterator[tuple[str, Callable[[], Row]]]:
     case = Case(40, 40, 100)
     for way in ("sparse", "triton:split", "triton:fused"):
         yield f"{way} {case}", partial(step, case, device, way, "gated", True, "fp32")
+    yield f"two rounds {case}", partial(refined, case, device, "fp32")
     yield f"rows {case}", partial(rows, case, device)
     yield f"adam {case}", partial(adam, case, device)

@@ -15,7 +15,7 @@ import torch
 import triton
 
 from gpu.correct import differentiated, smallest
-from gpu.made import GATES, SHAPES, TINY, Case, freeze, make
+from gpu.made import GATES, SHAPES, TINY, Case, freeze, make, with_rounds
 from gpu.speed import ceilings
 from rsae_triton.commands import routes as measuring
 from rsae_triton.ops.cost import CEILINGS, Ceilings
@@ -62,13 +62,16 @@ def compiled(device: torch.device, tiny: bool) -> Iterator[tuple[str, Callable[[
             small = Case(16 if tiny else 512, shape[1], 40 if tiny else 512, degree, groups)
             for way in ("sparse",) if tiny else ("sparse", "triton:split", "triton:fused"):
                 yield f"{way} {small}", partial(_step, small, way, device)
+        small = Case(16 if tiny else 512, shape[1], 40 if tiny else 512)
+        yield f"two rounds {small}", partial(_step, small, "two rounds", device)
     if not tiny:  # what compute-sanitizer looks at: compiling under it takes too long
         yield from smallest(device)
 
 
 def _step(case: Case, way: str, device: torch.device) -> Row:
     sae, x = make(case, device)
-    freeze(sae).backend = "triton:split" if way == "sparse" else way
+    sae = with_rounds(sae, x) if way == "two rounds" else freeze(sae)
+    sae.backend = way if way.startswith("triton") else "triton:split"
     began = time.perf_counter()
     found = differentiated(sae, x, "bf16", **({"memory": "sparse"} if way == "sparse" else {}))
     return {"status": "ok", "loss": float(found["loss"]), "first_s": round(time.perf_counter() - began, 2)}

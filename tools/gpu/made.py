@@ -44,11 +44,12 @@ class Case:
             "sweep": "",
         }  # fmt: skip
 
-    def step(self) -> Step:
+    def step(self, rounds: int = 1) -> Step:
         active = min(L0, self.d_sae / 16) / self.d_sae
         return Step(
-            self.n_tokens, self.d_in, self.d_sae, *self.degree, self.groups == 1, "gated", 2, active, SUPPORT * active
-        )
+            self.n_tokens, self.d_in, self.d_sae, *self.degree, self.groups == 1, "gated", 2, active, SUPPORT * active,
+            rounds,
+        )  # fmt: skip
 
 
 def make(case: Case, device: torch.device, *, form: str = "gated", seed: int = 0) -> tuple[FusedRationalSAE, Tensor]:
@@ -89,6 +90,15 @@ def make(case: Case, device: torch.device, *, form: str = "gated", seed: int = 0
         sae.b_enc.fill_(0.0 if form == "gated" else -level)
         sae.b_dec.zero_()
     return sae, x
+
+
+def with_rounds(sae: FusedRationalSAE, x: Tensor, rounds: int = 2) -> FusedRationalSAE:
+    """The same SAE with as many rounds, set on some of x."""
+    sae.backend = "triton" if x.is_cuda else "eager"  # the interpreter would take minutes
+    made = sae.with_rounds(rounds, x[:1024], n_tokens=min(len(x), 1024))
+    for one in made.parameters():
+        one.requires_grad_(True)
+    return freeze(made)
 
 
 def freeze(sae: FusedRationalSAE) -> FusedRationalSAE:

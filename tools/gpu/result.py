@@ -45,9 +45,10 @@ def result_of(rows: list[Row], tiny: bool, minutes: float, root: Path) -> Row:
         ),
         "cases": [case for case in cases.values() if case["floor_s"]],
         "other": [
-            {"name": f"{row['item']}: loss and backward alone", "value": row["loss_backward_s"], "unit": "s"}
+            {"name": f"{row['item']}: {what}", "value": row[key], "unit": "s"}
             for row in rows
-            if row.get("loss_backward_s")
+            for key, what in (("loss_backward_s", "loss and backward alone"), ("encode_s", "encoding alone"))
+            if row.get(key)
         ],
         "checks": summary(rows),
         "routes": [row["route"] for row in rows if row.get("route")],

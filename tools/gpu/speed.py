@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from gpu.bare import ROOT
-from gpu.made import GATES, SHAPES, TINY, WEIGHT, Case, freeze, make
+from gpu.made import GATES, SHAPES, TINY, WEIGHT, Case, freeze, make, with_rounds
 from rsae_triton import FusedRationalSAE, kernels
 from rsae_triton.ops.cost import CEILINGS, Ceilings, cost, optimizer_seconds
 from rsae_triton.training.optimizer import remove_radial_gradient
 
-FIVE, ONE = "bare products", "one product"
-WAYS = ("sparse, row optimiser", "sparse", "split", "fused", "eager")
+FIVE, ONE, TWO = "bare products", "one product", "two rounds"
+WAYS = ("sparse, row optimiser", "sparse", TWO, "split", "fused", "eager")
 PEERS = {
     "SAELens JumpReLU": ("sae_lens", "saelens"),
     "SAELens TopK": ("sae_lens", "saelens"),
@@ -37,6 +37,8 @@ def items(device: torch.device, tiny: bool, on: Ceilings) -> Iterator[tuple[str,
         for degree, groups in GATES[: 1 if tiny else 2]:
             case = Case(*shape, degree, groups)
             for name in (FIVE, ONE, *WAYS):
+                if name == TWO and degree != GATES[0][0]:
+                    continue
                 if name != "eager" or shape == SHAPES[0] or tiny:  # eager keeps dozens of [n_tokens, d_sae] tensors
                     yield f"{case}: {name}", partial(measured, case, name, device, on)
     case = Case(*(TINY if tiny else SHAPES)[0])
@@ -102,13 +104,19 @@ def measured(case: Case, name: str, device: torch.device, on: Ceilings) -> Row:
     row: Row = {"case": case.fields(), "contender": name, "status": "ok", "floor_s": _floor(case, on)}
     if name in (FIVE, ONE):
         return row | timed(partial(_products, sae, x, 5 if name == FIVE else 1), device)
+    if name == TWO:
+        sae = with_rounds(sae, x)
     way = {"split": "triton:split", "fused": "triton:fused"}.get(name, "triton:split")
     sae.backend = "eager" if name in ("eager", "torch.compile") else way
     sparse = name.startswith("sparse")
     loss: Callable[[], Tensor] = partial(_loss, sae, x, sparse)
+    if name in ("sparse", TWO):
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+            row["encode_s"] = timed(partial(sae.encode_sparse, x), device, 0.5)["median_s"]
     if name == "torch.compile":
         loss = torch.compile(loss)
-    finish = _row_optimizer(sae) if name == "sparse, row optimiser" else _optimizer(sae)
+    rows = name in ("sparse, row optimiser", TWO)
+    finish = _row_optimizer(sae) if rows else _optimizer(sae)
 
     def differentiate() -> None:
         sae.zero_grad(set_to_none=True)
@@ -120,11 +128,10 @@ def measured(case: Case, name: str, device: torch.device, on: Ceilings) -> Row:
 
     row |= timed(whole, device)
     row["loss_backward_s"] = timed(differentiate, device, 0.5)["median_s"]
-    strategy = {"eager": "eager", "torch.compile": "compiled", "split": "split", "fused": "fused"}.get(name, "sparse")
-    predicted = cost(case.step(), strategy)
+    strategy = {"eager": "eager", "torch.compile": "compiled", "split": "split", "fused": "fused", TWO: "rounds"}
+    predicted = cost(case.step(2 if name == TWO else 1), strategy.get(name, "sparse"))
     # Beside the model's step: the float32 weights' copies in bfloat16.
     row["predicted_loss_backward_s"] = predicted.seconds(on) + 2 * case.step().weights * 6 / on.bandwidth
-    rows = name == "sparse, row optimiser"
     row["predicted_s"] = row["predicted_loss_backward_s"] + optimizer_seconds(case.step(), on, rows=rows)
     row["predicted_bytes"] = predicted.peak_bytes
     if sparse:
@@ -211,7 +218,7 @@ def _row_optimizer(sae: FusedRationalSAE) -> Callable[[], None]:
     """The same with the matrices' part in one pass over each, and their copies in bfloat16 made on the way."""
     matrices = [(sae.W_enc.detach().t(), False), (sae.W_dec.detach(), True)]
     states = [(*(torch.zeros_like(one) for _ in range(2)), one.bfloat16()) for one, _ in matrices]
-    others = [one for one in sae.parameters() if one.requires_grad and one.dim() == 1]
+    others = [one for one in sae.parameters() if one.requires_grad and one is not sae.W_enc and one is not sae.W_dec]
     small, norms = torch.optim.Adam(others, lr=0.0, fused=True), matrices[1][0].norm(dim=1)
 
     def finish() -> None:
