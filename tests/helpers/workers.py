@@ -110,6 +110,43 @@ def together(rank: int, world: int, features: int, folder: str, kind: str, optio
         dist.destroy_process_group()
 
 
+def step_of(together, sae, x, known: bool):
+    """The gradients of one batch, summed over the processes as training does, and their norm. known: the norms of the
+    matrices' gradients come with the loss, as from the sparse step's kernels; then nothing may read these again."""
+    from rsae_triton.training.recipes import recipe_for
+
+    terms = together.losses(sae, x, recipe_for(sae, "hard"), 0.05, None, None)
+    terms.total.backward()
+    kept = {}
+    if known:
+        kept = {name: getattr(sae, name).grad.clone() for name in ("W_enc", "W_dec")}
+        terms.squares = sum(one.square().sum() for one in kept.values())
+        for name in kept:
+            getattr(sae, name).grad.zero_()
+    summed = together.finish(sae, terms, [False])
+    grads = {name: one.grad for name, one in sae.named_parameters() if one.grad is not None}
+    return {**grads, **kept}, summed.grad_norm
+
+
+def one_step(rank: int, world: int, features: int, folder: str, kind: str, options: dict) -> None:
+    """One of `world` processes that make the gradients of a step; those of its features lie in folder/rank.pt."""
+    import torch.distributed as dist
+    from synthetic import sparse_activations
+
+    from rsae_triton.training.distributed import Mesh
+
+    torch.set_num_threads(1)
+    here = Path(folder)
+    dist.init_process_group("gloo", init_method=f"file://{here / 'meeting'}", rank=rank, world_size=world)
+    try:
+        mesh = Mesh(features)
+        part = sparse_activations()[:512].chunk(mesh.data[1])[mesh.data[0]]
+        grads, norm = step_of(mesh, mesh.shard(small_sae(kind)), part, options["known"])
+        torch.save({"place": (mesh.data, mesh.features), "weights": grads, "norm": norm}, here / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
 def fill_disk(step: int) -> None:
     """Half of this process's part of one checkpoint is written, and then there is no room."""
     import errno
@@ -142,12 +179,13 @@ def hide_checkpoint(step: int) -> None:
     resuming.read_info = refuse
 
 
-def run_together(world: int, features: int, folder: Path, kind: str, timeout: float = 120, **options) -> list[dict]:
-    """Trains on `world` processes and returns what each found; fails where one does."""
+def run_together(
+    world: int, features: int, folder: Path, kind: str, timeout: float = 120, work=together, **options
+) -> list[dict]:
+    """Trains on `world` processes (or does other `work`) and returns what each found; fails where one does."""
     (folder / "meeting").unlink(missing_ok=True)
     processes = [
-        CONTEXT.Process(target=together, args=(rank, world, features, str(folder), kind, options))
-        for rank in range(world)
+        CONTEXT.Process(target=work, args=(rank, world, features, str(folder), kind, options)) for rank in range(world)
     ]
     for one in processes:
         one.start()

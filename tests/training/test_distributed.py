@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from workers import run_together, small_sae
+from workers import one_step, run_together, small_sae, step_of
 
 from rsae_triton import train
 from rsae_triton.commands.train import export
@@ -12,6 +12,7 @@ from rsae_triton.common.errors import ConfigError
 from rsae_triton.sae.sharded import read_sae
 from rsae_triton.training.checkpoints import Checkpoints
 from rsae_triton.training.distributed import Mesh, feature_axes
+from rsae_triton.training.processes import Alone
 from rsae_triton.training.recipes import recipe_for
 from rsae_triton.training.settings import TrainSettings
 
@@ -28,11 +29,12 @@ def whole_of(found, sae):
             assert all(torch.equal(copy[name], tensor) for name, tensor in copies[0].items())
     columns = [parts[place][0] for place in sorted(parts)]
     for name, axis in axes.items():
-        if axis is None:
+        if axis is None and name in columns[0]:
             assert all(torch.equal(one[name], columns[0][name]) for one in columns)
     return {
         name: columns[0][name] if axis is None else torch.cat([one[name] for one in columns], axis)
         for name, axis in axes.items()
+        if name in columns[0]
     }
 
 
@@ -77,6 +79,26 @@ def test_processes_train_as_one(tmp_path, activations, kind, world, features, op
             assert float((tensor - own).norm()) <= 0.03 * float(own.norm()) + 1e-6, name
         else:
             assert torch.allclose(tensor, own, rtol=1e-3, atol=2e-5), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "world", "features", "known"),
+    [("rounds", 4, 2, False), ("rounds", 2, 2, True), ("gated", 2, 2, True), ("gated", 4, 2, False)],
+)
+def test_every_gradient_of_a_step_and_their_norm_are_those_of_one_process(
+    tmp_path, activations, kind, world, features, known
+):
+    """Parameter by parameter, also through further rounds; with norms that come with the loss, or read afterwards."""
+    alone = small_sae(kind)
+    expected, norm = step_of(Alone(), alone, activations[:512], known=False)
+    found = run_together(world, features, tmp_path, kind, work=one_step, known=known)
+    assert [one["norm"] for one in found] == pytest.approx([norm] * world, rel=1e-5)
+    whole = whole_of(found, alone)
+    assert whole.keys() == expected.keys()
+    assert ("refinement.eta" in whole) == (kind == "rounds")
+    for name, one in expected.items():
+        assert float(one.norm()) > 0 or name == "gate.log_output_scale", name
+        assert float((whole[name] - one).norm()) <= 1e-5 * float(one.norm()), name
 
 
 def mesh_of_two():
