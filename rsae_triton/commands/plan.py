@@ -14,8 +14,9 @@ from rich.table import Table
 
 from rsae_triton.common.checks import check_integer, check_number
 from rsae_triton.common.errors import ConfigError
-from rsae_triton.ops.cost import CEILINGS, Step, cost
+from rsae_triton.ops.cost import CEILINGS, Step, cost, finding_bytes
 from rsae_triton.remez.problem import parse_degree
+from rsae_triton.sae.rounds import MOST_ROUNDS
 from rsae_triton.training.memory import SHARE, cut
 
 
@@ -39,8 +40,9 @@ LINKS = {
     "H200": Links(139e9, 0.75 * 450e9, 0.8 * 50e9),
 }
 STRATEGIES = ("sparse", "saved", "chunked", "streamed", "eager")
-ENTRIES = 2.1
-"""Entries of the support for every active code, in trained SAEs (docs/steps.md)."""
+ENTRIES = {"rational": 2.1, "jumprelu": 1.3, "relu": 1.0, "topk": 1.0, "batchtopk": 1.0}
+"""Entries of the support for every active code: in trained Rational SAEs (docs/steps.md); of a JumpReLU's rectangle it
+is a guess."""
 _MOST, _MOST_GPUS = 2**40, 2**16
 
 
@@ -51,6 +53,8 @@ class Plan:
     Examples:
         rsae plan --d-in 4096 --d-sae 1048576 --tokens 8192 --gpus 8
         rsae plan --d-in 768 --d-sae 24576 --device A100 --degree 9,8 --per-feature
+        rsae plan --d-in 768 --d-sae 24576 --family topk
+        rsae plan --d-in 768 --d-sae 24576 --rounds 2
     """
 
     d_in: int
@@ -74,7 +78,11 @@ class Plan:
     precision: Literal["bf16", "float32"] = "bf16"
     """Precision of the matrix products; weights and optimiser are float32 either way."""
     l0: float = 64.0
-    """Active features per token, for sparse steps (gated form)."""
+    """Active features per token, for sparse steps (gated form, and every teacher)."""
+    family: Literal["rational", "relu", "jumprelu", "topk", "batchtopk"] = "rational"
+    """What is trained: a Rational SAE, or a teacher or control of this family."""
+    rounds: int = 1
+    """Rounds of a Rational SAE's encoder; more than one have no other way than `rounds`."""
     rows: int = 12
     """Rows of the table: the fastest that fit."""
 
@@ -129,6 +137,9 @@ def estimates(plan: Plan) -> list[Estimate]:
         most = _MOST_GPUS if name.startswith("gpus") else _MOST
         check_integer(f"--{name.replace('_', '-')}", getattr(plan, name), 1, most)
     check_number("--l0", plan.l0, above=0)
+    check_integer("--rounds", plan.rounds, 1, MOST_ROUNDS)
+    if plan.rounds > 1 and (plan.family != "rational" or plan.form != "gated"):
+        raise ConfigError("--rounds is for Rational SAEs of the gated form")
     p, q = parse_degree(plan.degree)
     active = min(plan.l0 / plan.d_sae, 1.0)
     layouts = [(plan.gpus // share, share) for share in range(1, plan.gpus + 1) if plan.gpus % share == 0]
@@ -138,22 +149,36 @@ def estimates(plan: Plan) -> list[Estimate]:
     itemsize = 2 if plan.precision == "bf16" else 4
     found = [
         _estimate(plan, Step(plan.tokens // data, plan.d_in, plan.d_sae // share, p, q, not plan.per_feature, plan.form,
-                             itemsize, active, min(ENTRIES * active, 1.0)), data, share, strategy)
+                             itemsize, active, min(ENTRIES[plan.family] * active, 1.0), plan.rounds, plan.family),
+                  data, share, strategy)
         for data, share in layouts
-        for strategy in STRATEGIES
-        if strategy != "sparse" or plan.form == "gated"
+        for strategy in _strategies(plan, data, share)
     ]  # fmt: skip
+    if not found:
+        raise ConfigError(f"a {plan.family} SAE is not split over {plan.gpus} GPUs; plan it for one")
     return sorted(found, key=lambda one: (not one.fits, one.seconds))
+
+
+def _strategies(plan: Plan, data: int, share: int) -> tuple[str, ...]:
+    """How this SAE can be trained where `data` processes split the tokens and `share` the features."""
+    if plan.rounds > 1:
+        return ("rounds",) if share == 1 else ()  # with features elsewhere, its searches do without the kernels
+    if plan.family != "rational":
+        whole = plan.family.endswith("topk")  # which compares all features of a token; BatchTopK those of all tokens
+        alone = (whole and share > 1) or (plan.family == "batchtopk" and data > 1)
+        return () if alone else ("sparse", "eager")
+    return STRATEGIES if plan.form == "gated" else STRATEGIES[1:]
 
 
 def _estimate(plan: Plan, step: Step, data: int, share: int, strategy: str) -> Estimate:
     on, links = CEILINGS[plan.device], LINKS[plan.device]
-    gate = (step.p + step.q + 6) * (1 if step.shared else step.d_sae) + 2 * step.d_sae
-    parameters = 2 * step.weights + gate
+    gate = (step.p + step.q + 6) * (1 if step.shared else step.d_sae) if plan.family == "rational" else 0
+    further = 5 * step.rounds - 3 if step.rounds > 1 else 0  # of every feature
+    parameters = 2 * step.weights + gate + (2 + further) * step.d_sae
     held = 4.0 * parameters
     copies = 2.0 * step.weights * step.itemsize if step.itemsize < 4 and strategy != "streamed" else 0.0
     budget = SHARE * (links.memory - 4 * held - copies)
-    if strategy in ("eager", "sparse"):
+    if strategy in ("eager", "sparse", "rounds"):
         priced, pieces = cost(step, strategy), ""
     else:
         way = cut(step, budget, strategy)
@@ -175,7 +200,7 @@ def _estimate(plan: Plan, step: Step, data: int, share: int, strategy: str) -> E
         weights=held,
         optimiser=3 * held,
         copies=copies,
-        activations=priced.peak_bytes,
+        activations=priced.peak_bytes + (finding_bytes(step) if strategy == "rounds" else 0.0),
         memory=links.memory,
         compute=priced.seconds(on),
         update=traffic / on.bandwidth,
@@ -210,8 +235,8 @@ def run_plan(plan: Plan, console: Console | None = None) -> list[Estimate]:
     found = estimates(plan)
     fitting = [one for one in found if one.fits]
     shown = (fitting or found)[: plan.rows]
-    eager = next(one for one in found if one.strategy == "eager")
-    shown += [] if eager in shown else [eager]
+    eager = [one for one in found if one.strategy == "eager"][:1]
+    shown += [one for one in eager if one not in shown]
     if console is None:
         console = Console()
         # Thirteen columns squeezed into 80 characters are unreadable, so a narrow terminal wraps lines instead.
@@ -219,7 +244,8 @@ def run_plan(plan: Plan, console: Console | None = None) -> list[Estimate]:
     best = found[0]
     console.print(
         f"d_in {plan.d_in}, d_sae {plan.d_sae}, {plan.tokens} tokens a step, {plan.precision} products, "
-        f"{plan.gpus} x {plan.device}. Predicted from estimated ceilings, not measured.",
+        f"{plan.gpus} x {plan.device}, {plan.family}{f', {plan.rounds} rounds' if plan.rounds > 1 else ''}. "
+        "Predicted from estimated ceilings, not measured.",
         highlight=False,
     )
     table = Table()
@@ -247,7 +273,7 @@ def run_plan(plan: Plan, console: Console | None = None) -> list[Estimate]:
         many = f"--nnodes {nodes} " if nodes > 1 else ""
         launch = f"torchrun {many}--nproc-per-node {min(plan.gpus, plan.gpus_per_node)} -m rsae_triton train"
         command = launch if plan.gpus > 1 else "rsae train"
-        memory = {"eager": "saved", "sparse": "auto"}  # with auto, a run begins with dense steps
+        memory = {"eager": "saved", "sparse": "auto", "rounds": "auto"}  # with auto, a run begins with dense steps
         console.print(
             f"best: {command} ... --batch-size {plan.tokens} --features-over {best.features_over} --memory "
             f"{memory.get(best.strategy, best.strategy)} --precision {plan.precision}",

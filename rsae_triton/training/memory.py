@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from rsae_triton.common.errors import ConfigError
-from rsae_triton.ops.cost import Step, cost
+from rsae_triton.ops.cost import Step, cost, finding_bytes
 from rsae_triton.ops.support_triton import capacity_for
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.rational import FusedRationalSAE
@@ -137,7 +137,9 @@ def plan_memory(
     budget = None if free is None else SHARE * (free - later - language)
     step = _step(sae, batch_size)
     if refined:
-        plan = MemoryPlan("entries", None, None, cost(step, "eager" if eager else "rounds").peak_bytes, None)
+        need = cost(step, "eager" if eager else "rounds").peak_bytes
+        need += finding_bytes(step) if sae.W_dec.is_cuda and not eager else 0.0
+        plan = MemoryPlan("entries", None, None, need, None)
     else:
         plan = cut(step, budget, "saved" if whole else memory, eager=eager)
     weights = sum(one.numel() * one.element_size() for one in sae.state_dict().values())
@@ -223,10 +225,8 @@ def _step(sae: SparseAutoencoder, batch_size: int) -> Step:
     gate = sae.gate
     p, q = gate.degree
     # More than trained supports have; the true share is unknown before the first step.
-    shares = {"active": 0.02, "support": 0.05} if sae.rounds > 1 else {}
-    return Step(
-        batch_size, sae.d_in, sae.d_sae, p, q, gate.groups == 1, gate.form, itemsize, rounds=sae.rounds, **shares
-    )
+    shares = (0.02, 0.05) if sae.rounds > 1 else (Step.active, Step.support)
+    return Step(batch_size, sae.d_in, sae.d_sae, p, q, gate.groups == 1, gate.form, itemsize, *shares, sae.rounds)
 
 
 def _later(sae: SparseAutoencoder) -> int:

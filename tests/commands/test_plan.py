@@ -69,6 +69,25 @@ def test_the_plan_on_paper_is_the_plan_of_training():
         assert part in shown
 
 
+def test_teachers_and_rounds_have_their_own_ways():
+    sizes = {"d_in": 768, "d_sae": 24576, "tokens": 4096}
+    ours = {one.strategy: one for one in estimates(Plan(**sizes))}
+    for family in ("relu", "jumprelu", "topk", "batchtopk"):
+        found = {one.strategy: one for one in estimates(Plan(**sizes, family=family))}
+        assert set(found) == {"sparse", "eager"}
+        assert found["sparse"].compute < found["eager"].compute / 2
+        assert found["sparse"].flops == found["eager"].flops / 5 == ours["sparse"].flops
+        assert found["sparse"].weights < ours["sparse"].weights
+    [two], [three] = (estimates(Plan(**sizes, rounds=rounds)) for rounds in (2, 3))
+    assert two.strategy == "rounds"
+    assert ours["sparse"].compute < two.compute < three.compute
+    assert three.weights - two.weights == 4 * 5 * 24576
+    assert two.activations > 4096 * 24576 * 2  # h, in which the candidates are looked for
+    assert {one.features_over for one in estimates(Plan(**sizes, rounds=2, gpus=2))} == {1}
+    assert {one.features_over for one in estimates(Plan(**sizes, family="topk", gpus=2))} == {1}
+    assert {one.features_over for one in estimates(Plan(**sizes, family="relu", gpus=2))} == {1, 2}
+
+
 def test_the_command_prints_what_fits_first(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "220")
     assert main(["plan", "--d-in", "4096", "--d-sae", "1048576", "--tokens", "8192", "--gpus", "8"]) == 0
@@ -85,8 +104,9 @@ def test_the_command_prints_what_fits_first(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "options", [{"d_sae": 0}, {"degree": "three"}, {"gpus": 7, "tokens": 100, "d_sae": 100}, {"l0": 0}]
-)
+    "options", [{"d_sae": 0}, {"degree": "three"}, {"gpus": 7, "tokens": 100, "d_sae": 100}, {"l0": 0},
+                {"family": "batchtopk", "gpus": 2}, {"family": "relu", "rounds": 2}, {"rounds": 0}]
+)  # fmt: skip
 def test_bad_sizes_are_named(options):
     with pytest.raises(ConfigError):
         estimates(Plan(**{"d_in": 64, "d_sae": 64, **options}))

@@ -1,14 +1,18 @@
 """The formulas of cost.py against small steps counted operator by operator."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from counting import LiveBytes, Traffic
+from counting import Launches, LiveBytes, Traffic
 from torch.utils.flop_counter import FlopCounterMode
 
 from rsae_triton.common.errors import ConfigError
-from rsae_triton.ops import autoencode, reference
+from rsae_triton.ops import autoencode, reference, support_triton
 from rsae_triton.ops import encode as ops
+from rsae_triton.ops import rounds as rounds_ops
 from rsae_triton.ops import step as ops_step
+from rsae_triton.ops.autoencode import Autoencoded
 from rsae_triton.ops.cost import CEILINGS, STRATEGIES, Step, backward_instructions, cost, forward_instructions
 from rsae_triton.ops.pieces import run
 from rsae_triton.ops.reference import GateSpec, GateTensors
@@ -151,3 +155,88 @@ def test_flop_counters_see_into_the_operators():
     with FlopCounterMode(display=False) as counted, torch.no_grad():
         autoencode.rational_autoencode(x, W_enc, b_enc, W_dec, b_dec, gate, spec, backend="cpu")
     assert counted.get_total_flops() == 4 * unit
+
+
+GATHERS = ("support_decode", "entry_dots", "feature_sums", "long_runs", "round_search", "round_search_back")
+"""Kernels that gather rows of matrices; the two-dimensional loads of others are of bits and of h."""
+
+
+def sparse_case(family, rounds):
+    """A step's loss on the support, by the kernels, and what the model takes for it. The codes have room for all."""
+    from rsae_triton import RationalGate, fit_gate
+    from rsae_triton.sae.rational import FusedRationalSAE
+    from rsae_triton.teachers import BatchTopKSAE, JumpReluSAE, ReluSAE, TopKSAE
+    from rsae_triton.training.on_entries import losses_on_entries
+
+    n, d_in, d_sae = 32, 192, 96
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, d_in, generator=generator)
+    if family == "rational":
+        gate = RationalGate.from_fit(fit_gate("ramp", (3, 2)), d_sae, form="gated", backward="rational", threshold=14.0,
+                                     input_scale=5.0)  # fmt: skip
+        sae = FusedRationalSAE(d_in, d_sae, gate=gate, rounds=rounds, backend="triton", generator=generator)
+        for name in ("alpha", "beta", "centre", "log_input_scale"):
+            getattr(sae.gate, name).requires_grad_(False)
+        if rounds > 1:
+            with torch.no_grad():
+                sae.refinement.threshold.fill_(14.0)
+    else:
+        kind, own = {"relu": (ReluSAE, {}), "jumprelu": (JumpReluSAE, {"bandwidth": 2.0, "threshold": 16.0}),
+                     "topk": (TopKSAE, {"k": 12}), "batchtopk": (BatchTopKSAE, {"k": 12})}[family]  # fmt: skip
+        sae = kind(d_in, d_sae, generator=generator, **own).train()
+    with torch.no_grad():
+        sae.W_dec.normal_(generator=generator)
+        sae.W_enc.data = sae.W_dec.detach().clone().t()
+        if family == "relu":
+            sae.b_enc.fill_(-16.0)
+
+    def loss():
+        if rounds > 1:
+            return sae.autoencode(x, l0_weight=0.1)
+        if family == "rational":
+            gate, weights = sae.gate.tensors(), (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
+            wanted = [False, *[True] * 4, *[False] * 5, True]
+            step = ops_step.Step(x, *weights, gate, sae.gate.spec(), 0.0, 0.1, True, None, None, torch.float32, wanted)
+            with torch.no_grad():  # not through the operator, into which no mode sees
+                return Autoencoded(*support_triton.run(step, n * d_sae)[:7])
+        sparsity = {"relu": "l1", "jumprelu": "l0"}.get(family, "none")
+        return losses_on_entries(sae, x, sparsity=sparsity, weight=0.1, most=n * d_sae, kernels=True)
+
+    return loss, Step(n, d_in, d_sae, form="gated", itemsize=4, family=family, rounds=rounds)
+
+
+@pytest.mark.parametrize(
+    ("family", "rounds"), [("rational", 1), ("relu", 1), ("jumprelu", 1), ("topk", 1), ("batchtopk", 1),
+                           ("rational", 2), ("rational", 3)], ids=str,
+)  # fmt: skip
+def test_a_sparse_step_moves_and_launches_what_is_counted(family, rounds, monkeypatch):
+    """Kernel by kernel in the interpreter: rows that are gathered, all other bytes, and launches."""
+    monkeypatch.setattr("rsae_triton.ops.cost.SECTOR", 4)  # which operators do not know
+    monkeypatch.setattr("rsae_triton.ops.cost.RANKING", 1)
+    loss, step = sparse_case(family, rounds)
+    opened, search = [], rounds_ops.search
+
+    def searched(z, weight, on, *rest, **more):
+        opened.append(int(on.sum()))
+        return search(z, weight, on, *rest, **more)
+
+    monkeypatch.setattr(rounds_ops, "search", searched)
+    with Launches(monkeypatch) as counted:
+        found = loss()
+        if found.total.requires_grad:
+            found.total.backward()
+    share = 1 / step.codes
+    active = sum(opened) / rounds if opened else float(found.counts.sum())  # rounds: the mean over them
+    step = replace(step, active=active * share, support=float(found.entries) * share)
+    assert 0.05 < step.active <= step.support < 0.4
+    paper = cost(step, "rounds" if rounds > 1 else "sparse")
+    rows = sum(counted.gathered[name] for name in GATHERS)
+    # The rows of W_dec that the dots read are one feature's for many entries: beside L2 they are read once.
+    in_cache = counted.gathered["entry_dots"] / 2 - (step.weights * 4 if "entry_dots" in counted.launched else 0)
+    assert paper.total("l2_bytes") == pytest.approx(rows - in_cache, rel=0.06)
+    flat = sum(counted.flat.values()) - (step.n_tokens * step.d_in * 4 if rounds == 1 else 0)  # b_dec, for each token
+    others = flat + sum(bytes for name, bytes in counted.gathered.items() if name not in GATHERS)
+    assert paper.total("bytes") == pytest.approx(others + counted.moved, rel=0.1)
+    launches = counted.operators + sum(counted.launched.values())
+    assert paper.total("launches") == pytest.approx(launches, rel=0.1)
+    assert paper.total("flops") == 2 * step.codes * step.d_in
