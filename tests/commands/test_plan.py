@@ -75,7 +75,7 @@ def test_teachers_and_rounds_have_their_own_ways():
     for family in ("relu", "jumprelu", "topk", "batchtopk"):
         found = {one.strategy: one for one in estimates(Plan(**sizes, family=family))}
         assert set(found) == {"sparse", "eager"}
-        assert found["sparse"].compute < found["eager"].compute / 2
+        assert found["sparse"].compute < found["eager"].compute / 1.5
         assert found["sparse"].flops == found["eager"].flops / 5 == ours["sparse"].flops
         assert found["sparse"].weights < ours["sparse"].weights
     [two], [three] = (estimates(Plan(**sizes, rounds=rounds)) for rounds in (2, 3))

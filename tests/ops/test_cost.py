@@ -1,6 +1,7 @@
 """The formulas of cost.py against small steps counted operator by operator."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from rsae_triton.ops import encode as ops
 from rsae_triton.ops import rounds as rounds_ops
 from rsae_triton.ops import step as ops_step
 from rsae_triton.ops.autoencode import Autoencoded
-from rsae_triton.ops.cost import CEILINGS, STRATEGIES, Step, backward_instructions, cost, forward_instructions
+from rsae_triton.ops.cost import CEILINGS, STRATEGIES, Step, cost, optimizer_seconds
+from rsae_triton.ops.cost_kernels import backward_instructions, forward_instructions
 from rsae_triton.ops.pieces import run
 from rsae_triton.ops.reference import GateSpec, GateTensors
 
@@ -119,6 +121,22 @@ def test_predictions_are_in_the_order_that_traffic_implies():
         assert 1.2e-3 < seconds["split"] < 2e-3
         # The fused backward's tiles are small, for its many sums: the L2 cache holds its product up.
         assert seconds["split"] < seconds["fused"] < 1.3 * seconds["split"]
+
+
+def test_the_table_of_the_kernels_page_is_what_is_predicted():
+    """A failure shows the line that belongs into docs/kernels.md."""
+    page, on = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text(), CEILINGS["H200"]
+    for n, d_in, d_sae in ((4096, 768, 24576), (8192, 2304, 65536), (16384, 4096, 131072)):
+        active = 64 / d_sae
+        step = Step(n, d_in, d_sae, form="gated", active=active, support=2.1 * active)
+        jump, topk = replace(step, family="jumprelu", support=1.3 * active), replace(step, family="topk")
+        ways = [(step, "split"), (step, "fused"), (step, "sparse"), (jump, "sparse"), (topk, "sparse")]
+        seconds = [10 * step.codes * d_in / on.products[2]]
+        seconds += [cost(*way).seconds(on) for way in (*ways, (replace(step, rounds=2), "rounds"))]
+        seconds += [optimizer_seconds(step, on, rows=rows) for rows in (False, True)]
+        shown = [f"{1e3 * one:.{2 if one < 2e-3 else 1 if one < 20e-3 else 0}f}" for one in seconds]
+        shown[3] = f"**{shown[3]}**"
+        assert f"\n| {n} x {d_in} x {d_sae} | {' | '.join(shown)} |\n" in page
 
 
 def test_instructions_are_those_of_the_machine_code():
