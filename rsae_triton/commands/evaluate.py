@@ -133,14 +133,16 @@ def show(result: Mapping[str, Any], console: Console | None = None) -> None:
         _scores(f"At the l0 of {first} ({saes[first]['l0']:.2f}), or at its own l0 if that is lower", matched)
     )
     table = Table(title="Paired differences at that l0, 95 % intervals", title_justify="left")
-    columns = {"mse": "mse", "delta_ce": "Δ ce", "kl": "KL"}
-    table.add_column("")
-    for label in columns.values():
-        table.add_column(label, justify="right")
+    table.add_column("", overflow="fold")
+    table.add_column("score")
+    table.add_column("difference", justify="right", no_wrap=True)
     for ours, others in result["paired"]["matched_l0"].items():
         for theirs, metrics in others.items():
-            cells = [_difference(metrics.get(key)) for key in columns]
-            table.add_row(plain(f"{ours} − {theirs}"), *cells)
+            name = plain(f"{ours} − {theirs}")
+            for key, label in {"mse": "mse", "delta_ce": "Δ ce", "kl": "KL"}.items():
+                if metrics.get(key) is not None:
+                    table.add_row(name, label, _difference(metrics[key]))
+                    name = ""
     console.print(table)
 
 
@@ -161,9 +163,7 @@ def _scores(title: str, saes: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
-def _difference(found: list[float] | None) -> str:
-    if found is None:
-        return ""
+def _difference(found: list[float]) -> str:
     mean, low, high = found
     text = f"{mean:+.4g} ({low:+.4g} to {high:+.4g})"
     return f"[bold]{text}[/]" if low > 0 or high < 0 else text

@@ -115,8 +115,8 @@ def show(result: Mapping[str, Any], console: Console | None = None) -> None:
     console.print(table)
     if result["most_changed"]:
         table = Table(title="Most changed", title_justify="left")
-        for label in ("feature", "partner", "cosine", "correlation", "best correlated", "active on", "partner on"):
-            table.add_column(label, justify="right")
+        for label in ("feature", "partner", "cosine", "corr.", "best corr.", "active", "partner's"):
+            table.add_column(label, justify="right", no_wrap=True)
         for row in result["most_changed"]:
             table.add_row(
                 str(row["feature"]),

@@ -230,6 +230,10 @@ def _communication(
     return sent, seconds
 
 
+_WIDE = 155
+"""Columns that the whole table takes; in a narrower terminal it is shown without its parts."""
+
+
 def run_plan(plan: Plan, console: Console | None = None) -> list[Estimate]:
     """Runs `rsae plan`: prints the table and returns all estimates."""
     found = estimates(plan)
@@ -239,18 +243,21 @@ def run_plan(plan: Plan, console: Console | None = None) -> list[Estimate]:
     shown += [one for one in eager if one not in shown]
     if console is None:
         console = Console()
-        # Thirteen columns squeezed into 80 characters are unreadable, so a narrow terminal wraps lines instead.
-        console = Console(width=max(console.width, 170))
+        if not console.is_terminal:
+            console = Console(width=max(console.width, _WIDE))
+    narrow = console.width < _WIDE
     best = found[0]
     console.print(
         f"d_in {plan.d_in}, d_sae {plan.d_sae}, {plan.tokens} tokens a step, {plan.precision} products, "
         f"{plan.gpus} x {plan.device}, {plan.family}{f', {plan.rounds} rounds' if plan.rounds > 1 else ''}. "
-        "Predicted from estimated ceilings, not measured.",
+        "Predicted from estimated ceilings, not measured."
+        + f" {_WIDE} columns show what memory and time are made of."
+        * narrow,
         highlight=False,
     )
     table = Table()
-    sizes = ("weights", "grad + Adam", "copies", "activations", "all")
-    times = ("compute", "update", "network", "step")
+    sizes = ("all",) if narrow else ("weights", "grad + Adam", "copies", "activations", "all")
+    times = ("step",) if narrow else ("compute", "update", "network", "step")
     for name in ("GPUs, tokens\nx features", "\n--memory", *(f"{one}\nGB" for one in sizes), "\nfits",
                  *(f"{one}\nms" for one in times), "\ntokens/s"):  # fmt: skip
         table.add_column(name, justify="left" if "memory" in name else "right", no_wrap=True)
@@ -260,9 +267,9 @@ def run_plan(plan: Plan, console: Console | None = None) -> list[Estimate]:
         table.add_row(
             f"{one.tokens_over} x {one.features_over}",
             f"{one.strategy}{f' ({one.pieces})' if one.pieces else ''}",
-            *parts,
+            *parts[-len(sizes) :],
             "yes" if one.fits else "no",
-            *spent,
+            *spent[-len(times) :],
             f"{plan.tokens / one.seconds:,.0f}",
         )
     console.print(table)

@@ -202,7 +202,20 @@ def _train(
         metrics = Metrics(log, settings.out if together.rank == 0 else None, settings.track, asdict(settings))
         stack.callback(metrics.close)
         _loop(run, batches, metrics, checkpoints, stopping, label or f"training ({recipe.name})", show)
+        if show:
+            _say_l0(log.l0, recipe.target_l0)
     return log
+
+
+def _say_l0(l0: list[float], target: float | None) -> None:
+    """Prints that a run ended far from the l0 that it was to hold, as short ones do."""
+    last = l0[-10:]
+    if target is None or not last or abs(sum(last) / len(last) / target - 1) <= 0.1:
+        return
+    print(
+        f"  l0 is {sum(last) / len(last):.1f} at the end, and {target:.1f} was to be held: train for more steps, or\n"
+        "  give validation text (validation=, --validation), on which l0 is set afterwards"
+    )
 
 
 def _loop(

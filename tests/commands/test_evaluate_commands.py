@@ -1,6 +1,7 @@
 """rsae eval, rsae probe and rsae match end to end, offline: a tiny language model, text of two kinds, SAEs on disk."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -98,7 +99,10 @@ def test_eval_writes_what_it_shows(place, capsys, tmp_path):
     difference = result["matched_l0"]["rsae"]["mse"] - result["matched_l0"]["teacher"]["mse"]
     assert paired["mse"][0] == pytest.approx(difference, rel=1e-4)
     assert result["meta"]["hook"] == HOOK
-    assert "Paired differences" in shown
+    table = shown[shown.index("Paired differences") :]
+    assert "rsae − teacher" in table
+    assert re.search(r"mse.*-?\d.* to ", table)
+    assert "…" not in table
 
 
 def test_eval_takes_the_units_an_sae_was_trained_in(place, capsys, tmp_path):

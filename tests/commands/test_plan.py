@@ -1,9 +1,12 @@
 """`rsae plan`: the table is arithmetic that can be done by hand, and agrees with what training does."""
 
+import io
+
 import pytest
+from rich.console import Console
 
 from rsae_triton.commands.cli import main
-from rsae_triton.commands.plan import LINKS, Plan, estimates
+from rsae_triton.commands.plan import LINKS, Plan, estimates, run_plan
 from rsae_triton.common.errors import ConfigError
 from rsae_triton.ops.cost import CEILINGS, Step, cost
 from rsae_triton.sae.rational import FusedRationalSAE
@@ -101,6 +104,16 @@ def test_the_command_prints_what_fits_first(capsys, monkeypatch):
     assert "--features-over 8 --memory auto" in shown
     assert main(["plan", "--d-in", "4096", "--d-sae", "16777216", "--gpus", "2"]) == 0
     assert "nothing fits" in capsys.readouterr().out
+
+
+def test_the_table_fits_a_terminal_of_80_columns():
+    console = Console(width=80, force_terminal=True, color_system=None, file=io.StringIO())
+    run_plan(Plan(d_in=2304, d_sae=16384, tokens=4096), console)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80 or all("rsae train" in line for line in lines if len(line) > 80)
+    row = next(line for line in lines if "chunked (2048 tokens)" in line)
+    assert len(row.split("│")) == 8
+    assert "…" not in row
 
 
 @pytest.mark.parametrize(

@@ -263,6 +263,13 @@ def test_training_shows_its_progress_and_memory(activations, capsys):
         assert part in shown
 
 
+def test_a_run_that_ends_far_from_its_l0_says_so(activations, capsys):
+    train(small_sae("gated"), activations, steps=3, batch_size=64, target_l0=1.0)
+    assert "1.0 was to be held" in capsys.readouterr().out
+    train(small_sae("gated"), activations, steps=3, batch_size=64, target_l0=None)
+    assert "to be held" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("memory", ["saved", "chunked", "streamed"])
 @pytest.mark.parametrize(("trainable", "kept"), list(KEPT_BY.items()))
 def test_parameters_that_are_not_trained_stay_bit_equal(activations, trainable, kept, memory):
