@@ -18,26 +18,27 @@ WORK = {
 }
 INTRO = """# Benchmarks
 
-Made by `rsae bench --render` from `benchmarks/results/speed-*.json`; do not edit. `make bench` measures on the CPU,
-`make bench-gpu` on a CUDA device; `rsae bench --new out/bench/cpu.json --keep` (or `gpu.json`) takes the result over.
-`make peers` before adds SAELens and sparsify, `make bench-demo` after it the demo end to end. Cases that a run had no
-time for are measured by another one with `BENCH="--bench-tokens 1024 --bench-resume"`. {devices}
+This page is made by `rsae bench --render` from `benchmarks/results/speed-*.json`; do not edit it. `make bench`
+measures on the CPU, `make bench-gpu` on a CUDA device. `rsae bench --new out/bench/cpu.json --keep` (or `gpu.json`)
+adds the new result. Run `make peers` first to include SAELens and sparsify, and `make bench-demo` afterwards to time
+the demo. If a run had no time for some cases, run it again with `BENCH="--bench-tokens 1024 --bench-resume"`.
+{devices}
 
-**How.** All contenders of a case share weights and input (sparse sums of decoder directions plus noise, fixed seeds),
-and take turns: a turn runs each once, so that what else the machine does hits all alike. Before it is timed, a
-contender's loss and every gradient are compared with the written-out formulas (float64 for small cases, else float32):
-its error may be twice eager PyTorch's in the same dtype plus a stated limit (1e-3 in float32, 3e-2 in bf16, of the
-norm), or it gets no time. Adam's learning rate is 0, so that every turn does the same work. Times are medians (20th to
-80th percentile; turns).
+**How.** All contenders of a case have the same weights and input (sparse sums of decoder directions plus noise, fixed
+seeds). They take turns: each turn runs every contender once, so that other load on the machine affects all of them. A
+contender is timed only if its results are right. Its loss and every gradient are compared with the written-out
+formulas (in float64 for small cases, else in float32); the error may be twice eager PyTorch's in the same dtype plus
+a stated limit (1e-3 in float32, 3e-2 in bf16, of the norm). Adam's learning rate is 0, so that every turn does the
+same work. Times are medians (20th to 80th percentile; turns).
 
-**Columns.** *Memory*: most bytes alive at once beyond weights, optimiser state and the last step's gradients.
-*Predicted*: the cost model (`rsae_triton/ops/cost.py`) on the ceilings measured in the same run. *Floor*: the longer of
-the work's FLOPs at the rate of one big matrix product and its least traffic at that of one copy; the column is the
-share of that reached. *Error*: the largest relative error of the loss and any gradient. Peers compute another function
-at the same shape, and are held to their own definition.
+**Columns.** *Memory*: the most bytes in use at once, beyond weights, optimiser state and the last step's gradients.
+*Predicted*: by the cost model (`rsae_triton/ops/cost.py`), from the peak rates measured in the same run. *Floor*: the
+share reached of the best possible time, which is the longer of the work's FLOPs at the speed of one large matrix
+product and its least memory traffic at the speed of a copy. *Error*: the largest relative error of the loss and any
+gradient. Other libraries compute another function at the same shape, and are checked against their own definition.
 
-**Contenders.** *eager*: plain PyTorch, by Horner's rule and by powers. *ours*: what `train()` does where memory allows;
-*chunked* cuts the step by tokens, *streamed* by features. *bare products*: the matrix products of the work alone.
+**Contenders.** *eager*: plain PyTorch, by Horner's rule and by powers. *ours*: what `train()` does if memory allows;
+*chunked* cuts the step by tokens, *streamed* by features. *bare products*: only the matrix products of a step.
 """
 
 
