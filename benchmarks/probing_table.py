@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+from rounds_table import ALL_NAMES, FAMILIES
 
 from rsae_triton.common.files import make_folder, write_text
+from rsae_triton.report.fronts import interval
 
 COMMITTED = Path("benchmarks/results/probing-smollm2.json")
 PAGE = Path("docs/evaluation.md")
@@ -69,6 +71,36 @@ def table(results: dict[str, Any]) -> str:
 
 def _accuracies(scores: dict[str, Any], name: str) -> str:
     return " ".join(f"{found[name]['accuracy'][0]:.2f}" for found in scores.values())
+
+
+def absorption_table(results: dict[str, dict[str, Any]]) -> str:
+    """By teacher and SAE, how much of words' first letters is absorbed, from what `rsae absorption --out` wrote."""
+    titles = ("teacher", "SAE", "l0", "absorbed", "− teacher (95 %)", "carried", "by main", "main silent", "F1 of main")
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    for family, result in results.items():
+        for name, mean in result["mean"].items():
+            difference = interval(result["to_first"].get(name, {}).get("fraction"), relative=False)
+            line = [
+                FAMILIES[family],
+                ALL_NAMES[name],
+                f"{result['l0'][name]:.1f}",
+                f"{mean['fraction']:.3f}",
+                difference,
+            ]
+            line += [f"{mean[key]:.3f}" for key in ("carried", "by_main", "silent", "f1")]
+            lines.append("| " + " | ".join(line) + " |")
+    one = next(iter(results.values()))
+    meta, f1 = one["meta"], one["probe_f1"]
+    words = f"{meta['n_test']:,} of {meta['n_words']:,} words held out, seed {meta['seed']}"
+    probes = f"{len(f1)} letters; F1 of the probes on the activations {sum(f1) / len(f1):.3f}"
+    where = f"`rsae absorption teacher teacher@2 ...`: {meta['model']}, {meta['hook']}; {words}; {probes}."
+    return "\n".join([*lines, "", f"{where} {meta['machine']}, torch {meta['torch']}, {meta['date']}."])
+
+
+def absorbed() -> dict[str, dict[str, Any]]:
+    """What is committed, by family of the teacher."""
+    paths = {family: COMMITTED.with_name(f"absorption-{family}.json") for family in FAMILIES}
+    return {family: json.loads(path.read_text()) for family, path in paths.items() if path.is_file()}
 
 
 def main(options: Options) -> None:

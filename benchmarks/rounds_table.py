@@ -41,6 +41,8 @@ TRAINED = {
     "refined": "RSAE, two rounds trained",
 }
 
+ALL_NAMES = {"teacher": "teacher", "teacher@2": "teacher + a round, nothing trained", **TRAINED}
+
 
 def is_main(one: dict[str, Any]) -> bool:
     """Whether a row or a cell is of MAIN."""
@@ -179,7 +181,7 @@ def trained_table(result: dict[str, Any]) -> str:
     titles = ("teacher", "SAE", "mse", "− control (95 %)", "− rectangle, refined", "Δ CE", "Δ CE − control (95 %)")
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for row in ordered(result):
-        for name, label in {"teacher": "teacher", "teacher@2": "teacher + a round, nothing trained", **TRAINED}.items():
+        for name, label in ALL_NAMES.items():
             if name not in row["scores"]:
                 continue
             score, pairs = row["scores"][name]["matched"], row["pairs"]
@@ -295,12 +297,15 @@ def known_name(name: str) -> str:
 def probes_table(results: dict[str, dict[str, Any]]) -> str:
     """By family, the mean difference in accuracy to the teacher that rounds make, over the data sets."""
     lines = ["| teacher | rounds on top | k = 1 | k = 2 | k = 5 | k = 16 |", "|" + "---|" * 6]
-    kinds = {"{}-2-rounds": "1", "{}-6-rounds": "5", "{}-through": "1, trained through both"}
+    kinds = {"{}-2-rounds": "1", "{}-6-rounds": "5", "refined": "1, trained through both"}
     for family, result in results.items():
         for name, label in kinds.items():
             line = [FAMILIES[family], label]
             for k in ("1", "2", "5", "16"):
-                mean, low, high = result["mean"]["paired"][k][name.format(family)][f"{family}-teacher"]["accuracy"]
+                pairs = result["mean"]["paired"][k][name.format(family)]
+                mean, low, high = next(pairs[one] for one in (f"{family}-teacher", "teacher") if one in pairs)[
+                    "accuracy"
+                ]
                 line.append(f"{mean:+.3f} ({low:+.3f} to {high:+.3f})")
             lines.append("| " + " | ".join(line) + " |")
     one = next(iter(results.values()))

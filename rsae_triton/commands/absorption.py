@@ -102,18 +102,15 @@ def show(result: Mapping[str, Any], console: Console | None = None) -> None:
         title=plain(f"{meta['model']}, {meta['hook']}: absorption of first letters, mean of {len(letters)}"),
         title_justify="left",
     )
-    for label in ("", "l0", "absorbed", "minus the first (95 %)", "in full", "main silent", "main", "F1 of main"):
+    for label in ("", "l0", "absorbed", "minus the first (95 %)", "carried", "by main", "silent", "F1"):
         table.add_column(label, justify="right")
     for name, mean in result["mean"].items():
         one = result["to_first"].get(name, {}).get("fraction")
         difference = "" if one is None else f"{one['mean']:+.3f}"
         if one and one["low"] is not None:
             difference += f" ({one['low']:+.3f} to {one['high']:+.3f})"
-        shares = [f"{mean[key]:.3f}" for key in ("full", "silent")]
-        table.add_row(
-            plain(name), f"{result['l0'][name]:.1f}", f"{mean['fraction']:.3f}", difference, *shares,
-            f"{mean['main']:.2f}", f"{mean['f1']:.3f}",
-        )  # fmt: skip
+        shares = [f"{mean[key]:.3f}" for key in ("carried", "by_main", "silent", "f1")]
+        table.add_row(plain(name), f"{result['l0'][name]:.1f}", f"{mean['fraction']:.3f}", difference, *shares)
     console.print(table)
     console.print(
         f"{meta['n_test']:,} of {meta['n_words']:,} words held out; the probe on the activations has F1 "

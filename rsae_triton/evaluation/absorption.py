@@ -131,20 +131,25 @@ def absorption(codes: _Array, rows: _Array, x: _Array, probes: Letters) -> dict[
         By measure, one value for each letter of `probes.f1`: "fraction" (how much of the projection is absorbed, in the
         mean over the held-out words that the probe gets right; SAEBench's mean absorption fraction), "full" (share of
         them with silent main features and a single feature instead; its full absorption rate), "silent" (share of them
-        on which no main feature is active), "main" (number of main features), "f1" (of the probe on these) and "f1_one"
-        (of the probe on the first of them).
+        on which no main feature is active), "carried" and "by_main" (the share of their projection that all features
+        and the main ones carry: where little is carried, little can be absorbed), "main" (number of main features),
+        "f1" (of the probe on these) and "f1_one" (of the probe on the first of them).
     """
     norms = np.linalg.norm(rows, axis=1)
     scale = np.sqrt(x.shape[1]) / np.linalg.norm(x, axis=1).mean()  # the probes' penalties mean the same in any units
     x, sizes = scale * x, scale * codes * norms
     units = rows / np.maximum(norms, 1e-12)[:, None]
-    found: dict[str, list[float]] = {name: [] for name in ("fraction", "full", "silent", "main", "f1", "f1_one")}
+    names = ("fraction", "full", "silent", "carried", "by_main", "main", "f1", "f1_one")
+    found: dict[str, list[float]] = {name: [] for name in names}
     for letter in probes.f1:
         main, f1 = main_features(sizes, probes.letters == letter, probes.test)
         words = probes.test & (probes.letters == letter) & (probes.scores[:, letter] > 0)
         direction = probes.directions[letter]
-        fraction, full = _absorbed(sizes[words], units @ direction, x[words] @ direction, main)
-        values = (fraction.mean(), full.mean(), (sizes[words][:, main] == 0).all(1).mean(), len(main), f1[-1], f1[0])
+        own, cosines, projection = sizes[words], units @ direction, x[words] @ direction
+        fraction, full = _absorbed(own, cosines, projection, main)
+        shares = [(own[:, some] @ cosines[some]).sum() / projection.sum() for some in (slice(None), main)]
+        silent = (own[:, main] == 0).all(1).mean()
+        values = (fraction.mean(), full.mean(), silent, *shares, len(main), f1[-1], f1[0])
         for name, value in zip(found, values, strict=True):
             found[name].append(float(value))
     return {name: np.array(values) for name, values in found.items()}

@@ -93,6 +93,8 @@ def test_planted_absorption_is_measured(kept, fraction, full):
         assert found["main"].tolist() == [1] * LETTERS
         assert found["fraction"] == pytest.approx(fraction * share, abs=0.02)
         assert found["full"] == pytest.approx(full * share)
+        assert found["carried"] == pytest.approx(np.ones(4), abs=0.05)
+        assert found["by_main"] == pytest.approx(1 - (1 - kept) * share, abs=0.05)
         assert found["silent"] == pytest.approx((kept == 0) * share)
     assert found["f1"] == pytest.approx(np.ones(4) if kept else found["f1_one"])
 
