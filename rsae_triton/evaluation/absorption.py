@@ -8,6 +8,7 @@ main ones leave to others, aligned with the probe, is absorbed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,8 +142,9 @@ def absorption(codes: _Array, rows: _Array, x: _Array, probes: Letters) -> dict[
     units = rows / np.maximum(norms, 1e-12)[:, None]
     names = ("fraction", "full", "silent", "carried", "by_main", "main", "f1", "f1_one")
     found: dict[str, list[float]] = {name: [] for name in names}
+    find = main_features(sizes, probes.test)
     for letter in probes.f1:
-        main, f1 = main_features(sizes, probes.letters == letter, probes.test)
+        main, f1 = find(probes.letters == letter)
         words = probes.test & (probes.letters == letter) & (probes.scores[:, letter] > 0)
         direction = probes.directions[letter]
         own, cosines, projection = sizes[words], units @ direction, x[words] @ direction
@@ -172,30 +174,36 @@ def _absorbed(sizes: _Array, cosines: _Array, projection: _Array, main: list[int
     return np.where(counts, shared, 0.0), full
 
 
-def main_features(sizes: _Array, wanted: _Array, test: _Array) -> tuple[list[int], list[float]]:
-    """Returns the features that stand for a label, and the F1 on the test words with the first of them, the first two,
-    ...: features are ranked by a probe with an l1 penalty, positive weights only, and are added while F1 jumps."""
+def main_features(sizes: _Array, test: _Array) -> Callable[[_Array], tuple[list[int], list[float]]]:
+    """Returns a function of a label (bool [n_words]) that gives the features that stand for it, and the F1 on the test
+    words with the first of them, the first two, ...: features are ranked by a probe with an l1 penalty, positive
+    weights only, and are added while F1 jumps."""
+    from scipy.sparse import csr_matrix
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import f1_score
 
-    train = ~test
-    active = np.flatnonzero(sizes[train].any(0))
-    if not len(active):
-        return [], [0.0]
+    train, held = sizes[~test], sizes[test]
+    active = np.flatnonzero(train.any(0))
+    entries = csr_matrix(train[:, active], dtype=np.float64)
     # From 1.8 on scikit-learn calls the penalty by another name, and later it drops the old one.
     l1: dict[str, Any] = {"penalty": "l1"} if LogisticRegression().l1_ratio is None else {"l1_ratio": 1.0}
     ranking = LogisticRegression(
-        C=2 / (_SPARSITY * train.sum()), solver="liblinear", intercept_scaling=10.0, class_weight="balanced",
+        C=2 / (_SPARSITY * len(train)), solver="liblinear", intercept_scaling=10.0, class_weight="balanced",
         max_iter=200, random_state=0, **l1,
-    ).fit(sizes[train][:, active], wanted[train])  # fmt: skip
-    order = active[np.argsort(-ranking.coef_[0], kind="stable")]
-    main, scores = [int(order[0])], [-1.0]
-    for k in range(1, min(MOST_MAIN, len(order)) + 1):
-        chosen = order[:k]
-        probe = LogisticRegression(class_weight="balanced", max_iter=500).fit(sizes[train][:, chosen], wanted[train])
-        score = float(f1_score(wanted[test], probe.predict(sizes[test][:, chosen])))
-        if score <= scores[-1] + JUMP:
-            break
-        main = [int(one) for one in chosen]
-        scores = [*(one for one in scores if one >= 0), score]
-    return main, scores
+    )  # fmt: skip
+
+    def of(wanted: _Array) -> tuple[list[int], list[float]]:
+        if not len(active):
+            return [], [0.0]
+        order = active[np.argsort(-ranking.fit(entries, wanted[~test]).coef_[0], kind="stable")]
+        scores = [-1.0]
+        for k in range(1, min(MOST_MAIN, len(order)) + 1):
+            chosen = order[:k]
+            probe = LogisticRegression(class_weight="balanced", max_iter=500).fit(train[:, chosen], wanted[~test])
+            score = float(f1_score(wanted[test], probe.predict(held[:, chosen])))
+            if score <= scores[-1] + JUMP:
+                break
+            scores.append(score)
+        return order[: len(scores) - 1].tolist(), scores[1:]
+
+    return of
