@@ -118,19 +118,26 @@ def relative_weight(metadata: Mapping[str, Any]) -> float:
 
     This is the teacher's sparsity weight divided by its family's usual one, or for TopK the usual k divided by its k.
     If the teacher was held at an l0, or trained elsewhere, it is estimated from l0: the weight at which training
-    settles goes as l0 to the power -1.5 (docs/experiments.md).
+    settles goes as l0 to the power -1.5 (docs/experiments.md). If the weight of a held teacher settled far from that,
+    as on models whose activations vary little around a large mean, the estimate is moved near it.
     """
     objective, stage1 = metadata.get("objective"), metadata.get("stage1")
     if isinstance(objective, Mapping):
         usual = RECIPES.get(str(objective.get("family")))
         own, k, held = objective.get("weight"), objective.get("k"), objective.get("l0")
         if usual is not None and usual.weight and _positive(held):
-            return float((USUAL_L0 / float(held)) ** 1.5)
+            return near(float((USUAL_L0 / float(held)) ** 1.5), own, usual.weight)
         if usual is not None and usual.weight and _positive(own):
             return float(own) / usual.weight
         return USUAL_K / float(k) if usual is not None and usual.sparsity == "none" and _positive(k) else 1.0
     l0 = stage1.get("teacher_l0") if isinstance(stage1, Mapping) else None
     return float((USUAL_L0 / float(l0)) ** 1.5) if _positive(l0) else 1.0
+
+
+def near(start: float, settled: Any, unit: float) -> float:
+    """Returns `start`, at most a factor 4 from settled / unit if that is known: from further away, the weight does not
+    find its way back within a few hundred steps."""
+    return min(max(start, float(settled) / unit / 4), float(settled) / unit * 4) if _positive(settled) else start
 
 
 def _positive(value: Any) -> TypeGuard[float]:

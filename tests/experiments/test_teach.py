@@ -11,7 +11,7 @@ from rsae_triton.common.errors import ConfigError
 from rsae_triton.evaluation import reconstruction
 from rsae_triton.experiments.teach import FAMILIES, TeacherPlan, make_teacher, objective_of, train_teacher
 from rsae_triton.teachers import BatchTopKSAE, JumpReluSAE, load_teacher
-from rsae_triton.training.recipes import RECIPES, recipe_for
+from rsae_triton.training.recipes import RECIPES, USUAL_L0, recipe_for
 
 QUIET = {"progress": False, "batch_size": 128}
 
@@ -195,3 +195,13 @@ def test_plans_that_hold_l0_are_plans_of_their_own():
     assert TeacherPlan("topk", 64, l0=6.0).recipe() == RECIPES["topk"]
     with pytest.raises(ConfigError, match="at most 64"):
         TeacherPlan("relu", 64, l0=65.0)
+
+
+def test_a_rational_sae_starts_near_the_weight_at_which_its_held_teacher_settled(activations):
+    """On Gemma 3 270M that is a fortieth of the usual one, from which 400 steps do not find back to l0 32."""
+    teacher, _ = make_teacher(TeacherPlan("jumprelu", 64, steps=60, batch_size=128, l0=6.0), Splits(), activations)
+    usual, by_l0 = RECIPES["jumprelu"].weight, (USUAL_L0 / 6) ** 1.5
+    for settled, relative in ((usual / 40, 1 / 10), (usual * by_l0 / 2, by_l0), (usual * by_l0 * 10, by_l0 * 2.5)):
+        teacher.metadata["objective"]["weight"] = settled
+        weight = recipe_for(upgrade(teacher, activations, rounds=1)).weight
+        assert weight == pytest.approx(RECIPES["hard"].weight * relative)
