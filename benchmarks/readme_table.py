@@ -27,7 +27,6 @@ from rsae_triton.report.scores import paired_difference
 COMMITTED = Path("benchmarks/results/demo-smollm2.json")
 GRID = Path("benchmarks/results/reproduce-smollm2.json")
 LONG = Path("benchmarks/results/reproduce-smollm2-long.json")
-SECOND = Path("benchmarks/results/reproduce-gemma3-270m.json")
 # By table and column.
 FORMS = {
     "gate-forms": ("relu", "jumprelu", "topk"),
@@ -326,7 +325,6 @@ def tables() -> list[tuple[Path, str, str]]:
         (ROUNDS, "time", bench_rounds.table(json.loads(bench_rounds.RESULTS.read_text()))),
         (EXPERIMENTS, "probes", rounds_table.probes_table(rounds_table.probes())),
         (EXPERIMENTS, "absorption", probing_table.absorption_table(probing_table.absorbed())),
-        (EXPERIMENTS, "second", rounds_table.places_table(json.loads(SECOND.read_text()))),
         (EXPERIMENTS, "trained", rounds_table.trained_table(rounds)),
         (EXPERIMENTS, "places", rounds_table.places_table(rounds)),
         (EXPERIMENTS, "bound", rounds_table.bound_table(rounds)),
