@@ -297,15 +297,12 @@ def known_name(name: str) -> str:
 def probes_table(results: dict[str, dict[str, Any]]) -> str:
     """By family, the mean difference in accuracy to the teacher that rounds make, over the data sets."""
     lines = ["| teacher | rounds on top | k = 1 | k = 2 | k = 5 | k = 16 |", "|" + "---|" * 6]
-    kinds = {"{}-2-rounds": "1", "{}-6-rounds": "5", "refined": "1, trained through both"}
+    kinds = {"{}-2-rounds": "1", "{}-6-rounds": "5", "{}-through": "1, trained through both"}
     for family, result in results.items():
         for name, label in kinds.items():
             line = [FAMILIES[family], label]
             for k in ("1", "2", "5", "16"):
-                pairs = result["mean"]["paired"][k][name.format(family)]
-                mean, low, high = next(pairs[one] for one in (f"{family}-teacher", "teacher") if one in pairs)[
-                    "accuracy"
-                ]
+                mean, low, high = result["mean"]["paired"][k][name.format(family)][f"{family}-teacher"]["accuracy"]
                 line.append(f"{mean:+.3f} ({low:+.3f} to {high:+.3f})")
             lines.append("| " + " | ".join(line) + " |")
     one = next(iter(results.values()))
