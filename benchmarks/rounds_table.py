@@ -2,7 +2,8 @@
 
 rsae reproduce --host smollm2-rounds --out out/rounds   # its table.json is results/reproduce-smollm2-rounds.json
 rsae known --data saelens --l0s 5 --out out/known       # its known.json is results/known-features.json
-    (with --contenders rsae rsae@2 ... it is results/known-features-trained.json)
+    (with --contenders rsae rsae@2 ... it is results/known-features-trained.json, with --data synthsaebench
+    results/known-features-synthsaebench.json)
 python benchmarks/bench_rounds.py              # measures, and writes benchmarks/results/rounds-time.json
 python benchmarks/readme_table.py
 """
@@ -24,6 +25,13 @@ RESULTS = Path("benchmarks/results")
 ROUNDS, KNOWN = (RESULTS / f"{name}.json" for name in ("reproduce-smollm2-rounds", "known-features"))
 KNOWN_TRAINED = RESULTS / "known-features-trained.json"
 KNOWN_SETTINGS = RESULTS / "known-features-settings.json"
+KNOWN_SYNTHSAEBENCH = RESULTS / "known-features-synthsaebench.json"
+DATA = {
+    "saelens": "sae_lens.synthetic",
+    "synthsaebench": "sae_lens.synthetic with SynthSAEBench's settings",
+    "planted": "our own",
+}
+ALIVE = "At least {:.1f} % of the features of every SAE are alive."
 PICTURE = Path("docs/rounds.svg")
 MAIN = ("blocks.16.hook_resid_pre", 2304, 1.0)
 """Place, width and sparsity of the teachers that every contender was made from."""
@@ -251,14 +259,16 @@ def known_table(result: dict[str, Any]) -> str:
             line.append(interval(differences.get("mse"), relative=True))
             lines.append("| " + " | ".join(line) + " |")
     one = result["cells"][0]["cell"]
-    seeds = max(len(row["seeds"]) for row in rows)
+    count = max(len(row["seeds"]) for row in rows)
+    seeds = f"{count} seeds" if count > 1 else "one seed"
+    alive = min(1 - score["dead"] / one["d_sae"] for cell in result["cells"] for score in cell["scores"].values())
     return "\n".join(
         [
             *lines,
             "",
-            f"`{result['command']}`: d_in {one['d_in']}, {one['n_features']} true features, {one['d_sae']} features; "
-            f"{one['tokens']:,} tokens, teachers of {one['teacher_steps']:,} steps; data of "
-            f"{'sae_lens.synthetic' if one['data'] == 'saelens' else 'our own'}; at the teacher's l0, {seeds} seeds.",
+            f"`{result['command']}`: d_in {one['d_in']}, {one['n_features']:,} true features, {one['d_sae']} features; "
+            f"{one['tokens']:,} tokens, teachers of {one['teacher_steps']:,} steps; data of {DATA[one['data']]}; at "
+            f"the teacher's l0, {seeds}. " + (ALIVE.format(100 * alive) if alive < 1 else "All features are alive."),
         ]
     )
 
