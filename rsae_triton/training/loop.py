@@ -108,7 +108,7 @@ def train(
     if settings.objective != "mse" and sae.row_width != sae.d_in:
         raise ConfigError("objective='mse+kl' is for SAEs; a transcoder trains with objective='mse'")
     with rounds_aside(sae, settings, activations, validation, mesh) as finish:
-        log = _train(sae, activations, settings, label, progress, mesh, host)
+        log = _train(sae, activations, settings, label, progress, mesh, host, validation is None)
         finish()
     return log
 
@@ -121,6 +121,7 @@ def _train(
     progress: bool,
     mesh: Mesh | None,
     host: HostModel | None,
+    l0_is_final: bool,
 ) -> TrainLog:
     check_data("sae.W_dec", sae.W_dec)
     if torch.is_inference_mode_enabled() or any(one.is_inference() for one in sae.parameters()):
@@ -202,7 +203,7 @@ def _train(
         metrics = Metrics(log, settings.out if together.rank == 0 else None, settings.track, asdict(settings))
         stack.callback(metrics.close)
         _loop(run, batches, metrics, checkpoints, stopping, label or f"training ({recipe.name})", show)
-        if show:
+        if show and l0_is_final:
             _say_l0(log.l0, recipe.target_l0)
     return log
 
@@ -213,8 +214,8 @@ def _say_l0(l0: list[float], target: float | None) -> None:
     if target is None or not last or abs(sum(last) / len(last) / target - 1) <= 0.1:
         return
     print(
-        f"  l0 is {sum(last) / len(last):.1f} at the end, and {target:.1f} was to be held: train for more steps, or\n"
-        "  give validation text (validation=, --validation), on which l0 is set afterwards"
+        f"  l0 is {sum(last) / len(last):.1f} at the end, and {target:.1f} was to be held. More steps bring it there;\n"
+        "  validation text (validation=, --validation) sets it after training"
     )
 
 

@@ -266,8 +266,9 @@ def test_training_shows_its_progress_and_memory(activations, capsys):
 def test_a_run_that_ends_far_from_its_l0_says_so(activations, capsys):
     train(small_sae("gated"), activations, steps=3, batch_size=64, target_l0=1.0)
     assert "1.0 was to be held" in capsys.readouterr().out
-    train(small_sae("gated"), activations, steps=3, batch_size=64, target_l0=None)
-    assert "to be held" not in capsys.readouterr().out
+    for options in ({"target_l0": None}, {"target_l0": 1.0, "validation": activations[:500]}):
+        train(small_sae("gated"), activations, steps=3, batch_size=64, **options)
+        assert "to be held" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("memory", ["saved", "chunked", "streamed"])
