@@ -15,6 +15,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import bench_rounds
+import language_table
 import numpy as np
 import probing_table
 import rounds_table
@@ -326,6 +327,7 @@ def tables() -> list[tuple[Path, str, str]]:
         (EXPERIMENTS, "probes", rounds_table.probes_table(rounds_table.probes())),
         (EXPERIMENTS, "absorption", probing_table.absorption_table(probing_table.absorbed())),
         (EXPERIMENTS, "trained", rounds_table.trained_table(rounds)),
+        (EXPERIMENTS, "language", language_table.language_table(json.loads(language_table.LANGUAGE.read_text()))),
         (EXPERIMENTS, "places", rounds_table.places_table(rounds)),
         (EXPERIMENTS, "bound", rounds_table.bound_table(rounds)),
         (EXPERIMENTS, "grid", grid_table(grid)),

@@ -94,11 +94,9 @@ def training_of(cell: Mapping[str, Any]) -> dict[str, Any]:
 
 def different(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """For each row, the part of its training in which the rows differ, as ", mse+kl" or ", steps 100"."""
-    names = [name for name in training_of({}) if len({row["training"][name] for row in rows}) > 1]
-    return [
-        "".join(f", {row['training'][n]}" if n == "objective" else f", {n} {row['training'][n]}" for n in names)
-        for row in rows
-    ]
+    known = [row.get("training", training_of({})) for row in rows]  # older results do not say
+    names = [name for name in training_of({}) if len({one[name] for one in known}) > 1]
+    return ["".join(f", {one[n]}" if n == "objective" else f", {n} {one[n]}" for n in names) for one in known]
 
 
 def one_each(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
