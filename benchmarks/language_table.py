@@ -42,7 +42,7 @@ def language_table(result: dict[str, Any]) -> str:
     steps = result["rows"][0]["training"]["steps"]
     note = (
         f"`{result['command']}`: layer 16, 2,304 features, {steps} steps for every contender; test split, at the "
-        f"teacher's l0, {'one seed' if len(seeds) == 1 else f'{len(seeds)} seeds'}. {', '.join(result['machine'])}, torch "
-        f"{', '.join(result['torch'])}, {' and '.join(result['date'])}."
+        f"teacher's l0, {'one seed' if len(seeds) == 1 else f'{len(seeds)} seeds'}. "
+        f"{', '.join(result['machine'])}, torch {', '.join(result['torch'])}, {' and '.join(result['date'])}."
     )
     return "\n".join([*lines_of(titles, rows), "", note])
