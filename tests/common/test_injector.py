@@ -93,8 +93,6 @@ INSIDE = {
     "rsae_triton/training/checkpoints.py": "a temporary folder, published when whole",
     "rsae_triton/training/metrics.py": "a log that grows by lines",
     "rsae_triton/report/svg.py": "figures are drawn into memory",
-    "rsae_triton/report/fronts.py": "figures are drawn into memory",
-    "benchmarks/rounds_table.py": "figures are drawn into memory",
     "benchmarks/scaling.py": "/proc/self/clear_refs",
     "kernels/aot.py": "a page of the documentation, renamed when whole",
     "kernels/machine_code.py": "a folder of the system's for temporary files",
