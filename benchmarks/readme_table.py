@@ -323,6 +323,11 @@ def tables() -> list[tuple[Path, str, str]]:
             "known-settings",
             rounds_table.settings_table(json.loads(rounds_table.KNOWN_SETTINGS.read_text())),
         ),
+        (
+            EXPERIMENTS,
+            "known-synthsaebench",
+            rounds_table.known_table(json.loads(rounds_table.KNOWN_SYNTHSAEBENCH.read_text())),
+        ),
         (ROUNDS, "time", bench_rounds.table(json.loads(bench_rounds.RESULTS.read_text()))),
         (EXPERIMENTS, "probes", rounds_table.probes_table(rounds_table.probes())),
         (EXPERIMENTS, "absorption", probing_table.absorption_table(probing_table.absorbed())),
