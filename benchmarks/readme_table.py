@@ -28,6 +28,7 @@ from rsae_triton.report.scores import paired_difference
 COMMITTED = Path("benchmarks/results/demo-smollm2.json")
 GRID = Path("benchmarks/results/reproduce-smollm2.json")
 LONG = Path("benchmarks/results/reproduce-smollm2-long.json")
+SECOND = Path("benchmarks/results/reproduce-gemma3-270m.json")
 # By table and column.
 FORMS = {
     "gate-forms": ("relu", "jumprelu", "topk"),
@@ -334,6 +335,7 @@ def tables() -> list[tuple[Path, str, str]]:
         (EXPERIMENTS, "trained", rounds_table.trained_table(rounds)),
         (EXPERIMENTS, "language", language_table.language_table(json.loads(language_table.LANGUAGE.read_text()))),
         (EXPERIMENTS, "places", rounds_table.places_table(rounds)),
+        (EXPERIMENTS, "second", rounds_table.second_table(json.loads(SECOND.read_text()))),
         (EXPERIMENTS, "bound", rounds_table.bound_table(rounds)),
         (EXPERIMENTS, "grid", grid_table(grid)),
         (EXPERIMENTS, "controls", controls_table(grid)),
