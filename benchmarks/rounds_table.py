@@ -226,33 +226,6 @@ def places_table(result: dict[str, Any]) -> str:
     return "\n".join([*first, "", *lines_of(titles, nats), "", note])
 
 
-def second_table(result: dict[str, Any]) -> str:
-    """What a round does to teachers of another model, with nothing trained."""
-    rows = []
-    for row in sorted(result["rows"], key=place_order):
-        scores = {name: kinds["matched"] for name, kinds in row["scores"].items()}
-        one, two = scores["teacher"], scores["teacher@2"]
-        cells = [cell for cell in result["cells"] if cell["cell"]["teacher"] == row["teacher"]]
-        pairs = [cell["scores"].get("to_teacher", {}).get("teacher@2", {}).get("delta_ce") for cell in cells]
-        nats = "; ".join(f"{mean:+.3f} ({low:+.3f} to {high:+.3f})" for mean, low, high in filter(None, pairs))
-        rows.append(
-            [FAMILIES[row["teacher"]], f"{row['l0']['mean']:.1f}", f"{100 * one['alive_fraction']['mean']:.1f} %"]
-        )
-        rows[-1] += [f"{one['mse']['mean']:.2f}", f"{100 * (two['mse']['mean'] / one['mse']['mean'] - 1):+.1f} %"]
-        rows[-1] += [
-            f"{one['delta_ce']['mean']:.3f}",
-            nats,
-            f"{100 * (two['kl']['mean'] / one['kl']['mean'] - 1):+.1f} %",
-        ]
-    titles = ("teacher", "l0", "alive", "mse", "**+ 1 round**", "Δ CE", "**+ 1 round** (95 %)", "KL, + 1 round")
-    one = result["cells"][0]["cell"]
-    where = (
-        f"`{result['command']}`, nothing trained, test split, one seed, {one['sequences']} spliced sequences. "
-        f"{', '.join(result['machine'])}, torch {', '.join(result['torch'])}, {' and '.join(result['date'])}."
-    )
-    return "\n".join([*lines_of(titles, rows), "", where])
-
-
 def place_order(row: dict[str, Any]) -> tuple[Any, ...]:
     return list(FAMILIES).index(row["teacher"]), -row["sparsity"], row["hook_name"], -row["d_sae"]
 
