@@ -51,10 +51,10 @@ NAMES = {
     "rounds": "**teacher + a round, nothing trained**",
     "init": "RSAE, stage 1, one round",
     "rsae": "**RSAE**, trained with one round",
-    "rsae-rounds": "**RSAE, two rounds**, trained through both",
+    "rsae-rounds": "**RSAE + a round**, added after training",
     "control": "control: teacher, same steps",
     "rectangle": "second control: JumpReLU's rectangle in place of the rational, same recipe",
-    "rectangle-rounds": "the same, two rounds",
+    "rectangle-rounds": "the same + a round, added after training",
 }
 
 
@@ -134,16 +134,17 @@ def families_table(rounds: dict[str, Any], formats: str) -> str:
             found = student([relative(one, metric) for one in members])
             reach = f"({100 * found['low']:+.0f} to {100 * found['high']:+.0f})"
             line.append(f"{before:{digits}} → {after:{digits}}, **{100 * found['mean']:+.0f} %** {reach}")
-        for code in ("refined", "control@2"):
+        for code in ("rsae@2", "control@2"):
             found = row["pairs"]["mse"][code]["control"]
             line.append(f"{100 * found['mean']:+.1f} %")
         lines.append("| " + " | ".join(line) + " |")
     seeds = max(len(row["seeds"]) for row in rows.values())
     note = (
         "Error and Δ CE: the teacher's → with one more round, **nothing trained**, at the teacher's l0; "
-        f"{seeds} seeds, 95 % intervals (`{rounds['command']}`). Trained too: a Rational SAE trained through both "
-        "rounds, against the *control*, the same teacher trained for as many steps with its own encoder; beside it "
-        "what an untrained round does for that control. SmolLM2-135M, layer 16, 2,304 features, test split. Shares: "
+        f"{seeds} seeds, 95 % intervals (`{rounds['command']}`). Trained too: a Rational SAE trained with one "
+        "round, and a round added, against the *control*, the same teacher trained for as many steps with its own "
+        "encoder; beside it what an untrained round does for that control. SmolLM2-135M, layer 16, 2,304 features, "
+        "test split. Shares: "
         "[docs/formats.md](docs/formats.md); the rest are sweeps over several families."
     )
     return "\n".join([*lines, "", note])
@@ -361,12 +362,16 @@ def tables() -> list[tuple[Path, str, str]]:
         (EXPERIMENTS, "absorption", probing_table.absorption_table(probing_table.absorbed())),
         (EXPERIMENTS, "trained", rounds_table.trained_table(rounds)),
         (EXPERIMENTS, "language", language_table.language_table(json.loads(language_table.LANGUAGE.read_text()))),
-        (EXPERIMENTS, "places", rounds_table.places_table(rounds)),
+        (
+            EXPERIMENTS,
+            "places",
+            rounds_table.places_table([row for row in rounds["rows"] if not rounds_table.is_main(row)]),
+        ),
         (EXPERIMENTS, "second", second_table(json.loads(SECOND.read_text()))),
         (EXPERIMENTS, "bound", rounds_table.bound_table(rounds)),
         (EXPERIMENTS, "grid", grid_table(grid)),
         (EXPERIMENTS, "controls", controls_table(grid)),
-        (EXPERIMENTS, "long", grid_table(json.loads(LONG.read_text()))),
+        (EXPERIMENTS, "long", rounds_table.places_table(json.loads(LONG.read_text())["rows"])),
         *(
             (EXPERIMENTS, name, forms_table({column: forms(column) for column in columns}))
             for name, columns in FORMS.items()

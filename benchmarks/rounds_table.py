@@ -202,17 +202,18 @@ def trained_table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", source(result)])
 
 
-def places_table(result: dict[str, Any]) -> str:
-    """One row for each place, width and density besides the first: a table of errors and one of Δ CE."""
+def places_table(rows: list[dict[str, Any]]) -> str:
+    """One row for each teacher: a table of errors and one of Δ CE."""
     after, spliced = (
         ("control@2", "rectangle@2", "rsae@2", "refined"),
         ("teacher", "teacher@2", "control", "rsae@2", "refined"),
     )
     errors, nats = [], []
-    for row in sorted((row for row in result["rows"] if not is_main(row)), key=place_order):
+    for row in sorted(rows, key=place_order):
         scores, pairs = {name: kinds["matched"] for name, kinds in row["scores"].items()}, row["pairs"]["mse"]
         seeds = f", {len(row['seeds'])} seeds" * (len(row["seeds"]) > 1)
-        own = f"{FAMILIES[row['teacher']]}, layer {row['hook_name'].split('.')[1]}, {row['d_sae']:,}{seeds}"
+        density = {0.5: ", half as dense", 2.0: ", twice as dense"}.get(row["sparsity"], "")
+        own = f"{FAMILIES[row['teacher']]}, layer {row['hook_name'].split('.')[1]}, {row['d_sae']:,}{density}{seeds}"
         errors.append([own, f"{row['l0']['mean']:.1f}", with_sd(scores["teacher"]["mse"], ".2f")])
         errors[-1] += [interval(pairs.get(name, {}).get("teacher"), relative=True) for name in ("teacher@2", "control")]
         errors[-1] += [interval(pairs.get(name, {}).get("control"), relative=True) for name in after]

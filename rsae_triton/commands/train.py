@@ -23,7 +23,7 @@ from rsae_triton.sae.pretrained import parse_dtype
 from rsae_triton.sae.rational import FusedRationalSAE
 from rsae_triton.training.checkpoints import Checkpoints
 from rsae_triton.training.loop import train
-from rsae_triton.training.rounds import finish_training
+from rsae_triton.training.rounds import check_searched, finish_training
 from rsae_triton.training.settings import TrainSettings
 from rsae_triton.upgrading.stage_one import parse_coefficients, parse_degree, parse_rounds
 from rsae_triton.upgrading.stage_one import upgrade as stage_1
@@ -175,6 +175,7 @@ def run_train(config: Train) -> Path:
         rounds = 1
         if isinstance(sae, FusedRationalSAE) and config.rounds == "after":
             # Checkpoints hold what is being trained, and so does each process of a mesh.
+            check_searched(sae)
             rounds, sae.refinement = sae.rounds, None
         own = sae if mesh is None else mesh.shard(sae)
         own.to(device if mesh is None else mesh.device)

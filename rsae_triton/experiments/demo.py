@@ -35,7 +35,7 @@ from rsae_triton.common.progress import LoggedProgress
 from rsae_triton.common.terminal import plain
 from rsae_triton.evaluation import compare
 from rsae_triton.evaluation.downstream import splice_of
-from rsae_triton.experiments.contenders import contender
+from rsae_triton.experiments.contenders import contender, more_rounds
 from rsae_triton.experiments.demo_options import Demo, check
 from rsae_triton.experiments.teach import (
     FAMILIES,
@@ -50,13 +50,11 @@ from rsae_triton.experiments.teach import make_teacher as train_or_load
 from rsae_triton.features import write_features
 from rsae_triton.ops.runtime import matmul_precision
 from rsae_triton.report import summary_table, write_report
-from rsae_triton.report.style import NAMES
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.making import making_of, warn_of_making
 from rsae_triton.sae.transcoder import Transcoder
 from rsae_triton.sae.units import scales_of, take_note
 from rsae_triton.training.loop import TrainLog, train
-from rsae_triton.training.recipes import recipe_for
 from rsae_triton.training.settings import trains
 from rsae_triton.upgrading.stage_one import upgrade
 
@@ -153,11 +151,9 @@ def run(demo: Demo) -> Path:
         with stages.stage("One more round for the teacher, nothing trained"):
             saes["rounds"] = teacher.with_rounds(2, unseen)
             console.print(f"  {saes['rounds'].metadata['rounds']['summary']}", markup=False)
-        with stages.stage("Rational SAE and rectangle, each with a round more and trained through both"):
-            for name, base in (("rsae-rounds", "refined"), ("rectangle-rounds", "rectangle-refined")):
-                saes[name] = more = contender(base, teacher, init, unseen).sae
-                options |= {"recipe": recipe_for(more, demo.recipe), "label": f"  {NAMES[name]}"}
-                logs[name] = train(more, x, validation=unseen, **options)
+        with stages.stage("One more round for the Rational SAE and the rectangle, after their training"):
+            for name in ("rsae", "rectangle"):
+                saes[f"{name}-rounds"] = more_rounds(saes[name], 2, unseen)
     with stages.stage("Evaluation on held-out text"):
         metrics = score(demo, host, splits, saes, test)
     with stages.stage("Report"):

@@ -12,12 +12,12 @@ MORE = {"rounds": "teacher", "rsae-rounds": "rsae", "rectangle": "control", "rec
 NAMES = {
     "teacher": "teacher",
     "rounds": "teacher + a round",
-    "rsae-rounds": "RSAE, two rounds",
+    "rsae-rounds": "RSAE + a round",
     "init": "RSAE, stage 1",
     "rsae": "RSAE",
     "control": "control",
     "rectangle": "rectangle",
-    "rectangle-rounds": "rectangle, two rounds",
+    "rectangle-rounds": "rectangle + a round",
     # These occur in sweeps only.
     "thresholds": "fixed thresholds",
     "scratch": "from scratch",

@@ -40,6 +40,8 @@ def rounds_aside(
             "rounds='after' adds rounds to a whole SAE, and each process of a mesh holds a part: shard an SAE of one "
             "round (sae.with_rounds(1, activations)) and add rounds afterwards, or train with rounds='through'"
         )
+    if aside:
+        check_searched(sae)
     if validation is not None and mesh is not None and mesh.features[1] > 1:
         raise ConfigError(
             "validation sets the l0 of a whole SAE, and each process of this mesh holds a part: leave it out, and call "
@@ -76,6 +78,24 @@ def finish_training(sae: SparseAutoencoder, rounds: int, activations: Any, targe
         put_back(sae, rounds, activations, given)
     else:
         set_l0(sae, activations, given)
+
+
+def check_searched(sae: SparseAutoencoder) -> None:
+    """Raises ConfigError if the rounds of `sae` have been trained or set by hand: rounds="after" searches for their
+    numbers again, and these would be lost."""
+    facts, refinement = sae.metadata.get("rounds"), getattr(sae, "refinement", None)
+    if refinement is None:
+        return
+    known = facts if isinstance(facts, Mapping) else {}
+    for name in ("a", "b", "eta", "p"):
+        values = getattr(refinement, name).detach()
+        start = known.get(name)
+        wanted = start if isinstance(start, int | float) else float(values.flatten()[0])
+        if not torch.equal(values, torch.full_like(values, wanted)):
+            raise ConfigError(
+                "the rounds of this SAE have been trained or set by hand, and rounds='after' would replace their "
+                "numbers by searched ones: train with rounds='through'; or begin with sae.with_rounds(1, activations)"
+            )
 
 
 @torch.no_grad()

@@ -70,9 +70,9 @@ class TrainSettings:
     trainable: Literal["all", "encoder", "gate"] = "all"
     """Which parameters are trained. all. encoder: all but W_dec and b_dec, so that labels of features stay valid. gate:
     only thresholds and the rounds' parameters; every weight stays bit-equal."""
-    rounds: Literal["through", "after"] = "through"
-    """For an encoder with rounds. through: train all of them; after: train with one round and add the others later,
-    untrained, at the l0 they had been set for (faster, but error and features are a little worse)."""
+    rounds: Literal["through", "after"] = "after"
+    """For an encoder with rounds. after: train with one round and add the others later, untrained, at the l0 they had
+    been set for; through: train all of them (a little less error, but on some data features get worse)."""
     precision: Literal["float32", "bf16"] = "float32"
     """bf16: matrix products in bfloat16 (autocast); weights, gate, optimiser and sums stay float32."""
     memory: Literal["auto", "saved", "chunked", "streamed", "sparse"] = "auto"

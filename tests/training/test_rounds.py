@@ -1,4 +1,4 @@
-"""Training with rounds: through all of them by default, or with the others added afterwards; l0 set on unseen text."""
+"""Training with rounds: one trained and the others added afterwards, or through all of them; l0 set on unseen text."""
 
 import copy
 import shutil
@@ -32,7 +32,7 @@ def two():
 def test_rounds_are_left_aside_and_put_back(two, activations):
     sae, one = copy.deepcopy(two), copy.deepcopy(two)
     one.refinement = None
-    logs = [train(given, activations, rounds="after", **OPTIONS) for given in (sae, one)]
+    logs = [train(given, activations, **OPTIONS) for given in (sae, one)]  # rounds="after" is the default
     assert logs[0].mse == logs[1].mse
     assert all(torch.equal(tensor, sae.state_dict()[name]) for name, tensor in one.state_dict().items())
     assert sae.rounds == 2
@@ -44,7 +44,7 @@ def test_rounds_are_left_aside_and_put_back(two, activations):
 
 def test_training_through_rounds_lowers_the_error_and_moves_all_of_their_numbers(two, activations):
     sae = copy.deepcopy(two)
-    log = train(sae, activations, steps=150, batch_size=128, progress=False, target_l0=6.0, lr=2e-3)
+    log = train(sae, activations, steps=150, batch_size=128, progress=False, target_l0=6.0, lr=2e-3, rounds="through")
     assert sum(log.mse[-5:]) < 0.9 * sum(log.mse[:5])
     before = two.state_dict()
     moved = {name for name, one in sae.state_dict().items() if not torch.equal(one, before[name])}
@@ -68,9 +68,22 @@ def test_training_moves_away_from_extreme_starts_that_were_searched_and_from_no_
     with torch.no_grad():
         by_hand.refinement.a[:, 0] = by_hand.refinement.b[:, 0] = 0.2
     for sae, a, b in ((searched, 0.3, 0.7), (by_hand, 0.1, 1.0)):
-        train(sae, activations, steps=1, lr=1e-9, batch_size=128, progress=False)
+        train(sae, activations, steps=1, lr=1e-9, batch_size=128, progress=False, rounds="through")
         assert sae.refinement.a[:, 1:].mean().item() == pytest.approx(a)
         assert sae.refinement.b[:, 1:].mean().item() == pytest.approx(b)
+
+
+def test_rounds_that_were_trained_or_set_by_hand_are_not_searched_again(two, activations):
+    by_hand, trained = copy.deepcopy(two), copy.deepcopy(two)
+    with torch.no_grad():
+        by_hand.refinement.eta.fill_(0.5)
+    train(trained, activations, rounds="through", **OPTIONS)
+    for sae in (by_hand, trained):
+        before = copy.deepcopy(sae.state_dict())
+        with pytest.raises(ConfigError, match="trained or set by hand"):
+            train(sae, activations, **OPTIONS)
+        assert all(torch.equal(one, before[name]) for name, one in sae.state_dict().items())
+    train(trained, activations, rounds="through", **OPTIONS)
 
 
 def test_training_the_gate_alone_keeps_every_weight(two, activations):
@@ -97,7 +110,7 @@ def test_training_ends_at_a_given_target_l0(two, activations):
 def test_no_l0_is_set_where_a_process_holds_a_part(two, activations):
     mesh = SimpleNamespace(features=(0, 2), data=(0, 1))
     with pytest.raises(ConfigError, match="hold_l0 on the whole SAE"):
-        train(copy.deepcopy(two), activations, validation=activations, mesh=mesh, **OPTIONS)
+        train(copy.deepcopy(two), activations, validation=activations, mesh=mesh, rounds="through", **OPTIONS)
 
 
 def test_one_round_is_held_on_validation_text_too(two, activations):
@@ -147,4 +160,4 @@ def test_the_plan_of_a_step_knows_of_rounds(two):
     step = Step(4096, 768, 24576, support=0.004, active=0.002, rounds=2)
     wide, plain = (cost(step, name) for name in ("rounds", "sparse"))
     assert wide.total("flops") == plain.total("flops")  # one dense product, as for one round
-    assert plain.seconds(CEILINGS["H200"]) < wide.seconds(CEILINGS["H200"]) < 3 * plain.seconds(CEILINGS["H200"])
+    assert plain.seconds(CEILINGS["H200"]) < wide.seconds(CEILINGS["H200"]) < 5 * plain.seconds(CEILINGS["H200"])
