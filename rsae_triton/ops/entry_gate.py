@@ -73,7 +73,7 @@ def ramp(h: Tensor, gate: GateTensors, spec: GateSpec) -> tuple[Tensor, Tensor]:
         a, b = gate.a.contiguous(), pad(gate.b, (1, 0)).contiguous()
         native.split(len(h), lambda start, stop: native.library().ramp(  # type: ignore[union-attr]
             address(h), address(theta), address(a), integer(spec.p), address(b), integer(spec.q),
-            ctypes.c_float(float(gate.centre)), ctypes.c_float(float(gate.input_scale)), address(r), address(slope),
+            ctypes.c_float(gate.centre.item()), ctypes.c_float(gate.input_scale.item()), address(r), address(slope),
             integer(start), integer(stop),
         ), LEAST)  # fmt: skip
         return r, slope

@@ -10,7 +10,7 @@ import copy
 import itertools
 import warnings
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,14 +42,23 @@ TRIES = 8
 Starts = tuple[float, float, float]
 
 
+class Scores(NamedTuple):
+    """What a code reaches on a sample. unexplained: the share of a dimension's variance that is not explained, averaged
+    over the dimensions of x; the mse may be that of a few large dimensions, and a language model reads them all."""
+
+    l0: float
+    mse: float
+    unexplained: float
+
+
 @dataclass(frozen=True)
 class AddedRounds:
     """What adding rounds did; kept in the SAE's metadata under "rounds".
 
     rounds: the number of rounds. a, b, eta: the values that all features start from; None if the SAE had rounds
     already.
-    target_l0: what the thresholds were set for. l0, mse: on the sample of n_tokens. l0_before, mse_before: of the
-    original SAE on the same sample.
+    target_l0: what the thresholds were set for. l0, mse, unexplained (see `Scores`): on the sample of n_tokens.
+    l0_before, mse_before, unexplained_before: of the original SAE on the same sample.
     """
 
     rounds: int
@@ -62,11 +71,24 @@ class AddedRounds:
     l0_before: float
     mse_before: float
     n_tokens: int
+    unexplained: float = 0.0
+    unexplained_before: float = 0.0
 
     @property
     def change(self) -> str:
         """The change of the mse in per cent, as text."""
         return f"{100 * (self.mse / self.mse_before - 1):+.1f} %" if self.mse_before > 0 else "0 %"
+
+    @property
+    def in_few_dimensions(self) -> str | None:
+        """What to say if the error falls in a few large dimensions only; None if most dimensions gain as well."""
+        if self.n_tokens < LEAST_TOKENS or self.mse >= self.mse_before or self.unexplained <= self.unexplained_before:
+            return None
+        return (
+            f"a round changes the mse by {self.change}, but only in a few dimensions of large variance: averaged over "
+            f"dimensions the unexplained share of the variance goes from {self.unexplained_before:.3f} to "
+            f"{self.unexplained:.3f}. The loss of the language model may not fall, or rise: compare delta_ce"
+        )
 
     @property
     def summary(self) -> str:
@@ -111,18 +133,18 @@ def with_rounds(
     if target_l0 is not None:
         check_number("target_l0", target_l0, above=0, most=sae.d_sae)
     x = sample(activations, sae, n_tokens, seed)
-    before = _scores(sae, x)
+    before = scores(sae, x)
     made = gated(sae, x)
     check_rounds(rounds, made.gate.spec())
-    facts = add_rounds(made, rounds, x, before[0] if target_l0 is None else target_l0, before)
+    facts = add_rounds(made, rounds, x, before.l0 if target_l0 is None else target_l0, before)
+    if facts.in_few_dimensions:
+        warnings.warn(facts.in_few_dimensions, stacklevel=4)
     made.metadata["rounds"] = {**asdict(facts), "summary": facts.summary}
     return made
 
 
-def add_rounds(
-    sae: FusedRationalSAE, rounds: int, x: Tensor, target_l0: float, before: tuple[float, float]
-) -> AddedRounds:
-    """Adds rounds to `sae` in place. `before` holds l0 and mse, on the same x, of the code to compare with."""
+def add_rounds(sae: FusedRationalSAE, rounds: int, x: Tensor, target_l0: float, before: Scores) -> AddedRounds:
+    """Adds rounds to `sae` in place. before: on the same x, of the code to compare with."""
     had = sae.refinement
     starts: Starts | None = None
     if rounds == 1:
@@ -141,9 +163,12 @@ def add_rounds(
     kept = 1 if had is None else had.rounds
     # Every new round is set to the target; of the old ones only the last, if none is added after it.
     _hold_rounds(sae, min(kept + 1, rounds), x, target_l0)
-    l0, mse = _scores(sae, x)
+    after = scores(sae, x)
     a, b, eta = starts or (None, None, None)
-    return AddedRounds(sae.rounds, a, b, eta, target_l0, l0, mse, *before, len(x))
+    return AddedRounds(
+        sae.rounds, a, b, eta, target_l0, after.l0, after.mse, before.l0, before.mse, len(x), after.unexplained,
+        before.unexplained,
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -162,7 +187,7 @@ def hold_l0(sae: FusedRationalSAE, activations: Tensor | Any, target_l0: float, 
     with reading(sae, activations):
         x = sae.sides(sample(activations, sae, n_tokens, 0))[0]
         _hold_rounds(sae, sae.rounds, x, target_l0)
-        l0 = _scores(sae, x)[0]
+        l0 = scores(sae, x).l0
     if abs(l0 / target_l0 - 1) > 0.02:
         warnings.warn(f"l0 is {l0:.2f}, not {target_l0:.2f}: thresholds cannot go below 0", stacklevel=2)
     return l0
@@ -316,11 +341,15 @@ def _hold_one_round(sae: FusedRationalSAE, x: Tensor, target_l0: float) -> None:
     gate.threshold.add_(shift * weight).clamp_(min=0)
 
 
-def _scores(sae: SparseAutoencoder, x: Tensor) -> tuple[float, float]:
-    """l0 and mse, computed on some rows at a time."""
-    active = squares = 0.0
+@torch.no_grad()
+def scores(sae: SparseAutoencoder, x: Tensor) -> Scores:
+    """The scores of `sae` on x [n, d_in], computed on some rows at a time."""
+    active, squares, n = 0.0, torch.zeros(x.shape[1], dtype=torch.float64, device=x.device), max(len(x), 1)
     for rows in x.split(SEARCHED):
         z = sae.encode(rows)
         active += float((z != 0).sum())
-        squares += float((rows - sae.decode(z, rows)).double().square().sum())
-    return active / max(len(x), 1), squares / max(len(x), 1)
+        squares += (rows - sae.decode(z, rows)).double().square().sum(0)
+    variance = x.double().var(0, correction=0) if len(x) > 1 else torch.zeros_like(squares)
+    varies = variance > 0
+    unexplained = float((squares[varies] / n / variance[varies]).mean()) if bool(varies.any()) else 0.0
+    return Scores(active / n, float(squares.sum()) / n, unexplained)

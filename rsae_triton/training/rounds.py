@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rsae_triton.common.errors import ConfigError
-from rsae_triton.sae.adding import add_rounds, hold_l0
+from rsae_triton.sae.adding import add_rounds, hold_l0, scores
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.like_teacher import sample
 from rsae_triton.sae.rational import FusedRationalSAE
@@ -121,10 +121,8 @@ def put_back(sae: FusedRationalSAE, rounds: int, activations: Any, target_l0: fl
     rounds were made for."""
     with reading(sae, activations):
         x = sample(activations, sae, SAMPLE, 0)
-        z = sae.encode(x)
-        l0 = float((z != 0).sum(-1).float().mean())
-        before = (l0, float((x - sae.decode(z, x)).double().square().sum(1).mean()))
-        facts = add_rounds(sae, rounds, x, target_l0 or noted_l0(sae) or max(l0, 1.0), before)
+        before = scores(sae, x)
+        facts = add_rounds(sae, rounds, x, target_l0 or noted_l0(sae) or max(before.l0, 1.0), before)
     sae.metadata["rounds"] = {**asdict(facts), "summary": facts.summary}
 
 

@@ -17,7 +17,7 @@ from rsae_triton.common.checks import check_data, check_finite, check_integer, c
 from rsae_triton.common.errors import ConfigError, NumericsError
 from rsae_triton.ops.encode import resolve_backend
 from rsae_triton.remez.problem import parse_degree as remez_degree
-from rsae_triton.sae.adding import AddedRounds, add_rounds
+from rsae_triton.sae.adding import AddedRounds, add_rounds, scores
 from rsae_triton.sae.architectures import JumpReluSAE, ReluSAE, TopKSAE
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.batch_topk import BatchTopKSAE
@@ -143,9 +143,10 @@ def upgrade(
         tolerance: largest relative error of the code that degree="auto" accepts. In the gated form also the largest
             relative change of the mse, against a code with thresholds but no ramp.
         rounds: how many rounds the encoder makes; each further round encodes what the code has not yet explained
-            (docs/rounds.md). Nothing is trained for it, and every weight stays. "auto": 2 if that lowers the error at
-            the teacher's l0, which it has always done so far. 1: the teacher's own encoder. More rounds go on helping,
-            at their cost. Needs the gated form with thresholds per feature.
+            (docs/rounds.md). Nothing is trained for it, and every weight stays. "auto": 2 if that lowers the
+            error at the teacher's l0, and not only in a few dimensions of large variance (a warning says so). 1: the
+            teacher's own encoder. More rounds go on helping, at their cost. Needs the gated form with thresholds per
+            feature.
         validation: [n, d_in] or a store of text that the teacher was not trained on, best some 10,000 tokens. The
             thresholds of the last round are set there, and its l0 is the one that `train(validation=...)` restores.
             None: `activations` are used; if the teacher was trained on them, its l0 there is lower than on new text.
@@ -261,17 +262,16 @@ def upgrade(
         )
     if teacher_l0 == 0:
         warnings.warn("no feature of the teacher was active on these activations; nothing was compared", stacklevel=4)
-    added, held, z_held = None, x, z
+    added, held = None, x
     if validation is not None:
         held = teacher.sides(sample(validation, teacher, n_tokens, seed))[0]
         ours, theirs = scale_of(activations), scale_of(validation)
         if ours is not None and theirs is not None:
             held = held * (ours / theirs)
         with torch.no_grad():
-            z_held = teacher.encode(held)
-        report = replace(report, validation_l0=float((z_held != 0).sum(1).float().mean()))
+            report = replace(report, validation_l0=float((teacher.encode(held) != 0).sum(1).float().mean()))
     if wanted != 1 and form != "direct" and not options:
-        added = refine(rsae, teacher, held, z_held, wanted)
+        added = refine(rsae, teacher, held, wanted)
     report = replace(report, rounds=added)
     rsae.metadata["stage1"] = {**asdict(report), "summary": report.summary}
     if added is not None:
@@ -280,21 +280,24 @@ def upgrade(
 
 
 @torch.no_grad()
-def refine(
-    rsae: FusedRationalSAE, teacher: SparseAutoencoder, x: Tensor, z: Tensor, rounds: int | None
-) -> AddedRounds | None:
-    """Adds rounds to `rsae` in place, at the l0 of its teacher's code z of x. None adds two, but only if that helps.
+def refine(rsae: FusedRationalSAE, teacher: SparseAutoencoder, x: Tensor, rounds: int | None) -> AddedRounds | None:
+    """Adds rounds to `rsae` in place, at the l0 of its teacher on x. None adds two, but only if that helps: the error,
+    and not only in a few dimensions of large variance.
 
     Returns what was added, or None if nothing was.
     """
-    l0 = float((z != 0).sum(1).float().mean())
-    mse = float((x - teacher.decode(z, x)).double().square().sum(1).mean())
-    if l0 == 0 and rounds is None:
+    before = scores(teacher, x)
+    if before.l0 == 0 and rounds is None:
         return None
-    added = add_rounds(rsae, rounds or 2, x, l0, (l0, mse))
-    if rounds is None and not (added.mse < mse and added.l0 <= 1.02 * l0):
+    added = add_rounds(rsae, rounds or 2, x, before.l0, before)
+    advice = added.in_few_dimensions
+    if rounds is None and (advice or not (added.mse < before.mse and added.l0 <= 1.02 * before.l0)):
         rsae.refinement = None
+        if advice:
+            warnings.warn(f"no round was added: {advice}. rounds=2 adds one all the same", stacklevel=6)
         return None
+    if advice:
+        warnings.warn(advice, stacklevel=6)
     return added
 
 

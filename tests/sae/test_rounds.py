@@ -9,8 +9,10 @@ import torch
 
 from rsae_triton import FusedRationalSAE, upgrade
 from rsae_triton.common.errors import ConfigError, FormatError, NumericsError, ShapeError
+from rsae_triton.sae import adding
 from rsae_triton.sae.adding import hold_l0
 from rsae_triton.teachers import BatchTopKSAE, JumpReluSAE, ReluSAE, TopKSAE
+from rsae_triton.upgrading import stage_one
 
 
 def known():
@@ -72,6 +74,26 @@ def test_every_family_gains_at_its_own_l0_and_keeps_its_weights(family):
     assert facts["mse"] == pytest.approx(mse_2, rel=1e-4)
     assert facts["mse_before"] == pytest.approx(mse, rel=1e-4)
     assert "2 rounds, untrained" in facts["summary"]
+
+
+def test_an_error_that_falls_in_a_few_large_dimensions_only_is_told(monkeypatch):
+    own = teacher()
+    found = adding.scores(own, X)
+    error = (X - own.decode(own.encode(X), X)).double()
+    wanted = (error.square().mean(0) / X.double().var(0, correction=0)).mean()
+    assert found.unexplained == pytest.approx(float(wanted), rel=1e-5)
+    assert found.mse == pytest.approx(float(error.square().sum(1).mean()), rel=1e-5)
+
+    worse = iter((0.4, 0.5) * 3)
+    measured = adding.scores
+    for module in (adding, stage_one):
+        monkeypatch.setattr(module, "scores", lambda *one: measured(*one)._replace(unexplained=next(worse)))
+    with pytest.warns(UserWarning, match=r"few dimensions of large variance.*0\.400 to 0\.500"):
+        assert own.with_rounds(2, X).rounds == 2
+    with pytest.warns(UserWarning, match="no round was added"):
+        assert upgrade(own, X).rounds == 1
+    with pytest.warns(UserWarning, match="compare delta_ce"):
+        assert upgrade(own, X, rounds=2).rounds == 2
 
 
 def test_rounds_set_on_one_sample_help_on_another(two):

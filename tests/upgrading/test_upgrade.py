@@ -316,7 +316,7 @@ class TestThresholdsByToken:
         for call in (rsae.autoencode, rsae.encode_sparse, rsae.to_jumprelu):
             with pytest.raises(ConfigError, match="thresholds"):
                 call(activations)
-        with pytest.raises(ConfigError, match="rank"):
+        with pytest.raises(ConfigError, match="a scale per feature"):
             rsae._scale_nonlinearity_(torch.arange(1.0, 65.0))
         with pytest.raises(ConfigError, match="TopK teacher"):
             upgrade(teachers["relu"], activations, thresholds="token")
