@@ -308,12 +308,18 @@ def known_name(name: str) -> str:
 def probes_table(results: dict[str, dict[str, Any]]) -> str:
     """By family, the mean difference in accuracy to the teacher that rounds make, over the data sets."""
     lines = ["| teacher | rounds on top | k = 1 | k = 2 | k = 5 | k = 16 |", "|" + "---|" * 6]
-    kinds = {"{}-2-rounds": "1", "{}-6-rounds": "5", "{}-through": "1, trained through both"}
+    kinds = {
+        "{}-2-rounds": ("1", "{}-teacher"),
+        "{}-6-rounds": ("5", "{}-teacher"),
+        "rsae@2": ("1, added after training", "teacher"),
+        "refined": ("1, trained through both", "teacher"),
+    }
     for family, result in results.items():
-        for name, label in kinds.items():
+        for name, (label, base) in kinds.items():
             line = [FAMILIES[family], label]
             for k in ("1", "2", "5", "16"):
-                mean, low, high = result["mean"]["paired"][k][name.format(family)][f"{family}-teacher"]["accuracy"]
+                pairs = result["mean"]["paired"][k][name.format(family)]
+                mean, low, high = pairs[base.format(family)]["accuracy"]
                 line.append(f"{mean:+.3f} ({low:+.3f} to {high:+.3f})")
             lines.append("| " + " | ".join(line) + " |")
     one = next(iter(results.values()))
@@ -325,7 +331,7 @@ def probes_table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def probes() -> dict[str, dict[str, Any]]:
-    """What is committed, by family: rounds without training, and training through them in files of its own."""
+    """What is committed, by family: rounds without training, and with training in files of their own."""
     found = {}
     for family in FAMILIES:
         untrained, trained = (
