@@ -37,14 +37,17 @@ SEARCHED = 2048
 STEPS = (0.2, 0.1)
 """The changes that are tried on each of them, as long as they help."""
 LIMITS = (-0.5, 1.5)
+LEAST_VARIANCE = 1e-6
+"""Dimensions whose variance is below this share of the mean one count as constant."""
 TRIES = 8
 """Attempts to compensate for codes that the last search makes negative."""
 Starts = tuple[float, float, float]
 
 
 class Scores(NamedTuple):
-    """What a code reaches on a sample. unexplained: the share of a dimension's variance that is not explained, averaged
-    over the dimensions of x; the mse may be that of a few large dimensions, and a language model reads them all."""
+    """What a code reaches on a sample. unexplained: the error of a dimension of x as a share of its variance, averaged
+    over the dimensions (almost constant ones left out). The mse weighs a dimension by its variance; a language model
+    may read a small one too."""
 
     l0: float
     mse: float
@@ -80,14 +83,14 @@ class AddedRounds:
         return f"{100 * (self.mse / self.mse_before - 1):+.1f} %" if self.mse_before > 0 else "0 %"
 
     @property
-    def in_few_dimensions(self) -> str | None:
-        """What to say if the error falls in a few large dimensions only; None if most dimensions gain as well."""
+    def caution(self) -> str | None:
+        """What to say if the mse falls but the error relative to each dimension's variance does not; else None."""
         if self.n_tokens < LEAST_TOKENS or self.mse >= self.mse_before or self.unexplained <= self.unexplained_before:
             return None
         return (
-            f"a round changes the mse by {self.change}, but only in a few dimensions of large variance: averaged over "
-            f"dimensions the unexplained share of the variance goes from {self.unexplained_before:.3f} to "
-            f"{self.unexplained:.3f}. The loss of the language model may not fall, or rise: compare delta_ce"
+            f"a round changes the mse by {self.change}, but some dimensions of small variance get worse: the error as a "
+            f"share of a dimension's variance, averaged over dimensions, goes from {self.unexplained_before:.3f} to "
+            f"{self.unexplained:.3f}. The loss of the language model may not fall, or may rise: compare delta_ce"
         )
 
     @property
@@ -137,8 +140,8 @@ def with_rounds(
     made = gated(sae, x)
     check_rounds(rounds, made.gate.spec())
     facts = add_rounds(made, rounds, x, before.l0 if target_l0 is None else target_l0, before)
-    if facts.in_few_dimensions:
-        warnings.warn(facts.in_few_dimensions, stacklevel=4)
+    if facts.caution:
+        warnings.warn(facts.caution, stacklevel=4)
     made.metadata["rounds"] = {**asdict(facts), "summary": facts.summary}
     return made
 
@@ -350,6 +353,6 @@ def scores(sae: SparseAutoencoder, x: Tensor) -> Scores:
         active += float((z != 0).sum())
         squares += (rows - sae.decode(z, rows)).double().square().sum(0)
     variance = x.double().var(0, correction=0) if len(x) > 1 else torch.zeros_like(squares)
-    varies = variance > 0
+    varies = variance > LEAST_VARIANCE * variance.mean()
     unexplained = float((squares[varies] / n / variance[varies]).mean()) if bool(varies.any()) else 0.0
     return Scores(active / n, float(squares.sum()) / n, unexplained)

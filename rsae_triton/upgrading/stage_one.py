@@ -144,8 +144,8 @@ def upgrade(
             relative change of the mse, against a code with thresholds but no ramp.
         rounds: how many rounds the encoder makes; each further round encodes what the code has not yet explained
             (docs/rounds.md). Nothing is trained for it, and every weight stays. "auto": 2 if that lowers the
-            error at the teacher's l0, and not only in a few dimensions of large variance (a warning says so). 1: the
-            teacher's own encoder. More rounds go on helping, at their cost. Needs the gated form with thresholds per
+            error at the teacher's l0, and does not raise it on average relative to each dimension's variance (else
+            there is a warning). 1: the teacher's own encoder. More rounds go on helping, at their cost. Needs the gated form with thresholds per
             feature.
         validation: [n, d_in] or a store of text that the teacher was not trained on, best some 10,000 tokens. The
             thresholds of the last round are set there, and its l0 is the one that `train(validation=...)` restores.
@@ -281,8 +281,8 @@ def upgrade(
 
 @torch.no_grad()
 def refine(rsae: FusedRationalSAE, teacher: SparseAutoencoder, x: Tensor, rounds: int | None) -> AddedRounds | None:
-    """Adds rounds to `rsae` in place, at the l0 of its teacher on x. None adds two, but only if that helps: the error,
-    and not only in a few dimensions of large variance.
+    """Adds rounds to `rsae` in place, at the l0 of its teacher on x. None adds two, but only if that lowers the error,
+    and that of each dimension relative to its variance on average too.
 
     Returns what was added, or None if nothing was.
     """
@@ -290,7 +290,7 @@ def refine(rsae: FusedRationalSAE, teacher: SparseAutoencoder, x: Tensor, rounds
     if before.l0 == 0 and rounds is None:
         return None
     added = add_rounds(rsae, rounds or 2, x, before.l0, before)
-    advice = added.in_few_dimensions
+    advice = added.caution
     if rounds is None and (advice or not (added.mse < before.mse and added.l0 <= 1.02 * before.l0)):
         rsae.refinement = None
         if advice:

@@ -76,19 +76,22 @@ def test_every_family_gains_at_its_own_l0_and_keeps_its_weights(family):
     assert "2 rounds, untrained" in facts["summary"]
 
 
-def test_an_error_that_falls_in_a_few_large_dimensions_only_is_told(monkeypatch):
+def test_a_round_that_makes_small_dimensions_worse_is_told(monkeypatch):
     own = teacher()
     found = adding.scores(own, X)
     error = (X - own.decode(own.encode(X), X)).double()
     wanted = (error.square().mean(0) / X.double().var(0, correction=0)).mean()
     assert found.unexplained == pytest.approx(float(wanted), rel=1e-5)
     assert found.mse == pytest.approx(float(error.square().sum(1).mean()), rel=1e-5)
+    almost_constant = X.clone()
+    almost_constant[:, 3] = 0.3 + 1e-7 * torch.arange(len(X)) / len(X)
+    assert adding.scores(own, almost_constant).unexplained < 10
 
     worse = iter((0.4, 0.5) * 3)
     measured = adding.scores
     for module in (adding, stage_one):
         monkeypatch.setattr(module, "scores", lambda *one: measured(*one)._replace(unexplained=next(worse)))
-    with pytest.warns(UserWarning, match=r"few dimensions of large variance.*0\.400 to 0\.500"):
+    with pytest.warns(UserWarning, match=r"dimensions of small variance get worse.*0\.400 to 0\.500"):
         assert own.with_rounds(2, X).rounds == 2
     with pytest.warns(UserWarning, match="no round was added"):
         assert upgrade(own, X).rounds == 1
