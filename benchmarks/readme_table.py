@@ -140,12 +140,10 @@ def families_table(rounds: dict[str, Any], formats: str) -> str:
         lines.append("| " + " | ".join(line) + " |")
     seeds = max(len(row["seeds"]) for row in rows.values())
     note = (
-        "Error and Δ CE: the teacher's → with one more round, **nothing trained**, at the teacher's l0; "
-        f"{seeds} seeds, 95 % intervals (`{rounds['command']}`). Trained too: a Rational SAE trained with one "
-        "round, and a round added, against the *control*, the same teacher trained for as many steps with its own "
-        "encoder; beside it what an untrained round does for that control. SmolLM2-135M, layer 16, 2,304 features, "
-        "test split. Shares: "
-        "[docs/formats.md](docs/formats.md); the rest are sweeps over several families."
+        "Error: squared distance to the activation. Δ CE: increase in cross-entropy when the reconstruction replaces "
+        "it. Both: the teacher's → with one more round, **nothing trained**, at equal l0 (features per token); "
+        f"{seeds} seeds, 95 % intervals (`{rounds['command']}`). Trained too: one round trained and one added, against "
+        "the control. SmolLM2-135M, layer 16, 2,304 features, test split. Shares: [docs/formats.md](docs/formats.md)."
     )
     return "\n".join([*lines, "", note])
 

@@ -88,8 +88,8 @@ class AddedRounds:
         if self.n_tokens < LEAST_TOKENS or self.mse >= self.mse_before or self.unexplained <= self.unexplained_before:
             return None
         return (
-            f"a round changes the mse by {self.change}, but some dimensions of small variance get worse: the error as a "
-            f"share of a dimension's variance, averaged over dimensions, goes from {self.unexplained_before:.3f} to "
+            f"a round changes the mse by {self.change}, but some dimensions of small variance get worse: the error as "
+            f"a share of a dimension's variance, averaged over dimensions, goes from {self.unexplained_before:.3f} to "
             f"{self.unexplained:.3f}. The loss of the language model may not fall, or may rise: compare delta_ce"
         )
 

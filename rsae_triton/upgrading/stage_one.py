@@ -145,8 +145,8 @@ def upgrade(
         rounds: how many rounds the encoder makes; each further round encodes what the code has not yet explained
             (docs/rounds.md). Nothing is trained for it, and every weight stays. "auto": 2 if that lowers the
             error at the teacher's l0, and does not raise it on average relative to each dimension's variance (else
-            there is a warning). 1: the teacher's own encoder. More rounds go on helping, at their cost. Needs the gated form with thresholds per
-            feature.
+            there is a warning). 1: the teacher's own encoder. More rounds go on helping, at their cost. Needs the gated
+            form with thresholds per feature.
         validation: [n, d_in] or a store of text that the teacher was not trained on, best some 10,000 tokens. The
             thresholds of the last round are set there, and its l0 is the one that `train(validation=...)` restores.
             None: `activations` are used; if the teacher was trained on them, its l0 there is lower than on new text.
