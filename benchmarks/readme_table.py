@@ -121,7 +121,7 @@ def grid_table(result: dict[str, Any], sparsities: tuple[float, ...] | None = No
 def families_table(rounds: dict[str, Any], formats: str) -> str:
     """Three rows: what one more round, with nothing trained, does to a teacher of each family, and training on top."""
     titles = ("teacher", "share of public SAEs", "error (mse)", "loss added to the model (Δ CE, nats)")
-    titles += ("trained too: error", "control + a round")
+    titles += ("trained too: error", "rectangle + a round", "control + a round")
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     rows = {row["teacher"]: row for row in rounds_table.ordered(rounds)}
     for name, label in FAMILY_NAMES.items():
@@ -134,7 +134,7 @@ def families_table(rounds: dict[str, Any], formats: str) -> str:
             found = student([relative(one, metric) for one in members])
             reach = f"({100 * found['low']:+.0f} to {100 * found['high']:+.0f})"
             line.append(f"{before:{digits}} → {after:{digits}}, **{100 * found['mean']:+.0f} %** {reach}")
-        for code in ("rsae@2", "control@2"):
+        for code in ("rsae@2", "rectangle@2", "control@2"):
             found = row["pairs"]["mse"][code]["control"]
             line.append(f"{100 * found['mean']:+.1f} %")
         lines.append("| " + " | ".join(line) + " |")

@@ -81,8 +81,8 @@ def test_a_round_that_makes_small_dimensions_worse_is_told(monkeypatch):
     found = adding.scores(own, X)
     error = (X - own.decode(own.encode(X), X)).double()
     wanted = (error.square().mean(0) / X.double().var(0, correction=0)).mean()
-    assert found.unexplained == pytest.approx(float(wanted), rel=1e-5)
-    assert found.mse == pytest.approx(float(error.square().sum(1).mean()), rel=1e-5)
+    assert found.unexplained == pytest.approx(wanted.item(), rel=1e-5)
+    assert found.mse == pytest.approx(error.square().sum(1).mean().item(), rel=1e-5)
     almost_constant = X.clone()
     almost_constant[:, 3] = 0.3 + 1e-7 * torch.arange(len(X)) / len(X)
     assert adding.scores(own, almost_constant).unexplained < 10
