@@ -32,6 +32,7 @@ from rsae_triton.evaluation.reconstruction import DENSE, measure
 _ROWS = (
     ("mse", "mse", "#.4g"),
     ("fvu", "fvu", ".4f"),
+    ("fvu_by_dimension", "fvu by dimension", ".4f"),
     ("cosine", "cosine", ".4f"),
     ("l0", "l0", ".2f"),
     ("l1", "l1", "#.4g"),

@@ -16,6 +16,7 @@ from rsae_triton.activations.pairs import row_width
 from rsae_triton.common.checks import check_data, check_finite, check_number
 from rsae_triton.common.errors import ConfigError, ShapeError
 from rsae_triton.ops.sparse_ops import used
+from rsae_triton.sae.adding import unexplained
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.sparse import SparseCode, decode_sparse, encode_sparse
 
@@ -39,8 +40,8 @@ class Codec(Protocol):
 class Reconstruction:
     """Means over tokens, in the units the SAE works in.
 
-    mse: ||x - x_hat||^2. fvu: mse over the variance of x around its mean. cosine: of x and x_hat. l0: number of active
-    features. l1: sum of |z| * ||W_dec row||. alive_fraction: fraction of the features that are active on at least one
+    mse: ||x - x_hat||^2. fvu: mse over the variance of x around its mean. fvu_by_dimension: the same in each dimension,
+    averaged over the dimensions (see `sae.adding.unexplained`). cosine: of x and x_hat. l0: number of active features. l1: sum of |z| * ||W_dec row||. alive_fraction: fraction of the features that are active on at least one
     of the n_tokens; dead_features: how many are not. dense_features: active on more than 10 % of the tokens;
     dense_features_half: on more than half. negative: fraction of the active codes that are below zero. size_p5,
     size_p50, size_p95: quantiles of the active codes' |z| * ||W_dec row||, 0 where there are none.
@@ -48,6 +49,7 @@ class Reconstruction:
 
     mse: float
     fvu: float
+    fvu_by_dimension: float
     cosine: float
     l0: float
     l1: float
@@ -222,15 +224,17 @@ def measure(
     squared_error, done = torch.empty(len(x), dtype=torch.float64), 0
     sizes, norms = _Numbers(most=1 << 23), sae.W_dec.norm(dim=1)
     pivot: Tensor | None = None
-    squares, sums = 0.0, torch.zeros(sae.W_dec.shape[1], dtype=torch.float64, device=sae.W_dec.device)
+    zeros = torch.zeros(sae.W_dec.shape[1], dtype=torch.float64, device=sae.W_dec.device)
+    squares, sums, errors = zeros, zeros, zeros
     for rows in pieces:
         own, target = sides(sae, rows)
         pivot = target.double().mean(0) if pivot is None else pivot
         around = target.double() - pivot
-        squares, sums = squares + float(around.square().sum()), sums + around.sum(0)
+        squares, sums = squares + around.square().sum(0), sums + around.sum(0)
         x_hat, values, features = active_codes(sae, own)
         active += torch.bincount(features, minlength=len(active))
-        squared_error[done : done + len(rows)] = (target - x_hat).double().square().sum(1)
+        error = (target - x_hat).double().square()
+        squared_error[done : done + len(rows)], errors = error.sum(1), errors + error.sum(0)
         done += len(rows)
         total["cosine"] += float(torch.cosine_similarity(target, x_hat, dim=1).double().sum())
         total["l0"] += float(len(values))
@@ -246,11 +250,13 @@ def measure(
     if not math.isfinite(mse) and isinstance(of := getattr(sae, "sae", sae), torch.nn.Module):
         for name, weight in of.named_parameters():
             check_finite(f"sae.{name}", weight, "its scores mean nothing; fetch or train it again")
-    variance = (squares - float((sums / len(x)).square().sum()) * len(x)) / len(x)
+    by_dimension = squares / len(x) - (sums / len(x)).square()
+    variance = float(by_dimension.sum())
     scores = Reconstruction(
         **{name: value / len(x) for name, value in total.items()},
         mse=mse,
         fvu=mse / variance if variance > 0 else float("nan"),
+        fvu_by_dimension=unexplained(errors / len(x), by_dimension),
         alive_fraction=float((frequency > 0).double().mean()),
         n_tokens=len(x),
         dead_features=int((frequency == 0).sum()),

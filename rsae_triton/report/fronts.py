@@ -16,7 +16,7 @@ from rsae_triton.report.style import COLOURS, DASHES, NAMES
 from rsae_triton.report.svg import svg_file
 
 METRICS = (
-    *("mse", "fvu", "cosine", "l0", "l1", "alive_fraction", "delta_ce", "loss_recovered", "kl"),
+    *("mse", "fvu", "fvu_by_dimension", "cosine", "l0", "l1", "alive_fraction", "delta_ce", "loss_recovered", "kl"),
     *("negative", "dense_features", "size_p5", "size_p50", "size_p95"),
 )
 # Downstream scores exist only where sequences were spliced.

@@ -353,6 +353,14 @@ def scores(sae: SparseAutoencoder, x: Tensor) -> Scores:
         active += float((z != 0).sum())
         squares += (rows - sae.decode(z, rows)).double().square().sum(0)
     variance = x.double().var(0, correction=0) if len(x) > 1 else torch.zeros_like(squares)
+    return Scores(active / n, float(squares.sum()) / n, unexplained(squares / n, variance))
+
+
+def unexplained(errors: Tensor, variance: Tensor) -> float:
+    """The error of a dimension as a share of its variance, averaged over dimensions; almost constant ones are left out.
+
+    Args:
+        errors, variance: of each dimension, [d_in], the mean squared error and the variance.
+    """
     varies = variance > LEAST_VARIANCE * variance.mean()
-    unexplained = float((squares[varies] / n / variance[varies]).mean()) if bool(varies.any()) else 0.0
-    return Scores(active / n, float(squares.sum()) / n, unexplained)
+    return float((errors[varies] / variance[varies]).mean()) if bool(varies.any()) else 0.0
