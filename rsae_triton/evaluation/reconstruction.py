@@ -41,8 +41,9 @@ class Reconstruction:
     """Means over tokens, in the units the SAE works in.
 
     mse: ||x - x_hat||^2. fvu: mse over the variance of x around its mean. fvu_by_dimension: the same in each dimension,
-    averaged over the dimensions (see `sae.adding.unexplained`). cosine: of x and x_hat. l0: number of active features. l1: sum of |z| * ||W_dec row||. alive_fraction: fraction of the features that are active on at least one
-    of the n_tokens; dead_features: how many are not. dense_features: active on more than 10 % of the tokens;
+    averaged over the dimensions (see `sae.adding.unexplained`). cosine: of x and x_hat. l0: number of active features.
+    l1: sum of |z| * ||W_dec row||. alive_fraction: fraction of the features that are active on at least one of the
+    n_tokens; dead_features: how many are not. dense_features: active on more than 10 % of the tokens;
     dense_features_half: on more than half. negative: fraction of the active codes that are below zero. size_p5,
     size_p50, size_p95: quantiles of the active codes' |z| * ||W_dec row||, 0 where there are none.
     """
