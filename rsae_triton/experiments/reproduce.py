@@ -125,17 +125,16 @@ def reproduce(config: Reproduce) -> Path:
     sweeps, published = sweeps_of(config)
     cells: list[Cell] = [cell for one in sweeps for cell in one.cells()]
     known = {} if config.known is None else known_cells(config.known)
+    # A table has scores only: a cell whose SAEs are asked for is computed unless they are on disk.
+    taken = {cell: known[key] for cell in cells if (key := key_of(cell.identity())) in known and cell.saved()}
     if config.list:
         for cell in cells:
-            print(
-                "done   " if cell.finished() or key_of(cell.identity()) in known else "waiting",
-                cell.label,
-            )
+            print("done   " if cell in taken or cell.finished() else "waiting", cell.label)
         return config.out
     for one in sweeps:
         one.check()
-    for cell in cells:
-        if read_cell(cell.path) is None and (result := known.get(key_of(cell.identity()))) is not None:
+    for cell, result in taken.items():
+        if read_cell(cell.path) is None:
             write_cell(cell.path, result)
     results = run_cells(cells)
     write_sweep_report(config.out, results)

@@ -42,6 +42,7 @@ from rsae_triton.training.settings import KEPT_BY, trains
 from rsae_triton.upgrading.stage_one import upgrade
 
 SCHEMA = 1
+CHOICES = {"split": ("test", "validation"), "objective": ("mse", "mse+kl"), "trainable": tuple(KEPT_BY)}
 
 
 @dataclass(frozen=True)
@@ -125,12 +126,9 @@ class Sweep:
             raise ConfigError(f"--spliced {', '.join(sorted(strange))}: give names of contenders")
         if self.sequences == 1 or self.sequences < 0:
             raise ConfigError(f"--sequences is {self.sequences}; an interval takes at least 2 (0 for none)")
-        if self.split not in ("test", "validation"):
-            raise ConfigError(f"--split is {self.split!r}; choose test or validation")
-        if self.objective not in ("mse", "mse+kl"):
-            raise ConfigError(f"--objective is {self.objective!r}; choose mse or mse+kl")
-        if self.trainable not in KEPT_BY:
-            raise ConfigError(f"--trainable is {self.trainable!r}; choose {', '.join(KEPT_BY)}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"--{name} is {getattr(self, name)!r}; choose {', '.join(choices)}")
         for teacher in self.teachers:
             if teacher not in FAMILIES:
                 saved_teacher("--teachers", teacher)
@@ -195,8 +193,7 @@ class Cell:
             # Older cells had a start that did not depend on the teacher's sparsity: at any but the usual one the
             # numbers differ.
             **({"start": "the teacher's weight"} if self.sparsity != 1 or not plan else {}),
-            # Older cells had a ramp whose width did not depend on small codes: for codes denser than usual the numbers
-            # differ.
+            # Older cells had a ramp whose width did not depend on small codes: denser codes than usual differ.
             **({"width": "auto"} if self.sparsity > 1 or not plan else {}),
             "text": list(sweep.text),
             "contenders": list(sweep.contenders),
@@ -228,10 +225,15 @@ class Cell:
         """Where its SAEs are saved."""
         return self.sweep.out / "saes" / self.path.stem
 
+    def saved(self) -> bool:
+        """Whether its SAEs are on disk, if they are asked for. A bound has none, nor has a saved teacher's scratch."""
+        absent = {"pursuit"} if self.plan() else {"pursuit", "scratch"}
+        names = {"teacher", *self.sweep.contenders} - absent if self.sweep.save else set()
+        return all((self.folder / name / CONFIG_FILE).is_file() for name in names)
+
     def finished(self) -> bool:
         """Whether its scores are on disk, and its SAEs if they are asked for."""
-        names = ("teacher", *(one for one in self.sweep.contenders if one != "pursuit")) if self.sweep.save else ()
-        return all((self.folder / name / CONFIG_FILE).is_file() for name in names) and read_cell(self.path) is not None
+        return self.saved() and read_cell(self.path) is not None
 
 
 def key_of(identity: dict[str, Any]) -> str:

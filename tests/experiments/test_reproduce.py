@@ -10,6 +10,8 @@ import torch
 from rsae_triton.common.errors import ConfigError, FormatError
 from rsae_triton.experiments import reproduce as module
 from rsae_triton.experiments.reproduce import Reproduce, reproduce, sweeps_of
+from rsae_triton.experiments.sweep import Sweep
+from rsae_triton.teachers import ReluSAE
 
 TOML = """
 [small]
@@ -90,6 +92,38 @@ def test_cells_of_a_known_table_are_not_computed_again(small, tmp_path, monkeypa
         with pytest.raises(FormatError, match=re.escape(str(table))):
             reproduce(replace(fresh, out=tmp_path / "never"))
     assert not (tmp_path / "never").exists()
+
+
+def test_a_known_cell_whose_saes_are_asked_for_but_missing_is_computed(small, tmp_path, monkeypatch, capsys):
+    reproduce(small)
+    small.hosts.write_text(TOML.replace("steps = 10", "steps = 10\nsave = true"))
+    fresh = replace(small, out=tmp_path / "fresh", known=small.out / "table.json", seeds=(1,))
+
+    def listed():
+        capsys.readouterr()
+        reproduce(replace(fresh, list=True))
+        return [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+
+    assert listed() == ["waiting"] * 3
+    with monkeypatch.context() as never:
+        never.setattr("rsae_triton.experiments.sweep.run_cell", lambda *_: pytest.fail("computed"))
+        with pytest.raises(pytest.fail.Exception, match="computed"):
+            reproduce(fresh)
+    reproduce(fresh)
+    assert len(list(fresh.out.glob("saes/*/teacher/cfg.json"))) == 3
+    for scores in fresh.out.glob("cells/*.json"):
+        scores.unlink()
+    assert listed() == ["done"] * 3  # the SAEs are there, and the table has the scores
+
+
+def test_a_saved_teachers_cell_is_finished_without_an_sae_from_scratch(small, tmp_path):
+    ReluSAE(16, 32).save_pretrained(tmp_path / "mine")
+    names = {"teachers": (str(tmp_path / "mine"),), "contenders": ("scratch", "pursuit", "rsae"), "save": True}
+    cell = next(iter(Sweep(**names, out=tmp_path / "out").cells()))
+    for name in ("teacher", "rsae"):
+        assert not cell.saved()
+        ReluSAE(16, 32).save_pretrained(cell.folder / name)
+    assert cell.saved()
 
 
 def test_seeds_choose_cells_and_a_list_computes_nothing(small, capsys):
