@@ -155,12 +155,13 @@ def test_a_bad_configuration_is_named(small, text, error, words):
 
 
 def test_the_longer_run_is_the_grids_first_place_but_for_its_length():
-    (one,), _ = sweeps_of(Reproduce(host="smollm2-long"))
+    longer, _ = sweeps_of(Reproduce(host="smollm2-long"))
     (first, *_), _ = sweeps_of(Reproduce(host="smollm2"))
-    assert (one.hooks, one.widths, {*one.teachers}) == (first.hooks, first.widths, {*first.teachers})
-    # Four times the tokens, of a teacher as of a contender.
-    for steps in ("steps", "teacher_steps"):
-        assert getattr(one, steps) * one.batch_size == 4 * getattr(first, steps) * first.batch_size
+    for one in longer:
+        assert (one.hooks, one.widths, {*one.teachers}) == (first.hooks, first.widths, {*first.teachers})
+        # Four times the tokens, of a teacher as of a contender.
+        for steps in ("steps", "teacher_steps"):
+            assert getattr(one, steps) * one.batch_size == 4 * getattr(first, steps) * first.batch_size
 
 
 @pytest.mark.parametrize("host", ["smollm2", "gpt2", "pythia-160m", "gemma-2-2b"])
