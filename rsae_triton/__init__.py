@@ -6,7 +6,7 @@ Every public name is here; more is in `rsae_triton.activations`, `.teachers`, `.
 import rsae_triton.common.starting  # noqa: F401  (before torch)
 from rsae_triton.activations import ActivationStore, extract, extract_splits, load_corpus, load_host
 from rsae_triton.common.errors import RsaeError
-from rsae_triton.evaluation import compare, evaluate
+from rsae_triton.evaluation import compare, dimension_weights, evaluate
 from rsae_triton.features import feature, steer
 from rsae_triton.integrations import splice
 from rsae_triton.remez import GateFit, fit_gate
@@ -43,6 +43,7 @@ __all__ = [
     "Transcoder",
     "compare",
     "decode_sparse",
+    "dimension_weights",
     "encode_sparse",
     "evaluate",
     "extract",

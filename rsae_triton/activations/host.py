@@ -321,6 +321,20 @@ class HostModel:
         assert kl is not None
         return kl
 
+    def loss_gradient(self, tokens: torch.Tensor, hook_name: str | None, counted: torch.Tensor) -> torch.Tensor:
+        """Returns the gradient [B, T, d] of `next_token_loss`, summed where `counted` [B, T - 1] is true, by the
+        activations."""
+        name, kept = self.resolve_hook(hook_name), []
+
+        def leaf(value: torch.Tensor) -> torch.Tensor:
+            kept.append(value.detach().requires_grad_(True))
+            return kept[-1]
+
+        tokens = self._check_tokens(tokens)
+        with torch.enable_grad():
+            loss = _token_losses(self._logits(tokens, name, leaf, None), tokens, None).nll
+            return torch.autograd.grad((loss * counted.to(loss)).sum(), kept[-1])[0]
+
     def _logits(
         self, tokens: torch.Tensor, name: str, replace: Replace | None, resid: torch.Tensor | None
     ) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from rsae_triton.activations import ActivationStore, PairedStore, load_host
+from rsae_triton.activations import ActivationStore, HostModel, PairedStore, load_host
 from rsae_triton.common.checkpoint import read_info
 from rsae_triton.common.checks import check_integer, parse_device
 from rsae_triton.common.errors import ConfigError, FormatError, NumericsError
@@ -61,6 +61,11 @@ class Upgrade:
     validation: Path | None = None
     """Store of text that the teacher was not trained on, on which l0 is set (rounds); `--activations` when not
     given."""
+    model: str | None = None
+    """Let this language model choose the rounds by its loss: plain, weighed by what it listens to, or none. auto is the
+    model that the activations were read from."""
+    device: str | None = None
+    """Of that model: cpu or cuda; CUDA where there is one when not given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,16 +136,27 @@ def open_store(config: Upgrade | Train, shards: tuple[int, int] | None = None) -
     return PairedStore(store, ActivationStore(config.targets, shards=shards))
 
 
+def host_of(store: ActivationStore | PairedStore, model: str | None, device: str | None) -> HostModel:
+    """Loads the model of this name, or the one that the store was read from; raises ConfigError if that is unknown."""
+    source = model or store.manifest.get("model")
+    if not source:
+        raise ConfigError("the store of activations does not name the model it was read from; give --model")
+    return load_host(source, device=device, hook_name=store.manifest.get("hook_name"))
+
+
 def run_upgrade(config: Upgrade) -> Path:
     """Runs `rsae upgrade` and returns the folder of the Rational SAE."""
     parse_degree(config.degree)
     parse_coefficients(config.coefficients)
     parse_rounds(config.rounds)
     check_folder(config.out)
-    store = open_store(config)
+    store, teacher, host = open_store(config), load_sae(config.teacher), None
+    if config.model is not None:
+        host = host_of(store, None if config.model == "auto" else config.model, config.device)
     rsae = stage_1(
-        load_sae(config.teacher),
+        teacher,
         store,
+        host=host,
         degree=config.degree,
         form=config.form,
         coefficients=parse_coefficients(config.coefficients),
@@ -172,19 +188,16 @@ def run_train(config: Train) -> Path:
         share = mesh.data if mesh is not None and config.split_shards else None
         store = open_store(config, share)
         sae = load_sae(config.sae)
-        rounds = 1
+        aside = None
         if isinstance(sae, FusedRationalSAE) and config.rounds == "after":
             # Checkpoints hold what is being trained, and so does each process of a mesh.
             check_searched(sae)
-            rounds, sae.refinement = sae.rounds, None
+            aside, sae.refinement = sae.refinement, None
         own = sae if mesh is None else mesh.shard(sae)
         own.to(device if mesh is None else mesh.device)
         host = None
         if settings.objective != "mse":
-            source, place = config.model or store.manifest.get("model"), store.manifest.get("hook_name")
-            if not source:
-                raise ConfigError(f"{config.activations} does not name the model it was read from; give --model")
-            host = load_host(source, device=device, hook_name=place)
+            host = host_of(store, config.model, device)
         log = train(own, store, settings, mesh=mesh, host=host)
         if mesh is not None and mesh.rank:
             return config.out / "sae"
@@ -192,11 +205,11 @@ def run_train(config: Train) -> Path:
         print(f"mse {log.mse[-1]:.2f}  l0 {log.l0[-1]:.1f}  dead {log.dead[-1]}  {log.seconds:.0f} s")
     folder = export(config.out, config.out / "sae")
     sae = load_sae(folder)
-    if isinstance(sae, FusedRationalSAE) and (rounds > 1 or config.validation is not None):
+    if isinstance(sae, FusedRationalSAE) and (aside is not None or config.validation is not None):
         # As `train` does in memory; here the SAE is what the last checkpoint holds, and whole.
         held_out = store if config.validation is None else ActivationStore(config.validation)
-        finish_training(sae, rounds, held_out, settings.target_l0)
-        if rounds > 1:
+        finish_training(sae, aside, held_out, settings.target_l0)
+        if aside is not None:
             print(sae.metadata["rounds"]["summary"])
         sae.save_pretrained(folder)
     return folder

@@ -13,6 +13,7 @@ from rsae_triton.evaluation.ground_truth import (
     saelens_model,
     synthsaebench_model,
 )
+from rsae_triton.evaluation.listening import dimension_weights
 from rsae_triton.evaluation.matching import Matching, match_features
 from rsae_triton.evaluation.paired import Interval, mean_interval
 from rsae_triton.evaluation.probing import Probed, sparse_probe
@@ -32,6 +33,7 @@ __all__ = [
     "at_l0",
     "compare",
     "detect",
+    "dimension_weights",
     "evaluate",
     "match_features",
     "mean_interval",

@@ -16,7 +16,7 @@ from rsae_triton.activations.pairs import row_width
 from rsae_triton.common.checks import check_data, check_finite, check_number
 from rsae_triton.common.errors import ConfigError, ShapeError
 from rsae_triton.ops.sparse_ops import used
-from rsae_triton.sae.adding import unexplained
+from rsae_triton.sae.added import unexplained
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.sparse import SparseCode, decode_sparse, encode_sparse
 
@@ -41,7 +41,7 @@ class Reconstruction:
     """Means over tokens, in the units the SAE works in.
 
     mse: ||x - x_hat||^2. fvu: mse over the variance of x around its mean. fvu_by_dimension: the same in each dimension,
-    averaged over the dimensions (see `sae.adding.unexplained`). cosine: of x and x_hat. l0: number of active features.
+    averaged over the dimensions (see `sae.added.unexplained`). cosine: of x and x_hat. l0: number of active features.
     l1: sum of |z| * ||W_dec row||. alive_fraction: fraction of the features that are active on at least one of the
     n_tokens; dead_features: how many are not. dense_features: active on more than 10 % of the tokens;
     dense_features_half: on more than half. negative: fraction of the active codes that are below zero. size_p5,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,13 @@ if TYPE_CHECKING:
 WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec")
 ROUNDS = 2
 """How many rounds a contender has that is trained with more than one."""
+
+
+class Rounds(NamedTuple):
+    """How further rounds are added: activations [n, d_in] for their thresholds, weights of their dimensions."""
+
+    x: Tensor
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -61,56 +68,58 @@ def parse_contender(name: str) -> tuple[str, int]:
     return base, int(rounds) if mark else 0
 
 
-def contender(name: str, teacher: SparseAutoencoder, init: FusedRationalSAE, x: Tensor) -> Contender:
+def contender(
+    name: str, teacher: SparseAutoencoder, init: FusedRationalSAE, x: Tensor, weights: Tensor | None = None
+) -> Contender:
     """Makes the contender of this name.
 
     Args:
         name: one of CONTENDERS. teacher: the SAE being upgraded. init: the upgraded SAE after stage 1, with one round.
-            x: activations [n, d_in] to set the thresholds of further rounds on.
+            x: activations [n, d_in] to set the thresholds of further rounds on. weights: of their dimensions.
 
     Raises:
         ConfigError: an unknown name.
     """
     if name not in CONTENDERS:
         raise ConfigError(f"contender is {name!r}; choose from {', '.join(CONTENDERS)}")
-    return CONTENDERS[name](teacher, init, x)
+    return CONTENDERS[name](teacher, init, Rounds(x, weights))
 
 
-def _rsae(teacher: SparseAutoencoder, init: FusedRationalSAE, x: Tensor) -> Contender:
+def _rsae(teacher: SparseAutoencoder, init: FusedRationalSAE, how: Rounds) -> Contender:
     return Contender(copy.deepcopy(init), recipe_for(init))
 
 
-def _control(teacher: SparseAutoencoder, init: FusedRationalSAE, x: Tensor) -> Contender:
+def _control(teacher: SparseAutoencoder, init: FusedRationalSAE, how: Rounds) -> Contender:
     return Contender(copy.deepcopy(teacher), objective_of(teacher))
 
 
-def _control_compute(teacher: SparseAutoencoder, init: FusedRationalSAE, x: Tensor) -> Contender:
+def _control_compute(teacher: SparseAutoencoder, init: FusedRationalSAE, how: Rounds) -> Contender:
     """The control, trained for as many seconds as the contender "refined"."""
     return Contender(copy.deepcopy(teacher), objective_of(teacher), as_long_as="refined")
 
 
-def _rectangle(teacher: SparseAutoencoder, init: FusedRationalSAE, x: Tensor) -> Contender:
+def _rectangle(teacher: SparseAutoencoder, init: FusedRationalSAE, how: Rounds) -> Contender:
     return Contender(jumprelu_like(init, slope_to_h=True), recipe_for(init))
 
 
-def _refined(teacher: SparseAutoencoder, init: FusedRationalSAE, x: Tensor) -> Contender:
+def _refined(teacher: SparseAutoencoder, init: FusedRationalSAE, how: Rounds) -> Contender:
     """The Rational SAE, trained with two rounds."""
-    made = init.with_rounds(ROUNDS, x, target_l0=noted_l0(init))
+    made = init.with_rounds(ROUNDS, how.x, target_l0=noted_l0(init), weights=how.weights)
     return Contender(made, recipe_for(made))
 
 
-def _rectangle_refined(teacher: SparseAutoencoder, init: FusedRationalSAE, x: Tensor) -> Contender:
-    made = rectangle_gated(init).with_rounds(ROUNDS, x, target_l0=noted_l0(init))
+def _rectangle_refined(teacher: SparseAutoencoder, init: FusedRationalSAE, how: Rounds) -> Contender:
+    made = rectangle_gated(init).with_rounds(ROUNDS, how.x, target_l0=noted_l0(init), weights=how.weights)
     return Contender(made, recipe_for(made))
 
 
-def _thresholds(teacher: SparseAutoencoder, init: FusedRationalSAE, x: Tensor) -> Contender:
+def _thresholds(teacher: SparseAutoencoder, init: FusedRationalSAE, how: Rounds) -> Contender:
     """The teacher's weights with stage 1's fixed thresholds: what a TopK teacher gains by these without any
     training."""
     return Contender(jumprelu_like(init), None)
 
 
-CONTENDERS: dict[str, Callable[[SparseAutoencoder, FusedRationalSAE, Tensor], Contender]] = {
+CONTENDERS: dict[str, Callable[[SparseAutoencoder, FusedRationalSAE, Rounds], Contender]] = {
     "rsae": _rsae,
     "control": _control,
     "rectangle": _rectangle,
@@ -121,9 +130,9 @@ CONTENDERS: dict[str, Callable[[SparseAutoencoder, FusedRationalSAE, Tensor], Co
 }
 
 
-def more_rounds(sae: SparseAutoencoder, rounds: int, x: Tensor) -> FusedRationalSAE:
+def more_rounds(sae: SparseAutoencoder, rounds: int, x: Tensor, weights: Tensor | None = None) -> FusedRationalSAE:
     """Returns `sae` with an encoder of this many rounds, at the same l0. Nothing is trained."""
-    return sae.with_rounds(rounds, x)
+    return sae.with_rounds(rounds, x, weights=weights)
 
 
 def steps_for(entry: Contender, steps: int, logs: dict[str, TrainLog]) -> int:

@@ -27,6 +27,7 @@ from rsae_triton.common.names import EMBEDDED
 from rsae_triton.common.terminal import plain
 from rsae_triton.evaluation import compare
 from rsae_triton.evaluation.downstream import splice_of
+from rsae_triton.evaluation.listening import dimension_weights
 from rsae_triton.evaluation.pursuit import pursuit_bound
 from rsae_triton.experiments.contenders import contender, more_rounds, parse_contender, steps_for
 from rsae_triton.experiments.teach import FAMILIES, L0, TeacherPlan, make_teacher, saved_teacher, splits_for
@@ -42,6 +43,8 @@ from rsae_triton.training.settings import KEPT_BY, trains
 from rsae_triton.upgrading.stage_one import upgrade
 
 SCHEMA = 1
+# Options that came later; a cell that leaves them as they are keeps its identity.
+USUAL = {"center_writing_weights": False, "trainable": "all", "objective": "mse", "weighed": False}
 CHOICES = {"split": ("test", "validation"), "objective": ("mse", "mse+kl"), "trainable": tuple(KEPT_BY)}
 
 
@@ -89,6 +92,8 @@ class Sweep:
     without such parameters is the teacher itself."""
     objective: Literal["mse", "mse+kl"] = "mse"
     """What contenders minimise beside their sparsity: mse, or mse and KL with the language model in the loop."""
+    weighed: bool = False
+    """Weigh the dimensions of further rounds by how much the model listens to them (docs/rounds.md)."""
     batch_size: int = 512
     """Tokens per step."""
     sequences: int = 48
@@ -162,7 +167,7 @@ class Cell:
         if self.teacher not in FAMILIES:
             return None
         usual = RECIPES[self.teacher].weight
-        # The usual weights were chosen on the embedded model. Elsewhere they give any l0, so l0 itself is held.
+        # The usual weights were chosen on the embedded model; elsewhere l0 itself is held.
         held = min(L0 * self.sparsity, self.width / 4) if usual and self.sweep.model != EMBEDDED else None
         return TeacherPlan(
             family=self.teacher,
@@ -186,12 +191,9 @@ class Cell:
             "hook": self.hook,
             "seed": self.seed,
             **{name: getattr(sweep, name) for name in ("model", "tokens", "steps", "batch_size", "sequences", "split")},
-            **({"center_writing_weights": True} if sweep.center_writing_weights else {}),
-            **({"trainable": sweep.trainable} if sweep.trainable != "all" else {}),
+            **{name: value for name, usual in USUAL.items() if (value := getattr(sweep, name)) != usual},
             **({"spliced": list(sweep.spliced)} if sweep.spliced else {}),
-            **({"objective": sweep.objective} if sweep.objective != "mse" else {}),
-            # Older cells had a start that did not depend on the teacher's sparsity: at any but the usual one the
-            # numbers differ.
+            # Older cells had a start that did not depend on the teacher's sparsity: only at the usual one is it equal.
             **({"start": "the teacher's weight"} if self.sparsity != 1 or not plan else {}),
             # Older cells had a ramp whose width did not depend on small codes: denser codes than usual differ.
             **({"width": "auto"} if self.sparsity > 1 or not plan else {}),
@@ -355,6 +357,7 @@ def make_contenders(
     config = cell.sweep
     plan, target_l0 = cell.plan(), init.metadata["stage1"]["train_l0"]
     unseen = splits.validation.tensor().to(x.device)
+    weights = dimension_weights(host, splits.validation) if config.weighed else None
     saes: dict[str, SparseAutoencoder] = {"teacher": teacher, "init": init}
     logs: dict[str, TrainLog] = {}
     for name in config.contenders:
@@ -367,7 +370,7 @@ def make_contenders(
             longer = TeacherPlan(**{**asdict(plan), "steps": plan.steps + config.steps})
             saes[base], _ = make_teacher(longer, splits, x, label=f"{cell.label} scratch")
         if base not in saes:
-            entry = contender(base, teacher, init, unseen)
+            entry = contender(base, teacher, init, unseen, weights)
             saes[base] = entry.sae
             if entry.recipe is not None and trains(entry.sae, config.trainable):
                 logs[base] = train(
@@ -387,7 +390,7 @@ def make_contenders(
                     label=f"{cell.label} {base}",
                 )
         if rounds:
-            saes[name] = more_rounds(saes[base], rounds, unseen)
+            saes[name] = more_rounds(saes[base], rounds, unseen, weights)
     # A contender that was only trained to add rounds to it is not compared.
     wanted = ("teacher", "init", *config.contenders)
     return {name: sae for name, sae in saes.items() if name in wanted}, logs

@@ -75,6 +75,7 @@ class _GateConfig:
     output_scale_groups: int = 1
     activity_threshold_groups: int = 1
     rounds: int = 1
+    rounds_weighed: bool = False
 
 
 @dataclass
@@ -82,9 +83,10 @@ class RationalSAEConfig(SAEConfig, _GateConfig):
     """Configuration of a `RationalSAE`; the same as the cfg.json of our `save_pretrained`."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The same fields as ours. For one round there is no field `rounds`, as before rounds existed."""
+        """The same fields as ours: those of rounds only where they are needed."""
         made = super().to_dict()
-        return made if self.rounds != 1 else {name: value for name, value in made.items() if name != "rounds"}
+        usual = [name for name, one in (("rounds", 1), ("rounds_weighed", False)) if made[name] == one]
+        return {name: value for name, value in made.items() if name not in usual}
 
     @classmethod
     def architecture(cls) -> str:
@@ -102,7 +104,11 @@ class _Rational:
         """Makes b_enc and the gate. On the meta device the numbers will be loaded, so none are computed."""
         cfg = self.cfg
         self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae, dtype=self.dtype, device=self.device))
-        self.refinement = rounds.Refinement(cfg.d_sae, cfg.rounds, device=self.device) if cfg.rounds != 1 else None
+        weights = torch.ones(cfg.d_in) if cfg.rounds_weighed else None
+        more = (
+            rounds.Refinement(cfg.d_sae, cfg.rounds, weights=weights, device=self.device) if cfg.rounds != 1 else None
+        )
+        self.refinement = more
         fields = {name: getattr(cfg, name) for name in _GateConfig.__dataclass_fields__}
         if self.device.type == "meta":
             self.gate = RationalGate.from_config({**fields, "d_sae": cfg.d_sae})

@@ -11,6 +11,9 @@ In every round the candidates are the places with h_1 > theta_1 - C_in; everywhe
 alpha is an exact line search, and a safe rational function of the token. The code is y of the last round, set to zero
 where the search made it negative. For the gradient, the choices of entries (candidates, open, set to zero) are
 constants; everything else is differentiated, including alpha.
+
+With `weights`, one per dimension of x, r and W_dec are both multiplied by them in this: the search and the correction
+then see weights * e instead of e. h_1 and x_hat do not change.
 """
 
 from __future__ import annotations
@@ -42,7 +45,8 @@ from rsae_triton.ops.tiles import wide
 class RoundTensors(NamedTuple):
     """The parameters of the rounds after the first, per feature; float32 (float64 in the oracle).
 
-    a, b, eta, threshold: [rounds - 1, d_sae]. p: [rounds, d_sae]. unit: [d_sae]. epsilon: scalar.
+    a, b, eta, threshold: [rounds - 1, d_sae]. p: [rounds, d_sae]. unit: [d_sae]. epsilon: scalar. weights: [d_in],
+    how much an error counts in each dimension of x; None if it counts the same in all.
     """
 
     a: Tensor
@@ -52,6 +56,10 @@ class RoundTensors(NamedTuple):
     p: Tensor
     unit: Tensor
     epsilon: Tensor
+    weights: Tensor | None = None
+
+    def to(self, dtype: torch.dtype) -> RoundTensors:
+        return self._replace(**{name: one.to(dtype) for name, one in self._asdict().items() if one is not None})
 
 
 class RoundCode(NamedTuple):
@@ -108,6 +116,8 @@ def reference(
         hidden = centred(x, b_dec if subtract else None, dtype) @ W_enc.to(dtype) + b_enc.to(dtype)
     h = hidden.to(exact)
     r, W = x.to(exact) - b_dec.to(exact), W_dec.to(exact)
+    if more.weights is not None:
+        r, W = r * more.weights, W * more.weights
     there = ~(h <= gate.threshold - gate.input_scale)  # NaN counts as a candidate
 
     def gated(h: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -185,6 +195,7 @@ class Walk:
         spec: GateSpec,
         unit: Tensor,
         epsilon: Tensor,
+        weights: Tensor | None = None,
         *,
         subtract: bool = True,
         dtype: torch.dtype | None = None,
@@ -206,7 +217,10 @@ class Walk:
         self.there: Entries = found
         self._place = by_token(found, triton)
         own_b_dec = b_dec if across is None or across.first else b_dec.detach()
-        self.r, self._W = x.to(exact) - own_b_dec.to(exact), collected(W_dec if triton else W_dec.to(exact), triton)
+        self.r, W = x.to(exact) - own_b_dec.to(exact), W_dec if triton else W_dec.to(exact)
+        if weights is not None:
+            self.r, W = self.r * weights, W.to(exact) * weights
+        self._W, self._weights = collected(W, triton), weights
         self._spec, self._epsilon, self._across = spec, epsilon, across
         own = [one if len(one) == 1 < len(gate.threshold) else self.at(one) for one in gate[:6]]
         self._gate = GateTensors._make([*own, gate.activity_threshold])  # which a gated gate does not look at
@@ -242,6 +256,7 @@ class Walk:
         if self._across is not None or bool(off.any()):
             e = e + sum_of(decode_at(y[off], self.there.select(off), self._W), self._across)
             y = torch.where(off, 0, y)
+        e = e if self._weights is None else e / self._weights
         counts = sum_at(self.active - off.to(self.active.dtype), self.there)
         return RoundCode(self.there, y, counts, sum_at(y.abs(), self.there), e)
 
@@ -265,7 +280,7 @@ def on_entries(
             processes that hold features of this SAE. They exchange [n_tokens, d_in] sums: two per round, and two more
             in the backward pass. Gradients of b_dec are this process's share.
     """
-    walk = Walk(x, W_enc, b_enc, W_dec, b_dec, gate, spec, more.unit, more.epsilon, **options)
+    walk = Walk(x, W_enc, b_enc, W_dec, b_dec, gate, spec, more.unit, more.epsilon, more.weights, **options)
     walk.open(walk.theta)
     walk.search(walk.at(more.p[0]), last=len(more.a) == 0)
     for k in range(len(more.a)):

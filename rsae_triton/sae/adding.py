@@ -9,24 +9,25 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rsae_triton.common.checks import check_integer, check_number, check_seed
-from rsae_triton.common.errors import ConfigError
+from rsae_triton.common.errors import ConfigError, NumericsError, ShapeError
 from rsae_triton.ops.encode import product_dtype
 from rsae_triton.ops.reference import GateTensors
 from rsae_triton.ops.rounds import Walk, candidates
 from rsae_triton.ops.tiles import wide
 from rsae_triton.remez import fit_gate
+from rsae_triton.sae.added import AddedRounds, Scores, scores
 from rsae_triton.sae.architectures import JumpReluSAE, ReluSAE, TopKSAE
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.batch_topk import BatchTopKSAE
 from rsae_triton.sae.gate import RationalGate
-from rsae_triton.sae.like_teacher import LEAST_TOKENS, few_tokens, ramp_width, sample, teacher_thresholds
+from rsae_triton.sae.like_teacher import ramp_width, sample, teacher_thresholds
 from rsae_triton.sae.rational import FusedRationalSAE
 from rsae_triton.sae.rounds import EPSILON, STARTS, check_rounds
 from rsae_triton.sae.topk_rational import TopKRationalSAE
@@ -37,73 +38,11 @@ SEARCHED = 2048
 STEPS = (0.2, 0.1)
 """The changes that are tried on each of them, as long as they help."""
 LIMITS = (-0.5, 1.5)
-LEAST_VARIANCE = 1e-6
-"""Dimensions whose variance is below this share of the mean one count as constant."""
 TRIES = 8
 """Attempts to compensate for codes that the last search makes negative."""
 Starts = tuple[float, float, float]
 
 
-class Scores(NamedTuple):
-    """What a code reaches on a sample. unexplained: the error of a dimension of x as a share of its variance, averaged
-    over the dimensions (almost constant ones left out). The mse weighs a dimension by its variance; a language model
-    may read a small one too."""
-
-    l0: float
-    mse: float
-    unexplained: float
-
-
-@dataclass(frozen=True)
-class AddedRounds:
-    """What adding rounds did; kept in the SAE's metadata under "rounds".
-
-    rounds: the number of rounds. a, b, eta: the values that all features start from; None if the SAE had rounds
-    already.
-    target_l0: what the thresholds were set for. l0, mse, unexplained (see `Scores`): on the sample of n_tokens.
-    l0_before, mse_before, unexplained_before: of the original SAE on the same sample.
-    """
-
-    rounds: int
-    a: float | None
-    b: float | None
-    eta: float | None
-    target_l0: float
-    l0: float
-    mse: float
-    l0_before: float
-    mse_before: float
-    n_tokens: int
-    unexplained: float = 0.0
-    unexplained_before: float = 0.0
-
-    @property
-    def change(self) -> str:
-        """The change of the mse in per cent, as text."""
-        return f"{100 * (self.mse / self.mse_before - 1):+.1f} %" if self.mse_before > 0 else "0 %"
-
-    @property
-    def caution(self) -> str | None:
-        """What to say if the mse falls but the error relative to each dimension's variance does not; else None."""
-        if self.n_tokens < LEAST_TOKENS or self.mse >= self.mse_before or self.unexplained <= self.unexplained_before:
-            return None
-        return (
-            f"a round changes the mse by {self.change}, but some dimensions of small variance get worse: the error as "
-            f"a share of a dimension's variance, averaged over dimensions, goes from {self.unexplained_before:.3f} to "
-            f"{self.unexplained:.3f}. The loss of the language model may not fall, or may rise: compare delta_ce"
-        )
-
-    @property
-    def summary(self) -> str:
-        if self.n_tokens < LEAST_TOKENS:
-            return f"{self.rounds} rounds, untrained; only {few_tokens(self.n_tokens)}"
-        return (
-            f"{self.rounds} rounds, untrained: mse {self.mse_before:.4g} -> {self.mse:.4g} ({self.change}) at l0 "
-            f"{self.l0:.2f} (before: {self.l0_before:.2f})"
-        )
-
-
-@in_store_units
 @in_store_units
 @torch.no_grad()
 def with_rounds(
@@ -112,6 +51,7 @@ def with_rounds(
     activations: Tensor | Any,
     *,
     target_l0: float | None = None,
+    weights: Tensor | None = None,
     n_tokens: int = 8192,
     seed: int = 0,
 ) -> FusedRationalSAE:
@@ -125,38 +65,62 @@ def with_rounds(
         activations: an `ActivationStore`, or [n, d_in] in the SAE's units; best of text that the SAE was not trained
             on, so that l0 on other text is the same.
         target_l0: mean number of active features; that of `sae` on these activations when None.
+        weights: [d_in], how much an error counts in each dimension of the activations, for the search and the
+            correction of further rounds; only their ratios matter. `rsae_triton.dimension_weights(host, activations)`
+            measures what a language model listens to. None: all count the same.
         n_tokens: size of the sample of activations. seed: of the sample.
 
     Raises:
-        ConfigError: this SAE cannot have these rounds.
+        ConfigError: this SAE cannot have these rounds, or has rounds already that weigh dimensions otherwise.
         ShapeError, NumericsError: activations that do not fit or are not finite.
     """
     check_seed(seed)
     check_integer("n_tokens", n_tokens, 1)
     if target_l0 is not None:
         check_number("target_l0", target_l0, above=0, most=sae.d_sae)
+    weights = check_weights(weights, sae.d_in)
     x = sample(activations, sae, n_tokens, seed)
     before = scores(sae, x)
     made = gated(sae, x)
     check_rounds(rounds, made.gate.spec())
-    facts = add_rounds(made, rounds, x, before.l0 if target_l0 is None else target_l0, before)
+    facts = add_rounds(made, rounds, x, before.l0 if target_l0 is None else target_l0, before, weights)
     if facts.caution:
         warnings.warn(facts.caution, stacklevel=4)
     made.metadata["rounds"] = {**asdict(facts), "summary": facts.summary}
     return made
 
 
-def add_rounds(sae: FusedRationalSAE, rounds: int, x: Tensor, target_l0: float, before: Scores) -> AddedRounds:
-    """Adds rounds to `sae` in place. before: on the same x, of the code to compare with."""
+def check_weights(weights: Any, d_in: int) -> Tensor | None:
+    """Returns weights of dimensions with mean 1, on the CPU. Raises ShapeError or NumericsError."""
+    if weights is None:
+        return None
+    weights = torch.as_tensor(weights).detach().float().cpu()
+    if weights.shape != (d_in,):
+        raise ShapeError(f"weights have shape {tuple(weights.shape)}; give one number per dimension, [d_in={d_in}]")
+    if not bool((weights.isfinite() & (weights > 0)).all()):
+        raise NumericsError("weights of dimensions must be positive and finite")
+    return weights / weights.mean()
+
+
+def add_rounds(
+    sae: FusedRationalSAE, rounds: int, x: Tensor, target_l0: float, before: Scores, weights: Tensor | None = None
+) -> AddedRounds:
+    """Adds rounds to `sae` in place. before: on the same x, of the code to compare with. weights: as in `with_rounds`,
+    with mean 1."""
     had = sae.refinement
+    if had is not None and weights is not None and (had.weights is None or not torch.equal(had.weights.cpu(), weights)):
+        raise ConfigError(
+            "this SAE has rounds already, which weigh dimensions otherwise; begin with with_rounds(1, ...)"
+        )
     starts: Starts | None = None
     if rounds == 1:
         sae.refinement = None
     elif had is not None:
         sae.refinement = had.with_rounds(rounds)
     else:
-        sae.refinement = sae._refinement(rounds)
+        sae.refinement = sae._refinement(rounds, weights)
         units = sae.normalization(x).apply(x).float() - sae.b_dec.float()
+        units = units if weights is None else units * weights.to(units)
         sae.refinement.epsilon.fill_(
             EPSILON * max(float(units.square().sum(1).mean()), torch.finfo(torch.float32).tiny)
         )
@@ -170,7 +134,7 @@ def add_rounds(sae: FusedRationalSAE, rounds: int, x: Tensor, target_l0: float, 
     a, b, eta = starts or (None, None, None)
     return AddedRounds(
         sae.rounds, a, b, eta, target_l0, after.l0, after.mse, before.l0, before.mse, len(x), after.unexplained,
-        before.unexplained,
+        before.unexplained, sae.refinement is not None and sae.refinement.weights is not None,
     )  # fmt: skip
 
 
@@ -239,13 +203,15 @@ def search_starts(sae: FusedRationalSAE, x: Tensor, target_l0: float) -> Starts:
     """Returns the a, b and eta, shared by all features, with the least error after two rounds at l0 `target_l0`."""
     walk = _first_round(sae, x)
     h, y, e, c = walk.h, walk.y, walk.e, walk.correction()
+    weights = None if sae.refinement is None else sae.refinement.weights
 
     def error(starts: Starts) -> float:
         walk.h, walk.y, walk.e = h, y, e
         walk.mix(*starts, c)
         walk.open(_shifted(walk, walk.theta, target_l0 * len(x))[0])
         walk.search(walk.unit.new_ones(()))
-        return float(walk.code().residual.double().square().sum())
+        residual = walk.code().residual.double()
+        return float((residual if weights is None else residual * weights).square().sum())
 
     best = STARTS
     least = error(best)
@@ -297,7 +263,8 @@ def _first_round(sae: FusedRationalSAE, x: Tensor) -> Walk:
     exact = wide(product_dtype(x))
     own = GateTensors(*(one.to(exact) for one in gate))
     weights = (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
-    numbers = (refinement.unit.to(exact), refinement.epsilon.to(exact))
+    more = refinement.tensors().to(exact)
+    numbers = (more.unit, more.epsilon, more.weights)
     walk = Walk(x, *weights, own, sae.gate.spec(), *numbers, subtract=sae.apply_b_dec_to_input)
     walk.open(walk.theta)
     walk.search(walk.at(refinement.p[0].to(exact)))
@@ -342,25 +309,3 @@ def _hold_one_round(sae: FusedRationalSAE, x: Tensor, target_l0: float) -> None:
     own = weight[there.features]
     shift = _shift(h, gate.threshold[there.features].to(h.dtype), own.to(h.dtype), wanted)
     gate.threshold.add_(shift * weight).clamp_(min=0)
-
-
-@torch.no_grad()
-def scores(sae: SparseAutoencoder, x: Tensor) -> Scores:
-    """The scores of `sae` on x [n, d_in], computed on some rows at a time."""
-    active, squares, n = 0.0, torch.zeros(x.shape[1], dtype=torch.float64, device=x.device), max(len(x), 1)
-    for rows in x.split(SEARCHED):
-        z = sae.encode(rows)
-        active += float((z != 0).sum())
-        squares += (rows - sae.decode(z, rows)).double().square().sum(0)
-    variance = x.double().var(0, correction=0) if len(x) > 1 else torch.zeros_like(squares)
-    return Scores(active / n, float(squares.sum()) / n, unexplained(squares / n, variance))
-
-
-def unexplained(errors: Tensor, variance: Tensor) -> float:
-    """The error of a dimension as a share of its variance, averaged over dimensions; almost constant ones are left out.
-
-    Args:
-        errors, variance: of each dimension, [d_in], the mean squared error and the variance.
-    """
-    varies = variance > LEAST_VARIANCE * variance.mean()
-    return float((errors[varies] / variance[varies]).mean()) if bool(varies.any()) else 0.0

@@ -171,6 +171,7 @@ class SparseAutoencoder(Pretrained):
         activations: Any,
         *,
         target_l0: float | None = None,
+        weights: Tensor | None = None,
         n_tokens: int = 8192,
         seed: int = 0,
     ) -> Any:
@@ -180,7 +181,8 @@ class SparseAutoencoder(Pretrained):
         """
         # Imported here, because the module that adds rounds imports this one.
         adding = importlib.import_module("rsae_triton.sae.adding")
-        return adding.with_rounds(self, rounds, activations, target_l0=target_l0, n_tokens=n_tokens, seed=seed)
+        options = {"target_l0": target_l0, "weights": weights, "n_tokens": n_tokens, "seed": seed}
+        return adding.with_rounds(self, rounds, activations, **options)
 
     def extra_repr(self) -> str:
         """Sizes, place, units and, where known, l0 and the scale of the activations."""

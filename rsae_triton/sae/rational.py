@@ -39,7 +39,8 @@ class FusedRationalSAE(SparseAutoencoder):
             rational, groups=d_sae gives every feature its own.
         gate: a ready `RationalGate`, from which the six arguments above are then taken.
         rounds: how many rounds the encoder makes (docs/rounds.md); more than one needs form="gated". Their numbers are
-            first guesses: `upgrade` and `with_rounds` search for them on activations.
+            first guesses: `upgrade` and `with_rounds` search for them on activations. weighed: whether the further
+            rounds weigh the dimensions of x; the weights are then in `refinement.weights`, at first all 1.
         backend: "auto", "triton", "cpu" or "eager" (see `rsae_triton.ops.encode`).
         apply_b_dec_to_input, normalize_activations, dtype, device, metadata, generator, initialise: see
             `SparseAutoencoder`.
@@ -63,6 +64,7 @@ class FusedRationalSAE(SparseAutoencoder):
         backward: str = "soft",
         gate: RationalGate | None = None,
         rounds: int = 1,
+        weighed: bool = False,
         backend: str = "auto",
         apply_b_dec_to_input: bool = True,
         normalize_activations: str = "none",
@@ -92,17 +94,19 @@ class FusedRationalSAE(SparseAutoencoder):
             raise ConfigError(f"the gate has d_sae={gate.d_sae}, the SAE d_sae={d_sae}; they must agree")
         self.gate = gate.to(device) if device is not None else gate
         check_rounds(rounds, self.gate.spec())
-        self.refinement = self._refinement(rounds) if rounds > 1 else None
+        self.refinement = self._refinement(rounds, torch.ones(d_in) if weighed else None) if rounds > 1 else None
         self.backend = backend
         resolve_backend(backend if backend != "triton" else "auto", self.W_enc.device, dtype)
 
-    def _refinement(self, rounds: int) -> Refinement:
-        made = Refinement(self.d_sae, rounds, device=self.gate.threshold.device)
+    def _refinement(self, rounds: int, weights: Tensor | None = None) -> Refinement:
+        made = Refinement(self.d_sae, rounds, weights=weights, device=self.gate.threshold.device)
         with torch.no_grad():
             made.threshold.copy_(self.gate.threshold)
             made.epsilon.fill_(EPSILON * self.d_in)
             # Uninitialised weights have no norms yet.
-            squares = self.W_dec.float().square().sum(1)
+            squares = (
+                (self.W_dec.float() if made.weights is None else self.W_dec.float() * made.weights).square().sum(1)
+            )
             made.unit.copy_(torch.where((squares > 0) & squares.isfinite(), 1 / squares, 0))
         return made
 
@@ -249,13 +253,15 @@ class FusedRationalSAE(SparseAutoencoder):
         )
 
     def config(self) -> dict[str, Any]:
-        rounds = {"rounds": self.rounds} if self.rounds > 1 else {}  # files of SAEs with one round stay as they were
-        return {**super().config(), **self.gate.config(), **rounds}
+        more: dict[str, Any] = {}  # files of SAEs with one round, or without weights, stay as they were
+        if self.refinement is not None:
+            more = {"rounds": self.rounds, **({} if self.refinement.weights is None else {"rounds_weighed": True})}
+        return {**super().config(), **self.gate.config(), **more}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        rounds = config.get("rounds", 1)
-        return cls(gate=RationalGate.from_config(config), rounds=rounds, **cls.common_arguments(config))
+        more = {"rounds": config.get("rounds", 1), "weighed": config.get("rounds_weighed", False)}
+        return cls(gate=RationalGate.from_config(config), **more, **cls.common_arguments(config))
 
     @classmethod
     def from_files(cls, config: dict[str, Any], weights: dict[str, Tensor], source: str | Path) -> Self:

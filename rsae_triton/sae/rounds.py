@@ -41,12 +41,17 @@ class Refinement(Precise):
             in the next pre-activation. threshold: [rounds - 1, d_sae], of the gates after the first. p: [rounds,
             d_sae], each feature's weight in a round's search. All of these are trained.
         unit: [d_sae], 1 / ||W_dec row||^2 when the rounds were added. epsilon: of the search, in squared units of x.
+        weights: [d_in], how much an error counts in each dimension of x (unit is then of weighed rows); None if it
+            counts the same in all.
     """
 
     unit: Tensor
     epsilon: Tensor
+    weights: Tensor | None
 
-    def __init__(self, d_sae: int, rounds: int, *, device: torch.device | None = None) -> None:
+    def __init__(
+        self, d_sae: int, rounds: int, *, weights: Tensor | None = None, device: torch.device | None = None
+    ) -> None:
         super().__init__()
         check_integer("rounds", rounds, 2, MOST_ROUNDS)
         check_room(f"{rounds} rounds of d_sae={d_sae}", (5, rounds, d_sae), torch.float32)
@@ -58,13 +63,14 @@ class Refinement(Precise):
         self.threshold, self.p = full(rounds - 1, 0.0), full(rounds, 1.0)
         self.register_buffer("unit", torch.ones(d_sae, device=device))
         self.register_buffer("epsilon", torch.ones((), device=device))
+        self.register_buffer("weights", None if weights is None else weights.detach().float().to(device))
 
     @property
     def rounds(self) -> int:
         return len(self.p)
 
     def tensors(self) -> RoundTensors:
-        return RoundTensors(self.a, self.b, self.eta, self.threshold, self.p, self.unit, self.epsilon)
+        return RoundTensors(self.a, self.b, self.eta, self.threshold, self.p, self.unit, self.epsilon, self.weights)
 
     @torch.no_grad()
     def constrain_(self) -> None:
@@ -87,7 +93,7 @@ class Refinement(Precise):
     def with_rounds(self, rounds: int) -> Refinement:
         """Returns these parameters for another number of rounds: the first of them, or all with the last one
         repeated."""
-        made = Refinement(self.p.shape[1], rounds, device=self.p.device)
+        made = Refinement(self.p.shape[1], rounds, weights=self.weights, device=self.p.device)
         own = [*range(self.rounds), *[self.rounds - 1] * rounds][:rounds]
         for name in ("a", "b", "eta", "threshold"):
             getattr(made, name).copy_(getattr(self, name)[[max(k - 1, 0) for k in own[1:]]])
@@ -101,6 +107,8 @@ class Refinement(Precise):
         for name, values in (("unit", self.unit), ("threshold", self.threshold)):
             if bool((values < 0).any()):
                 raise NumericsError(f"refinement.{name} must not be negative; got {float(values.min()):g}")
+        if self.weights is not None and not bool((self.weights > 0).all()):
+            raise NumericsError(f"refinement.weights must be positive; got {float(self.weights.min()):g}")
         if not bool(self.epsilon > 0):
             raise NumericsError(f"refinement.epsilon must be positive; got {float(self.epsilon):g}")
 
@@ -242,7 +250,7 @@ def _arguments(
     check_inputs(x, sae.W_enc, sae.b_enc, sae.b_dec, sae.W_dec, gate, spec)
     exact = wide(product_dtype(x))
     gate = GateTensors(*(one.to(exact) for one in gate))
-    more = RoundTensors(*(one.to(exact) for one in refinement.tensors()))
+    more = refinement.tensors().to(exact)
     return x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, gate, spec, more
 
 

@@ -305,7 +305,7 @@ def feature_axes(sae: SparseAutoencoder) -> dict[str, int | None]:
     def axis(name: str, tensor: Tensor) -> int | None:
         if name == "W_enc" or (name.startswith("refinement.") and tensor.dim() == 2):
             return 1
-        shared = name == "b_dec" or tensor.dim() == 0 or len(tensor) in (1, groups)
+        shared = name in ("b_dec", "refinement.weights") or tensor.dim() == 0 or len(tensor) in (1, groups)
         return None if shared else 0
 
     return {name: axis(name, tensor) for name, tensor in sae.state_dict().items()}

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from rsae_triton.common.errors import ConfigError
-from rsae_triton.sae.adding import add_rounds, hold_l0, scores
+from rsae_triton.sae.added import scores
+from rsae_triton.sae.adding import add_rounds, hold_l0
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.like_teacher import sample
 from rsae_triton.sae.rational import FusedRationalSAE
+from rsae_triton.sae.rounds import Refinement
 from rsae_triton.sae.units import reading
 from rsae_triton.training.settings import TrainSettings
 
@@ -53,7 +55,7 @@ def rounds_aside(
             held_out = activations if validation is None else validation
             with reading(sae, held_out):
                 rows = _rows(held_out, settings) if validation is None else validation
-                finish_training(sae, refinement.rounds if aside and refinement else 1, rows, settings.target_l0)
+                finish_training(sae, refinement if aside else None, rows, settings.target_l0)
 
     if not aside or not isinstance(sae, FusedRationalSAE):
         if refinement is not None:
@@ -68,14 +70,16 @@ def rounds_aside(
             sae.refinement = refinement
 
 
-def finish_training(sae: SparseAutoencoder, rounds: int, activations: Any, target_l0: float | str | None) -> None:
-    """Adds the rounds that training left aside (if `rounds` is more than 1) and sets l0, in place.
+def finish_training(
+    sae: SparseAutoencoder, aside: Refinement | None, activations: Any, target_l0: float | str | None
+) -> None:
+    """Adds the rounds that training left aside (None if there were none) and sets l0, in place.
 
     target_l0: of the training's settings. A number is what l0 is set to; otherwise it is the teacher's.
     """
     given = float(target_l0) if isinstance(target_l0, int | float) else None
-    if rounds > 1 and isinstance(sae, FusedRationalSAE):
-        put_back(sae, rounds, activations, given)
+    if aside is not None and isinstance(sae, FusedRationalSAE):
+        put_back(sae, aside, activations, given)
     else:
         set_l0(sae, activations, given)
 
@@ -116,13 +120,14 @@ def moderate_starts(sae: SparseAutoencoder) -> None:
 
 
 @torch.no_grad()
-def put_back(sae: FusedRationalSAE, rounds: int, activations: Any, target_l0: float | None = None) -> None:
-    """Adds rounds, in place, to an SAE that was trained without; at `target_l0`, or else at the l0 that the original
-    rounds were made for."""
+def put_back(sae: FusedRationalSAE, aside: Refinement, activations: Any, target_l0: float | None = None) -> None:
+    """Adds as many rounds as `aside` has, with its weights of dimensions, in place, to an SAE that was trained without;
+    at `target_l0`, or else at the l0 that the original rounds were made for."""
     with reading(sae, activations):
         x = sample(activations, sae, SAMPLE, 0)
         before = scores(sae, x)
-        facts = add_rounds(sae, rounds, x, target_l0 or noted_l0(sae) or max(before.l0, 1.0), before)
+        l0 = target_l0 or noted_l0(sae) or max(before.l0, 1.0)
+        facts = add_rounds(sae, aside.rounds, x, l0, before, aside.weights)
     sae.metadata["rounds"] = {**asdict(facts), "summary": facts.summary}
 
 

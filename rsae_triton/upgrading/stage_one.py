@@ -15,9 +15,12 @@ from torch import Tensor
 
 from rsae_triton.common.checks import check_data, check_finite, check_integer, check_number, check_seed, shown
 from rsae_triton.common.errors import ConfigError, NumericsError
+from rsae_triton.evaluation.listening import dimension_weights, spliced_losses
+from rsae_triton.evaluation.paired import mean_interval
 from rsae_triton.ops.encode import resolve_backend
 from rsae_triton.remez.problem import parse_degree as remez_degree
-from rsae_triton.sae.adding import AddedRounds, add_rounds, scores
+from rsae_triton.sae.added import AddedRounds, scores
+from rsae_triton.sae.adding import add_rounds
 from rsae_triton.sae.architectures import JumpReluSAE, ReluSAE, TopKSAE
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.batch_topk import BatchTopKSAE
@@ -79,7 +82,8 @@ class StageOne:
             return f"nothing trained. {self.rounds.summary}. The first round alone: {one}"
         return (
             f"nothing trained: mse {self.rounds.change} at the teacher's l0 ({self.rounds.rounds} rounds, l0 "
-            f"{self.rounds.l0:.2f} against {self.rounds.l0_before:.2f}). The first round alone: {one}"
+            f"{self.rounds.l0:.2f} against {self.rounds.l0_before:.2f}{self.rounds.asked}). The first round alone: "
+            f"{one}"
         )
 
 
@@ -117,6 +121,7 @@ def upgrade(
     tolerance: float = 0.0085,
     rounds: str | int = "auto",
     validation: Tensor | Any | None = None,
+    host: Any = None,
     n_tokens: int = 8192,
     backend: str = "auto",
     seed: int = 0,
@@ -150,6 +155,10 @@ def upgrade(
         validation: [n, d_in] or a store of text that the teacher was not trained on, best some 10,000 tokens. The
             thresholds of the last round are set there, and its l0 is the one that `train(validation=...)` restores.
             None: `activations` are used; if the teacher was trained on them, its l0 there is lower than on new text.
+        host: the language model that the activations (a store) were read from. It then chooses the rounds, by its loss
+            on 16 spliced sequences: weighed by how much it listens to each dimension (`dimension_weights`) where that
+            is better than plain ones beyond the 95 % interval; with rounds="auto" none, if they do not lower the loss.
+            For models with a few huge dimensions (docs/rounds.md).
         n_tokens: how many activations to calibrate on. backend: of the result. seed: of the sample.
 
     Returns:
@@ -176,6 +185,8 @@ def upgrade(
         raise ConfigError("thresholds='token' is for the gated form of a TopK teacher; use thresholds='feature'")
     if thresholds == "token" and isinstance(teacher, Transcoder):
         raise ConfigError("thresholds='token' is for SAEs; use thresholds='feature' for a transcoder")
+    if host is not None and (form == "direct" or thresholds == "token" or parse_rounds(rounds) == 1):
+        raise ConfigError("host chooses rounds, and this SAE gets none; leave one of them out")
     check_integer("n_tokens", n_tokens, 1)
     check_seed(seed)
     check_number("tolerance", tolerance, least=0)
@@ -271,7 +282,10 @@ def upgrade(
         with torch.no_grad():
             report = replace(report, validation_l0=float((teacher.encode(held) != 0).sum(1).float().mean()))
     if wanted != 1 and form != "direct" and not options:
-        added = refine(rsae, teacher, held, wanted)
+        if host is None:
+            added = refine(rsae, teacher, held, wanted)
+        else:
+            added = refine_for(host, validation if validation is not None else activations, rsae, teacher, held, wanted)
     report = replace(report, rounds=added)
     rsae.metadata["stage1"] = {**asdict(report), "summary": report.summary}
     if added is not None:
@@ -299,6 +313,33 @@ def refine(rsae: FusedRationalSAE, teacher: SparseAutoencoder, x: Tensor, rounds
     if advice:
         warnings.warn(advice, stacklevel=6)
     return added
+
+
+@torch.no_grad()
+def refine_for(
+    host: Any, store: Any, rsae: FusedRationalSAE, teacher: SparseAutoencoder, x: Tensor, rounds: int | None
+) -> AddedRounds | None:
+    """Like `refine`, but the host says which round is best, on the first sequences of the store."""
+    before = scores(teacher, x)
+    if before.l0 == 0:
+        return None
+    found: dict[str, tuple[FusedRationalSAE, AddedRounds]] = {}
+    for name, weights in (("plain", None), ("weighed", dimension_weights(host, store))):
+        made = copy.deepcopy(rsae)
+        found[name] = made, add_rounds(made, rounds or 2, x, before.l0, before, weights)
+    loss = spliced_losses(host, {"teacher": teacher, **{name: made for name, (made, _) in found.items()}}, store)
+    weighed = mean_interval(loss["sae:weighed"].ce - loss["sae:plain"].ce)
+    best = "weighed" if weighed.high < 0 else "plain"
+    gain = mean_interval(loss[f"sae:{best}"].ce - loss["sae:teacher"].ce)
+    if rounds is None and gain.mean >= 0:
+        warnings.warn(
+            f"no round was added: with one, the language model's loss is {gain.mean:.4f} nats higher; rounds=2 adds "
+            "one all the same",
+            stacklevel=6,
+        )
+        return None
+    rsae.refinement = found[best][0].refinement
+    return replace(found[best][1], delta_ce=gain.mean, weighed=best == "weighed")
 
 
 def parse_degree(degree: str | tuple[int, int]) -> tuple[int, int] | None:

@@ -6,7 +6,7 @@ from rsae_triton import FusedRationalSAE, RationalGate, fit_gate
 from rsae_triton.sae.gate import smooth_step
 
 D_IN, D_SAE = 16, 40
-FORMS = ["gated", "direct", "direct per feature", "gated grouped", "groups assigned", "free", "three rounds"]
+FORMS = ["gated", "direct", "direct per feature", "gated grouped", "groups assigned", "free", "three rounds", "weighed"]
 
 
 def rsae(form="gated", d_in=D_IN, **options):
@@ -29,6 +29,7 @@ def rsae(form="gated", d_in=D_IN, **options):
             "gated grouped": {"form": "gated", "groups": 8},
             "free": {"degree": (5, 4), "domain": "free"},
             "three rounds": {"form": "gated", "backward": "rational", "rounds": 3},
+            "weighed": {"form": "gated", "backward": "rational", "rounds": 2, "weighed": True},
         }
         sae = FusedRationalSAE(d_in, D_SAE, generator=generator, **kinds[form], **options)
         with torch.no_grad():
@@ -42,6 +43,10 @@ def rsae(form="gated", d_in=D_IN, **options):
             getattr(sae, name).normal_(0, 0.3, generator=generator)
         sae.W_dec.mul_(0.5 + torch.rand(D_SAE, 1, generator=generator))
         if sae.refinement is not None:
-            sae.refinement.unit.copy_(1 / sae.W_dec.square().sum(1))
+            rows = sae.W_dec
+            if sae.refinement.weights is not None:
+                sae.refinement.weights.uniform_(0.3, 2, generator=generator)
+                rows = rows * sae.refinement.weights
+            sae.refinement.unit.copy_(1 / rows.square().sum(1))
     sae.metadata.update(hook_name="blocks.1.hook_resid_post", model_name="tiny", prepend_bos=True, context_size=16)
     return sae

@@ -124,7 +124,7 @@ def test_an_encoder_with_rounds(dtype, groups, device):
         0.3 + 0.2 * random(further, d_sae), 1 + 0.3 * random(further + 1, d_sae), 1 + 0.1 * random(d_sae),
         torch.tensor(1e-3),
     )  # fmt: skip
-    more = RoundTensors(*(one.to(device) for one in more))
+    more = [one.to(device) for one in more[:7]]
     # h is rounded in the narrow dtypes: the same h goes into both, so that no decision depends on it.
     h = ((inputs[0] - inputs[4]) @ inputs[1]).float() + inputs[2].float()
     results = []

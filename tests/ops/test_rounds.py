@@ -12,7 +12,7 @@ from rsae_triton.ops.rounds import RoundTensors
 SPEC = GateSpec(3, 2, "gated", backward="rational")
 
 
-def case(n=37, d_in=12, d_sae=50, further=2, theta=0.3, width=0.4, groups=1):
+def case(n=37, d_in=12, d_sae=50, further=2, theta=0.3, width=0.4, groups=1, weighed=False):
     """x, the four weights, a gate and what further rounds take, in float64."""
     generator = torch.Generator().manual_seed(n)
 
@@ -32,7 +32,7 @@ def case(n=37, d_in=12, d_sae=50, further=2, theta=0.3, width=0.4, groups=1):
     more = RoundTensors(
         0.3 + 0.2 * random(further, d_sae), 0.7 + 0.2 * random(further, d_sae), 0.6 + 0.2 * random(further, d_sae),
         theta + 0.2 * random(further, d_sae), 1 + 0.3 * random(further + 1, d_sae), 1 + 0.1 * random(d_sae),
-        torch.tensor(1e-3, dtype=torch.float64),
+        torch.tensor(1e-3, dtype=torch.float64), 0.3 + random(d_in) if weighed else None,
     )  # fmt: skip
     return [normal(n, d_in), W_enc, 0.1 * random(d_sae), W_dec, 0.1 * random(d_in)], gate, more
 
@@ -45,7 +45,7 @@ def dense(code, n, d_sae):
 def results(function, inputs, gate, more, spec=SPEC, frozen=(), **options):
     """Code, residual, sums, and the gradient of everything under one random loss that asks for all of them; `frozen`
     are places among x, the weights, the gate's tensors and the rounds' that have none."""
-    parts = [*inputs, *gate, *more]
+    parts = [*inputs, *gate, *(one for one in more if one is not None)]
     leaves = [one.detach().clone().requires_grad_(place not in frozen) for place, one in enumerate(parts)]
     x, *weights = leaves[:5]
     gate, more = GateTensors(*leaves[5:12]), RoundTensors(*leaves[12:])
@@ -71,6 +71,7 @@ CASES = {
     "all are candidates": {"theta": 0.0, "width": 50.0},
     "none is active": {"theta": 50.0},
     "coefficients per feature": {"groups": 50},
+    "weighed dimensions": {"weighed": True},
 }
 
 
@@ -113,7 +114,8 @@ CONSTANT = (0, 5, 6, 7, 8, 9, 11)
     GateSpec(3, 2, "gated", backward="rational", amplitude="identity"),
     GateSpec(3, 2, "gated", backward="soft", amplitude="identity"),
 ])  # fmt: skip
-@pytest.mark.parametrize("name", ["three rounds", "ragged", "all are candidates", "coefficients per feature"])
+@pytest.mark.parametrize("name", ["three rounds", "ragged", "all are candidates", "coefficients per feature",
+                                  "weighed dimensions"])  # fmt: skip
 def test_with_constant_coefficients(name, spec):
     inputs, gate, more = case(**CASES[name])
     wanted, by_autograd = results(rounds.reference, inputs, gate, more, spec, CONSTANT)
@@ -130,7 +132,7 @@ def test_float32_is_float64_to_rounding(engine, frozen, monkeypatch):
     inputs, gate, more = case(n=129, d_in=40, d_sae=101)
     truth, by_autograd = results(rounds.reference, inputs, gate, more, frozen=frozen)
     narrow = [one.float() for one in inputs]
-    gate, more = (type(one)(*(t.float() for t in one)) for one in (gate, more))
+    gate, more = GateTensors(*(one.float() for one in gate)), more.to(torch.float32)
     found, gradients = results(rounds.on_entries, narrow, gate, more, frozen=frozen)
     assert torch.equal(found[0] != 0, truth[0] != 0)  # else the rest says nothing
     for one, two in zip((*found, *gradients), (*truth, *by_autograd), strict=True):
@@ -219,7 +221,7 @@ def test_no_dtype_is_much_further_from_float64_than_the_reference_in_it(dtype):
     inputs, gate, more = case(n=64)
     exact = rounds.reference(*inputs, gate, SPEC, more).z
     narrow = [one.to(dtype) for one in inputs]
-    gate, more = (type(one)(*(t.float() for t in one)) for one in (gate, more))
+    gate, more = GateTensors(*(one.float() for one in gate)), more.to(torch.float32)
     with torch.no_grad():
         plain = rounds.reference(*narrow, gate, SPEC, more).z
         code = rounds.on_entries(*narrow, gate, SPEC, more)

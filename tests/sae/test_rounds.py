@@ -9,7 +9,7 @@ import torch
 
 from rsae_triton import FusedRationalSAE, upgrade
 from rsae_triton.common.errors import ConfigError, FormatError, NumericsError, ShapeError
-from rsae_triton.sae import adding
+from rsae_triton.sae import added, adding
 from rsae_triton.sae.adding import hold_l0
 from rsae_triton.teachers import BatchTopKSAE, JumpReluSAE, ReluSAE, TopKSAE
 from rsae_triton.upgrading import stage_one
@@ -78,25 +78,72 @@ def test_every_family_gains_at_its_own_l0_and_keeps_its_weights(family):
 
 def test_a_round_that_makes_small_dimensions_worse_is_told(monkeypatch):
     own = teacher()
-    found = adding.scores(own, X)
+    found = added.scores(own, X)
     error = (X - own.decode(own.encode(X), X)).double()
     wanted = (error.square().mean(0) / X.double().var(0, correction=0)).mean()
     assert found.unexplained == pytest.approx(wanted.item(), rel=1e-5)
     assert found.mse == pytest.approx(error.square().sum(1).mean().item(), rel=1e-5)
     almost_constant = X.clone()
     almost_constant[:, 3] = 0.3 + 1e-7 * torch.arange(len(X)) / len(X)
-    assert adding.scores(own, almost_constant).unexplained < 10
+    assert added.scores(own, almost_constant).unexplained < 10
 
     worse = iter((0.4, 0.5) * 3)
-    measured = adding.scores
+    measured = added.scores
     for module in (adding, stage_one):
         monkeypatch.setattr(module, "scores", lambda *one: measured(*one)._replace(unexplained=next(worse)))
     with pytest.warns(UserWarning, match=r"dimensions of small variance get worse.*0\.400 to 0\.500"):
         assert own.with_rounds(2, X).rounds == 2
     with pytest.warns(UserWarning, match="no round was added"):
         assert upgrade(own, X).rounds == 1
-    with pytest.warns(UserWarning, match="compare delta_ce"):
+    with pytest.warns(UserWarning, match="lets the model choose"):
         assert upgrade(own, X, rounds=2).rounds == 2
+
+
+def test_weights_of_dimensions_are_a_scaling_of_them():
+    weights = torch.linspace(0.2, 3, 32)
+    sae = teacher().with_rounds(3, X, weights=weights)
+    weights = weights / weights.mean()
+    scaled = teacher()
+    with torch.no_grad():
+        scaled.W_enc.div_(weights[:, None])
+        scaled.W_dec.mul_(weights)
+        scaled.b_dec.mul_(weights)
+    scaled = scaled.with_rounds(3, X * weights)
+    assert all(torch.equal(getattr(sae, name), getattr(teacher(), name)) for name in KEYS)
+    for name in ("a", "b", "eta"):
+        assert sae.metadata["rounds"][name] == scaled.metadata["rounds"][name]
+    wanted = scaled.encode(X * weights)
+    z = sae.encode(X)
+    assert float(((z != 0) != (wanted != 0)).double().mean()) < 1e-3
+    assert float((z - wanted).norm()) < 0.02 * float(wanted.norm())
+    assert not torch.allclose(z, teacher().with_rounds(3, X).encode(X), atol=0.01)
+    torch.testing.assert_close(sae(X), sae.decode(z), rtol=1e-4, atol=1e-4)
+    # equal weights are none
+    plain, ones = teacher().with_rounds(2, X), teacher().with_rounds(2, X, weights=torch.full((32,), 7.0))
+    torch.testing.assert_close(ones.encode(X), plain.encode(X))
+    assert "dimensions weighed" in ones.metadata["rounds"]["summary"]
+
+
+def test_weights_are_saved_kept_by_more_rounds_and_checked(tmp_path):
+    weights = torch.linspace(0.2, 3, 32)
+    sae = teacher().with_rounds(2, X, weights=weights)
+    sae.save_pretrained(tmp_path / "sae")
+    loaded = FusedRationalSAE.from_pretrained(tmp_path / "sae")
+    assert torch.equal(loaded.refinement.weights, sae.refinement.weights)
+    assert torch.equal(loaded.encode(X), sae.encode(X))
+    assert torch.equal(loaded.with_rounds(4, X, weights=weights).refinement.weights, sae.refinement.weights)
+    assert sae.with_rounds(1, X).refinement is None
+    with pytest.raises(ConfigError, match="weigh dimensions otherwise"):
+        sae.with_rounds(3, X, weights=weights.flip(0))
+    with pytest.raises(ShapeError, match="one number per dimension"):
+        teacher().with_rounds(2, X, weights=weights[:5])
+    for value in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(NumericsError, match="positive and finite"):
+            teacher().with_rounds(2, X, weights=weights.clone().index_fill_(0, torch.tensor([3]), value))
+    sae.refinement.weights[3] = -1.0
+    sae.save_pretrained(tmp_path / "wrong")
+    with pytest.raises(NumericsError, match=r"refinement\.weights"):
+        FusedRationalSAE.from_pretrained(tmp_path / "wrong")
 
 
 def test_rounds_set_on_one_sample_help_on_another(two):
