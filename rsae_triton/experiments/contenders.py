@@ -3,7 +3,8 @@
 Every contender starts from the same teacher and sees the same batches. "control" is the teacher, trained on with its
 own objective. "rectangle" is the second control: the Rational SAE's recipe, but with JumpReLU's rectangle kernel, as
 wide as the rational's ramp and centred at the threshold, in place of the rational. NAME@N is contender NAME (or the
-teacher) with an encoder of N rounds added afterwards, without training.
+teacher) with an encoder of N rounds added afterwards, without training. NAME@Nw: these rounds weigh the dimensions by
+how much the language model listens to them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -33,13 +34,6 @@ ROUNDS = 2
 """How many rounds a contender has that is trained with more than one."""
 
 
-class Rounds(NamedTuple):
-    """How further rounds are added: activations [n, d_in] for their thresholds, weights of their dimensions."""
-
-    x: Tensor
-    weights: Tensor | None = None
-
-
 @dataclass(frozen=True)
 class Contender:
     """An SAE to train, and the recipe; None leaves it untrained. as_long_as: a contender whose training time this one
@@ -50,13 +44,15 @@ class Contender:
     as_long_as: str | None = None
 
 
-def parse_contender(name: str) -> tuple[str, int]:
-    """Splits NAME or NAME@ROUNDS into (NAME, rounds); rounds is 0 if none are added.
+def parse_contender(name: str) -> tuple[str, int, bool]:
+    """Splits NAME, NAME@ROUNDS or NAME@ROUNDSw into (NAME, rounds, weighed); rounds is 0 if none are added.
 
     Raises:
         ConfigError: an unknown name, or rounds that are not a number above 1.
     """
     base, mark, rounds = name.partition("@")
+    weighed = rounds.endswith("w")
+    rounds = rounds.removesuffix("w")
     known = (*CONTENDERS, "scratch", "pursuit") + (("teacher",) if mark else ())
     if base not in known or (mark and base == "pursuit"):
         raise ConfigError(
@@ -65,61 +61,59 @@ def parse_contender(name: str) -> tuple[str, int]:
         )
     if mark and not (rounds.isascii() and rounds.isdigit() and 2 <= int(rounds) <= 64):
         raise ConfigError(f"contender is {name!r}; give 2 to 64 rounds, as in {base}@2")
-    return base, int(rounds) if mark else 0
+    return base, int(rounds) if mark else 0, weighed
 
 
-def contender(
-    name: str, teacher: SparseAutoencoder, init: FusedRationalSAE, x: Tensor, weights: Tensor | None = None
-) -> Contender:
+def contender(name: str, teacher: SparseAutoencoder, init: FusedRationalSAE, x: Tensor) -> Contender:
     """Makes the contender of this name.
 
     Args:
         name: one of CONTENDERS. teacher: the SAE being upgraded. init: the upgraded SAE after stage 1, with one round.
-            x: activations [n, d_in] to set the thresholds of further rounds on. weights: of their dimensions.
+            x: activations [n, d_in] to set the thresholds of further rounds on.
 
     Raises:
         ConfigError: an unknown name.
     """
     if name not in CONTENDERS:
         raise ConfigError(f"contender is {name!r}; choose from {', '.join(CONTENDERS)}")
-    return CONTENDERS[name](teacher, init, Rounds(x, weights))
+    return CONTENDERS[name](teacher, init, x)
 
 
-def _rsae(teacher: SparseAutoencoder, init: FusedRationalSAE, how: Rounds) -> Contender:
+def _rsae(teacher: SparseAutoencoder, init: FusedRationalSAE, x: Tensor) -> Contender:
     return Contender(copy.deepcopy(init), recipe_for(init))
 
 
-def _control(teacher: SparseAutoencoder, init: FusedRationalSAE, how: Rounds) -> Contender:
+def _control(teacher: SparseAutoencoder, init: FusedRationalSAE, x: Tensor) -> Contender:
     return Contender(copy.deepcopy(teacher), objective_of(teacher))
 
 
-def _control_compute(teacher: SparseAutoencoder, init: FusedRationalSAE, how: Rounds) -> Contender:
+def _control_compute(teacher: SparseAutoencoder, init: FusedRationalSAE, x: Tensor) -> Contender:
     """The control, trained for as many seconds as the contender "refined"."""
     return Contender(copy.deepcopy(teacher), objective_of(teacher), as_long_as="refined")
 
 
-def _rectangle(teacher: SparseAutoencoder, init: FusedRationalSAE, how: Rounds) -> Contender:
+def _rectangle(teacher: SparseAutoencoder, init: FusedRationalSAE, x: Tensor) -> Contender:
     return Contender(jumprelu_like(init, slope_to_h=True), recipe_for(init))
 
 
-def _refined(teacher: SparseAutoencoder, init: FusedRationalSAE, how: Rounds) -> Contender:
+def _refined(teacher: SparseAutoencoder, init: FusedRationalSAE, x: Tensor) -> Contender:
     """The Rational SAE, trained with two rounds."""
-    made = init.with_rounds(ROUNDS, how.x, target_l0=noted_l0(init), weights=how.weights)
+    made = init.with_rounds(ROUNDS, x, target_l0=noted_l0(init))
     return Contender(made, recipe_for(made))
 
 
-def _rectangle_refined(teacher: SparseAutoencoder, init: FusedRationalSAE, how: Rounds) -> Contender:
-    made = rectangle_gated(init).with_rounds(ROUNDS, how.x, target_l0=noted_l0(init), weights=how.weights)
+def _rectangle_refined(teacher: SparseAutoencoder, init: FusedRationalSAE, x: Tensor) -> Contender:
+    made = rectangle_gated(init).with_rounds(ROUNDS, x, target_l0=noted_l0(init))
     return Contender(made, recipe_for(made))
 
 
-def _thresholds(teacher: SparseAutoencoder, init: FusedRationalSAE, how: Rounds) -> Contender:
+def _thresholds(teacher: SparseAutoencoder, init: FusedRationalSAE, x: Tensor) -> Contender:
     """The teacher's weights with stage 1's fixed thresholds: what a TopK teacher gains by these without any
     training."""
     return Contender(jumprelu_like(init), None)
 
 
-CONTENDERS: dict[str, Callable[[SparseAutoencoder, FusedRationalSAE, Rounds], Contender]] = {
+CONTENDERS: dict[str, Callable[[SparseAutoencoder, FusedRationalSAE, Tensor], Contender]] = {
     "rsae": _rsae,
     "control": _control,
     "rectangle": _rectangle,
@@ -131,7 +125,7 @@ CONTENDERS: dict[str, Callable[[SparseAutoencoder, FusedRationalSAE, Rounds], Co
 
 
 def more_rounds(sae: SparseAutoencoder, rounds: int, x: Tensor, weights: Tensor | None = None) -> FusedRationalSAE:
-    """Returns `sae` with an encoder of this many rounds, at the same l0. Nothing is trained."""
+    """Returns `sae` with an encoder of this many rounds, at the same l0. Nothing is trained. weights: of dimensions."""
     return sae.with_rounds(rounds, x, weights=weights)
 
 

@@ -187,10 +187,12 @@ def split_name(name: str) -> tuple[str, int, Trainable]:
     """
     base, mark, rounds = name.partition("@")
     base, slash, trainable = base.partition("/")
-    parse_contender(base + mark + rounds)
+    _, added, weighed = parse_contender(base + mark + rounds)
+    if weighed:
+        raise ConfigError(f"contender is {name!r}; there is no language model to weigh dimensions by; leave w out")
     if base in ("scratch", "pursuit") or (slash and trainable not in KEPT_BY) or (slash and base == "teacher"):
         raise ConfigError(f"contender is {name!r}; give NAME, NAME@ROUNDS, NAME/encoder or NAME/gate")
-    return base, int(rounds) if mark else 0, cast(Trainable, trainable or "all")
+    return base, added, cast(Trainable, trainable or "all")
 
 
 @matmul_precision("highest")

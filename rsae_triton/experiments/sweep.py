@@ -43,8 +43,8 @@ from rsae_triton.training.settings import KEPT_BY, trains
 from rsae_triton.upgrading.stage_one import upgrade
 
 SCHEMA = 1
-# Options that came later; a cell that leaves them as they are keeps its identity.
-USUAL = {"center_writing_weights": False, "trainable": "all", "objective": "mse", "weighed": False}
+# Options that came later: a cell that leaves them as they are keeps its identity.
+USUAL = {"center_writing_weights": False, "trainable": "all", "objective": "mse"}
 CHOICES = {"split": ("test", "validation"), "objective": ("mse", "mse+kl"), "trainable": tuple(KEPT_BY)}
 
 
@@ -74,7 +74,8 @@ class Sweep:
     contenders: tuple[str, ...] = ("rsae", "control", "rectangle")
     """What is made of each teacher: rsae, control, rectangle, refined (trained through two rounds), rectangle-refined,
     control-compute (the control, as many seconds as refined took), thresholds, scratch; NAME@N for N untrained rounds
-    on one of these or on the teacher, as in teacher@2; pursuit for the bound by matching pursuit."""
+    on one of these or on the teacher, as in teacher@2, teacher@2w if they weigh dimensions by what the model listens
+    to; pursuit for the bound by matching pursuit."""
     model: str = "smollm2"
     """Host model: smollm2, a .gguf file, a model folder, or a hub id."""
     center_writing_weights: bool = False
@@ -92,8 +93,6 @@ class Sweep:
     without such parameters is the teacher itself."""
     objective: Literal["mse", "mse+kl"] = "mse"
     """What contenders minimise beside their sparsity: mse, or mse and KL with the language model in the loop."""
-    weighed: bool = False
-    """Weigh the dimensions of further rounds by how much the model listens to them (docs/rounds.md)."""
     batch_size: int = 512
     """Tokens per step."""
     sequences: int = 48
@@ -167,7 +166,7 @@ class Cell:
         if self.teacher not in FAMILIES:
             return None
         usual = RECIPES[self.teacher].weight
-        # The usual weights were chosen on the embedded model; elsewhere l0 itself is held.
+        # The usual weights were chosen on the embedded model. Elsewhere they give any l0, so l0 itself is held.
         held = min(L0 * self.sparsity, self.width / 4) if usual and self.sweep.model != EMBEDDED else None
         return TeacherPlan(
             family=self.teacher,
@@ -193,9 +192,9 @@ class Cell:
             **{name: getattr(sweep, name) for name in ("model", "tokens", "steps", "batch_size", "sequences", "split")},
             **{name: value for name, usual in USUAL.items() if (value := getattr(sweep, name)) != usual},
             **({"spliced": list(sweep.spliced)} if sweep.spliced else {}),
-            # Older cells had a start that did not depend on the teacher's sparsity: only at the usual one is it equal.
+            # The start of older cells did not depend on the teacher's sparsity: they differ but at the usual one.
             **({"start": "the teacher's weight"} if self.sparsity != 1 or not plan else {}),
-            # Older cells had a ramp whose width did not depend on small codes: denser codes than usual differ.
+            # Older cells had a ramp whose width did not depend on small codes, which denser codes than usual have.
             **({"width": "auto"} if self.sparsity > 1 or not plan else {}),
             "text": list(sweep.text),
             "contenders": list(sweep.contenders),
@@ -357,11 +356,11 @@ def make_contenders(
     config = cell.sweep
     plan, target_l0 = cell.plan(), init.metadata["stage1"]["train_l0"]
     unseen = splits.validation.tensor().to(x.device)
-    weights = dimension_weights(host, splits.validation) if config.weighed else None
     saes: dict[str, SparseAutoencoder] = {"teacher": teacher, "init": init}
     logs: dict[str, TrainLog] = {}
-    for name in config.contenders:
-        base, rounds = parse_contender(name)
+    names = {name: parse_contender(name) for name in config.contenders}
+    weights = dimension_weights(host, splits.validation) if any(one[2] for one in names.values()) else None
+    for name, (base, rounds, weighed) in names.items():
         if base == "pursuit":
             continue
         if base not in saes and base == "scratch":
@@ -370,7 +369,7 @@ def make_contenders(
             longer = TeacherPlan(**{**asdict(plan), "steps": plan.steps + config.steps})
             saes[base], _ = make_teacher(longer, splits, x, label=f"{cell.label} scratch")
         if base not in saes:
-            entry = contender(base, teacher, init, unseen, weights)
+            entry = contender(base, teacher, init, unseen)
             saes[base] = entry.sae
             if entry.recipe is not None and trains(entry.sae, config.trainable):
                 logs[base] = train(
@@ -390,10 +389,9 @@ def make_contenders(
                     label=f"{cell.label} {base}",
                 )
         if rounds:
-            saes[name] = more_rounds(saes[base], rounds, unseen, weights)
+            saes[name] = more_rounds(saes[base], rounds, unseen, weights if weighed else None)
     # A contender that was only trained to add rounds to it is not compared.
-    wanted = ("teacher", "init", *config.contenders)
-    return {name: sae for name, sae in saes.items() if name in wanted}, logs
+    return {name: sae for name, sae in saes.items() if name in ("teacher", "init", *names)}, logs
 
 
 def one_line(result: dict[str, Any]) -> str:

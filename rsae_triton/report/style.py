@@ -24,10 +24,12 @@ NAMES = {
     "refined": "RSAE, two rounds trained",
     "rectangle-refined": "rectangle, two rounds trained",
     "control-compute": "control, equal compute",
-    **{f"teacher@{n}": f"teacher + {n - 1} round{'s' * (n > 2)}, untrained" for n in range(2, 9)},
-    **{f"rsae@{n}": f"RSAE + {n - 1} round{'s' * (n > 2)}, untrained" for n in range(2, 9)},
-    **{f"rectangle@{n}": f"rectangle + {n - 1} round{'s' * (n > 2)}, untrained" for n in range(2, 9)},
-    **{f"control@{n}": f"control + {n - 1} round{'s' * (n > 2)}, untrained" for n in range(2, 9)},
+    **{
+        f"{base}@{n}{mark}": f"{said} + {n - 1} round{'s' * (n > 2)}, untrained{', weighed' * bool(mark)}"
+        for base, said in (("teacher", "teacher"), ("rsae", "RSAE"), ("rectangle", "rectangle"), ("control", "control"))
+        for n in range(2, 9)
+        for mark in ("", "w")
+    },
 }
 
 # For a white background; page.html holds the same names for a dark one. All values must differ, because the SVG writer

@@ -62,7 +62,7 @@ def test_differences_are_paired_by_seed(done):
 def test_names_of_contenders():
     assert split_name("teacher@3") == ("teacher", 3, "all")
     assert split_name("refined/gate@6") == ("refined", 6, "gate")
-    for bad in ("teacher", "rsae/decoder", "scratch", "rsae@x", "magic", "teacher/gate@2"):
+    for bad in ("teacher", "rsae/decoder", "scratch", "rsae@x", "magic", "teacher/gate@2", "rsae@2w"):
         with pytest.raises(ConfigError, match="contender is"):
             split_name(bad)
     with pytest.raises(ConfigError, match="--l0s"):

@@ -14,8 +14,16 @@ from rsae_triton import upgrade
 from rsae_triton.common.errors import ConfigError, FormatError
 from rsae_triton.evaluation.held_out import load_sae
 from rsae_triton.experiments import sweep as module
-from rsae_triton.experiments.contenders import Contender, contender, jumprelu_like, rectangle_gated, steps_for
+from rsae_triton.experiments.contenders import (
+    Contender,
+    contender,
+    jumprelu_like,
+    parse_contender,
+    rectangle_gated,
+    steps_for,
+)
 from rsae_triton.experiments.sweep import Sweep, sweep
+from rsae_triton.report import style
 from rsae_triton.report.fronts import front_figure, paired, summarise, sweep_tables
 from rsae_triton.report.paper_tables import paper_tables
 from rsae_triton.teachers import ReluSAE, TopKSAE
@@ -106,6 +114,25 @@ def test_scratch_and_thresholds_take_part(tiny):
     assert set(result["scores"]["matched_l0"]) == {"teacher", "init", *config.contenders}
     assert set(result["training"]) == {"rsae", "control"}
     assert result["scores"]["teacher"]["l0"] == pytest.approx(8, rel=0.01)  # k = 32 / 4
+
+
+def test_a_language_model_weighs_the_dimensions_of_rounds(tiny, monkeypatch):
+    asked = []
+
+    def weights(host, store):
+        asked.append(store)
+        return torch.linspace(0.2, 2, 16)
+
+    monkeypatch.setattr(module, "dimension_weights", weights)
+    names = ("teacher@2", "teacher@2w", "control@3w")
+    config = replace(tiny, sparsities=(1.0,), seeds=(0,), contenders=names)
+    splits = Splits()
+    found = module.run_cell(next(iter(config.cells())), Host(), splits)["scores"]["matched_l0"]
+    assert set(found) == {"teacher", "init", *names}
+    assert found["teacher@2"]["mse"] != found["teacher@2w"]["mse"]
+    assert asked == [splits.validation]
+    assert parse_contender("control@12w") == ("control", 12, True)
+    assert style.NAMES["teacher@2w"] == "teacher + 1 round, untrained, weighed"
 
 
 def test_contenders_that_keep_their_weights(tiny):

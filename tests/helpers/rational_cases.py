@@ -6,7 +6,16 @@ from rsae_triton import FusedRationalSAE, RationalGate, fit_gate
 from rsae_triton.sae.gate import smooth_step
 
 D_IN, D_SAE = 16, 40
-FORMS = ["gated", "direct", "direct per feature", "gated grouped", "groups assigned", "free", "three rounds", "weighed rounds"]
+FORMS = [
+    "gated",
+    "direct",
+    "direct per feature",
+    "gated grouped",
+    "groups assigned",
+    "free",
+    "three rounds",
+    "weighed rounds",
+]
 
 
 def rsae(form="gated", d_in=D_IN, **options):
