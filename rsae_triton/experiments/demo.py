@@ -56,6 +56,7 @@ from rsae_triton.sae.transcoder import Transcoder
 from rsae_triton.sae.units import scales_of, take_note
 from rsae_triton.training.loop import TrainLog, train
 from rsae_triton.training.settings import trains
+from rsae_triton.upgrading.asking import ask
 from rsae_triton.upgrading.stage_one import upgrade
 
 _SAVED = 7  # teacher, rsae, control, rectangle, and three of them with a round more
@@ -149,11 +150,12 @@ def run(demo: Demo) -> Path:
             logs["rectangle"] = train(second.sae, x, target_l0=target_l0, **options)
     if form != "direct" and unseen is not None:
         with stages.stage("One more round for the teacher, nothing trained"):
-            saes["rounds"] = teacher.with_rounds(2, unseen)
+            asked = ask(host, splits.validation, teacher, lambda weights: more_rounds(teacher, 2, unseen, weights))
+            saes["rounds"] = asked.sae
             console.print(f"  {saes['rounds'].metadata['rounds']['summary']}", markup=False)
         with stages.stage("One more round for the Rational SAE and the rectangle, after their training"):
             for name in ("rsae", "rectangle"):
-                saes[f"{name}-rounds"] = more_rounds(saes[name], 2, unseen)
+                saes[f"{name}-rounds"] = more_rounds(saes[name], 2, unseen, asked.weights)
     with stages.stage("Evaluation on held-out text"):
         metrics = score(demo, host, splits, saes, test)
     with stages.stage("Report"):

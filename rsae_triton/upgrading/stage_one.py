@@ -15,8 +15,6 @@ from torch import Tensor
 
 from rsae_triton.common.checks import check_data, check_finite, check_integer, check_number, check_seed, shown
 from rsae_triton.common.errors import ConfigError, NumericsError
-from rsae_triton.evaluation.listening import dimension_weights, spliced_losses
-from rsae_triton.evaluation.paired import mean_interval
 from rsae_triton.ops.encode import resolve_backend
 from rsae_triton.remez.problem import parse_degree as remez_degree
 from rsae_triton.sae.added import AddedRounds, scores
@@ -33,6 +31,7 @@ from rsae_triton.sae.transcoder import NO_ROUNDS, RationalTranscoder, Transcoder
 from rsae_triton.sae.units import in_store_units, scale_of, warn_of_units
 from rsae_triton.teachers import objects
 from rsae_triton.training.recipes import training_l0
+from rsae_triton.upgrading.asking import ask
 from rsae_triton.upgrading.direct import direct
 from rsae_triton.upgrading.gated import gated
 from rsae_triton.upgrading.sampling import Sample
@@ -319,27 +318,27 @@ def refine(rsae: FusedRationalSAE, teacher: SparseAutoencoder, x: Tensor, rounds
 def refine_for(
     host: Any, store: Any, rsae: FusedRationalSAE, teacher: SparseAutoencoder, x: Tensor, rounds: int | None
 ) -> AddedRounds | None:
-    """Like `refine`, but the host says which round is best, on the first sequences of the store."""
+    """Like `refine`, but the host says which rounds are best, on the first sequences of the store."""
     before = scores(teacher, x)
     if before.l0 == 0:
         return None
-    found: dict[str, tuple[FusedRationalSAE, AddedRounds]] = {}
-    for name, weights in (("plain", None), ("weighed", dimension_weights(host, store))):
-        made = copy.deepcopy(rsae)
-        found[name] = made, add_rounds(made, rounds or 2, x, before.l0, before, weights)
-    loss = spliced_losses(host, {"teacher": teacher, **{name: made for name, (made, _) in found.items()}}, store)
-    weighed = mean_interval(loss["sae:weighed"].ce - loss["sae:plain"].ce)
-    best = "weighed" if weighed.high < 0 else "plain"
-    gain = mean_interval(loss[f"sae:{best}"].ce - loss["sae:teacher"].ce)
-    if rounds is None and gain.mean >= 0:
+    facts: dict[int, AddedRounds] = {}
+
+    def made(weights: Tensor | None) -> FusedRationalSAE:
+        one = copy.deepcopy(rsae)
+        facts[id(one)] = add_rounds(one, rounds or 2, x, before.l0, before, weights)
+        return one
+
+    chosen = ask(host, store, teacher, made)
+    if rounds is None and chosen.gain >= 0:
         warnings.warn(
-            f"no round was added: with one, the language model's loss is {gain.mean:.4f} nats higher; rounds=2 adds "
+            f"no round was added: with one, the language model's loss is {chosen.gain:.4f} nats higher; rounds=2 adds "
             "one all the same",
             stacklevel=6,
         )
         return None
-    rsae.refinement = found[best][0].refinement
-    return replace(found[best][1], delta_ce=gain.mean, weighed=best == "weighed")
+    rsae.refinement = chosen.sae.refinement
+    return replace(facts[id(chosen.sae)], delta_ce=chosen.gain)
 
 
 def parse_degree(degree: str | tuple[int, int]) -> tuple[int, int] | None:

@@ -11,7 +11,7 @@ from rsae_triton.activations import HostModel, extract, load_corpus
 from rsae_triton.common.errors import ConfigError, NumericsError
 from rsae_triton.evaluation.downstream import Spliced, splice_of
 from rsae_triton.teachers import JumpReluSAE
-from rsae_triton.upgrading import stage_one
+from rsae_triton.upgrading import asking
 
 DEAF = 5
 """A dimension that the model's layers do not read."""
@@ -102,7 +102,7 @@ def test_the_model_chooses_the_rounds(place, teacher, losses, rounds, weighed, m
         assert set(codecs) == set(losses)
         return {f"sae:{name}": Spliced(value + noise, noise) for name, value in losses.items()}
 
-    monkeypatch.setattr(stage_one, "spliced_losses", spliced)
+    monkeypatch.setattr(asking, "spliced_losses", spliced)
     if rounds == 1:
         with pytest.warns(UserWarning, match=r"loss is 0\.1000 nats higher"):
             assert upgrade(teacher, store, host=host).rounds == 1
