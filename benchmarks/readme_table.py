@@ -28,7 +28,6 @@ from rsae_triton.report.scores import paired_difference
 COMMITTED = Path("benchmarks/results/demo-smollm2.json")
 GRID = Path("benchmarks/results/reproduce-smollm2.json")
 LONG = Path("benchmarks/results/reproduce-smollm2-long.json")
-SECOND = Path("benchmarks/results/reproduce-gemma3-270m.json")
 # By table and column.
 FORMS = {
     "gate-forms": ("relu", "jumprelu", "topk"),
@@ -285,33 +284,6 @@ def forms_table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def second_table(result: dict[str, Any]) -> str:
-    """What a round does to teachers of another model, with nothing trained."""
-    rows = []
-    for row in sorted(result["rows"], key=rounds_table.place_order):
-        scores = {name: kinds["matched"] for name, kinds in row["scores"].items()}
-        one, two = scores["teacher"], scores["teacher@2"]
-        cells = [cell for cell in result["cells"] if cell["cell"]["teacher"] == row["teacher"]]
-        pairs = [cell["scores"].get("to_teacher", {}).get("teacher@2", {}).get("delta_ce") for cell in cells]
-        nats = "; ".join(f"{mean:+.3f} ({low:+.3f} to {high:+.3f})" for mean, low, high in filter(None, pairs))
-        rows.append(
-            [FAMILY_NAMES[row["teacher"]], f"{row['l0']['mean']:.1f}", f"{100 * one['alive_fraction']['mean']:.1f} %"]
-        )
-        rows[-1] += [f"{one['mse']['mean']:.2f}", f"{100 * (two['mse']['mean'] / one['mse']['mean'] - 1):+.1f} %"]
-        rows[-1] += [
-            f"{one['delta_ce']['mean']:.3f}",
-            nats,
-            f"{100 * (two['kl']['mean'] / one['kl']['mean'] - 1):+.1f} %",
-        ]
-    titles = ("teacher", "l0", "alive", "mse", "**+ 1 round**", "Δ CE", "**+ 1 round** (95 %)", "KL, + 1 round")
-    one = result["cells"][0]["cell"]
-    where = (
-        f"`{result['command']}`, nothing trained, test split, one seed, {one['sequences']} spliced sequences. "
-        f"{', '.join(result['machine'])}, torch {', '.join(result['torch'])}, {' and '.join(result['date'])}."
-    )
-    return "\n".join([*rounds_table.lines_of(titles, rows), "", where])
-
-
 def mse_at_l0(scores: list[dict[str, Any]]) -> str:
     """ "mse @ l0", with the standard deviation of mse where there are several seeds; empty where there is none."""
     if not scores:
@@ -330,50 +302,45 @@ def place(path: Path, name: str, text: str) -> None:
     write_text(path, page)
 
 
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
 def tables() -> list[tuple[Path, str, str]]:
     """(page, name, text) of every table, from what is committed."""
-    grid = json.loads(GRID.read_text())
-    rounds, known = (json.loads(path.read_text()) for path in (rounds_table.ROUNDS, rounds_table.KNOWN))
-    trained = json.loads(rounds_table.KNOWN_TRAINED.read_text())
+    grid, second = read(GRID), read(language_table.SECOND)
+    rounds, known = read(rounds_table.ROUNDS), read(rounds_table.KNOWN)
+    trained = read(rounds_table.KNOWN_TRAINED)
+    places = [row for row in rounds["rows"] if not rounds_table.is_main(row)]
+    of_experiments = {
+        "first-rounds": rounds_table.first_rounds_table(rounds),
+        "first-known": rounds_table.first_known_table(known, trained),
+        "first-trained": rounds_table.first_trained_table(rounds),
+        "first-gate": rounds_table.first_gate_table(grid["rows"]),
+        "untrained": rounds_table.untrained_table(rounds),
+        "known": rounds_table.known_table(known),
+        "known-trained": rounds_table.known_table(trained),
+        "known-settings": rounds_table.settings_table(read(rounds_table.KNOWN_SETTINGS)),
+        "known-synthsaebench": rounds_table.known_table(read(rounds_table.KNOWN_SYNTHSAEBENCH)),
+        "probes": rounds_table.probes_table(rounds_table.probes()),
+        "absorption": probing_table.absorption_table(probing_table.absorbed()),
+        "trained": rounds_table.trained_table(rounds),
+        "language": language_table.language_table(read(language_table.LANGUAGE)),
+        "places": rounds_table.places_table(places),
+        "second": language_table.second_table(second),
+        "second-trained": language_table.second_trained_table(read(language_table.SECOND_TRAINED)),
+        "bound": rounds_table.bound_table(rounds),
+        "grid": grid_table(grid),
+        "controls": controls_table(grid),
+        "long": rounds_table.places_table(read(LONG)["rows"]),
+        **{name: forms_table({column: forms(column) for column in columns}) for name, columns in FORMS.items()},
+    }
     return [
         (README, "families", families_table(rounds, FORMATS.read_text())),
-        (DEMO, "demo", table(json.loads(COMMITTED.read_text()))),
-        (EXPERIMENTS, "first-rounds", rounds_table.first_rounds_table(rounds)),
-        (EXPERIMENTS, "first-known", rounds_table.first_known_table(known, trained)),
-        (EXPERIMENTS, "first-trained", rounds_table.first_trained_table(rounds)),
-        (EXPERIMENTS, "first-gate", rounds_table.first_gate_table(grid["rows"])),
-        (EXPERIMENTS, "untrained", rounds_table.untrained_table(rounds)),
-        (EXPERIMENTS, "known", rounds_table.known_table(known)),
-        (EXPERIMENTS, "known-trained", rounds_table.known_table(trained)),
-        (
-            EXPERIMENTS,
-            "known-settings",
-            rounds_table.settings_table(json.loads(rounds_table.KNOWN_SETTINGS.read_text())),
-        ),
-        (
-            EXPERIMENTS,
-            "known-synthsaebench",
-            rounds_table.known_table(json.loads(rounds_table.KNOWN_SYNTHSAEBENCH.read_text())),
-        ),
-        (ROUNDS, "time", bench_rounds.table(json.loads(bench_rounds.RESULTS.read_text()))),
-        (EXPERIMENTS, "probes", rounds_table.probes_table(rounds_table.probes())),
-        (EXPERIMENTS, "absorption", probing_table.absorption_table(probing_table.absorbed())),
-        (EXPERIMENTS, "trained", rounds_table.trained_table(rounds)),
-        (EXPERIMENTS, "language", language_table.language_table(json.loads(language_table.LANGUAGE.read_text()))),
-        (
-            EXPERIMENTS,
-            "places",
-            rounds_table.places_table([row for row in rounds["rows"] if not rounds_table.is_main(row)]),
-        ),
-        (EXPERIMENTS, "second", second_table(json.loads(SECOND.read_text()))),
-        (EXPERIMENTS, "bound", rounds_table.bound_table(rounds)),
-        (EXPERIMENTS, "grid", grid_table(grid)),
-        (EXPERIMENTS, "controls", controls_table(grid)),
-        (EXPERIMENTS, "long", rounds_table.places_table(json.loads(LONG.read_text())["rows"])),
-        *(
-            (EXPERIMENTS, name, forms_table({column: forms(column) for column in columns}))
-            for name, columns in FORMS.items()
-        ),
+        (DEMO, "demo", table(read(COMMITTED))),
+        (ROUNDS, "time", bench_rounds.table(read(bench_rounds.RESULTS))),
+        (ROUNDS, "weighed", language_table.weighed_table(second, rounds)),
+        *((EXPERIMENTS, name, text) for name, text in of_experiments.items()),
     ]
 
 
@@ -382,7 +349,7 @@ def main(options: Options) -> None:
         write_text(COMMITTED, options.metrics.read_text(encoding="utf-8"))
     for page, name, text in tables():
         place(page, name, text)
-    fronts(json.loads(GRID.read_text()))
+    fronts(read(GRID))
     rounds_table.picture()
 
 
