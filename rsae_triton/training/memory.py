@@ -119,7 +119,8 @@ def plan_memory(
             f"memory={memory!r} is for Rational SAEs with thresholds per feature; {what} needs the whole code: "
             "use 'saved' or 'auto'"
         )
-    refined = isinstance(sae, FusedRationalSAE) and sae.refinement is not None and not aux_k
+    refinement = sae.refinement if isinstance(sae, FusedRationalSAE) and not aux_k else None
+    refined = refinement is not None
     if refined and memory not in ("auto", "sparse"):
         raise ConfigError(f"memory={memory!r} is for one round; an encoder with more works on entries: use 'auto'")
     if memory == "sparse" and no_support is not None and not refined:
@@ -139,6 +140,8 @@ def plan_memory(
     if refined:
         need = cost(step, "eager" if eager else "rounds").peak_bytes
         need += finding_bytes(step) if sae.W_dec.is_cuda and not eager else 0.0
+        if refinement is not None and refinement.weights is not None:  # W_dec times the weights, and its gradient
+            need += 8.0 * sae.W_dec.numel()
         plan = MemoryPlan("entries", None, None, need, None)
     else:
         plan = cut(step, budget, "saved" if whole else memory, eager=eager)

@@ -99,8 +99,10 @@ def test_what_does_not_fit_is_refused(device):
         round_search(z.double(), weight, r, W, *rest, correct=True)
 
 
-@pytest.mark.parametrize(("dtype", "groups"), [(torch.float32, 1), (torch.bfloat16, 18)])
-def test_an_encoder_with_rounds(dtype, groups, device):
+@pytest.mark.parametrize(
+    ("dtype", "groups", "weighed"), [(torch.float32, 1, False), (torch.bfloat16, 18, False), (torch.bfloat16, 1, True)]
+)
+def test_an_encoder_with_rounds(dtype, groups, weighed, device):
     """All of it: the candidates, gates, searches and matrices' gradients."""
     n, d_in, d_sae, further = 5, 9, 18, 1
     generator = torch.Generator().manual_seed(3)
@@ -124,7 +126,7 @@ def test_an_encoder_with_rounds(dtype, groups, device):
         0.3 + 0.2 * random(further, d_sae), 1 + 0.3 * random(further + 1, d_sae), 1 + 0.1 * random(d_sae),
         torch.tensor(1e-3),
     )  # fmt: skip
-    more = [one.to(device) for one in more[:7]]
+    more = [one.to(device) for one in (*more[:7], *[0.3 + random(d_in)] * weighed)]
     # h is rounded in the narrow dtypes: the same h goes into both, so that no decision depends on it.
     h = ((inputs[0] - inputs[4]) @ inputs[1]).float() + inputs[2].float()
     results = []

@@ -12,6 +12,7 @@ from rsae_triton.common.errors import ConfigError, NumericsError
 from rsae_triton.evaluation import reconstruction
 from rsae_triton.ops.cost import CEILINGS, Step, cost
 from rsae_triton.sae.architectures import JumpReluSAE
+from rsae_triton.training.distributed import feature_axes
 from rsae_triton.training.loop import train
 from rsae_triton.training.memory import plan_memory
 from rsae_triton.training.recipes import recipe_for
@@ -136,6 +137,13 @@ def test_a_run_goes_on_where_it_stopped_and_only_in_the_way_it_began(two, activa
         assert torch.allclose(one, whole.state_dict()[name], rtol=1e-4, atol=1e-5), name
 
 
+def test_processes_that_share_features_all_hold_the_weights_of_dimensions():
+    sae = FusedRationalSAE(16, 16, form="gated", backward="rational", rounds=2, weighed=True)
+    axes = feature_axes(sae)
+    assert axes["refinement.weights"] is None
+    assert (axes["refinement.unit"], axes["refinement.p"], axes["b_dec"]) == (0, 1, None)
+
+
 def test_an_error_in_training_keeps_the_rounds(two, activations):
     sae = copy.deepcopy(two)
     bad = activations.clone()
@@ -154,6 +162,9 @@ def test_the_plan_of_a_step_knows_of_rounds(two):
     plans = [plan_memory(one, 512, free=1e12) for one in (two, six)]
     assert [one.mode for one in plans] == ["entries", "entries"]
     assert plans[0].need < plans[1].need < 6 * plans[0].need
+    weighed = copy.deepcopy(two)
+    weighed.refinement.weights = torch.ones(two.d_in)
+    assert plan_memory(weighed, 512, free=1e12).need == plans[0].need + 8 * two.W_dec.numel()
     for memory in ("saved", "chunked", "streamed"):
         with pytest.raises(ConfigError, match="works on entries"):
             plan_memory(two, 512, memory)
