@@ -16,8 +16,10 @@ The sparse step, on the entries of the support alone (docs/kernels.md):
     list_entries        bits -> entries (token, feature, h) by feature; list_rows: active codes by token
     entry_gate_forward  entries -> codes; entry_gate_backward: their gradients
     threshold_forward, threshold_backward: the same of ReLU, JumpReLU and TopK SAEs
-    support_decode      rows of codes -> reconstructions; entry_dots: the gradient of every entry's code
+    support_decode      rows of codes -> reconstructions; support_residual: compared with x in the same pass
+    entry_dots          the gradient of every entry's code
     feature_sums        entries -> gradients of both weight matrices, the bias and the thresholds
+    support_totals      the loss, the gradient of b_dec, the norms of the gradients
     adam_rows           the optimiser's step on a weight matrix in one pass
     round_search        a round's search and correction by entries, and their gradients (`_back`)
 
@@ -45,9 +47,10 @@ from .sparse_encode import SparseRows, sparse_encode
 from .support_gate import entry_gate_backward, entry_gate_forward
 from .support_list import Entries, Rows, list_entries, list_rows
 from .support_mark import Marks, support_mark
-from .support_products import entry_dots, support_decode
+from .support_products import Residual, entry_dots, support_decode, support_residual
 from .support_sums import FeatureSums, feature_sums
 from .support_threshold import threshold_backward, threshold_forward
+from .support_totals import support_totals
 
 __all__ = [
     "INTERPRETED",
@@ -57,6 +60,7 @@ __all__ = [
     "FeatureSums",
     "GateGrads",
     "Marks",
+    "Residual",
     "Rows",
     "Search",
     "SearchGrads",
@@ -83,6 +87,8 @@ __all__ = [
     "sparse_encode",
     "support_decode",
     "support_mark",
+    "support_residual",
+    "support_totals",
     "threshold_backward",
     "threshold_forward",
 ]

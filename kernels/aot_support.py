@@ -18,6 +18,9 @@ from .support_mark import support_mark_kernel
 from .support_products import entry_dots_kernel, support_decode_kernel
 from .support_sums import feature_sums_kernel, long_runs_kernel
 from .support_threshold import BLOCK, threshold_backward_kernel, threshold_forward_kernel
+from .support_totals import COLUMNS as TOTALS_COLUMNS
+from .support_totals import ROWS as TOTALS_ROWS
+from .support_totals import block_sums_kernel, totals_kernel
 
 KERNELS = {
     "support_mark": support_mark_kernel,
@@ -32,6 +35,8 @@ KERNELS = {
     "entry_dots": entry_dots_kernel,
     "long_runs": long_runs_kernel,
     "feature_sums": feature_sums_kernel,
+    "block_sums": block_sums_kernel,
+    "totals": totals_kernel,
     "row_norms": row_norms_kernel,
     "remove_radial": remove_radial_kernel,
     "adam_rows": adam_rows_kernel,
@@ -43,7 +48,7 @@ HEAVY = ("support_mark", "feature_sums", "long_runs", "entry_gate_backward", "th
 ROWS = ("row_norms", "remove_radial", "adam_rows")
 SEARCH = ("round_search", "round_search_back")
 GATES = ("entry_gate_forward", "entry_gate_backward")
-ALONE = ("count_rows", "row_norms", "remove_radial", "threshold_backward")
+ALONE = ("count_rows", "totals", "row_norms", "remove_radial", "threshold_backward")
 """Kernels that are compiled for one dtype only, whatever the dtype of the products."""
 D_IN = 2304
 """Gemma-2-2B's width, since the tiles depend on it."""
@@ -53,22 +58,30 @@ def launch(v: Variant) -> tuple[dict, dict, str]:
     """Returns constants, options and the tile's name; see `aot.launch`."""
     if v.kernel == "support_mark":
         mark = mark_tile(v.dtype, 15 if v.ragged else 16)
-        constants = {"BLOCK_F": mark.features, "BLOCK_N": mark.lanes, "STAGES": mark.stages}
+        constants = {
+            "BLOCK_F": mark.features,
+            "BLOCK_N": mark.lanes,
+            "STAGES": mark.stages,
+            "HAS_BIAS": True,
+            "HAS_SCALE": True,
+        }
         return constants, {"num_warps": mark.warps, "num_stages": 1}, f"{mark.features}x{constants['BLOCK_N']}"
     if v.kernel in ("list_entries", "count_rows", "list_rows"):
         entry = entry_tile()
         constants = {"BLOCK_W": entry.words, "BLOCK_F" if v.kernel == "list_entries" else "BLOCK_N": entry.tokens}
+        if v.kernel == "list_entries":
+            constants["HAS_BIAS"] = True
         return constants, {"num_warps": entry.warps, "num_stages": 1}, f"{entry.words}x{entry.tokens} w{entry.warps}"
     if v.kernel in GATES:
         block = entry_block(v.p, v.q, v.shared)
         constants = {"P": v.p, "Q": v.q, "IDENTITY": False, "SHARED": v.shared, "BLOCK_E": block}
         if v.kernel == "entry_gate_backward":
-            constants |= {"RATIONAL_BACKWARD": True, "HAS_DCOUNTS": True, "HAS_DL1": True}
+            constants |= {"RATIONAL_BACKWARD": True, "HAS_DL1": True}
         return constants, {"num_warps": 4, "num_stages": 1}, f"{block} w4"
     if v.kernel in ("threshold_forward", "threshold_backward"):
         constants = {"BLOCK_E": BLOCK}
         if v.kernel == "threshold_backward":
-            flags = ("RECTANGLE", "TO_H", "HAS_DCOUNTS", "HAS_DL1", "BOUNDED")
+            flags = ("RECTANGLE", "TO_H", "HAS_DL1", "BOUNDED")
             constants |= dict.fromkeys(flags, True)
         return constants, {"num_warps": 4, "num_stages": 1}, f"{BLOCK} w4"
     if v.kernel in ROWS:
@@ -84,36 +97,53 @@ def launch(v: Variant) -> tuple[dict, dict, str]:
         constants = {**dict.fromkeys(flags, True), "BLOCK_J": found["BLOCK_J"], "BLOCK_D": found["BLOCK_D"]}
         name = f"{constants['BLOCK_J']}x{constants['BLOCK_D']} w{found['num_warps']}"
         return constants, {"num_warps": found["num_warps"]}, name
+    if v.kernel == "totals":
+        constants = {"BLOCK_R": TOTALS_ROWS, "BLOCK_D": TOTALS_COLUMNS}
+        return constants, {"num_warps": 8}, f"{TOTALS_ROWS}x{TOTALS_COLUMNS} w8"
     tile = dots_tile(D_IN) if v.kernel == "entry_dots" else decode_tile(D_IN)
-    constants = {"BLOCK_E" if v.kernel == "entry_dots" else "BLOCK_J": tile.rows, "BLOCK_D": tile.columns}
+    rows = {"entry_dots": "BLOCK_E", "block_sums": "BLOCK_F"}.get(v.kernel, "BLOCK_J")
+    constants = {rows: tile.rows, "BLOCK_D": tile.columns}
+    if v.kernel == "support_decode":
+        constants |= dict.fromkeys(("DECODE", "LIMITED", "HAS_BIAS", "LOSS", "SCALED", "ERROR"), True)
+    if v.kernel == "block_sums":
+        constants["THROUGH"] = True
     if v.kernel in ("feature_sums", "long_runs"):
         constants["SIZED"] = v.sized
     if v.kernel == "feature_sums":
-        constants |= {"TOGETHER": v.together, "ADD": v.together}
+        constants |= {"TOGETHER": v.together, "ADD": v.together, "PENALTY": not v.together}
     return constants, {"num_warps": tile.warps}, f"{tile.rows}x{tile.columns} w{tile.warps}"
 
 
 def types(v: Variant, element: str) -> dict[str, str]:
     """The types of the arguments that are not 32-bit integers; weights, their gradients and moments are float32."""
     found = dict.fromkeys(("h", "dense", "g", "x", "w", "bias", "copy"), f"*{element}")
-    found |= dict.fromkeys(("rows", "values", "z", "dz", "dh", "dt", "dcounts", "dl1", "coefficients"), "*fp32")
-    found |= dict.fromkeys(("norms", "thresholds", "partial", "sizes"), "*fp32") | dict.fromkeys(
-        ("width", "bounded"), "fp32"
-    )
-    found |= dict.fromkeys(("matrices", "numbers", "decoder", "encoder", "sums", "out"), "*fp32")
+    found |= dict.fromkeys(("values", "z", "dz", "dh", "dtheta", "threshold", "scale", "a", "b", "centre"), "*fp32")
+    found |= dict.fromkeys(("norms", "thresholds", "partial", "sizes"), "*fp32")
+    found |= dict.fromkeys(("width", "bounded", "dcount", "dl1"), "fp32")
+    found |= dict.fromkeys(("matrices", "numbers", "decoder", "encoder", "out"), "*fp32")
+    found |= dict.fromkeys(("target", "error", "losses", "columns", "through", "loss", "mse_out"), "*fp32")
+    found |= dict.fromkeys(("l1_out", "l0_out", "without_radial", "db_dec", "l1", "along"), "*fp32")
+    found |= dict.fromkeys(("factor", "penalty", "mean", "l1_weight", "l0_weight", "rescale"), "fp32")
+    found |= dict.fromkeys(("h_sums", "theta_sums", "l1_sums", "along_sums"), "*fp32")
     found |= dict.fromkeys(("weight", "grad", "mean", "square", "squares"), "*fp32")
-    found |= dict.fromkeys(("support", "active", "tokens", "features", "counts"), "*i32")
-    found |= dict.fromkeys(("offsets", "longer"), "*i64")
+    found |= dict.fromkeys(("support", "active", "tokens", "features", "counts", "totals"), "*i32")
+    found |= dict.fromkeys(("offsets", "used"), "*i64")
     if v.kernel in ("list_rows", "support_decode"):  # their codes are in the dtype of the products
         found |= dict.fromkeys(("z", "values"), f"*{element}")
     if v.kernel in SEARCH:
         numbers = ("r", "weight", "y", "c", "e", "m", "after", "alpha", "raw", "epsilon", "dy", "dafter", "draw")
         found |= dict.fromkeys((*numbers, "dweight", "dc", "de", "dm", "depsilon"), "*fp32")
         found |= {"opened": "*u8"} | dict.fromkeys(("features", "order", "starts"), "*i64")
-    if v.kernel == "support_mark":
+    if v.kernel in ("support_mark", "list_entries", "block_sums"):
         found["partial"] = "*i32"
-    if v.kernel == "long_runs":
-        found["features"] = "*i64"
+    if v.kernel == "block_sums":
+        found["counts"] = "*fp32"
+    if v.kernel == "totals":
+        found |= {"mean": "fp32", "entries": "*fp64"}
+    if v.kernel == "feature_sums":  # the matrix itself, and norms
+        found["w"] = "*fp32"
+    if v.together:  # the lists of an encoder with rounds
+        found |= {"tokens": "*i64", "features": "*i64"}
     return found
 
 
@@ -123,7 +153,7 @@ def variants(arch: int) -> Iterator[Variant]:
             yield Variant(kernel, arch, dtype)
         yield Variant("support_mark", arch, dtype, ragged=True)
         yield from (Variant(kernel, arch, dtype, sized=True) for kernel in ("feature_sums", "long_runs"))
-    yield Variant("feature_sums", arch, torch.float32, together=True)
+    yield from (Variant(kernel, arch, torch.float32, together=True) for kernel in ("feature_sums", "long_runs"))
     yield from (Variant(kernel, arch, torch.float32) for kernel in ALONE)
     for kernel in GATES:
         for degree in ((3, 2), (9, 8), (12, 12)):

@@ -13,7 +13,8 @@ PRODUCTS = ("encode_forward", "encode_backward", "sparse_encode")
 NO_GATE = (
     "gather_rows", "keep_largest", "sparse_decode", "sparse_dots", "segment_sum", "support_mark", "list_entries",
     "count_rows", "list_rows", "support_decode", "entry_dots", "long_runs", "feature_sums", "row_norms", "adam_rows",
-    "remove_radial", "threshold_forward", "threshold_backward", "round_search", "round_search_back",
+    "remove_radial", "block_sums", "totals", "threshold_forward", "threshold_backward", "round_search",
+    "round_search_back",
 )  # fmt: skip
 
 

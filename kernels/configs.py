@@ -170,22 +170,24 @@ def decode_tile(d_in: int) -> DecodeTile:
 # The sparse step. Which tiles are fastest has not been measured yet; none of these spills, and all have enough loads in
 # flight.
 ENTRY_PROGRAMS = 4096
+MARK_FEATURES = 32
+"""Number of features in a block of `support_mark`, so that a word of bits along them belongs to one program;
+`list_entries` takes the same blocks."""
 MOST_COLUMNS = 16384
 """Longest row that `adam_rows` holds in registers."""
 
 
 def mark_tile(dtype: torch.dtype, n_tokens: int) -> PointwiseTile:
-    """The tile of `support_mark`: 32 features, so that a word of bits along them belongs to one program, and as many
-    tokens as fit its registers. (Tokens of rows that are not aligned have a pointer each, and cannot be loaded
-    ahead.)"""
+    """The tile of `support_mark`: a block of features, and as many tokens as fit its registers. (Tokens of rows that
+    are not aligned have a pointer each, and cannot be loaded ahead.)"""
     if n_tokens % SPECIALISED:
-        return PointwiseTile(features=32, lanes=32, vector=1, warps=4)
-    return PointwiseTile(features=32, lanes=64 if dtype.itemsize == 4 else 128, vector=1, warps=4, stages=2)
+        return PointwiseTile(features=MARK_FEATURES, lanes=32, vector=1, warps=4)
+    return PointwiseTile(features=MARK_FEATURES, lanes=64 if dtype.itemsize == 4 else 128, vector=1, warps=4, stages=2)
 
 
 def entry_tile() -> RowsTile:
-    """The tile of the lists: 8 features (or tokens) by 32 words of 32 tokens (or features)."""
-    return RowsTile(words=32, places=0, tokens=8, warps=4)
+    """The tile of the lists: 32 features (or tokens) by 16 words of 32 tokens (or features)."""
+    return RowsTile(words=16, places=0, tokens=32, warps=4)
 
 
 def entry_block(p: int, q: int, shared: bool) -> int:

@@ -30,10 +30,10 @@ class PackedGate(NamedTuple):
     shared: bool
 
 
-def pack_gate(gate: Sequence[Tensor], p: int, q: int, b_enc: Tensor | None = None) -> PackedGate:
-    """Packs gate = (a [G, p+1], b [G, q], centre [G], input_scale [G], output_scale [G], threshold [F],
-    activity_threshold [F]), where each G is 1 or F separately; b_enc [F]."""
-    a, b, centre, input_scale, output_scale, threshold, activity = (t.detach().float() for t in gate)
+def check_gate(gate: Sequence[Tensor], p: int, q: int) -> int:
+    """Raises ValueError unless gate = (a [G, p+1], b [G, q], centre [G], input_scale [G], output_scale [G], threshold
+    [F], activity_threshold [F]), where each G is 1 or F separately. Returns F."""
+    a, b, centre, input_scale, output_scale, threshold, _ = gate
     n_features = threshold.shape[0]
     for name, degree in (("p", p), ("q", q)):
         if not 0 <= degree <= MAX_DEGREE:
@@ -43,7 +43,14 @@ def pack_gate(gate: Sequence[Tensor], p: int, q: int, b_enc: Tensor | None = Non
     sets = [t.shape[0] for t in (a, b, centre, input_scale, output_scale)]
     if any(n not in (1, n_features) for n in sets):
         raise ValueError(f"coefficient sets {sets}: give 1 or {n_features} (one per feature) of each")
-    width = 1 if set(sets) == {1} else n_features
+    return n_features
+
+
+def pack_gate(gate: Sequence[Tensor], p: int, q: int, b_enc: Tensor | None = None) -> PackedGate:
+    """Packs a gate (see `check_gate`) and b_enc [F]."""
+    n_features = check_gate(gate, p, q)
+    a, b, centre, input_scale, output_scale, threshold, activity = (t.detach().float() for t in gate)
+    width = 1 if all(len(t) == 1 for t in (a, b, centre, input_scale, output_scale)) else n_features
     columns = [a.t(), b.t(), centre[None], input_scale.reciprocal()[None], output_scale[None]]
     rows = [threshold, activity] if b_enc is None else [threshold, activity, b_enc.detach().float()]
     return PackedGate(torch.cat([c.expand(-1, width) for c in columns]), torch.stack(rows), width == 1)

@@ -14,13 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import entry_tile
+from .configs import MARK_FEATURES, entry_tile
 from .launch import launching_on
 from .sparse_rows import lowest_bit, popcount
 from .support_mark import Marks
 
-PROGRAMS = 4096
-"""Number of programs that the pass over the active bits aims for; it cuts the features of its tokens into segments."""
+PROGRAMS = 1024
+"""Number of programs that the pass over the active bits aims for; it cuts the features of its tokens into segments.
+Every program adds up the counts of those before it, so there must not be many more."""
 
 
 class Entries(NamedTuple):
@@ -44,15 +45,37 @@ class Rows(NamedTuple):
 
 
 @triton.jit
+def sum_before(totals, count, BLOCK: tl.constexpr):
+    """Returns the sum of the first `count` numbers, int64."""
+    total = tl.zeros((BLOCK,), tl.int64)
+    for k0 in range(0, count, BLOCK):
+        k = k0 + tl.arange(0, BLOCK)
+        total += tl.load(totals + k, mask=k < count, other=0)
+    return tl.sum(total)
+
+
+@triton.jit
 def list_entries_kernel(
-    h, rows, support, offsets, tokens, features, values, n_features, n_tokens, n_words, capacity,
-    BLOCK_F: tl.constexpr, BLOCK_W: tl.constexpr,
+    h, bias, support, partial, totals, offsets, tokens, features, values,
+    n_features, n_tokens, n_words, n_splits, capacity,
+    HAS_BIAS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """One program: the entries of BLOCK_F features."""
-    f = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)[:, None]
+    """One program: the entries of BLOCK_F features, and where they begin."""
+    f0 = tl.program_id(0).to(tl.int64) * BLOCK_F
+    own = f0 + tl.arange(0, BLOCK_F)
+    sizes = tl.zeros((BLOCK_F,), tl.int32)
+    for split in range(n_splits):
+        sizes += tl.load(partial + split * 2 * n_features + own, mask=own < n_features, other=0)
+    first = sum_before(totals, tl.program_id(0) * n_splits, 1024)
+    starts = first + tl.cumsum(sizes, axis=0) - sizes
+    tl.store(offsets + own, starts, mask=own < n_features)
+    if tl.program_id(0) == tl.num_programs(0) - 1:
+        tl.store(offsets + n_features, first + tl.sum(sizes))
+    f = f0 + tl.arange(0, BLOCK_F)[:, None]
     f_mask = f < n_features
-    bias = tl.load(rows + 2 * n_features + f, mask=f_mask, other=0.0)
-    start = tl.load(offsets + f, mask=f_mask, other=0)
+    start = starts[:, None]
+    if HAS_BIAS:
+        own_bias = tl.load(bias + f, mask=f_mask, other=0.0).to(tl.float32)
     for w0 in range(0, n_words, BLOCK_W):
         w = w0 + tl.arange(0, BLOCK_W)[None, :]
         word = tl.load(support + f * n_words + w, mask=f_mask & (w < n_words), other=0).to(tl.uint32, bitcast=True)
@@ -61,7 +84,9 @@ def list_entries_kernel(
         while tl.max(word) > 0:
             n = w * 32 + lowest_bit(word)
             fits = (word > 0) & (place < capacity)
-            value = tl.load(h + f * n_tokens + n, mask=fits, other=0.0).to(tl.float32) + bias
+            value = tl.load(h + f * n_tokens + n, mask=fits, other=0.0).to(tl.float32)
+            if HAS_BIAS:
+                value += own_bias
             tl.store(tokens + place, n, mask=fits)
             tl.store(features + place, (f + tl.zeros_like(n)).to(tl.int32), mask=fits)
             tl.store(values + place, value, mask=fits)
@@ -72,9 +97,10 @@ def list_entries_kernel(
 
 @triton.jit
 def count_rows_kernel(
-    active, counts, n_words, n_tokens, per_segment, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr
+    active, counts, totals, n_words, n_tokens, per_segment, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """One program: the number of bits set for BLOCK_N tokens in one segment of words. counts [n_tokens, segments]."""
+    """One program: the number of bits set for BLOCK_N tokens in one segment of words. counts [segments, n_tokens],
+    totals [blocks, segments]."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     first = tl.program_id(1) * per_segment
     end = tl.minimum(first + per_segment, n_words)
@@ -83,19 +109,32 @@ def count_rows_kernel(
         w = (w0 + tl.arange(0, BLOCK_W)[:, None]).to(tl.int64)
         word = tl.load(active + w * n_tokens + n, mask=(w < end) & (n < n_tokens), other=0)
         total += tl.sum(popcount(word.to(tl.uint32, bitcast=True)), axis=0)[None, :]
-    tl.store(counts + n.to(tl.int64) * tl.num_programs(1) + tl.program_id(1), total, mask=n < n_tokens)
+    tl.store(counts + tl.program_id(1).to(tl.int64) * n_tokens + n, total, mask=n < n_tokens)
+    tl.store(totals + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(total))
 
 
 @triton.jit
 def list_rows_kernel(
-    z, active, offsets, features, values, n_words, n_tokens, per_segment, capacity,
+    z, active, counts, totals, offsets, features, values, n_words, n_tokens, per_segment, capacity,
     BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: the active codes of BLOCK_N tokens in one segment. offsets [n_tokens * segments + 1]."""
+    """One program: the active codes of BLOCK_N tokens in one segment, and where they begin."""
+    own = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    sizes, earlier = tl.zeros((BLOCK_N,), tl.int32), tl.zeros((BLOCK_N,), tl.int32)
+    for segment in range(tl.num_programs(1)):
+        count = tl.load(counts + segment * n_tokens + own, mask=own < n_tokens, other=0)
+        sizes += count
+        earlier += tl.where(segment < tl.program_id(1), count, 0)
+    before = sum_before(totals, tl.program_id(0) * tl.num_programs(1), 1024)
+    starts = before + tl.cumsum(sizes, axis=0) - sizes
+    if tl.program_id(1) == 0:
+        tl.store(offsets + own, starts, mask=own < n_tokens)
+        if tl.program_id(0) == tl.num_programs(0) - 1:
+            tl.store(offsets + n_tokens, before + tl.sum(sizes))
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    start = (starts + earlier)[None, :]
     first = tl.program_id(1) * per_segment
     end = tl.minimum(first + per_segment, n_words)
-    start = tl.load(offsets + n.to(tl.int64) * tl.num_programs(1) + tl.program_id(1), mask=n < n_tokens, other=0)
     for w0 in range(first, end, BLOCK_W):
         w = (w0 + tl.arange(0, BLOCK_W)[:, None]).to(tl.int64)
         word = tl.load(active + w * n_tokens + n, mask=(w < end) & (n < n_tokens), other=0)
@@ -117,15 +156,17 @@ def list_entries(h_fm: Tensor, marks: Marks, capacity: int) -> Entries:
     n_features, n_tokens = h_fm.shape
     tokens, features = h_fm.new_empty((2, capacity), dtype=torch.int32)
     values = h_fm.new_empty(capacity, dtype=torch.float32)
-    offsets = _offsets(marks.in_support)
-    if h_fm.numel() > 0 and capacity > 0:
-        tile = entry_tile()
-        with launching_on(h_fm):
-            list_entries_kernel[(triton.cdiv(n_features, tile.tokens),)](
-                h_fm, marks.rows, marks.support, offsets, tokens, features, values,
-                n_features, n_tokens, marks.support.shape[1], capacity,
-                BLOCK_F=tile.tokens, BLOCK_W=tile.words, num_warps=tile.warps, num_stages=1,
-            )  # fmt: skip
+    offsets = h_fm.new_empty(n_features + 1, dtype=torch.int64)
+    if h_fm.numel() == 0:
+        return Entries(tokens, features, values, offsets.zero_())
+    tile = entry_tile()
+    with launching_on(h_fm):
+        list_entries_kernel[(len(marks.totals),)](
+            h_fm, marks.totals if marks.bias is None else marks.bias, marks.support, marks.partial, marks.totals,
+            offsets, tokens, features, values, n_features, n_tokens, marks.support.shape[1], len(marks.partial),
+            capacity, HAS_BIAS=marks.bias is not None, BLOCK_F=MARK_FEATURES, BLOCK_W=tile.words, num_warps=tile.warps,
+            num_stages=1,
+        )  # fmt: skip
     return Entries(tokens, features, values, offsets)
 
 
@@ -139,21 +180,16 @@ def list_rows(z_fm: Tensor, marks: Marks, capacity: int) -> Rows:
     segments = max(1, min(triton.cdiv(n_words, tile.words), PROGRAMS // max(blocks, 1)))
     per_segment = triton.cdiv(triton.cdiv(n_words, segments), tile.words) * tile.words
     segments = max(1, triton.cdiv(n_words, per_segment)) if per_segment else 1
-    counts = z_fm.new_zeros((n_tokens, segments), dtype=torch.int32)
+    counts = z_fm.new_empty((segments, n_tokens), dtype=torch.int32)
+    totals = z_fm.new_empty((blocks, segments), dtype=torch.int32)
+    offsets = z_fm.new_empty(n_tokens + 1, dtype=torch.int64)
     if z_fm.numel() == 0:
-        return Rows(features, values, _offsets(counts.flatten()))
+        return Rows(features, values, offsets.zero_())
     shape = {"BLOCK_W": tile.words, "BLOCK_N": tile.tokens, "num_warps": tile.warps, "num_stages": 1}
     with launching_on(z_fm):
-        count_rows_kernel[(blocks, segments)](marks.active, counts, n_words, n_tokens, per_segment, **shape)
-        offsets = _offsets(counts.flatten())
+        count_rows_kernel[(blocks, segments)](marks.active, counts, totals, n_words, n_tokens, per_segment, **shape)
         list_rows_kernel[(blocks, segments)](
-            z_fm, marks.active, offsets, features, values, n_words, n_tokens, per_segment, capacity, **shape
-        )
-    return Rows(features, values, offsets[::segments].contiguous())
-
-
-def _offsets(counts: Tensor) -> Tensor:
-    """Cumulative sums with a leading 0, [n] -> [n + 1] int64."""
-    offsets = counts.new_zeros(len(counts) + 1, dtype=torch.int64)
-    torch.cumsum(counts, 0, out=offsets[1:])
-    return offsets
+            z_fm, marks.active, counts, totals, offsets, features, values,
+            n_words, n_tokens, per_segment, capacity, **shape
+        )  # fmt: skip
+    return Rows(features, values, offsets)

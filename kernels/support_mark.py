@@ -18,36 +18,52 @@ from .configs import mark_tile
 from .launch import launching_on, split_tokens
 
 WORD = 32
-MARGIN = 2.0**-21
+MARGIN = tl.constexpr(2.0**-21)
 """The lower end of the support is lowered by this fraction of its terms, so that rounding never leaves an element out.
 One too many does no harm: the gate of the entries decides again and gives zeros."""
 
 
 class Marks(NamedTuple):
     """support [n_features, n_tokens / 32] and active [n_features / 32, n_tokens] int32: one bit per element.
-    rows [3, n_features] float32: the support's lower end and the threshold, which were compared with, and b_enc.
-    in_support and counts [n_features] int64: numbers of tokens; NaN is in the support but not active.
+    partial [n_splits, 2, n_features] int32: for each run of tokens, how many of them each feature has in its support,
+    and how many are active; NaN is in the support but not active. totals [blocks, n_splits] int32: the support's sizes
+    by blocks of MARK_FEATURES features. bias [n_features]: b_enc, which `list_entries` adds too; None if h has it.
     """
 
     support: Tensor
     active: Tensor
-    rows: Tensor
-    in_support: Tensor
-    counts: Tensor
+    partial: Tensor
+    totals: Tensor
+    bias: Tensor | None
+
+    @property
+    def in_support(self) -> Tensor:
+        """[n_features] int64: on how many tokens each feature is in its support."""
+        return self.partial[:, 0].sum(0)
+
+    @property
+    def counts(self) -> Tensor:
+        """[n_features] int64: on how many tokens each feature is active."""
+        return self.partial[:, 1].sum(0)
 
 
 @triton.jit
 def support_mark_kernel(
-    h, rows, support, active, partial, n_features, n_tokens, n_words, split_size,
-    BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    h, threshold, scale, bias, support, active, partial, totals,
+    n_features, n_tokens, n_words, split_size, per_set, width,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_F features, split_size tokens. partial [n_splits, 2, n_features] int32."""
+    """One program: BLOCK_F features, split_size tokens. HAS_SCALE: the support's width is in `scale`; per_set: 1, or 0
+    if all features share one."""
     f0 = tl.program_id(0).to(tl.int64) * BLOCK_F
     f_local, n_local = tl.arange(0, BLOCK_F)[:, None], tl.arange(0, BLOCK_N)[None, :]
     f, f_mask = f0 + f_local, f_local < n_features - f0
-    low = tl.load(rows + f, mask=f_mask, other=0.0)
-    theta = tl.load(rows + n_features + f, mask=f_mask, other=0.0)
-    bias = tl.load(rows + 2 * n_features + f, mask=f_mask, other=0.0)
+    theta = tl.load(threshold + f, mask=f_mask, other=0.0).to(tl.float32)
+    if HAS_SCALE:
+        width = tl.load(scale + f * per_set, mask=f_mask, other=0.0).to(tl.float32)
+    low = theta - width - MARGIN * (tl.abs(theta) + tl.abs(width))
+    if HAS_BIAS:
+        own_bias = tl.load(bias + f, mask=f_mask, other=0.0).to(tl.float32)
     along_tokens, along_features = 1 << (n_local & 31), 1 << (f_local & 31)
     word, block = tl.arange(0, BLOCK_N // 32)[None, :], tl.arange(0, BLOCK_F // 32)[:, None]
     block_mask = block * 32 < n_features - f0
@@ -56,7 +72,9 @@ def support_mark_kernel(
     for n0 in tl.range(start, tl.minimum(start + split_size, n_tokens), BLOCK_N, num_stages=STAGES):
         n_left = n_tokens - n0
         mask = f_mask & (n_local < n_left)
-        value = tl.load(h + f * n_tokens + n0 + n_local, mask=mask, other=0.0).to(tl.float32) + bias
+        value = tl.load(h + f * n_tokens + n0 + n_local, mask=mask, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            value += own_bias
         inside = mask & ~(value <= low)  # written this way, NaN is inside
         found = tl.sum(tl.reshape(tl.where(inside, along_tokens, 0), (BLOCK_F, BLOCK_N // 32, 32)), axis=2)
         tl.store(support + f * n_words + n0 // 32 + word, found, mask=f_mask & (word * 32 < n_left))
@@ -69,36 +87,43 @@ def support_mark_kernel(
     row = partial + tl.program_id(1).to(tl.int64) * 2 * n_features + f0 + f_local
     tl.store(row, in_support, mask=f_local < n_features - f0)
     tl.store(row + n_features, count, mask=f_local < n_features - f0)
+    tl.store(totals + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(in_support))
 
 
-def support_mark(h_fm: Tensor, threshold: Tensor, input_scale: Tensor, b_enc: Tensor) -> Marks:
+def support_mark(h_fm: Tensor, threshold: Tensor, input_scale: Tensor | float, b_enc: Tensor | None) -> Marks:
     """Marks the support and the active codes of h_fm [n_features, n_tokens] = W_enc^T x_c^T, which is without the bias.
 
-    threshold, b_enc: [n_features]. input_scale: [1] or [n_features].
+    threshold, b_enc: [n_features]. input_scale: [1] or [n_features], or a number: how far the support reaches below the
+    threshold. b_enc: None if h has the bias already.
     """
     n_features, n_tokens = h_fm.shape
-    if threshold.shape != (n_features,) or b_enc.shape != (n_features,) or len(input_scale) not in (1, n_features):
+    width, scale = (input_scale, None) if isinstance(input_scale, float) else (0.0, input_scale.detach().contiguous())
+    shapes = [None if one is None else tuple(one.shape) for one in (threshold, scale, b_enc)]
+    own = (n_features,)
+    if shapes[0] != own or shapes[1] not in (None, (1,), own) or shapes[2] not in (None, own):
         raise ValueError(
-            f"h {tuple(h_fm.shape)}, threshold {tuple(threshold.shape)}, input_scale {tuple(input_scale.shape)} and "
-            f"b_enc {tuple(b_enc.shape)} do not fit: [d_sae, n], [d_sae], [1] or [d_sae], and [d_sae] are wanted"
+            f"h {tuple(h_fm.shape)}, threshold {shapes[0]}, input_scale {shapes[1]} and b_enc {shapes[2]} do not fit: "
+            "[d_sae, n], [d_sae], [1] or [d_sae], and [d_sae] are wanted"
         )
     if not h_fm.is_contiguous():
         raise ValueError("h must be contiguous: the tokens of one feature side by side")
-    threshold, input_scale, b_enc = (t.detach().float() for t in (threshold, input_scale, b_enc))
-    low = threshold - input_scale - MARGIN * (threshold.abs() + input_scale.abs())
-    rows = torch.stack([low, threshold, b_enc])
+    threshold = threshold.detach().contiguous()
+    bias = None if b_enc is None else b_enc.detach().contiguous()
     support = h_fm.new_empty((n_features, triton.cdiv(n_tokens, WORD)), dtype=torch.int32)
     active = h_fm.new_empty((triton.cdiv(n_features, WORD), n_tokens), dtype=torch.int32)
-    if h_fm.numel() == 0:
-        return Marks(support, active, rows, *torch.zeros((2, n_features), dtype=torch.int64, device=h_fm.device))
     tile = mark_tile(h_fm.dtype, n_tokens)
     blocks = triton.cdiv(n_features, tile.features)
     split = split_tokens(n_tokens, blocks, tile.lanes)
     partial = h_fm.new_empty((split.count, 2, n_features), dtype=torch.int32)
+    totals = h_fm.new_empty((blocks, split.count), dtype=torch.int32)
+    if h_fm.numel() == 0:
+        return Marks(support, active, partial.zero_(), totals.zero_(), bias)
     with launching_on(h_fm):
         support_mark_kernel[(blocks, split.count)](
-            h_fm, rows, support, active, partial, n_features, n_tokens, support.shape[1], split.tokens,
+            h_fm, threshold, threshold if scale is None else scale, threshold if bias is None else bias,
+            support, active, partial, totals, n_features, n_tokens, support.shape[1], split.tokens,
+            int(shapes[1] == own != (1,)), width, HAS_SCALE=scale is not None, HAS_BIAS=bias is not None,
             BLOCK_F=tile.features, BLOCK_N=tile.lanes, STAGES=tile.stages,
             num_warps=tile.warps, num_stages=1,
         )  # fmt: skip
-    return Marks(support, active, rows, *partial.sum(0))
+    return Marks(support, active, partial, totals, bias)

@@ -1,10 +1,13 @@
 """Products at the entries of a support: reconstructions from rows of codes, and the gradients of the entries' codes.
 
-The dense step computes these for every token and feature, the sparse step for the entries only. Sums are float32, in an
+The dense step computes these for every token and feature, the sparse step for the entries only. A reconstruction is
+compared with its target where it is made, in registers. Sums are float32, in an
 order that depends on the input only.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,26 +18,73 @@ from .configs import decode_tile, dots_tile, entry_programs
 from .launch import launching_on
 from .support_list import Entries, Rows
 
+RESIDUAL_PROGRAMS = 2048
+"""Number of programs that a reconstruction which is compared with its target aims for: each leaves a row of sums."""
+
+
+class Residual(NamedTuple):
+    """A reconstruction compared with its target: x_hat [n_tokens, d_in]; g [n_tokens, d_in], the squared error's
+    gradient; error = x_hat - target (times the tokens' scales), if it was asked for. losses [runs, column blocks]: sums
+    of the squares, and columns [runs, d_in]: of the gradients, by runs of tokens; float32."""
+
+    x_hat: Tensor
+    g: Tensor
+    error: Tensor | None
+    losses: Tensor
+    columns: Tensor
+
 
 @triton.jit
 def support_decode_kernel(
-    values, features, offsets, w, bias, out, d_in, capacity, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr
+    values, features, offsets, used, w, bias, out, target, scale, g, error, losses, columns,
+    n_tokens, d_in, n_features, capacity, per_program, factor,
+    DECODE: tl.constexpr, LIMITED: tl.constexpr, HAS_BIAS: tl.constexpr, LOSS: tl.constexpr, SCALED: tl.constexpr,
+    ERROR: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_D columns of one token's reconstruction."""
-    n = tl.program_id(0).to(tl.int64)
+    """One program: BLOCK_D columns of per_program tokens. DECODE: makes out, which is read otherwise. LIMITED: it is
+    NaN if used[n_features] is above the capacity. LOSS: compares it with the target. factor: of the gradients."""
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = d < d_in
-    start = tl.minimum(tl.load(offsets + n), capacity)
-    end = tl.minimum(tl.load(offsets + n + 1), capacity)
-    total = tl.zeros((BLOCK_J, BLOCK_D), tl.float32)
-    for j0 in range(start, end, BLOCK_J):
-        j = j0 + tl.arange(0, BLOCK_J)
-        f = tl.load(features + j, mask=j < end, other=0).to(tl.int64)
-        value = tl.load(values + j, mask=j < end, other=0.0).to(tl.float32)
-        part = tl.load(w + f[:, None] * d_in + d[None, :], mask=(j < end)[:, None] & inside[None, :], other=0.0)
-        total += value[:, None] * part.to(tl.float32)
-    x_hat = tl.sum(total, axis=0) + tl.load(bias + d, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + n * d_in + d, x_hat, mask=inside)
+    start = tl.zeros((BLOCK_D,), tl.float32)
+    if DECODE:
+        if HAS_BIAS:
+            start += tl.load(bias + d, mask=inside, other=0.0).to(tl.float32)
+        if LIMITED:
+            start = tl.where(tl.load(used + n_features) > capacity, float("nan"), start)
+    loss, total = tl.zeros((BLOCK_D,), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
+    n0 = tl.program_id(0).to(tl.int64) * per_program
+    for n in range(n0, tl.minimum(n0 + per_program, n_tokens)):
+        at = n * d_in + d
+        if DECODE:
+            first = tl.minimum(tl.load(offsets + n), capacity)
+            end = tl.minimum(tl.load(offsets + n + 1), capacity)
+            made = tl.zeros((BLOCK_J, BLOCK_D), tl.float32)
+            for j0 in range(first, end, BLOCK_J):
+                j = j0 + tl.arange(0, BLOCK_J)
+                f = tl.load(features + j, mask=j < end, other=0).to(tl.int64)
+                value = tl.load(values + j, mask=j < end, other=0.0).to(tl.float32)
+                part = tl.load(w + f[:, None] * d_in + d[None, :], mask=(j < end)[:, None] & inside[None, :], other=0.0)
+                made += value[:, None] * part.to(tl.float32)
+            x_hat = tl.sum(made, axis=0) + start
+            tl.store(out + at, x_hat.to(out.dtype.element_ty), mask=inside)
+        else:
+            x_hat = tl.load(out + at, mask=inside, other=0.0)
+        if LOSS:
+            left = x_hat - tl.load(target + at, mask=inside, other=0.0).to(tl.float32)
+            slope = left * factor
+            if SCALED:
+                own = tl.load(scale + n)
+                left *= own
+                slope = left * own * factor
+            left = tl.where(inside, left, 0.0)
+            loss += left * left
+            if ERROR:
+                tl.store(error + at, left, mask=inside)
+            tl.store(g + at, slope.to(g.dtype.element_ty), mask=inside)
+            total += slope
+    if LOSS:
+        tl.store(losses + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(loss))
+        tl.store(columns + tl.program_id(0).to(tl.int64) * d_in + d, total, mask=inside)
 
 
 @triton.jit
@@ -60,19 +110,71 @@ def entry_dots_kernel(
         tl.store(out + e, tl.sum(dots, axis=1), mask=here)
 
 
-def support_decode(rows: Rows, W_dec: Tensor, b_dec: Tensor) -> Tensor:
-    """Computes x_hat [n_tokens, d_in] float32 from rows of codes, W_dec [n_features, d_in] and b_dec [d_in]."""
-    n_tokens, d_in = len(rows.offsets) - 1, W_dec.shape[1]
-    out = W_dec.new_empty((n_tokens, d_in), dtype=torch.float32)
-    W_dec = W_dec.contiguous()
-    if out.numel() > 0:
-        tile = decode_tile(d_in)
-        with launching_on(out):
-            support_decode_kernel[(n_tokens, triton.cdiv(d_in, tile.columns))](
-                rows.values, rows.features, rows.offsets, W_dec, b_dec.contiguous(), out, d_in, len(rows.values),
-                BLOCK_J=tile.rows, BLOCK_D=tile.columns, num_warps=tile.warps,
-            )  # fmt: skip
+def support_decode(rows: Rows, W_dec: Tensor, b_dec: Tensor | None, entries: Entries | None = None) -> Tensor:
+    """Computes x_hat [n_tokens, d_in] float32 from rows of codes, W_dec [n_features, d_in] and b_dec [d_in]; NaN if
+    there are more entries than their lists have room for."""
+    out = W_dec.new_empty((len(rows.offsets) - 1, W_dec.shape[1]), dtype=torch.float32)
+    _decode(rows, W_dec, b_dec, entries, out)
     return out
+
+
+def support_residual(
+    rows: Rows | None,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    entries: Entries | None,
+    target: Tensor,
+    scale: Tensor | None,
+    factor: float,
+    dtype: torch.dtype,
+    *,
+    x_hat: Tensor | None = None,
+    error: bool = False,
+) -> Residual:
+    """Does what `support_decode` does, into x_hat of the target's dtype, and compares it with target [n_tokens, d_in]
+    in the same pass.
+
+    Args:
+        rows: None if x_hat is given. scale: [n_tokens, 1] float32, multiplies each token's error; or None.
+        factor, dtype: of g = factor * scale * error. error: whether the error is wanted.
+    """
+    (n_tokens, d_in), tile = target.shape, decode_tile(W_dec.shape[1])
+    per_program = max(1, n_tokens * triton.cdiv(d_in, tile.columns) // RESIDUAL_PROGRAMS)
+    runs, blocks = triton.cdiv(n_tokens, per_program), triton.cdiv(d_in, tile.columns)
+    made = Residual(
+        torch.empty_like(target) if x_hat is None else x_hat,
+        W_dec.new_empty((n_tokens, d_in), dtype=dtype),
+        W_dec.new_empty((n_tokens, d_in), dtype=torch.float32) if error else None,
+        W_dec.new_empty((runs, blocks), dtype=torch.float32),
+        W_dec.new_empty((runs, d_in), dtype=torch.float32),
+    )
+    _decode(rows, W_dec, b_dec, entries, made.x_hat, made, target.contiguous(), scale, factor, per_program)
+    return made
+
+
+def _decode(
+    rows: Rows | None, W_dec: Tensor, b_dec: Tensor | None, entries: Entries | None, out: Tensor,
+    made: Residual | None = None, target: Tensor | None = None, scale: Tensor | None = None, factor: float = 0.0,
+    per_program: int = 1,
+) -> None:  # fmt: skip
+    (n_tokens, d_in), W_dec = out.shape, W_dec.contiguous()
+    if out.numel() == 0:
+        return
+    tile = decode_tile(d_in)
+    lists = (out, out, out) if rows is None else (rows.values, rows.features, rows.offsets)
+    others = (out, out, out, out, out) if made is None else (
+        target, out if scale is None else scale.contiguous(), made.g, out if made.error is None else made.error,
+        made.losses,
+    )  # fmt: skip
+    with launching_on(out):
+        support_decode_kernel[(triton.cdiv(n_tokens, per_program), triton.cdiv(d_in, tile.columns))](
+            *lists, out if entries is None else entries.offsets, W_dec, out if b_dec is None else b_dec.contiguous(),
+            out, *others, out if made is None else made.columns, n_tokens, d_in, len(W_dec),
+            0 if rows is None else len(rows.values), per_program, float(factor), DECODE=rows is not None,
+            LIMITED=entries is not None, HAS_BIAS=b_dec is not None, LOSS=made is not None, SCALED=scale is not None,
+            ERROR=made is not None and made.error is not None, BLOCK_J=tile.rows, BLOCK_D=tile.columns,
+            num_warps=tile.warps,
+        )  # fmt: skip
 
 
 def entry_dots(g: Tensor, W_dec: Tensor, entries: Entries) -> Tensor:

@@ -23,8 +23,8 @@ BLOCK = 256
 
 
 class Slopes(NamedTuple):
-    """Gradients of entries, [capacity] float32: dh with respect to h; dt with respect to h - threshold, through the
-    rectangle (a threshold's gradient is minus their sum).
+    """Gradients of entries, [capacity] float32: dh with respect to h; dtheta, the part of each entry in its threshold's
+    gradient, through the rectangle.
 
     sizes and bounded belong to the bounded penalty sum tanh(4 |z| norm), and are None without it: sizes [capacity] = 4
     |z| (1 - tanh^2), its gradient with respect to the feature's norm, and `bounded`, the penalty of all entries
@@ -32,7 +32,7 @@ class Slopes(NamedTuple):
     """
 
     dh: Tensor
-    dt: Tensor
+    dtheta: Tensor
     sizes: Tensor | None
     bounded: Tensor | None
 
@@ -57,12 +57,11 @@ def threshold_forward_kernel(
 
 @triton.jit
 def threshold_backward_kernel(
-    values, features, offsets, dz, dcounts, dl1, norms, dh, dt, sizes, partial, thresholds,
-    n_features, capacity, width, bounded,
-    RECTANGLE: tl.constexpr, TO_H: tl.constexpr, HAS_DCOUNTS: tl.constexpr, HAS_DL1: tl.constexpr,
-    BOUNDED: tl.constexpr, BLOCK_E: tl.constexpr,
+    values, features, offsets, dz, norms, dh, dtheta, sizes, partial, thresholds,
+    n_features, capacity, width, bounded, dcount, dl1,
+    RECTANGLE: tl.constexpr, TO_H: tl.constexpr, HAS_DL1: tl.constexpr, BOUNDED: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Computes dh, dt, sizes [capacity] and partial [programs], each program's sum of tanh. width: of the rectangle
+    """Computes dh, dtheta, sizes [capacity] and partial [programs], each program's sum of tanh. width: of the rectangle
     (RECTANGLE). TO_H: h gets the rectangle's gradient too. bounded: multiplies the sum of tanh (BOUNDED)."""
     total = tl.minimum(tl.load(offsets + n_features), capacity)
     step = tl.num_programs(0).to(tl.int64) * BLOCK_E
@@ -76,10 +75,11 @@ def threshold_backward_kernel(
         theta = tl.load(thresholds + f, mask=mask, other=0.0)
         on = mask & ~(h <= theta)
         sign = tl.where(h > 0.0, 1.0, tl.where(h < 0.0, -1.0, 0.0))
-        if HAS_DL1:
-            g += tl.where(on, tl.load(dl1 + f, mask=mask, other=0.0) * sign, 0.0)
-        if BOUNDED:
+        if HAS_DL1 or BOUNDED:
             norm = tl.load(norms + f, mask=mask, other=0.0)
+        if HAS_DL1:
+            g += tl.where(on, dl1 * norm * sign, 0.0)
+        if BOUNDED:
             small = tl.exp(-8.0 * tl.abs(h) * norm)
             rest = 4.0 * small / ((1.0 + small) * (1.0 + small))  # 1 - tanh^2
             g += tl.where(on, bounded * 4.0 * norm * rest * sign, 0.0)
@@ -87,15 +87,12 @@ def threshold_backward_kernel(
             penalty += tl.where(on, (1.0 - small) / (1.0 + small), 0.0)
         by_t = tl.zeros_like(h)
         if RECTANGLE:
-            by_gate = g * h
-            if HAS_DCOUNTS:
-                by_gate += tl.load(dcounts + f, mask=mask, other=0.0)
-            by_t = tl.where(tl.abs(h - theta) < 0.5 * width, by_gate / width, 0.0)
+            by_t = tl.where(tl.abs(h - theta) < 0.5 * width, (g * h + dcount) / width, 0.0)
         by_h = tl.where(on, g, 0.0)
         if TO_H:
             by_h += by_t
         tl.store(dh + e, by_h, mask=mask)
-        tl.store(dt + e, by_t, mask=mask)
+        tl.store(dtheta + e, -by_t, mask=mask)
     if BOUNDED:
         tl.store(partial + tl.program_id(0), tl.sum(penalty))
 
@@ -120,37 +117,37 @@ def threshold_backward(
     entries: Entries,
     thresholds: Tensor,
     dz: Tensor,
-    dcounts: Tensor | None,
-    dl1: Tensor | None,
+    dcount: float,
+    dl1: float,
+    norms: Tensor | None,
     *,
     width: float = 0.0,
     to_h: bool = False,
     bounded: float = 0.0,
-    norms: Tensor | None = None,
 ) -> Slopes:
     """Computes `Slopes` from dz [capacity] float32.
 
     Args:
-        dcounts, dl1: [n_features], the gradients of each feature's count and of its sum of |z|; None for zero.
+        dcount, dl1, norms: see `entry_gate_backward`; `bounded` needs the norms too.
         width: of the rectangle; 0 if thresholds are not trained. to_h: whether its slope is also passed to h.
-        bounded: the weight of the bounded penalty, for which `norms` [n_features] float32 are needed; 0 for none.
+        bounded: the weight of the bounded penalty; 0 for none.
     """
     _check(entries, thresholds)
-    if bounded and norms is None:
-        raise ValueError("the bounded penalty needs the norms of the features")
-    dh, dt, sizes = dz.new_empty((3, *dz.shape))
+    if (bounded or dl1) and norms is None:
+        raise ValueError("the penalty needs the norms of the features")
+    dh, dtheta = torch.empty_like(dz), torch.empty_like(dz)
+    sizes = torch.empty_like(dz) if bounded else dz
     programs = entry_programs(len(dz), BLOCK)
-    partial = dz.new_zeros(max(programs, 1))
-    per_feature = [thresholds if one is None else one.float().contiguous() for one in (dcounts, dl1, norms)]
+    partial = dz.new_zeros(max(programs, 1)) if bounded else dz
     if len(dz) > 0:
         with launching_on(dz):
             threshold_backward_kernel[(programs,)](
-                entries.values, entries.features, entries.offsets, dz, *per_feature, dh, dt, sizes, partial,
-                thresholds, len(entries.offsets) - 1, len(dz), float(width), float(bounded),
-                RECTANGLE=width > 0, TO_H=width > 0 and to_h, HAS_DCOUNTS=dcounts is not None,
-                HAS_DL1=dl1 is not None, BOUNDED=bounded > 0, BLOCK_E=BLOCK, num_warps=4, num_stages=1,
+                entries.values, entries.features, entries.offsets, dz, dz if norms is None else norms, dh, dtheta,
+                sizes, partial, thresholds, len(entries.offsets) - 1, len(dz), float(width), float(bounded),
+                float(dcount), float(dl1), RECTANGLE=width > 0, TO_H=width > 0 and to_h, HAS_DL1=dl1 != 0,
+                BOUNDED=bounded > 0, BLOCK_E=BLOCK, num_warps=4, num_stages=1,
             )  # fmt: skip
-    return Slopes(dh, dt, *((sizes, partial.sum()) if bounded else (None, None)))
+    return Slopes(dh, dtheta, *((sizes, partial.sum()) if bounded else (None, None)))
 
 
 def _check(entries: Entries, thresholds: Tensor) -> None:

@@ -180,16 +180,17 @@ def _ours(step: Step, strategy: str, chunk_tokens: int, chunk_features: int) -> 
         yield Kernel("sums of pieces", 0, (token_pieces - 1) * 2 * each * step.weights, launches=0)
 
 
-SMALL = {"rational": 57, "relu": 59, "jumprelu": 53, "topk": 44, "batchtopk": 72}
-"""Launches of operations on a few numbers or a number per feature in a sparse step, counted; and the bytes that they
-move per feature."""
-SMALL_BYTES = 372
+SMALL = {"rational": 3, "relu": 2, "jumprelu": 1, "topk": 8, "batchtopk": 20}
+"""Launches of PyTorch's operations on a few numbers or a number per feature in a sparse step, counted."""
+COLUMNS, PROGRAMS = 512, 4096
+"""Columns of a row in one program of `support_decode` and of `feature_sums`; programs that `support_mark` aims for."""
 
 
 def _sparse(step: Step) -> Iterable[Kernel]:
     e, codes, weights, rows, family = step.itemsize, step.codes, step.weights, step.n_tokens * step.d_in, step.family
-    ranked, active = family.endswith("topk"), codes * step.active
-    entries = active if ranked else codes * step.support
+    ranked, active, d_sae = family.endswith("topk"), codes * step.active, step.d_sae
+    entries, blocks = active if ranked else codes * step.support, -(-step.d_in // COLUMNS)
+    yield Kernel("centred", 0, rows * (4 + e))
     yield product("product", step)
     if ranked:
         yield Kernel("rank", 0, codes * e * RANKING + (entries * 12 if family == "topk" else 0))
@@ -199,29 +200,47 @@ def _sparse(step: Step) -> Iterable[Kernel]:
         yield from _found(step, entries)
         forward = forward_instructions(step.p, step.q) if family == "rational" else 4
         yield Kernel("gate", 0, entries * (20 + SECTOR), entries * forward)
-        yield Kernel("rows", 0, codes / 4 + active * (SECTOR + 4 + e), launches=2)
-    gathered, decoder = active * step.d_in, weights * e
-    yield Kernel("decode", 0, rows * 4 + active * (4 + e), gathered, l2_bytes=gathered * e, once=decoder)
-    yield Kernel("residual", 0, rows * (44 + (2 * (4 + e) if e < 4 else 0)), launches=8 if e < 4 else 6)
+        # Each of about 1024 programs adds up the counts of those before it.
+        yield Kernel(
+            "rows", 0, codes / 4 + active * (SECTOR + 4 + e) + 2 * min(1024, step.n_tokens / 32) ** 2, launches=2
+        )
+    gathered, decoder, runs = active * step.d_in, weights * e, min(step.n_tokens, 2048 / blocks)
+    # It also compares x_hat with x, and writes the gradient in the products' dtype and its sums.
+    yield Kernel(
+        "decode", 0, active * (4 + e) * blocks + rows * (8 + e) + 8 * runs * step.d_in, gathered + 4 * rows,
+        l2_bytes=gathered * e, once=decoder,
+    )  # fmt: skip
     # Entries are sorted by feature, so its row of W_dec is read once and then found in the multiprocessor's own cache.
     gathered = entries * step.d_in
     yield Kernel("dots", 0, entries * 12, 2 * gathered, l2_bytes=gathered * e + decoder, once=decoder + rows * e)
     backward = backward_instructions(step.p, step.q) if family == "rational" else 10
-    yield Kernel("gate backward", 0, entries * 28, entries * backward)
-    # A teacher's h has a gradient where the code is active.
+    yield Kernel("gate backward", 0, entries * (28 if family == "relu" else 24), entries * backward)
+    # A teacher's h has a gradient where the code is active. An l1 penalty (ReLU's) reads the decoder.
     gathered += (active - entries if family != "rational" else 0) * step.d_in + active * step.d_in
+    penalty = 4 * weights if family == "relu" else 0
     yield Kernel(
-        "sums", 0, 8 * weights + entries * 24, 2 * gathered, launches=2, l2_bytes=gathered * e, once=2 * rows * e
-    )
-    yield Kernel("db_dec and norms", 0, 8 * weights, 2 * weights, launches=2)
-    if family == "relu":  # whose penalty is l1
-        yield Kernel("l1", 0, 12 * weights, weights)
-    yield Kernel("small operations", 0, SMALL_BYTES * step.d_sae, launches=SMALL[family])
+        "sums", 0, 8 * weights + penalty + entries * 20 * blocks + (32 + 8 * blocks) * d_sae, 2 * gathered, launches=2,
+        l2_bytes=gathered * e, once=2 * rows * e,
+    )  # fmt: skip
+    through = 2 * min(1024, d_sae / 64) * step.d_in * 4
+    yield Kernel(
+        "totals", 0, weights * e + (20 + 8 * blocks + 4 * _splits(step)) * d_sae + through + 4 * runs * step.d_in,
+        2 * weights, launches=2,
+    )  # fmt: skip
+    yield Kernel("small operations", 0, 12 * d_sae, launches=SMALL[family])
+
+
+def _splits(step: Step) -> int:
+    """Number of runs of tokens that `support_mark` counts separately."""
+    return min(-(-step.n_tokens // 128), -(-PROGRAMS // -(-step.d_sae // 32)))
 
 
 def _found(step: Step, entries: float) -> Iterable[Kernel]:
-    yield Kernel("mark", 0, step.codes * (step.itemsize + 0.25) + 24 * step.d_sae, step.codes * 8)
-    yield Kernel("entries", 0, step.codes / 8 + entries * (SECTOR + 12))
+    splits, blocks = _splits(step), step.d_sae / 32
+    yield Kernel("mark", 0, step.codes * (step.itemsize + 0.25) + 16 * splits * step.d_sae, step.codes * 8)
+    # Each program adds up the counts of those before it.
+    before = 2 * blocks * blocks * splits
+    yield Kernel("entries", 0, step.codes / 8 + entries * (SECTOR + 12) + (12 + 4 * splits) * step.d_sae + before)
 
 
 def _rounds(step: Step) -> Iterable[Kernel]:
@@ -247,8 +266,8 @@ def _rounds(step: Step) -> Iterable[Kernel]:
     )  # fmt: skip
     yield Kernel("residual", 0, rows * (110 + (4 + e if e < 4 else 0)), launches=14)
     yield Kernel("db_dec and norms", 0, 8 * weights, 2 * weights, launches=2)
-    launches = 102 + 70 * count - (19 + 2 * count + 2 * (passes + 1))
-    moved = entries * (64 + 434 * count) + SMALL_BYTES * step.d_sae
+    launches = 43 + 57 * count - (19 + 2 * count + 2 * (passes + 1))
+    moved = entries * (64 + 434 * count) + 372 * step.d_sae
     yield Kernel("operations on entries", 0, moved, launches=launches)
 
 

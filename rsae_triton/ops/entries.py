@@ -96,28 +96,28 @@ def collected(W: Tensor, triton: bool = False) -> Tensor:
 
 
 class _Terms:
-    """The parts of a matrix's gradient: sums over entries of value * g[token] (`found`: values, g, tokens, offsets),
-    and multiples of its own rows (`scales`)."""
+    """The parts of a matrix's gradient: sums over entries of value * g[token] (`found`: values, g, entries), and
+    multiples of its own rows (`scales`)."""
 
     def __init__(self, triton: bool = False) -> None:
         self.triton = triton
-        self.found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self.found: list[tuple[Tensor, Tensor, Entries]] = []
         self.scales: list[Tensor] = []
         self.transposed = False
 
-    def add(self, values: Tensor, g: Tensor, tokens: Tensor, offsets: Tensor) -> None:
-        self.found.append((values.contiguous(), g.contiguous(), tokens, offsets))
+    def add(self, values: Tensor, g: Tensor, entries: Entries) -> None:
+        self.found.append((values.contiguous(), g.contiguous(), entries))
 
     def made(self, W: Tensor, out: Tensor) -> Tensor:
         """Adds up all parts for W in `out`, both [d_sae, d_in]."""
         add = False
-        groups: dict[int, list[tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
+        groups: dict[int, list[tuple[Tensor, Tensor, Entries]]] = {}
         for one in self.found:
-            groups.setdefault(one[2].data_ptr(), []).append(one)
+            groups.setdefault(one[2].tokens.data_ptr(), []).append(one)
         for group in groups.values():
-            _, _, tokens, offsets = group[0]
-            pairs = [(values, g) for values, g, _, _ in group]
-            loops.rows(pairs, tokens, offsets, out, add=add, triton=self.triton)
+            tokens, features, _, offsets, _ = group[0][2]
+            pairs = [(values, g) for values, g, _ in group]
+            loops.rows(pairs, tokens, offsets, out, add=add, by_kernel=features if self.triton else None)
             add = True
         out = out if add else out.zero_()
         if self.scales:
@@ -160,16 +160,16 @@ def _gradient_memory(like: Tensor) -> Tensor:
 
 
 def matrix_gradient(
-    pairs: list[tuple[Tensor, Tensor]], tokens: Tensor, offsets: Tensor, like: Tensor, terms: _Terms | None
+    pairs: list[tuple[Tensor, Tensor]], entries: Entries, like: Tensor, terms: _Terms | None
 ) -> Tensor | None:
     """Returns the sum of value * g[token] over pairs (values, g) and entries, in the row of each entry's feature; None
     if it is left for the end (`collected`)."""
     if terms is not None:
         for values, g in pairs:
-            terms.add(values, g, tokens, offsets)
+            terms.add(values, g, entries)
         return None
     pairs = [(values.contiguous(), g.contiguous()) for values, g in pairs]
-    return loops.rows(pairs, tokens, offsets, _gradient_memory(like), add=False).to(like.dtype)
+    return loops.rows(pairs, entries.tokens, entries.offsets, _gradient_memory(like), add=False).to(like.dtype)
 
 
 class _Encode(torch.autograd.Function):
@@ -194,7 +194,7 @@ class _Encode(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = loops.decode(dh, tokens, features, len(x_c), W_enc.t()).to(x_c.dtype)
         if ctx.needs_input_grad[1]:
-            made = matrix_gradient([(dh, x_c)], tokens, offsets, W_enc.t(), ctx.terms)
+            made = matrix_gradient([(dh, x_c)], Entries(tokens, features, dh, offsets, len(x_c)), W_enc.t(), ctx.terms)
             dW = None if made is None else made.t()
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
             db = loops.sums(dh, offsets)
@@ -219,7 +219,7 @@ class _Decode(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dvalues = loops.dots(g, tokens, features, offsets, W).to(values.dtype)
         if ctx.needs_input_grad[1]:
-            dW = matrix_gradient([(values, g)], tokens, offsets, W, ctx.terms)
+            dW = matrix_gradient([(values, g)], Entries(tokens, features, values, offsets, len(g)), W, ctx.terms)
         return dvalues, dW, None, None
 
 

@@ -172,15 +172,16 @@ def dots(g: Tensor, tokens: Tensor, features: Tensor, offsets: Tensor, W: Tensor
 
 
 def rows(
-    terms: list[tuple[Tensor, Tensor]], tokens: Tensor, offsets: Tensor, out: Tensor, *, add: bool, triton: bool = False
-) -> Tensor:
-    """Sets out[f], or with `add` adds to it, the sum of value * g[token] over terms (values, g) and the entries of
-    f."""
+    terms: list[tuple[Tensor, Tensor]], tokens: Tensor, offsets: Tensor, out: Tensor, *, add: bool,
+    by_kernel: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Sets out[f], or with `add` adds to it, the sum of value * g[token] over terms (values, g) and the entries of f.
+    by_kernel: the entries' features, where a Triton kernel is to do it."""
     if not terms:
         return out if add else out.zero_()
     d = out.shape[1]
-    if triton and all(one.dtype == torch.float32 for term in terms for one in term):
-        return _rows_by_kernel(terms, tokens, offsets, out, add)
+    if by_kernel is not None and all(one.dtype == torch.float32 for term in terms for one in term):
+        return _rows_by_kernel(terms, tokens, by_kernel, offsets, out, add)
     if native.usable(out, *(one for term in terms for one in term)):
         pointers = ctypes.c_void_p * len(terms)
         values, g = (pointers(*(term[k].data_ptr() for term in terms)) for k in (0, 1))
@@ -201,14 +202,13 @@ def rows(
 
 
 def _rows_by_kernel(
-    terms: list[tuple[Tensor, Tensor]], tokens: Tensor, offsets: Tensor, out: Tensor, add: bool
+    terms: list[tuple[Tensor, Tensor]], tokens: Tensor, features: Tensor, offsets: Tensor, out: Tensor, add: bool
 ) -> Tensor:
     """Two terms in one pass over the entries."""
-    tokens = tokens.to(torch.int32)
     for k in range(0, len(terms), 2):
         # An odd one out goes with zeros, for which no rows are read.
         (values, g), (others, rows_of) = terms[k], [*terms, (torch.zeros_like(terms[k][0]), terms[k][1])][k + 1]
-        at = kernels().Entries(tokens, tokens, values, offsets)
+        at = kernels().Entries(tokens, features, values, offsets)
         kernels().feature_sums(at, values, values, others, values, g, rows_of, into=out, add=add or k > 0)
     return out
 

@@ -101,10 +101,9 @@ class _Search(torch.autograd.Function):
         back = ctx.back(z, weight, W, epsilon, opened, place, found, dy, dafter, draw, ctx.across)
         dW = None
         if ctx.needs_input_grad[3]:
-            tokens, offsets = place.there.tokens, place.there.offsets
             pairs = [(-z, back.de), (back.dc, found.e), (weight * found.c, back.dm)]
             pairs += [] if draw is None else [(draw, found.after)]
-            dW = matrix_gradient(pairs, tokens, offsets, W, ctx.terms)
+            dW = matrix_gradient(pairs, place.there, W, ctx.terms)
         depsilon = back.depsilon.sum().to(epsilon.dtype) if ctx.needs_input_grad[4] else None
         return back.dz, back.dweight, back.de, dW, depsilon, *(None,) * 5
 

@@ -17,10 +17,9 @@ from torch.nn.functional import pad
 
 from rsae_triton.ops.autoencode import Autoencoded, Computed
 from rsae_triton.ops.backends import kernels
-from rsae_triton.ops.encode import centred
 from rsae_triton.ops.reference import GateSpec, GateTensors
 from rsae_triton.ops.step import Step
-from rsae_triton.ops.support_triton import Code, Slopes, finish, listed, unit_of
+from rsae_triton.ops.support_triton import Code, Slopes, finish, input_of, listed, unit_of
 from rsae_triton.ops.workspace import current
 
 TIES = 8
@@ -75,8 +74,8 @@ def autoencode(
     threshold: [d_sae], used if nothing is ranked. most: the room for entries then. loss: the fields of `Step` from
     l1_weight on, except `wanted`.
     """
-    none = threshold.new_zeros(0)
-    gate = GateTensors(none, none, none, threshold.new_ones(1), none, threshold, none)
+    none = threshold.new_empty(0)
+    gate = GateTensors(none, none, none, none, none, threshold, none)
     differentiable = (x, W_enc, b_enc, W_dec, b_dec, *gate[:6])
     wanted = [torch.is_grad_enabled() and one.requires_grad for one in differentiable]
     step = Step(x, W_enc, b_enc, W_dec, b_dec, gate, GateSpec(0, 0), wanted=wanted, **loss)
@@ -90,12 +89,12 @@ def run(step: Step, kept: Kept, most: int, smallest: Callable[[Tensor], Any]) ->
     smallest: called with the smallest value kept."""
     device, b_enc = kernels(), step.b_enc
     thresholds = step.gate.threshold.detach().float().contiguous()
-    x_c = centred(step.x, step.b_dec if step.subtract else None, step.dtype)
+    x_c = input_of(step)
     weights, room = current().cast(step.W_enc, step.dtype), kept.room(len(x_c), most)
     if kept.ranks == "token":
         h = torch.addmm(b_enc.to(step.dtype), x_c, weights)  # token by token, the layout that top-k reads
         thresholds = torch.full_like(thresholds, 0.0 if kept.relu else -torch.inf)
-        code = _of_tokens(h, kept.k, kept.relu)
+        code = _of_tokens(x_c, weights, h, kept.k, kept.relu)
         ranked = h if kept.dead is not None else None
     else:
         if kept.ranks == "batch":
@@ -103,37 +102,36 @@ def run(step: Step, kept: Kept, most: int, smallest: Callable[[Tensor], Any]) ->
             h = torch.addmm(b_enc.to(step.dtype).unsqueeze(1), weights.t(), x_c.t())
             floor = _smallest(h, len(x_c) * kept.k)
             above_zero = torch.where(floor > 0, torch.nextafter(floor, torch.zeros_like(floor)), floor)
-            thresholds, bias = above_zero.expand_as(thresholds).contiguous(), torch.zeros_like(thresholds)
+            thresholds, bias = above_zero.expand_as(thresholds).contiguous(), None
         else:
             h, bias = torch.mm(weights.t(), x_c.t()), b_enc
         ranked = h.t().clone() if kept.dead is not None else None  # a copy, because h's memory will hold the codes
-        marks = device.support_mark(h, thresholds, thresholds.new_full((1,), kept.width / 2), bias)
-        code = listed(h, marks, room, lambda entries, h: device.threshold_forward(entries, thresholds, h))
+        marks = device.support_mark(h, thresholds, kept.width / 2, bias)
+        code = listed(x_c, weights, h, marks, room, lambda entries, h: device.threshold_forward(entries, thresholds, h))
         if kept.ranks == "batch":
             smallest(torch.where(code.short, torch.nan, floor))
     del h
 
-    def slopes(dz: Tensor, dcounts: Tensor | None, dl1: Tensor | None, norms: Tensor, unit: float) -> Slopes:
+    def slopes(dz: Tensor, dcount: float, dl1: float, norms: Tensor, unit: float) -> Slopes:
         made = device.threshold_backward(
-            code.entries, thresholds, dz, dcounts, dl1, width=kept.width, to_h=kept.to_h,
-            bounded=kept.bounded * unit, norms=norms,
+            code.entries, thresholds, dz, dcount, dl1, norms, width=kept.width, to_h=kept.to_h,
+            bounded=kept.bounded * unit,
         )  # fmt: skip
         if made.bounded is None:
-            return Slopes(made.dh, made.dt)
+            return Slopes(made.dh, made.dtheta)
         mean = kept.bounded / max(len(x_c), 1)
-        return Slopes(made.dh, made.dt, made.bounded * mean, made.sizes, kept.bounded)
+        return Slopes(made.dh, made.dtheta, made.bounded * mean, made.sizes, kept.bounded)
 
     def also(residual: Tensor) -> tuple[Tensor, Any]:
         assert ranked is not None
         assert kept.dead is not None
-        return _auxiliary(step, kept, kept.dead, ranked, x_c, residual)
+        return _auxiliary(step, kept, kept.dead, ranked, code, residual)
 
-    outcome = finish(step, x_c, code, slopes, None if ranked is None else also)
-    entries = torch.where(code.short, torch.inf, outcome[6].double())
+    outcome, entries = finish(step, code, slopes, None if ranked is None else also)
     return *outcome[:6], entries, *outcome[7:]
 
 
-def _of_tokens(h: Tensor, k: int, relu: bool) -> Code:
+def _of_tokens(x_c: Tensor, weights: Tensor, h: Tensor, k: int, relu: bool) -> Code:
     """Lists the k largest of every token of h [n_tokens, d_sae]."""
     device = kernels()
     (n, d_sae), k = h.shape, min(k, h.shape[1])
@@ -146,7 +144,7 @@ def _of_tokens(h: Tensor, k: int, relu: bool) -> Code:
     ends = torch.arange(n + 1, device=h.device) * k
     own = codes[order].float()
     counts = pad((own != 0).cumsum(0), (1, 0))[offsets].diff()
-    return Code(entries, own, device.Rows(features, codes, ends), counts, offsets[-1] > n * k)
+    return Code(x_c, weights, entries, own, device.Rows(features, codes, ends), counts[None])
 
 
 def _smallest(h: Tensor, count: int) -> Tensor:
@@ -157,17 +155,17 @@ def _smallest(h: Tensor, count: int) -> Tensor:
 
 
 def _auxiliary(
-    step: Step, kept: Kept, dead: Tensor, h: Tensor, x_c: Tensor, residual: Tensor
+    step: Step, kept: Kept, dead: Tensor, h: Tensor, main: Code, residual: Tensor
 ) -> tuple[Tensor, Any]:  # fmt: skip
     """Reconstructs the residual with the aux_k strongest dead features of every token. Returns the error and the sums
     of its gradients."""
-    device, unit, mean = kernels(), unit_of(step), 1 / max(len(x_c), 1)
-    code = _of_tokens(h.masked_fill(~dead, -torch.inf), kept.aux_k, relu=True)
+    device, unit, mean = kernels(), unit_of(step), 1 / max(len(step.x), 1)
+    code = _of_tokens(main.x_c, main.weights, h.masked_fill(~dead, -torch.inf), kept.aux_k, relu=True)
     W_d, scale = current().cast(step.W_dec, step.dtype), 1.0 if step.scale is None else step.scale
-    left = device.support_decode(code.rows, W_d, torch.zeros_like(step.b_dec)) * scale
+    left = device.support_decode(code.rows, W_d, None) * scale
     error = residual + left  # the residual is x_hat - x here
     g = (error * (2 * unit * kept.aux_weight) * scale).to(step.dtype)
     dz = device.entry_dots(g, W_d, code.entries)
     dh = torch.where(code.z > 0, dz, 0)
-    sums = device.feature_sums(code.entries, code.z, dz, dh, torch.zeros_like(dh), g, x_c)
+    sums = device.feature_sums(code.entries, code.z, dz, dh, torch.zeros_like(dh), g, main.x_c)
     return error.square().sum() * (mean * kept.aux_weight), sums

@@ -40,7 +40,8 @@ class Made(NamedTuple):
 class StepMemory:
     """What the training steps of a loop pass on to the next. On the CPU that is the memory of the pieces of
     `rational_autoencode`, and of the last step's gradients of W_enc and W_dec; it saves a twentieth of a step. On a GPU
-    it is copies of the weights in the products' dtype, which the optimiser writes in its own pass.
+    it is copies of the weights in the products' dtype, which the optimiser writes in its own pass, and the norms that
+    it gave W_dec's rows.
 
         memory = StepMemory()
         memory.zero_grad(sae.parameters())      # the gradients' content is lost, whoever else may hold them
@@ -58,6 +59,7 @@ class StepMemory:
         self.whole = False
         self.made: Made | None = None
         self._copies: dict[int, tuple[int, Tensor]] = {}
+        self._norms: dict[int, tuple[int, Tensor]] = {}
         self._spare: list[Tensor] = []
         self._token: Token[StepMemory | None] | None = None
 
@@ -101,6 +103,17 @@ class StepMemory:
         copy = copy if copy.dtype == dtype else torch.empty_like(rows, dtype=dtype)
         self._copies[_storage(matrix)] = matrix._version, copy
         return copy
+
+    def norms(self, matrix: Tensor) -> Tensor:
+        """Returns the norms of a matrix's rows in float32; those of `know_norms`, if nothing has changed it since."""
+        version, norms = self._norms.get(_storage(matrix), (-1, matrix))
+        if version == matrix._version:
+            return norms
+        return torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float32)
+
+    def know_norms(self, matrix: Tensor, norms: Tensor) -> None:
+        """Says what the norms of a matrix's rows are, after a step that gave the rows these lengths."""
+        self._norms[_storage(matrix)] = matrix._version, norms.flatten().float()
 
 
 def _storage(matrix: Tensor) -> int:

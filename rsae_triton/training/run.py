@@ -107,6 +107,8 @@ class Run:
             self.norms,
             self._copy if terms.squares is not None else None,
         )
+        if self.norms is not None:
+            self.memory.know_norms(sae.W_dec, self.norms)
         sae.constrain_()
         if before is not None:
             self._check_step(before, checkpoints)

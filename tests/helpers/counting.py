@@ -127,6 +127,7 @@ class Launches(TorchDispatchMode):
         if self._kernel or is_view or name in skipped or name.startswith(("empty", "new_empty")):
             return out
         made = name.startswith("new_") or name.endswith("_like")
+        kwargs = {key: one for key, one in (kwargs or {}).items() if key != "out"}  # it is what they return
         tensors = [one for one in tree_leaves(out if made else (args, kwargs, out)) if isinstance(one, torch.Tensor)]
         self.operators += 1
         self.moved += sum(min(one.untyped_storage().nbytes(), one.numel() * one.element_size()) for one in tensors)

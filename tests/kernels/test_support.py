@@ -26,7 +26,7 @@ def spec_of(degree=(3, 2), backward="rational", amplitude="rational"):
 
 def inputs(gate, spec, dtype=torch.float32, shape=SHAPE, seed=0):
     """h without its bias [F, n], the bias, h [n, F] as the kernels see it, x and g [n, d], W_dec, b_dec, and the
-    gradients of counts and l1; no h so near to a decision that rounding could turn it."""
+    gradients of counts (all the same) and l1; no h so near to a decision that rounding could turn it."""
     (n, d, features), generator = shape, torch.Generator().manual_seed(seed)
 
     def normal(*size):
@@ -42,7 +42,17 @@ def inputs(gate, spec, dtype=torch.float32, shape=SHAPE, seed=0):
     raw = raw.contiguous()
     x, g = (normal(n, d).to(dtype) for _ in range(2))
     W_dec, b_dec = (normal(features, d) / d**0.5).to(dtype), normal(d).to(dtype)
-    return raw, bias, raw.T.float() + bias.float(), x, g, W_dec, b_dec, *normal(2, features)
+    return (
+        raw,
+        bias,
+        raw.T.float() + bias.float(),
+        x,
+        g,
+        W_dec,
+        b_dec,
+        normal(1).expand(features),
+        0.7 * normal(features).abs(),
+    )
 
 
 def sparse(gate, spec, given, device, capacity=None, sums=True):
@@ -58,15 +68,14 @@ def sparse(gate, spec, given, device, capacity=None, sums=True):
     rows = list_rows(scratch, marks, capacity)
     x_hat = support_decode(rows, W_dec, b_dec)
     dz = entry_dots(g, W_dec, entries)
+    dcount, l1 = (float(dcounts[0]) if len(dcounts) else 0.0, 0.7) if sums else (0.0, 0.0)
     dh, dt = entry_gate_backward(
-        entries, dz, dcounts if sums else None, dl1 if sums else None, gate, **flags,
-        backward_rational=spec.backward == "rational",
-    )  # fmt: skip
+        entries, dz, dcount, l1, dl1 / 0.7, gate, **flags, backward_rational=spec.backward == "rational"
+    )
     found = feature_sums(entries, z, dz, dh, dt, g, x)
     outcome = {
         "counts": marks.counts, "x_hat": x_hat, "dW_dec": found.decoder, "dW_enc": found.encoder, "db_enc": found.dh,
-        "dthreshold": -found.dt / gate.input_scale, "l1": found.l1, "along": found.along,
-        "squares": found.squares.sqrt(),
+        "dthreshold": found.dtheta, "l1": found.l1, "along": found.along, "squares": found.squares.sum(0).sqrt(),
     }  # fmt: skip
     return {name: one.cpu() for name, one in outcome.items()}, marks, entries, rows, z
 

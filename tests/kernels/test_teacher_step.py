@@ -189,14 +189,14 @@ def test_nan_reaches_its_token_alone(kind, device, monkeypatch):
     """A token's reconstruction is looked at where it is made."""
     seen = []
     kernels = teacher_triton.kernels()
-    decode = kernels.support_decode
-    monkeypatch.setattr(kernels, "support_decode", lambda *a: seen.append(decode(*a)) or seen[-1])
+    decode = kernels.support_residual
+    monkeypatch.setattr(kernels, "support_residual", lambda *a, **more: seen.append(decode(*a, **more)) or seen[-1])
     x = tokens()
     for row in (None, 5):
         if row is not None:
             x[row] = torch.nan
         found, _ = outcome(made(kind).to(device), x.to(device))
-    clean, hurt = (one.cpu() for one in seen)
+    clean, hurt = (one.x_hat.cpu() for one in seen)
     assert found["total"].isnan()
     assert hurt[5].isnan().all()
     others = torch.arange(N) != 5
@@ -250,6 +250,6 @@ def test_what_does_not_fit_is_refused(device):
     with pytest.raises(ValueError, match="5 features"):
         threshold_forward(entries, one, one.new_zeros(5, 2))
     with pytest.raises(ValueError, match="float64"):
-        threshold_backward(entries, one.new_zeros(5).double(), one, None, None)
+        threshold_backward(entries, one.new_zeros(5).double(), one, 0.0, 0.0, None)
     with pytest.raises(ValueError, match="norms"):
-        threshold_backward(entries, one.new_zeros(5), one, None, None, bounded=0.1)
+        threshold_backward(entries, one.new_zeros(5), one, 0.0, 0.0, None, bounded=0.1)
