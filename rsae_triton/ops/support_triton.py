@@ -166,9 +166,11 @@ def finish(
     if extra is not None:
         total = total + extra[0]
     if memory.whole and extra is None and unit == mean:
-        zero = None if wanted[1] and wanted[3] else torch.zeros_like(total)
-        encoder, decoder = found.encoder if wanted[1] else zero, (found.without_radial, found.decoder)
-        memory.made = Made(encoder, *(decoder if wanted[3] else (zero, zero)), dtype)
+        norms_of: list[Tensor] = [found.encoder, found.without_radial, found.decoder]
+        for k, place in enumerate((1, 3, 3)):
+            if not wanted[place]:
+                norms_of[k] = torch.zeros_like(total)
+        memory.made = Made(*norms_of, dtype=dtype)
     gradients = {1: sums.encoder.t(), 2: sums.dh, 3: sums.decoder, 10: sums.dtheta}
     outcome = (total, found.mse, l1, found.l0, found.counts, left.x_hat.to(x.dtype), entries.offsets[-1])
     return (*outcome, *_gradients(step, gradients, found.db_dec, mean / unit)), found.entries
