@@ -142,7 +142,7 @@ def support_residual(
     per_program = max(1, n_tokens * triton.cdiv(d_in, tile.columns) // RESIDUAL_PROGRAMS)
     runs, blocks = triton.cdiv(n_tokens, per_program), triton.cdiv(d_in, tile.columns)
     made = Residual(
-        torch.empty_like(target) if x_hat is None else x_hat,
+        target.new_empty(target.shape) if x_hat is None else x_hat,  # contiguous, whatever the target is
         W_dec.new_empty((n_tokens, d_in), dtype=dtype),
         W_dec.new_empty((n_tokens, d_in), dtype=torch.float32) if error else None,
         W_dec.new_empty((runs, blocks), dtype=torch.float32),

@@ -114,7 +114,7 @@ def input_of(step: Step) -> Tensor:
     """Returns x - b_dec (or x) in the dtype of the products, in one pass."""
     if not step.subtract:
         return step.x.to(step.dtype)
-    return torch.sub(step.x, step.b_dec, out=torch.empty_like(step.x, dtype=step.dtype))
+    return torch.sub(step.x, step.b_dec, out=step.x.new_empty(step.x.shape, dtype=step.dtype))
 
 
 def unit_of(step: Step) -> float:
@@ -166,11 +166,11 @@ def finish(
     if extra is not None:
         total = total + extra[0]
     if memory.whole and extra is None and unit == mean:
-        norms_of: list[Tensor] = [found.encoder, found.without_radial, found.decoder]
-        for k, place in enumerate((1, 3, 3)):
-            if not wanted[place]:
-                norms_of[k] = torch.zeros_like(total)
-        memory.made = Made(*norms_of, dtype=dtype)
+        own = Made(found.encoder, found.without_radial, found.decoder, dtype)
+        own = own if wanted[1] else own._replace(encoder=torch.zeros_like(total))
+        if not wanted[3]:
+            own = own._replace(without_radial=torch.zeros_like(total), decoder=torch.zeros_like(total))
+        memory.made = own
     gradients = {1: sums.encoder.t(), 2: sums.dh, 3: sums.decoder, 10: sums.dtheta}
     outcome = (total, found.mse, l1, found.l0, found.counts, left.x_hat.to(x.dtype), entries.offsets[-1])
     return (*outcome, *_gradients(step, gradients, found.db_dec, mean / unit)), found.entries

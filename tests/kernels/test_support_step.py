@@ -105,6 +105,23 @@ def test_the_kernels_step_equals_the_pytorch_step(options, device):
     close(without_size(results), without_size(sibling))
 
 
+def test_activations_and_targets_may_lie_in_any_order(device):
+    inputs = given()
+    target = inputs[0] * 2
+    whole = without_size(step(inputs, device, target=target))
+    strided = [one.t().contiguous().t() for one in (inputs[0], target)]
+    close(without_size(step((strided[0], *inputs[1:]), device, target=strided[1])), whole)
+
+
+def test_norms_are_remembered_until_the_matrix_changes():
+    memory, W_dec = StepMemory(), torch.randn(5, 3)
+    torch.testing.assert_close(memory.norms(W_dec), W_dec.norm(dim=1))
+    memory.know_norms(W_dec, torch.full((5, 1), 2.0))
+    assert memory.norms(W_dec).tolist() == [2.0] * 5
+    W_dec.mul_(3)
+    torch.testing.assert_close(memory.norms(W_dec), W_dec.norm(dim=1))
+
+
 @pytest.mark.parametrize("weights", [(0.0, 0.2), (0.3, 0.0)])
 def test_the_norms_of_the_gradients_come_with_them(weights, device):
     inputs, memory = given(), StepMemory()
