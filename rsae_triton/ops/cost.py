@@ -180,7 +180,7 @@ def _ours(step: Step, strategy: str, chunk_tokens: int, chunk_features: int) -> 
         yield Kernel("sums of pieces", 0, (token_pieces - 1) * 2 * each * step.weights, launches=0)
 
 
-SMALL = {"rational": 3, "relu": 2, "jumprelu": 1, "topk": 8, "batchtopk": 20}
+SMALL = {"rational": 3, "relu": 2, "jumprelu": 1, "topk": 5, "batchtopk": 20}
 """Launches of PyTorch's operations on a few numbers or a number per feature in a sparse step, counted."""
 COLUMNS, PROGRAMS = 512, 4096
 """Columns of a row in one program of `support_decode` and of `feature_sums`; programs that `support_mark` aims for."""

@@ -71,7 +71,7 @@ def autoencode(
     """Computes what `rational_autoencode` does, and for "batch" also returns the smallest value that was kept (NaN if
     the entries did not fit). If they did not fit, `entries` is infinite and the loss NaN.
 
-    threshold: [d_sae], used if nothing is ranked. most: the room for entries then. loss: the fields of `Step` from
+    threshold: [d_sae]; zeros if something is ranked. most: the room for entries then. loss: the fields of `Step` from
     l1_weight on, except `wanted`.
     """
     none = threshold.new_empty(0)
@@ -93,7 +93,8 @@ def run(step: Step, kept: Kept, most: int, smallest: Callable[[Tensor], Any]) ->
     weights, room = current().cast(step.W_enc, step.dtype), kept.room(len(x_c), most)
     if kept.ranks == "token":
         h = torch.addmm(b_enc.to(step.dtype), x_c, weights)  # token by token, the layout that top-k reads
-        thresholds = torch.full_like(thresholds, 0.0 if kept.relu else -torch.inf)
+        if not kept.relu:
+            thresholds = torch.full_like(thresholds, -torch.inf)
         code = _of_tokens(x_c, weights, h, kept.k, kept.relu)
         ranked = h if kept.dead is not None else None
     else:
@@ -138,11 +139,13 @@ def _of_tokens(x_c: Tensor, weights: Tensor, h: Tensor, k: int, relu: bool) -> C
     top = h.topk(k, dim=1, sorted=False)
     features, z = top.indices.flatten().to(torch.int32), top.values.flatten()
     codes = z.relu() if relu else z
+    tokens = torch.empty_like(features)
     by_feature, order = features.sort(stable=True)  # stable, so that a feature's entries are sorted by token
     offsets = torch.searchsorted(by_feature, torch.arange(d_sae + 1, dtype=torch.int32, device=h.device))
-    entries = device.Entries((order // max(k, 1)).to(torch.int32), by_feature, z[order].float(), offsets)
-    ends = torch.arange(n + 1, device=h.device) * k
-    own = codes[order].float()
+    torch.floor_divide(order, k, out=tokens)
+    entries = device.Entries(tokens, by_feature, z[order].float(), offsets)
+    ends = torch.arange(0, n * k + 1, k, device=h.device)
+    own = entries.values.relu() if relu else entries.values
     counts = pad((own != 0).cumsum(0), (1, 0))[offsets].diff()
     return Code(x_c, weights, entries, own, device.Rows(features, codes, ends), counts[None])
 
