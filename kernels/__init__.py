@@ -20,6 +20,7 @@ The sparse step, on the entries of the support alone (docs/kernels.md):
     entry_dots          the gradient of every entry's code
     feature_sums        entries -> gradients of both weight matrices, the bias and the thresholds
     support_totals      the loss, the gradient of b_dec, the norms of the gradients
+    narrow_rows         a matrix in a narrow dtype, for a product that only finds candidates
     adam_rows           the optimiser's step on a weight matrix in one pass
     round_search        a round's search and correction by entries, and their gradients (`_back`)
 
@@ -39,6 +40,7 @@ from .configs import MOST_COLUMNS
 from .encode_backward import encode_backward
 from .encode_forward import encode_forward
 from .interpreter import INTERPRETED
+from .narrow_rows import Narrow, narrow_rows
 from .rational_backward import GateGrads, rational_backward
 from .rational_forward import rational_forward
 from .round_search import SEARCH_COLUMNS, Search, SearchGrads, round_search, round_search_back
@@ -60,6 +62,7 @@ __all__ = [
     "FeatureSums",
     "GateGrads",
     "Marks",
+    "Narrow",
     "Residual",
     "Rows",
     "Search",
@@ -75,6 +78,7 @@ __all__ = [
     "feature_sums",
     "list_entries",
     "list_rows",
+    "narrow_rows",
     "rational_backward",
     "rational_forward",
     "remove_radial",

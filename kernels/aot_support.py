@@ -10,6 +10,7 @@ import triton
 from .adam_rows import adam_rows_kernel, remove_radial_kernel, row_norms_kernel
 from .aot_variants import Variant
 from .configs import decode_tile, dots_tile, entry_block, entry_tile, mark_tile, row_warps
+from .narrow_rows import narrow_rows_kernel
 from .round_search import round_search_back_kernel, round_search_kernel
 from .round_search import tile as search_tile
 from .support_gate import entry_gate_backward_kernel, entry_gate_forward_kernel
@@ -37,6 +38,7 @@ KERNELS = {
     "feature_sums": feature_sums_kernel,
     "block_sums": block_sums_kernel,
     "totals": totals_kernel,
+    "narrow_rows": narrow_rows_kernel,
     "row_norms": row_norms_kernel,
     "remove_radial": remove_radial_kernel,
     "adam_rows": adam_rows_kernel,
@@ -45,7 +47,7 @@ KERNELS = {
 }
 HEAVY = ("support_mark", "feature_sums", "long_runs", "entry_gate_backward", "threshold_backward")
 """Kernels for which three programs per multiprocessor are enough, because each has many loads in flight."""
-ROWS = ("row_norms", "remove_radial", "adam_rows")
+ROWS = ("row_norms", "remove_radial", "adam_rows", "narrow_rows")
 SEARCH = ("round_search", "round_search_back")
 GATES = ("entry_gate_forward", "entry_gate_backward")
 ALONE = ("count_rows", "totals", "row_norms", "remove_radial", "threshold_backward")
@@ -57,13 +59,15 @@ D_IN = 2304
 def launch(v: Variant) -> tuple[dict, dict, str]:
     """Returns constants, options and the tile's name; see `aot.launch`."""
     if v.kernel == "support_mark":
-        mark = mark_tile(v.dtype, 15 if v.ragged else 16)
+        mark = mark_tile(v.dtype, 15 if v.ragged else 16, screened=bool(v.screen))
         constants = {
             "BLOCK_F": mark.features,
             "BLOCK_N": mark.lanes,
             "STAGES": mark.stages,
             "HAS_BIAS": True,
             "HAS_SCALE": True,
+            "SLACK": v.screen == "first",
+            "AMONG": v.screen == "second",
         }
         return constants, {"num_warps": mark.warps, "num_stages": 1}, f"{mark.features}x{constants['BLOCK_N']}"
     if v.kernel in ("list_entries", "count_rows", "list_rows"):
@@ -86,7 +90,9 @@ def launch(v: Variant) -> tuple[dict, dict, str]:
         return constants, {"num_warps": 4, "num_stages": 1}, f"{BLOCK} w4"
     if v.kernel in ROWS:
         constants = {"BLOCK_D": triton.next_power_of_2(D_IN)}
-        if v.kernel != "remove_radial":
+        if v.kernel == "narrow_rows":
+            constants["SCALED"] = bool(v.screen)
+        elif v.kernel != "remove_radial":
             constants["RADIAL"] = True
         if v.kernel == "adam_rows":
             constants |= {"NORMS": True, "COPY": True}
@@ -107,6 +113,8 @@ def launch(v: Variant) -> tuple[dict, dict, str]:
         constants |= dict.fromkeys(("DECODE", "LIMITED", "HAS_BIAS", "LOSS", "SCALED", "ERROR"), True)
     if v.kernel == "block_sums":
         constants["THROUGH"] = True
+    if v.kernel == "entry_dots":
+        constants["DENSE"] = bool(v.screen)
     if v.kernel in ("feature_sums", "long_runs"):
         constants["SIZED"] = v.sized
     if v.kernel == "feature_sums":
@@ -128,6 +136,8 @@ def types(v: Variant, element: str) -> dict[str, str]:
     found |= dict.fromkeys(("weight", "grad", "mean", "square", "squares"), "*fp32")
     found |= dict.fromkeys(("support", "active", "tokens", "features", "counts", "totals"), "*i32")
     found |= dict.fromkeys(("offsets", "used"), "*i64")
+    found |= {"slack": "*fp32", "lift": "*fp32", "candidates": "*i32", "matrix": f"*{element}"}
+    found |= {"scales": "*fp32", "largest": "fp32"}
     if v.kernel in ("list_rows", "support_decode"):  # their codes are in the dtype of the products
         found |= dict.fromkeys(("z", "values"), f"*{element}")
     if v.kernel in SEARCH:
@@ -138,6 +148,10 @@ def types(v: Variant, element: str) -> dict[str, str]:
         found["partial"] = "*i32"
     if v.kernel == "block_sums":
         found["counts"] = "*fp32"
+    if v.kernel == "entry_dots" and v.screen:
+        found["out"] = f"*{element}"
+    if v.kernel == "narrow_rows":
+        found["rows"] = "*fp8e4nv" if v.screen else "*bf16"
     if v.kernel == "totals":
         found |= {"mean": "fp32", "entries": "*fp64"}
     if v.kernel == "feature_sums":  # the matrix itself, and norms
@@ -152,7 +166,12 @@ def variants(arch: int) -> Iterator[Variant]:
         for kernel in sorted(KERNELS.keys() - set(GATES) - set(ALONE)):
             yield Variant(kernel, arch, dtype)
         yield Variant("support_mark", arch, dtype, ragged=True)
+        yield Variant("entry_dots", arch, dtype, screen="first")
+        yield Variant("support_mark", arch, dtype, screen="second")
+        if arch >= 90:  # older GPUs have no float8
+            yield Variant("narrow_rows", arch, dtype, screen="first")
         yield from (Variant(kernel, arch, dtype, sized=True) for kernel in ("feature_sums", "long_runs"))
+    yield Variant("support_mark", arch, torch.bfloat16, screen="first")
     yield from (Variant(kernel, arch, torch.float32, together=True) for kernel in ("feature_sums", "long_runs"))
     yield from (Variant(kernel, arch, torch.float32) for kernel in ALONE)
     for kernel in GATES:

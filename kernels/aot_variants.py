@@ -13,7 +13,7 @@ PRODUCTS = ("encode_forward", "encode_backward", "sparse_encode")
 NO_GATE = (
     "gather_rows", "keep_largest", "sparse_decode", "sparse_dots", "segment_sum", "support_mark", "list_entries",
     "count_rows", "list_rows", "support_decode", "entry_dots", "long_runs", "feature_sums", "row_norms", "adam_rows",
-    "remove_radial", "block_sums", "totals", "threshold_forward", "threshold_backward", "round_search",
+    "remove_radial", "narrow_rows", "block_sums", "totals", "threshold_forward", "threshold_backward", "round_search",
     "round_search_back",
 )  # fmt: skip
 
@@ -40,6 +40,9 @@ class Variant(NamedTuple):
     together: bool = False
     """The two matrices' sums added up in one, as for the rounds' gradients."""
 
+    screen: str = ""
+    """The variants of a screened product: "first" (to find candidates) and "second" (to decide)."""
+
     def __str__(self) -> str:
         words = [NAMES[self.dtype]]
         if self.dtype == torch.float32 and self.kernel in PRODUCTS:
@@ -48,6 +51,7 @@ class Variant(NamedTuple):
             words += ["gated" if self.gated else "direct", f"({self.p}, {self.q})"]
             words.append("shared" if self.shared else "per feature")
         words += ["ragged"] * self.ragged + ["top-k"] * self.ranked
+        words += [f"screen, {self.screen}"] * bool(self.screen)
         return " ".join(words + ["frozen"] * self.frozen + ["sized"] * self.sized + ["together"] * self.together)
 
     @property

@@ -177,12 +177,14 @@ MOST_COLUMNS = 16384
 """Longest row that `adam_rows` holds in registers."""
 
 
-def mark_tile(dtype: torch.dtype, n_tokens: int) -> PointwiseTile:
+def mark_tile(dtype: torch.dtype, n_tokens: int, screened: bool = False) -> PointwiseTile:
     """The tile of `support_mark`: a block of features, and as many tokens as fit its registers. (Tokens of rows that
-    are not aligned have a pointer each, and cannot be loaded ahead.)"""
+    are not aligned have a pointer each, and cannot be loaded ahead.) screened: with a margin, or among candidates,
+    which take registers too."""
     if n_tokens % SPECIALISED:
         return PointwiseTile(features=MARK_FEATURES, lanes=32, vector=1, warps=4)
-    return PointwiseTile(features=MARK_FEATURES, lanes=64 if dtype.itemsize == 4 else 128, vector=1, warps=4, stages=2)
+    lanes = 64 if dtype.itemsize == 4 or screened else 128
+    return PointwiseTile(features=MARK_FEATURES, lanes=lanes, vector=1, warps=4, stages=2)
 
 
 def entry_tile() -> RowsTile:

@@ -1,8 +1,9 @@
 """Runs the kernels without a GPU: TRITON_INTERPRET=1, set before triton is first imported.
 
-Triton's interpreter represents a bfloat16 by the uint16 of its bits, and (up to 3.7 at least) has two bugs: `tl.dot`
-multiplies those integers, and rounding float32 to bfloat16 truncates. `repair` corrects both, so that tests run the
-same code as a GPU. Nothing is changed if the interpreter is off.
+Triton's interpreter represents a bfloat16 by the uint16 of its bits, and (up to 3.7 at least) has three bugs: `tl.dot`
+multiplies those integers, rounding float32 to bfloat16 truncates, and rounding to float8 halves what is rounded up to
+a power of two. `repair` corrects them, so that tests run the same code as a GPU. Nothing is changed if the interpreter
+is off.
 """
 
 from __future__ import annotations
@@ -30,8 +31,13 @@ def _float32_to_bfloat16(values: np.ndarray) -> np.ndarray:
     return flat.view(torch.int16).numpy().view(np.uint16)
 
 
+def _float32_to_float8(values: np.ndarray) -> np.ndarray:
+    flat = torch.from_numpy(np.array(values, dtype=np.float32)).to(torch.float8_e4m3fn)
+    return flat.view(torch.uint8).numpy()
+
+
 def repair() -> None:
-    """Makes the interpreter multiply and round bfloat16 as a GPU does. Can be called repeatedly."""
+    """Makes the interpreter multiply and round as a GPU does. Can be called repeatedly."""
     from triton.runtime import interpreter
 
     if getattr(interpreter, "_rsae_triton_repaired", False):
@@ -49,6 +55,8 @@ def repair() -> None:
     def convert_float(values, source, target, rounding_mode):
         if source == tl.float32 and target == tl.bfloat16:
             return _float32_to_bfloat16(values)
+        if source == tl.float32 and target == tl.float8e4nv:
+            return _float32_to_float8(values)
         return convert(values, source, target, rounding_mode)
 
     builder.create_dot, interpreter._convert_float = create_dot, convert_float

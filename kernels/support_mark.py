@@ -21,6 +21,8 @@ WORD = 32
 MARGIN = tl.constexpr(2.0**-21)
 """The lower end of the support is lowered by this fraction of its terms, so that rounding never leaves an element out.
 One too many does no harm: the gate of the entries decides again and gives zeros."""
+ROUNDING = tl.constexpr(2.0**-8)
+"""The same for an h that a product has rounded to bfloat16."""
 
 
 class Marks(NamedTuple):
@@ -49,12 +51,14 @@ class Marks(NamedTuple):
 
 @triton.jit
 def support_mark_kernel(
-    h, threshold, scale, bias, support, active, partial, totals,
+    h, threshold, scale, bias, lift, slack, candidates, support, active, partial, totals,
     n_features, n_tokens, n_words, split_size, per_set, width,
-    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, SLACK: tl.constexpr, AMONG: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_F features, split_size tokens. HAS_SCALE: the support's width is in `scale`; per_set: 1, or 0
-    if all features share one."""
+    if all features share one. SLACK: h is raised by lift [n_features] slack [n_tokens]. AMONG: only the places of the
+    bits in `candidates`, laid out as `support`, are read."""
     f0 = tl.program_id(0).to(tl.int64) * BLOCK_F
     f_local, n_local = tl.arange(0, BLOCK_F)[:, None], tl.arange(0, BLOCK_N)[None, :]
     f, f_mask = f0 + f_local, f_local < n_features - f0
@@ -64,6 +68,13 @@ def support_mark_kernel(
     low = theta - width - MARGIN * (tl.abs(theta) + tl.abs(width))
     if HAS_BIAS:
         own_bias = tl.load(bias + f, mask=f_mask, other=0.0).to(tl.float32)
+    if SLACK:
+        rounding = tl.abs(theta) + tl.abs(width)
+        if HAS_BIAS:
+            rounding += tl.abs(own_bias)
+        low -= ROUNDING * rounding
+        theta -= ROUNDING * rounding
+        lifted = tl.load(lift + f, mask=f_mask, other=0.0)
     along_tokens, along_features = 1 << (n_local & 31), 1 << (f_local & 31)
     word, block = tl.arange(0, BLOCK_N // 32)[None, :], tl.arange(0, BLOCK_F // 32)[:, None]
     block_mask = block * 32 < n_features - f0
@@ -72,9 +83,14 @@ def support_mark_kernel(
     for n0 in tl.range(start, tl.minimum(start + split_size, n_tokens), BLOCK_N, num_stages=STAGES):
         n_left = n_tokens - n0
         mask = f_mask & (n_local < n_left)
+        if AMONG:
+            bits = tl.load(candidates + f * n_words + (n0 + n_local) // 32, mask=mask, other=0)
+            mask = mask & (((bits >> (n_local & 31)) & 1) > 0)
         value = tl.load(h + f * n_tokens + n0 + n_local, mask=mask, other=0.0).to(tl.float32)
         if HAS_BIAS:
             value += own_bias
+        if SLACK:
+            value += lifted * tl.load(slack + n0 + n_local, mask=n_local < n_left, other=0.0)
         inside = mask & ~(value <= low)  # written this way, NaN is inside
         found = tl.sum(tl.reshape(tl.where(inside, along_tokens, 0), (BLOCK_F, BLOCK_N // 32, 32)), axis=2)
         tl.store(support + f * n_words + n0 // 32 + word, found, mask=f_mask & (word * 32 < n_left))
@@ -90,11 +106,22 @@ def support_mark_kernel(
     tl.store(totals + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(in_support))
 
 
-def support_mark(h_fm: Tensor, threshold: Tensor, input_scale: Tensor | float, b_enc: Tensor | None) -> Marks:
+def support_mark(
+    h_fm: Tensor,
+    threshold: Tensor,
+    input_scale: Tensor | float,
+    b_enc: Tensor | None,
+    *,
+    margin: tuple[Tensor, Tensor] | None = None,
+    among: Tensor | None = None,
+) -> Marks:
     """Marks the support and the active codes of h_fm [n_features, n_tokens] = W_enc^T x_c^T, which is without the bias.
 
     threshold, b_enc: [n_features]. input_scale: [1] or [n_features], or a number: how far the support reaches below the
     threshold. b_enc: None if h has the bias already.
+    margin: h may be too low by the product of these [n_features] and [n_tokens] float32, and by what its rounding to
+        bfloat16 takes; what may be in the support or active is marked.
+    among: bits like those of `Marks.support`: only their places are looked at, and h may hold anything elsewhere.
     """
     n_features, n_tokens = h_fm.shape
     width, scale = (input_scale, None) if isinstance(input_scale, float) else (0.0, input_scale.detach().contiguous())
@@ -111,7 +138,7 @@ def support_mark(h_fm: Tensor, threshold: Tensor, input_scale: Tensor | float, b
     bias = None if b_enc is None else b_enc.detach().contiguous()
     support = h_fm.new_empty((n_features, triton.cdiv(n_tokens, WORD)), dtype=torch.int32)
     active = h_fm.new_empty((triton.cdiv(n_features, WORD), n_tokens), dtype=torch.int32)
-    tile = mark_tile(h_fm.dtype, n_tokens)
+    tile = mark_tile(h_fm.dtype, n_tokens, screened=margin is not None or among is not None)
     blocks = triton.cdiv(n_features, tile.features)
     split = split_tokens(n_tokens, blocks, tile.lanes)
     partial = h_fm.new_empty((split.count, 2, n_features), dtype=torch.int32)
@@ -121,8 +148,10 @@ def support_mark(h_fm: Tensor, threshold: Tensor, input_scale: Tensor | float, b
     with launching_on(h_fm):
         support_mark_kernel[(blocks, split.count)](
             h_fm, threshold, threshold if scale is None else scale, threshold if bias is None else bias,
+            *((threshold, threshold) if margin is None else margin), support if among is None else among,
             support, active, partial, totals, n_features, n_tokens, support.shape[1], split.tokens,
             int(shapes[1] == own != (1,)), width, HAS_SCALE=scale is not None, HAS_BIAS=bias is not None,
+            SLACK=margin is not None, AMONG=among is not None,
             BLOCK_F=tile.features, BLOCK_N=tile.lanes, STAGES=tile.stages,
             num_warps=tile.warps, num_stages=1,
         )  # fmt: skip

@@ -89,10 +89,11 @@ def support_decode_kernel(
 
 @triton.jit
 def entry_dots_kernel(
-    g, w, tokens, features, offsets, out, n_features, d_in, capacity,
-    BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+    g, w, tokens, features, offsets, out, n_features, n_tokens, d_in, capacity,
+    DENSE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Computes out[e] = g[token] . w[feature]; the programs share the blocks of entries."""
+    """Computes out[e] = g[token] . w[feature], or out[feature, token] if DENSE; the programs share the blocks of
+    entries."""
     total = tl.minimum(tl.load(offsets + n_features), capacity)
     step = tl.num_programs(0).to(tl.int64) * BLOCK_E
     for e0 in range(tl.program_id(0).to(tl.int64) * BLOCK_E, total, step):
@@ -107,7 +108,8 @@ def entry_dots_kernel(
             a = tl.load(g + n[:, None] * d_in + d[None, :], mask=mask, other=0.0).to(tl.float32)
             b = tl.load(w + f[:, None] * d_in + d[None, :], mask=mask, other=0.0).to(tl.float32)
             dots += a * b
-        tl.store(out + e, tl.sum(dots, axis=1), mask=here)
+        at = f * n_tokens + n if DENSE else e
+        tl.store(out + at, tl.sum(dots, axis=1).to(out.dtype.element_ty), mask=here)
 
 
 def support_decode(rows: Rows, W_dec: Tensor, b_dec: Tensor | None, entries: Entries | None = None) -> Tensor:
@@ -177,22 +179,27 @@ def _decode(
         )  # fmt: skip
 
 
-def entry_dots(g: Tensor, W_dec: Tensor, entries: Entries) -> Tensor:
+def entry_dots(g: Tensor, W_dec: Tensor, entries: Entries, *, into: Tensor | None = None) -> Tensor:
     """Computes dL/dz of every entry, [capacity] float32, from g = dL/dx_hat [n_tokens, d_in] and W_dec [n_features,
-    d_in]."""
+    d_in].
+
+    into: contiguous memory [n_features, n_tokens] that receives the dot products, at the entries' places only.
+    """
     n_features, d_in = W_dec.shape
     if g.shape[1] != d_in or len(entries.offsets) != n_features + 1:
         raise ValueError(
             f"g {tuple(g.shape)}, W_dec {tuple(W_dec.shape)} and entries of {len(entries.offsets) - 1} features do "
             "not fit: [n, d_in], [d_sae, d_in] and d_sae are wanted"
         )
-    out = torch.empty_like(entries.values)
+    if into is not None and (into.shape != (n_features, len(g)) or not into.is_contiguous()):
+        raise ValueError(f"into is {tuple(into.shape)}; contiguous memory of [{n_features}, {len(g)}] is wanted")
+    out, room = torch.empty_like(entries.values) if into is None else into, len(entries.values)
     g, W_dec = g.contiguous(), W_dec.contiguous()
-    if out.numel() > 0:
+    if out.numel() > 0 and room > 0:
         tile = dots_tile(d_in)
         with launching_on(out):
-            entry_dots_kernel[(entry_programs(len(out), tile.rows),)](
-                g, W_dec, entries.tokens, entries.features, entries.offsets, out, n_features, d_in, len(out),
-                BLOCK_E=tile.rows, BLOCK_D=tile.columns, num_warps=tile.warps,
+            entry_dots_kernel[(entry_programs(room, tile.rows),)](
+                g, W_dec, entries.tokens, entries.features, entries.offsets, out, n_features, len(g), d_in, room,
+                DENSE=into is not None, BLOCK_E=tile.rows, BLOCK_D=tile.columns, num_warps=tile.warps,
             )  # fmt: skip
     return out

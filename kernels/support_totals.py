@@ -23,7 +23,7 @@ from .support_sums import FeatureSums
 BLOCKS, LEAST = 1024, 64
 """About the largest number of blocks of features, and the smallest number of features in one."""
 COLUMNS, ROWS = 16, 256
-"""Of the second kernel: columns of b_dec's gradient in a program, and rows that it adds up at a time."""
+"""Columns of b_dec's gradient in a program of the second kernel, and rows that it adds up at a time."""
 
 
 class Totals(NamedTuple):

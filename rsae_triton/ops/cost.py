@@ -19,7 +19,7 @@ Teachers and controls (`Step.family`) have two strategies: eager, which is how t
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rsae_triton.common.errors import ConfigError
 from rsae_triton.ops.cost_kernels import (
@@ -102,7 +102,11 @@ def peak_bytes(step: Step, strategy: str, chunk_tokens: int, chunk_features: int
         return 3 * step.codes * e + 4 * rows * e
     if strategy == "sparse":
         # h, bits along tokens and along features, and some 36 bytes for each entry that the lists have room for.
-        return step.codes * (e + 0.25 + 36 * 1.25 * max(step.support, 0.01)) + 4 * rows * max(e, 4)
+        # A screen has the narrow copies and candidates beside; its own h becomes the step's, unless that is float32.
+        screen = 0.0
+        if step.screen:
+            screen = step.screen * (step.weights + rows) + step.codes * (0.37 + (2 if e > 2 else 0))
+        return step.codes * (e + 0.25 + 36 * 1.25 * max(step.support, 0.01)) + 4 * rows * max(e, 4) + screen
     if strategy == "rounds":
         # Autograd keeps some 24 numbers per entry and half a dozen [n_tokens, d_in] tensors for every round.
         return step.codes * step.support * (64 + 96 * step.rounds) + rows * 4 * (4 + 6 * step.rounds)
@@ -191,13 +195,16 @@ def _sparse(step: Step) -> Iterable[Kernel]:
     ranked, active, d_sae = family.endswith("topk"), codes * step.active, step.d_sae
     entries, blocks = active if ranked else codes * step.support, -(-step.d_in // COLUMNS)
     yield Kernel("centred", 0, rows * (4 + e))
-    yield product("product", step)
+    if step.screen:
+        yield from _screened(step)
+    else:
+        yield product("product", step)
     if ranked:
         yield Kernel("rank", 0, codes * e * RANKING + (entries * 12 if family == "topk" else 0))
     if family == "topk":
         yield Kernel("sort", 0, entries * (109 + 2 * SECTOR + 16 * RANKING), launches=11)
     else:
-        yield from _found(step, entries)
+        yield from _found(step, entries, among=entries * PASSED[step.screen] if step.screen else 0.0)
         forward = forward_instructions(step.p, step.q) if family == "rational" else 4
         yield Kernel("gate", 0, entries * (20 + SECTOR), entries * forward)
         # Each of about 1024 programs adds up the counts of those before it.
@@ -235,9 +242,32 @@ def _splits(step: Step) -> int:
     return min(-(-step.n_tokens // 128), -(-PROGRAMS // -(-step.d_sae // 32)))
 
 
-def _found(step: Step, entries: float) -> Iterable[Kernel]:
+PASSED = {1: 1.5, 2: 1.05}
+"""Candidates of a screened product over entries of the support, by its bytes per element: measured on emulated products
+(docs/kernels.md)."""
+
+
+def _screened(step: Step) -> Iterable[Kernel]:
+    """A product in a narrow dtype, and h of its candidates in the step's."""
+    e, s, weights, rows = step.itemsize, step.screen, step.weights, step.n_tokens * step.d_in
+    candidates = step.codes * step.support * PASSED[s]
+    yield Kernel("narrow", 0, (weights + rows) * (e + s), weights + rows, launches=2)
+    yield Kernel("product", 2.0 * weights * step.n_tokens, 2 * step.codes + s * (weights + rows), narrow=s)
+    yield from _found(replace(step, itemsize=2), candidates)
+    gathered = candidates * step.d_in
+    once = (weights + rows) * e
+    yield Kernel("h again", 0, candidates * (8 + SECTOR), 2 * gathered, l2_bytes=gathered * e + weights * e, once=once)
+    yield Kernel("screening, small", 0, 8 * step.d_sae, launches=SCREENING)
+
+
+SCREENING = 7
+"""Launches on a few numbers or one a feature in a step with a screened product, beside those without one."""
+
+
+def _found(step: Step, entries: float, among: float = 0.0) -> Iterable[Kernel]:
     splits, blocks = _splits(step), step.d_sae / 32
-    yield Kernel("mark", 0, step.codes * (step.itemsize + 0.25) + 16 * splits * step.d_sae, step.codes * 8)
+    read = among * SECTOR + step.codes / 8 if among else step.codes * step.itemsize
+    yield Kernel("mark", 0, read + step.codes / 4 + 16 * splits * step.d_sae, step.codes * 8)
     # Each program adds up the counts of those before it.
     before = 2 * blocks * blocks * splits
     yield Kernel("entries", 0, step.codes / 8 + entries * (SECTOR + 12) + (12 + 4 * splits) * step.d_sae + before)

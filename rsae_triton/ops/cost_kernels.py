@@ -33,14 +33,14 @@ class Ceilings:
     generation: int = 9
 
 
-# 2 bytes: bf16; 4 bytes: tf32. Products at 0.68 and bandwidth at 0.9 of the data sheet; instructions at 0.85 of
-# multiprocessors * lanes * boost clock; L2 at 0.9 of 5120 bytes per clock.
+# 1 byte: fp8; 2 bytes: bf16; 4 bytes: tf32. Products at 0.68 and bandwidth at 0.9 of the data sheet; instructions at
+# 0.85 of multiprocessors * lanes * boost clock; L2 at 0.9 of 5120 bytes per clock.
 CEILINGS = {
     ceilings.name: ceilings
     for ceilings in (
         Ceilings("A100", {2: 212e12, 4: 106e12}, 1.8e12, 0.85 * 108 * 64 * 1.41e9, l2=6.5e12, generation=8),
-        Ceilings("H100", {2: 672e12, 4: 336e12}, 3.0e12, 0.85 * 132 * 128 * 1.755e9, l2=8.1e12),
-        Ceilings("H200", {2: 672e12, 4: 336e12}, 4.3e12, 0.85 * 132 * 128 * 1.755e9, l2=8.1e12),
+        Ceilings("H100", {1: 1345e12, 2: 672e12, 4: 336e12}, 3.0e12, 0.85 * 132 * 128 * 1.755e9, l2=8.1e12),
+        Ceilings("H200", {1: 1345e12, 2: 672e12, 4: 336e12}, 4.3e12, 0.85 * 132 * 128 * 1.755e9, l2=8.1e12),
     )
 }
 
@@ -67,8 +67,9 @@ class Step:
     """A step: sizes, the gate, and the bytes per element of x, W, h and z (the gate itself is float32).
 
     active, support: fractions of [n_tokens, d_sae] that are active, and in the support (the entries of a sparse step).
-    rounds: number of rounds of the encoder (for the strategy "rounds"). family: "rational", or a teacher's; with
-    "topk" and "batchtopk" the support is what is active.
+    rounds: number of rounds of the encoder (for the strategy "rounds"). screen: bytes per element of a narrower product
+    that only finds candidates (for the strategy "sparse", see `screening`); 0 for none. family: "rational", or a
+    teacher's; with "topk" and "batchtopk" the support is what is active.
     """
 
     n_tokens: int
@@ -83,6 +84,7 @@ class Step:
     support: float = 0.0042
     rounds: int = 1
     family: str = "rational"
+    screen: int = 0
 
     @property
     def codes(self) -> int:
@@ -109,11 +111,14 @@ class Kernel:
     """Traffic served by the L2 cache: rows of matrices that are gathered repeatedly."""
     once: float = 0.0
     """Bytes of these matrices, which are read into the L2 cache once, beside `bytes`."""
+    narrow: int = 0
+    """Bytes per element of its products, if not those of the step's."""
     tile: tuple[bool, bool] | None = None
     """For a Triton product: whether it is the backward one, and whether there are many coefficients."""
 
     def seconds(self, on: Ceilings, itemsize: int) -> float:
-        rate = on.products.get(itemsize, on.products[min(on.products)])
+        size = self.narrow or itemsize
+        rate = on.products[size if size in on.products else 2]
         if self.tile:
             features, tokens = TILES[on.generation][(2 if itemsize == 2 else 4, *self.tile)]
             # A step along the inner dimension reads features + tokens elements for features * tokens * 2 FLOPs.

@@ -87,6 +87,30 @@ def listed(
     return Code(x_c, weights, entries, z, rows, marks.partial[:, 1])
 
 
+def marked(
+    rows: Tensor, x_c: Tensor, threshold: Tensor, width: Tensor | float, b_enc: Tensor, room: int
+) -> tuple[Tensor, Any]:
+    """Makes the product of rows, W_enc^T [d_sae, d_in], and x_c [n_tokens, d_in]: h [d_sae, n_tokens], without b_enc;
+    and marks its support, where h exceeds threshold - width ([1], [d_sae] or a number).
+
+    If the step's memory has a screen, h holds anything where it is not marked. If there are more candidates than
+    `room`, so many are marked as well.
+    """
+    device, screen = kernels(), current().screen
+    if screen is None:
+        h = torch.mm(rows, x_c.t())
+        return h, device.support_mark(h, threshold, width, b_enc)
+    h, margin = screen.product(rows, x_c)
+    found = device.support_mark(h, threshold, width, b_enc, margin=margin)
+    screen.check(found.support, rows, x_c, threshold, b_enc)
+    candidates = device.list_entries(h, found, room)
+    h = h if h.dtype == x_c.dtype else torch.empty_like(h, dtype=x_c.dtype)
+    device.entry_dots(x_c, rows, candidates, into=h)
+    # The h of candidates that were left out is unknown: then all of them count as support, for which there is no room.
+    width = torch.where(candidates.offsets[-1] > room, torch.inf, width).reshape(-1)
+    return h, device.support_mark(h, threshold, width, b_enc, among=found.support)
+
+
 def run(step: Step, capacity: int | None = None) -> tuple[Tensor, ...]:
     """Computes what `support.run` does: total, mse, l1, l0, counts, x_hat, the number of entries, and the gradients of
     total. The number is a tensor on the GPU; if it exceeds the capacity, none of the results may be used."""
@@ -95,8 +119,7 @@ def run(step: Step, capacity: int | None = None) -> tuple[Tensor, ...]:
     room = capacity_for(len(x) * len(W_dec)) if capacity is None else capacity
     x_c = input_of(step)
     weights = current().cast(W_enc, step.dtype)
-    h = torch.mm(weights.t(), x_c.t())
-    marks = device.support_mark(h, gate.threshold, gate.input_scale, b_enc)
+    h, marks = marked(weights.t(), x_c, gate.threshold, gate.input_scale, b_enc, room)
     flags: dict[str, Any] = {"p": spec.p, "q": spec.q, "identity": spec.amplitude == "identity"}
     code = listed(x_c, weights, h, marks, room, lambda entries, h: device.entry_gate_forward(entries, gate, h, **flags))
     del h

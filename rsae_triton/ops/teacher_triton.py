@@ -19,7 +19,7 @@ from rsae_triton.ops.autoencode import Autoencoded, Computed
 from rsae_triton.ops.backends import kernels
 from rsae_triton.ops.reference import GateSpec, GateTensors
 from rsae_triton.ops.step import Step
-from rsae_triton.ops.support_triton import Code, Slopes, finish, input_of, listed, unit_of
+from rsae_triton.ops.support_triton import Code, Slopes, finish, input_of, listed, marked, unit_of
 from rsae_triton.ops.workspace import current
 
 TIES = 8
@@ -103,11 +103,11 @@ def run(step: Step, kept: Kept, most: int, smallest: Callable[[Tensor], Any]) ->
             h = torch.addmm(b_enc.to(step.dtype).unsqueeze(1), weights.t(), x_c.t())
             floor = _smallest(h, len(x_c) * kept.k)
             above_zero = torch.where(floor > 0, torch.nextafter(floor, torch.zeros_like(floor)), floor)
-            thresholds, bias = above_zero.expand_as(thresholds).contiguous(), None
+            thresholds = above_zero.expand_as(thresholds).contiguous()
+            marks = device.support_mark(h, thresholds, 0.0, None)
         else:
-            h, bias = torch.mm(weights.t(), x_c.t()), b_enc
+            h, marks = marked(weights.t(), x_c, thresholds, kept.width / 2, b_enc, room)
         ranked = h.t().clone() if kept.dead is not None else None  # a copy, because h's memory will hold the codes
-        marks = device.support_mark(h, thresholds, kept.width / 2, bias)
         code = listed(x_c, weights, h, marks, room, lambda entries, h: device.threshold_forward(entries, thresholds, h))
         if kept.ranks == "batch":
             smallest(torch.where(code.short, torch.nan, floor))

@@ -52,12 +52,14 @@ class StepMemory:
     Attributes:
         whole: the caller's promise that the loss itself is differentiated, not a multiple of it, so that gradients need
             not be scaled. made: what the last step knows of its gradients, if it made them on its support on a GPU.
+        screen: how such a step screens its product (`screening.Screen`); None for a whole product.
     """
 
     def __init__(self) -> None:
         self.space = Workspace()
         self.whole = False
         self.made: Made | None = None
+        self.screen: Any = None
         self._copies: dict[int, tuple[int, Tensor]] = {}
         self._norms: dict[int, tuple[int, Tensor]] = {}
         self._spare: list[Tensor] = []

@@ -213,15 +213,17 @@ class Mesh(Alone):
             squares[0 if features > 1 else 1] += terms.squares
         share = zero if terms.share is None else zero + terms.share / (data * features)
         numbers = [terms.mse.double() / features, terms.l0.double(), terms.total.detach().double(), squares[0], share]
+        numbers += [zero, zero] if terms.missed is None else list(terms.missed.double().unbind())
         summed = torch.stack([*numbers, *torch.tensor(flags, dtype=torch.float64, device=zero.device)])
         dist.all_reduce(summed)
         norm = (summed[3] / data + squares[1]).sqrt()
-        mse, l0, total, _, support, *raised = summed.tolist()
+        mse, l0, total, _, support, missed, checked, *raised = summed.tolist()
         grad_norm = float(norm)
         finite = all(map(math.isfinite, (mse, l0, total, grad_norm)))
         flags = [bool(one) for one in raised]
         whole = None if terms.share is None else support
-        return Summed(mse / data, l0 / data, norm.float(), grad_norm, counts, flags, finite, whole)
+        numbers_of_all = (norm.float(), grad_norm, counts, flags, finite, whole, (missed, checked))
+        return Summed(mse / data, l0 / data, *numbers_of_all)
 
     def mean(self, value: Tensor) -> Tensor:
         value = value.clone()

@@ -11,8 +11,11 @@ import torch
 
 from rsae_triton.common.errors import ConfigError
 from rsae_triton.ops.cost import Step, cost, finding_bytes
+from rsae_triton.ops.screening import Screen, screen_for
 from rsae_triton.ops.support_triton import capacity_for
+from rsae_triton.sae.architectures import TopKSAE
 from rsae_triton.sae.base import SparseAutoencoder
+from rsae_triton.sae.batch_topk import BatchTopKSAE
 from rsae_triton.sae.rational import FusedRationalSAE
 
 MODES = ("auto", "saved", "chunked", "streamed", "sparse")
@@ -156,6 +159,15 @@ def plan_memory(
         language=language,
         on_gpu=on_gpu,
     )
+
+
+def screen_of(sae: SparseAutoencoder, plan: MemoryPlan, tokens: int, dtype: torch.dtype) -> Screen:
+    """Returns the screen for the product of sparse steps of so many tokens, made in this dtype; it may be none
+    (`Screen.dtype`)."""
+    ranked = isinstance(sae, TopKSAE | BatchTopKSAE)  # which needs all of h
+    if not plan.on_gpu or plan.exact or plan.support == "never" or ranked:
+        return Screen(None)
+    return screen_for(_step(sae, tokens), dtype, sae.W_dec.device)
 
 
 def cut(step: Step, budget: float | None, memory: str = "auto", *, eager: bool = False) -> MemoryPlan:

@@ -22,7 +22,8 @@ from rsae_triton.training.settings import TrainSettings
 @dataclass
 class Summed:
     """A step's numbers over all processes: mse, l0, the gradient's norm (as tensor and as number), activity counts of
-    this process's features, each flag (True if any process raised it), and the share of the support (see `Losses`)."""
+    this process's features, each flag (True if any process raised it), the share of the support (see `Losses`), and the
+    active entries that a screen missed, and of how many (0 if nothing was checked)."""
 
     mse: float
     l0: float
@@ -32,6 +33,7 @@ class Summed:
     flags: list[bool]
     finite: bool
     share: float | None = None
+    missed: tuple[float, float] = (0.0, 0.0)
 
 
 class Alone:
@@ -78,12 +80,14 @@ class Alone:
         norm = norm if terms.squares is None else (norm.square() + terms.squares).sqrt()
         # A single transfer from the device for all of them.
         later = [terms.share] if isinstance(terms.share, Tensor) else []
-        wanted = (terms.mse, terms.l0, norm, terms.total, *later)
+        checks = [] if terms.missed is None else list(terms.missed.unbind())
+        wanted = (terms.mse, terms.l0, norm, terms.total, *checks, *later)
         numbers = torch.stack([one.detach().double() for one in wanted]).tolist()
         mse, l0, grad_norm, _ = numbers[:4]
         finite = all(map(math.isfinite, numbers[:4]))
-        share = numbers[4] if later else terms.share
-        return Summed(mse, l0, norm, grad_norm, terms.counts, flags, finite, share)  # type: ignore[arg-type]
+        share = numbers[-1] if later else terms.share
+        missed = (numbers[4], numbers[5]) if checks else (0.0, 0.0)
+        return Summed(mse, l0, norm, grad_norm, terms.counts, flags, finite, share, missed)  # type: ignore[arg-type]
 
     def whole_config(self, sae: SparseAutoencoder) -> dict[str, Any]:
         """The configuration of the SAE that `sae` is a part of."""

@@ -232,7 +232,8 @@ class Losses:
     share: the fraction of [n_tokens, d_sae] that the support takes, if the step was sparse; 1 if the support was too
     large for that; None if the step was dense. On a GPU it is a tensor; if the entries did not fit it is infinite, the
     loss is NaN, and the step must be repeated densely. squares: the squared norm of the gradients of W_enc and W_dec
-    (without the radial part, if that is to be removed), if the step computed it.
+    (without the radial part, if that is to be removed), if the step computed it. missed: what a check of its screened
+    product found (`Screen.found`), if there was one.
     """
 
     total: Tensor
@@ -241,6 +242,7 @@ class Losses:
     counts: Tensor
     share: float | Tensor | None = None
     squares: Tensor | None = None
+    missed: Tensor | None = None
 
 
 def losses(

@@ -56,6 +56,7 @@ def restore(run: Run, checkpoints: Checkpoints, steps: list[int]) -> float:
             continue
         run.step, run.controller = info["step"], controller
         run.route.restore(info.get("route"))
+        run.screen.restore(info.get("screen"))
         run.sae.load_state_dict({name[4:]: one for name, one in tensors.items() if name.startswith("sae.")})
         restore_optimizer(run.sae, run.optimizer, tensors)
         run.idle.copy_(tensors["idle"])

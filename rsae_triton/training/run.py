@@ -14,7 +14,7 @@ from rsae_triton.ops.workspace import StepMemory
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.training.checkpoints import Checkpoints
 from rsae_triton.training.language import LanguageLoss
-from rsae_triton.training.memory import MemoryPlan
+from rsae_triton.training.memory import MemoryPlan, screen_of
 from rsae_triton.training.on_entries import probed_share, support_share
 from rsae_triton.training.optimizer import (
     in_one_pass,
@@ -38,7 +38,7 @@ class Run:
             feature was last active. norms: [d_sae, 1], the norms at which the decoder's rows are held, or None.
             language: the KL term.
         together: the processes of the run. identity: of the activations. dtype: the SAE's dtype outside of training.
-            memory: buffers that steps on the CPU reuse.
+            memory: buffers that steps on the CPU reuse. screen: of the product of sparse steps on a GPU.
     """
 
     def __init__(
@@ -55,6 +55,8 @@ class Run:
         self.sae, self.settings, self.recipe, self.plan, self.together = sae, settings, recipe, plan, together
         self.identity, self.dtype, self.step, self.language = identity, dtype, 0, language
         self.memory, self.route = StepMemory(), Route(plan)
+        products = torch.bfloat16 if settings.precision == "bf16" else sae.W_dec.dtype
+        self.screen = screen_of(sae, plan, settings.batch_size // settings.accumulate, products)
         self.memory.whole = settings.accumulate == 1
         self.optimizer = make_optimizer(sae, recipe, settings)
         self.controller: SparsityController | None = None
@@ -116,6 +118,7 @@ class Run:
         if summed.share is not None:
             self.route.saw(summed.share, self.step)
         self.controller.update(summed.l0, ramp)
+        self.screen.saw(*summed.missed, self.step)
         row = {
             "step": self.step,
             "tokens": (self.step + 1) * settings.batch_size,
@@ -126,6 +129,7 @@ class Run:
             "sparse": int(plan.mode == "sparse"),
             "support": max(self.route.share, 0.0),  # share of [n_tokens, d_sae] when it was last measured
             **kl,
+            **self.screen.row(),
             "grad_norm": summed.grad_norm,  # reading the tensor would wait for the optimiser's step
         }
         self.step += 1
@@ -137,7 +141,10 @@ class Run:
     ) -> tuple[Losses, Summed, dict[str, float]]:
         """Computes the loss of x and its gradients on this process, the numbers over all processes, and the language
         loss."""
+        screened = plan.mode == "sparse" and self.screen.starts(self.route.share)
+        self.memory.screen = self.screen if screened else None
         terms = self._differentiate(x, weight, dead, plan)
+        terms.missed = self.screen.found if screened else None
         kl: dict[str, float] = {}
         if self.language is not None and self.language.starts(self.step):
             mse = float(terms.mse)
@@ -263,6 +270,7 @@ class Run:
             "activations": self.identity,
             "controller": None if self.controller is None else self.controller.state(),
             "route": self.route.state(),
+            "screen": self.screen.state(),
             "seconds": seconds,
             **({} if self.language is None else {"language": self.language.state()}),
         }

@@ -79,8 +79,9 @@ class TrainSettings:
     """How a step is computed. saved: in one piece. chunked: cut over tokens. streamed: cut over features. sparse: one
     dense product, the rest for active entries only. auto: sparse where that is faster, else the first that fits."""
     exact: bool = False
-    """Find the active features of sparse steps in float32. Otherwise a CPU with bfloat16 in hardware finds candidates
-    in bfloat16 and computes them again in float32: faster, and the same up to rounding."""
+    """Find the active features of sparse steps in the products' own dtype. Otherwise a narrower product finds
+    candidates, which are computed again: in bfloat16 on a CPU that has it in hardware, the same up to rounding; for a
+    large SAE on a GPU in float8 or bfloat16, where active features that it misses are counted ("missed" in the log)."""
     seed: int = 0
     """Seed of the order of the batches; nothing else is random."""
     deterministic: bool = False

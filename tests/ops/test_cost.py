@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rsae_triton.common.errors import ConfigError
 from rsae_triton.ops import autoencode, reference, support_triton
+from rsae_triton.ops import cost as cost_model
 from rsae_triton.ops import encode as ops
 from rsae_triton.ops import rounds as rounds_ops
 from rsae_triton.ops import step as ops_step
@@ -18,6 +19,7 @@ from rsae_triton.ops.cost import CEILINGS, STRATEGIES, Step, cost, optimizer_sec
 from rsae_triton.ops.cost_kernels import backward_instructions, forward_instructions
 from rsae_triton.ops.pieces import run
 from rsae_triton.ops.reference import GateSpec, GateTensors
+from rsae_triton.ops.screening import Screen
 from rsae_triton.ops.workspace import StepMemory
 
 N, D, F = 256, 2, 1024
@@ -180,7 +182,7 @@ GATHERS = ("support_decode", "entry_dots", "feature_sums", "long_runs", "round_s
 """Kernels that gather rows of matrices; the two-dimensional loads of others are of bits and of h."""
 
 
-def sparse_case(family, rounds):
+def sparse_case(family, rounds, screen=None):
     """A step's loss on the support, by the kernels, and what the model takes for it. The codes have room for all, and
     the optimiser has left the norms of W_dec."""
     from rsae_triton import RationalGate, fit_gate
@@ -211,6 +213,7 @@ def sparse_case(family, rounds):
             sae.b_enc.fill_(-16.0)
 
     memory = StepMemory()
+    memory.screen = screen
     memory.know_norms(sae.W_dec, sae.W_dec.detach().norm(dim=1))
 
     def loss():
@@ -265,3 +268,31 @@ def test_a_sparse_step_moves_and_launches_what_is_counted(family, rounds, monkey
     assert paper.total("bytes") == pytest.approx(others + counted.moved, rel=0.03)
     assert paper.total("launches") == counted.operators + sum(counted.launched.values())
     assert paper.total("flops") == 2 * step.codes * step.d_in
+
+
+def test_a_screen_adds_what_is_counted(monkeypatch):
+    """In bfloat16, whose product the CPU makes as a GPU does; the difference to a whole product, without a check."""
+    monkeypatch.setattr(cost_model, "SECTOR", 4)
+    monkeypatch.setitem(cost_model.PASSED, 2, 1.0)  # of so few, hardly one more passes
+    counts, papers = [], []
+    for narrow in (None, torch.bfloat16):
+        screen = None if narrow is None else Screen(narrow)
+        if screen is not None:
+            screen._steps = 1
+        loss, step = sparse_case("rational", 1, screen)
+        with monkeypatch.context() as patch, Launches(patch) as counted:
+            found = loss()
+        share = 1 / step.codes
+        step = replace(step, active=float(found.counts.sum()) * share, support=float(found.entries) * share,
+                       screen=0 if narrow is None else 2)  # fmt: skip
+        flat = sum(counted.flat.values()) + sum(v for k, v in counted.gathered.items() if k not in GATHERS)
+        flat -= 0 if narrow is None else step.codes * 4 * 31 / 32  # 32 threads that read one word of bits
+        launches = counted.operators + sum(counted.launched.values())
+        counts.append((counted.gathered["entry_dots"], flat + counted.moved, launches))
+        papers.append(cost(step, "sparse"))
+    dots, moved, launches = (b - a for a, b in zip(*counts, strict=True))
+    one, other = papers
+    assert dots == pytest.approx(counts[0][0], rel=0.05)
+    assert other.total("l2_bytes") - one.total("l2_bytes") == pytest.approx(dots / 2 + step.weights * 4, rel=0.06)
+    assert other.total("bytes") - one.total("bytes") == pytest.approx(moved, rel=0.15)
+    assert other.total("launches") - one.total("launches") == pytest.approx(launches, abs=4)

@@ -11,6 +11,7 @@ import rsae_triton as rt
 from rsae_triton import FusedRationalSAE
 from rsae_triton.commands import routes as measure_routes
 from rsae_triton.evaluation.reconstruction import at_l0, measure
+from rsae_triton.ops import screening
 from rsae_triton.ops.workspace import StepMemory
 from rsae_triton.teachers import BatchTopKSAE, JumpReluSAE, ReluSAE, TopKSAE
 
@@ -110,6 +111,25 @@ def test_a_training_step_waits_once(name, activations, cuda):
         waits.append(len(cuda.waits))
     assert waits[1] - waits[0] == 1
     assert on_gpu(trained)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_screened_training_step_waits_once_too(precision, activations, cuda, monkeypatch):
+    """Also where its check is due."""
+    monkeypatch.setattr("rsae_triton.training.run.screen_of", lambda *_: screening.Screen(screening.FLOAT8))
+    monkeypatch.setattr("rsae_triton.training.memory.capacity_for", lambda places: places)
+    monkeypatch.setattr(screening, "EVERY", 1)
+    on_cpu = lambda w, x: (w.rows.float() * w.scales[:, None]) @ (x.rows.float() * x.scales[:, None]).t()  # noqa: E731
+    monkeypatch.setattr(screening, "multiply", lambda w, x: on_cpu(w, x).bfloat16())
+    waits = []
+    for steps in (2, 3):
+        cuda.waits.clear(), cuda.launches.clear()
+        sae = rational().to(GPU)
+        rt.train(sae, activations[:64].to(GPU), **{**QUIET, "steps": steps}, memory="sparse", precision=precision)
+        waits.append(len(cuda.waits))
+        assert cuda.launches.count("narrow_rows_kernel") == 2 * steps
+    assert waits[1] - waits[0] == 1
+    assert on_gpu(sae)
 
 
 @pytest.mark.parametrize("options", [{}, {"dead_after": 32}, {"recipe": "jumprelu-tanh"}], ids=str)

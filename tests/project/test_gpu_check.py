@@ -61,7 +61,7 @@ def test_the_dry_run_finds_all_right(dry_run):
     result = read_result(out / "gpu_check.json")
     assert result["checks"]["machine"] == {"ok": 1}
     assert set(result["checks"]["correct"]) == {"ok"}
-    assert result["checks"]["correct"]["ok"] == 10
+    assert result["checks"]["correct"]["ok"] == 12
     assert result["checks"]["sanitize"] == {"not run": 2}
     assert result["versions"]["torch"] == torch.__version__
     [case] = result["cases"]
@@ -85,7 +85,7 @@ def test_gpu_check_continues_where_it_stopped(bare, dry_run):
     assert run.returncode == 0, run.stdout + run.stderr
     assert lines(out) == before
     result = read_result(out / "gpu_check.json")
-    assert result["checks"]["correct"] == {"ok": 10}
+    assert result["checks"]["correct"] == {"ok": 12}
 
 
 def test_gpu_check_ends_when_its_time_is_up(bare, tmp_path):

@@ -13,6 +13,8 @@ from torch import Tensor
 from gpu.made import GATES, WEIGHT, Case, freeze, make, with_rounds
 from rsae_triton import FusedRationalSAE, kernels, train
 from rsae_triton.ops.runtime import matmul_precision
+from rsae_triton.ops.screening import ALIGNED, FLOAT8, Screen, float8_works
+from rsae_triton.ops.workspace import StepMemory
 
 LIMITS = {"fp32": 1e-3, "bf16": 3e-2}
 """Relative error (of the norm) beside twice eager PyTorch's own in the same dtype."""
@@ -29,6 +31,7 @@ def items(device: torch.device, tiny: bool) -> Iterator[tuple[str, Callable[[], 
                 for way, form, frozen in (
                     ("triton:split", "gated", True), ("triton:split", "direct", False),
                     ("triton:fused", "gated", True), ("triton:fused", "direct", False), ("sparse", "gated", True),
+                    ("screened", "gated", True),
                 ):  # fmt: skip
                     if form == "direct" and (tiny or degree == (12, 12)):
                         continue
@@ -86,9 +89,19 @@ def step(case: Case, device: torch.device, way: str, form: str, frozen: bool, dt
         truth = differentiated(exact, x.double(), "fp32")
         sae.backend = "eager"
         eager = errors(differentiated(sae, x, dtype), truth)
-        sae.backend = "triton:split" if way == "sparse" else way
-        room = {"memory": "sparse", "most_entries": x.shape[0] * case.d_sae} if way == "sparse" else {}
-        return judged(errors(differentiated(sae, x, dtype, **room), truth), eager, dtype)
+        sparse = way in ("sparse", "screened")
+        sae.backend = "triton:split" if sparse else way
+        room = {"memory": "sparse", "most_entries": x.shape[0] * case.d_sae} if sparse else {}
+        memory = StepMemory()
+        aligned = len(x) % ALIGNED == 0 and case.d_in % ALIGNED == 0
+        narrow = FLOAT8 if aligned and float8_works(device) else torch.bfloat16
+        memory.screen = Screen(narrow) if way == "screened" else None
+        with memory:
+            row = judged(errors(differentiated(sae, x, dtype, **room), truth), eager, dtype)
+        if memory.screen is not None:
+            row["screen"] = str(memory.screen.dtype)
+            row["missed"], row["checked"] = memory.screen.found.tolist()
+        return row
 
 
 def refined(case: Case, device: torch.device, dtype: str) -> Row:

@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,10 +18,13 @@ from gpu.bare import ROOT
 from gpu.made import GATES, SHAPES, TINY, WEIGHT, Case, freeze, make, with_rounds
 from rsae_triton import FusedRationalSAE, kernels
 from rsae_triton.ops.cost import CEILINGS, Ceilings, cost, optimizer_seconds
+from rsae_triton.ops.screening import FLOAT8, Screen, float8_works, multiply
+from rsae_triton.ops.workspace import StepMemory
 from rsae_triton.training.optimizer import remove_radial_gradient
 
 FIVE, ONE, TWO = "bare products", "one product", "two rounds"
-WAYS = ("sparse, row optimiser", "sparse", TWO, "split", "fused", "eager")
+SCREENED = "sparse, screened in float8"
+WAYS = ("sparse, row optimiser", "sparse", SCREENED, TWO, "split", "fused", "eager")
 PEERS = {
     "SAELens JumpReLU": ("sae_lens", "saelens"),
     "SAELens TopK": ("sae_lens", "saelens"),
@@ -63,6 +67,9 @@ def ceilings(device: torch.device, tiny: bool) -> Ceilings:
     for dtype in (torch.bfloat16, torch.float32):
         x, w = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
         products[dtype.itemsize] = 2.0 * n**3 / best(lambda x=x, w=w: torch.mm(x, w))
+    if float8_works(device):
+        low = [kernels.narrow_rows(torch.randn(n, n, device=device), FLOAT8) for _ in range(2)]
+        products[1] = 2.0 * n**3 / best(lambda: multiply(*low))
     known = CEILINGS["H200"]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
     return Ceilings(name, products, bandwidth, known.instructions, known.launch, l2=known.l2, measured=True)
@@ -109,7 +116,10 @@ def measured(case: Case, name: str, device: torch.device, on: Ceilings) -> Row:
     way = {"split": "triton:split", "fused": "triton:fused"}.get(name, "triton:split")
     sae.backend = "eager" if name in ("eager", "torch.compile") else way
     sparse = name.startswith("sparse")
-    loss: Callable[[], Tensor] = partial(_loss, sae, x, sparse)
+    screen = Screen(FLOAT8) if name == SCREENED else None
+    if screen is not None and not float8_works(device):
+        return row | {"status": "not run: no float8 products"}
+    loss: Callable[[], Tensor] = partial(_loss, sae, x, sparse, screen)
     if name in ("sparse", TWO):
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
             row["encode_s"] = timed(partial(sae.encode_sparse, x), device, 0.5)["median_s"]
@@ -129,7 +139,8 @@ def measured(case: Case, name: str, device: torch.device, on: Ceilings) -> Row:
     row |= timed(whole, device)
     row["loss_backward_s"] = timed(differentiate, device, 0.5)["median_s"]
     strategy = {"eager": "eager", "torch.compile": "compiled", "split": "split", "fused": "fused", TWO: "rounds"}
-    predicted = cost(case.step(2 if name == TWO else 1), strategy.get(name, "sparse"))
+    step = replace(case.step(2 if name == TWO else 1), screen=0 if screen is None else 1)
+    predicted = cost(step, strategy.get(name, "sparse"))
     # Beside the model's step: the float32 weights' copies in bfloat16.
     row["predicted_loss_backward_s"] = predicted.seconds(on) + 2 * case.step().weights * 6 / on.bandwidth
     row["predicted_s"] = row["predicted_loss_backward_s"] + optimizer_seconds(case.step(), on, rows=rows)
@@ -186,8 +197,10 @@ def _products(sae: FusedRationalSAE, x: Tensor, count: int) -> None:
         torch.mm(z, low)
 
 
-def _loss(sae: FusedRationalSAE, x: Tensor, sparse: bool) -> Tensor:
-    with torch.autocast(x.device.type, torch.bfloat16):
+def _loss(sae: FusedRationalSAE, x: Tensor, sparse: bool, screen: Screen | None = None) -> Tensor:
+    memory = StepMemory()
+    memory.screen = screen
+    with memory, torch.autocast(x.device.type, torch.bfloat16):
         if sparse:
             return sae.autoencode(x, l0_weight=WEIGHT, memory="sparse").total
         if sae.backend != "eager":
