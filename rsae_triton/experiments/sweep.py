@@ -182,6 +182,8 @@ class Cell:
     def identity(self) -> dict[str, Any]:
         """Everything that decides the cell's numbers, as far as this program controls it."""
         plan, sweep = self.plan(), self.sweep
+        usual = sweep.model == EMBEDDED or all(parse_contender(one)[0] == "teacher" for one in sweep.contenders)
+        start = ("the teacher's weight" if self.sparsity != 1 or not plan else "") if usual else "worth of features"
         return {
             "schema": SCHEMA,
             "teacher": self.teacher,
@@ -192,9 +194,8 @@ class Cell:
             **{name: getattr(sweep, name) for name in ("model", "tokens", "steps", "batch_size", "sequences", "split")},
             **{name: value for name, usual in USUAL.items() if (value := getattr(sweep, name)) != usual},
             **({"spliced": list(sweep.spliced)} if sweep.spliced else {}),
-            # The start of older cells did not depend on the teacher's sparsity: they differ but at the usual one.
-            **({"start": "the teacher's weight"} if self.sparsity != 1 or not plan else {}),
-            # Older cells had a ramp whose width did not depend on small codes, which denser codes than usual have.
+            # Older cells had one starting weight for all teachers, and a ramp as wide for small codes as for others.
+            **({"start": start} if start else {}),
             **({"width": "auto"} if self.sparsity > 1 or not plan else {}),
             "text": list(sweep.text),
             "contenders": list(sweep.contenders),
@@ -212,10 +213,9 @@ class Cell:
     @property
     def path(self) -> Path:
         key = key_of(self.identity())[:8]
-        name = Path(self.teacher).name
         level = f"x{self.sparsity:g}-d{self.width}-" if self.plan() else ""
         hook = f"{self.hook}-" if self.hook else ""
-        return self.sweep.out / "cells" / f"{hook}{name}-{level}seed{self.seed}-{key}.json"
+        return self.sweep.out / "cells" / f"{hook}{Path(self.teacher).name}-{level}seed{self.seed}-{key}.json"
 
     @property
     def label(self) -> str:
@@ -228,9 +228,8 @@ class Cell:
 
     def saved(self) -> bool:
         """Whether its SAEs are on disk, if they are asked for. A bound has none, nor has a saved teacher's scratch."""
-        absent = {"pursuit"} if self.plan() else {"pursuit", "scratch"}
-        names = {"teacher", *self.sweep.contenders} - absent if self.sweep.save else set()
-        return all((self.folder / name / CONFIG_FILE).is_file() for name in names)
+        names = {"teacher", *self.sweep.contenders} - {"pursuit", "" if self.plan() else "scratch"}
+        return not self.sweep.save or all((self.folder / name / CONFIG_FILE).is_file() for name in names)
 
     def finished(self) -> bool:
         """Whether its scores are on disk, and its SAEs if they are asked for."""

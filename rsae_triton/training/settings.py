@@ -42,7 +42,8 @@ class TrainSettings:
     steps: int
     """Optimiser steps."""
     recipe: str | Recipe = "auto"
-    """What is minimised: a name of `recipes.RECIPES`, or auto for the one that fits the SAE."""
+    """What is minimised: a name of `recipes.RECIPES`, or auto for the one that fits the SAE. A Rational SAE's
+    sparsity weight starts near what stage 1 found a feature to be worth."""
     target_l0: float | Literal["auto"] | None = "auto"
     """Hold l0 here by steering the sparsity weight (recipes that have one): a number, none for a fixed weight, or auto
     for the teacher's where stage 1 noted it."""

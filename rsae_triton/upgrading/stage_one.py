@@ -34,7 +34,7 @@ from rsae_triton.training.recipes import training_l0
 from rsae_triton.upgrading.asking import ask
 from rsae_triton.upgrading.direct import direct
 from rsae_triton.upgrading.gated import gated
-from rsae_triton.upgrading.sampling import Sample
+from rsae_triton.upgrading.sampling import Sample, worth_of
 from rsae_triton.upgrading.thresholds import Grouping, strength_groups
 
 Making = TypeVar("Making", bound=Callable[..., Any])
@@ -47,7 +47,8 @@ class StageOne:
     form, degree: of the gate. error, lower_bound: of the minimax fit on [-1, 1], and its certificate.
     relative_error: ||z - z_teacher|| / ||z_teacher|| over the sample's codes. initial_relative_error: the same before
     calibration. activity_threshold: of the direct form. teacher_l0, l0: on the sample of n_tokens. train_l0: the l0 at
-    which stage 2 holds the code (`recipes.training_l0`). validation_l0: the teacher's l0 on validation text, if any was
+    which stage 2 holds the code (`recipes.training_l0`). worth: of a feature (`worth_of`), near which the sparsity
+    weight of stage 2 starts; None if it cannot be said. validation_l0: the teacher's l0 on validation text, if any was
     given. All of these describe an encoder of one round. rounds: what further rounds did, also in metadata["rounds"];
     None with one round.
     """
@@ -63,6 +64,7 @@ class StageOne:
     l0: float
     train_l0: float
     n_tokens: int
+    worth: float | None = None
     validation_l0: float | None = None
     rounds: AddedRounds | None = None
 
@@ -263,6 +265,7 @@ def upgrade(
             l0=float((code != 0).sum(1).float().mean()),
             train_l0=training_l0(teacher, teacher_l0),
             n_tokens=len(x),
+            worth=worth_of(teacher, seen),
             **facts,
         )
     if not math.isfinite(report.relative_error):

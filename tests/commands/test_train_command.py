@@ -52,6 +52,19 @@ def test_stage_2_holds_what_stage_1_noted_and_improves_on_it(place, activations,
     assert scores["rsae"].mse < scores["teacher"].mse
 
 
+def test_the_sparsity_weight_starts_at_the_worth_that_stage_1_noted(place, activations):
+    """Where it is far from the recipe's: the command does as `rt.train` does on the SAE in memory."""
+    assert main(words("upgrade teacher --activations STORE --out rational --rounds 1")) == 0
+    rsae = FusedRationalSAE.from_pretrained("rational")
+    rsae.metadata["stage1"]["worth"] /= 1000
+    rsae.save_pretrained("rational")
+    assert main(words("train rational --activations STORE --out run --steps 1 --batch-size 128 --log-every 1")) == 0
+    log = train(rsae, place, steps=1, batch_size=128, log_every=1, progress=False)
+    with open("run/metrics.jsonl") as lines:
+        weight = json.loads(next(lines))["weight"]
+    assert weight == log.weight[0] == pytest.approx(rsae.metadata["stage1"]["worth"] * 16, rel=0.1)
+
+
 def test_rounds_by_command(place, activations, capsys):
     x = 5 * activations
     store_tensor(5 * activations[1000:], "HELD", provenance={"model": "tiny", "hook_name": "blocks.0.mlp"})

@@ -1,6 +1,8 @@
 """Teachers trained here: every family and penalty, the plan that identifies them, and BatchTopK's two modes."""
 
+import copy
 from dataclasses import replace
+from statistics import fmean
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +12,7 @@ from rsae_triton import train, upgrade
 from rsae_triton.common.errors import ConfigError
 from rsae_triton.evaluation import reconstruction
 from rsae_triton.experiments.teach import FAMILIES, TeacherPlan, make_teacher, objective_of, train_teacher
-from rsae_triton.teachers import BatchTopKSAE, JumpReluSAE, load_teacher
+from rsae_triton.teachers import BatchTopKSAE, JumpReluSAE, ReluSAE, TopKSAE, load_teacher
 from rsae_triton.training.recipes import RECIPES, USUAL_L0, recipe_for
 
 QUIET = {"progress": False, "batch_size": 128}
@@ -197,11 +199,53 @@ def test_plans_that_hold_l0_are_plans_of_their_own():
         TeacherPlan("relu", 64, l0=65.0)
 
 
-def test_a_rational_sae_starts_near_the_weight_at_which_its_held_teacher_settled(activations):
-    """On Gemma 3 270M that is a fortieth of the usual one, from which 400 steps do not find back to l0 32."""
-    teacher, _ = make_teacher(TeacherPlan("jumprelu", 64, steps=60, batch_size=128, l0=6.0), Splits(), activations)
-    usual, by_l0 = RECIPES["jumprelu"].weight, (USUAL_L0 / 6) ** 1.5
-    for settled, relative in ((usual / 40, 1 / 10), (usual * by_l0 / 2, by_l0), (usual * by_l0 * 10, by_l0 * 2.5)):
-        teacher.metadata["objective"]["weight"] = settled
-        weight = recipe_for(upgrade(teacher, activations, rounds=1)).weight
-        assert weight == pytest.approx(RECIPES["hard"].weight * relative)
+def test_on_activations_that_vary_little_around_a_large_mean_features_survive(activations):
+    """As on Gemma 3 270M: the usual starting weight is some hundred times too large, and most features died of it."""
+    mean = torch.randn(16, generator=torch.Generator().manual_seed(3))
+    x = 4 * mean / mean.norm() + 0.02 * (activations - activations.mean(0))
+    teacher, _ = train_teacher(TeacherPlan("topk", 64, k=6, steps=250, batch_size=128), x, x.mean(0), progress=False)
+    rsae = upgrade(teacher, x, rounds=1)
+    worth = rsae.metadata["stage1"]["worth"]
+    recipe = recipe_for(rsae)
+    assert recipe.weight == worth < RECIPES["hard"].weight / 100
+    target, ends = rsae.metadata["stage1"]["train_l0"], {}
+    for weight in (RECIPES["hard"].weight, recipe.weight):
+        sae = copy.deepcopy(rsae)
+        log = train(sae, x, steps=120, recipe=replace(recipe, weight=weight), log_every=1, **QUIET)
+        ends[weight] = (fmean(log.l0[-10:]) / target, min(log.l0) / target)
+    assert ends[recipe.weight][0] == pytest.approx(1, abs=0.2)
+    assert ends[recipe.weight][1] > 0.5
+    assert ends[RECIPES["hard"].weight][1] < 0.1
+
+
+def test_where_the_worth_is_near_the_usual_weight_the_usual_one_is_taken(activations):
+    rsae = upgrade(TopKSAE(16, 64, k=6), activations, rounds=1)
+    usual = RECIPES["hard"].weight * (USUAL_L0 / rsae.metadata["stage1"]["teacher_l0"]) ** 1.5
+    for factor, wanted in ((1, usual), (0.4, usual), (2.5, usual), (0.2, 0.2 * usual), (5, 5 * usual)):
+        rsae.metadata["stage1"]["worth"] = factor * usual
+        assert recipe_for(rsae).weight == pytest.approx(wanted)
+    for unknown in (None, "much", 0.0, -1.0, float("nan")):
+        rsae.metadata["stage1"]["worth"] = unknown
+        assert recipe_for(rsae).weight == usual
+
+
+def test_the_worth_of_a_feature_is_what_leaving_out_the_weaker_half_costs():
+    """Two orthonormal features of amplitudes 3 and 1: without the weaker, the error rises by 1 a token."""
+    sae = ReluSAE(2, 2)
+    with torch.no_grad():
+        for weights in (sae.W_enc, sae.W_dec):
+            weights.copy_(torch.eye(2))
+        sae.b_enc.zero_()
+        sae.b_dec.zero_()
+    x = torch.tensor([[3.0, 1.0]]).repeat(300, 1)
+    for factor in (1.0, 1e-3, 1e3):  # the weight is in units of the activations' squared norm
+        assert upgrade(sae, factor * x, rounds=1).metadata["stage1"]["worth"] == pytest.approx(0.1, rel=1e-4)
+
+
+def test_a_teacher_that_was_trained_here_is_trained_on_at_its_own_weight():
+    for family, penalty in (("relu", "l0"), ("jumprelu", "l0"), ("jumprelu", "tanh"), ("topk", "l0")):
+        plan = TeacherPlan(family, 64, weight=0.02, penalty=penalty)
+        sae = plan.untrained(16)
+        sae.metadata["objective"] = plan.identity()
+        assert recipe_for(sae) == plan.recipe()
+    assert recipe_for(JumpReluSAE(16, 64, metadata={"objective": "mine"})) == RECIPES["jumprelu"]
