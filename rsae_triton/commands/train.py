@@ -65,7 +65,7 @@ class Upgrade:
     """Let this language model choose the rounds by its loss: plain, weighed by what it listens to, or none. auto is the
     model that the activations were read from."""
     device: str | None = None
-    """Of that model: cpu or cuda; CUDA where there is one when not given."""
+    """Device of that model: cpu or cuda; CUDA where there is one when not given."""
 
 
 @dataclass(frozen=True, kw_only=True)
