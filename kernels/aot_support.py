@@ -171,7 +171,9 @@ def variants(arch: int) -> Iterator[Variant]:
         if arch >= 90:  # older GPUs have no float8
             yield Variant("narrow_rows", arch, dtype, screen="first")
         yield from (Variant(kernel, arch, dtype, sized=True) for kernel in ("feature_sums", "long_runs"))
-    yield Variant("support_mark", arch, torch.bfloat16, screen="first")
+    for ragged in (False, True):
+        yield Variant("support_mark", arch, torch.bfloat16, ragged=ragged, screen="first")
+    yield Variant("support_mark", arch, torch.float32, ragged=True, screen="second")
     yield from (Variant(kernel, arch, torch.float32, together=True) for kernel in ("feature_sums", "long_runs"))
     yield from (Variant(kernel, arch, torch.float32) for kernel in ALONE)
     for kernel in GATES:

@@ -182,7 +182,7 @@ def mark_tile(dtype: torch.dtype, n_tokens: int, screened: bool = False) -> Poin
     are not aligned have a pointer each, and cannot be loaded ahead.) screened: with a margin, or among candidates,
     which take registers too."""
     if n_tokens % SPECIALISED:
-        return PointwiseTile(features=MARK_FEATURES, lanes=32, vector=1, warps=4)
+        return PointwiseTile(features=MARK_FEATURES, lanes=32, vector=1, warps=8 if screened else 4)
     lanes = 64 if dtype.itemsize == 4 or screened else 128
     return PointwiseTile(features=MARK_FEATURES, lanes=lanes, vector=1, warps=4, stages=2)
 
