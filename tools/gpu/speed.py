@@ -141,8 +141,9 @@ def measured(case: Case, name: str, device: torch.device, on: Ceilings) -> Row:
     strategy = {"eager": "eager", "torch.compile": "compiled", "split": "split", "fused": "fused", TWO: "rounds"}
     step = replace(case.step(2 if name == TWO else 1), screen=0 if screen is None else 1)
     predicted = cost(step, strategy.get(name, "sparse"))
-    # Beside the model's step: the float32 weights' copies in bfloat16.
-    row["predicted_loss_backward_s"] = predicted.seconds(on) + 2 * case.step().weights * 6 / on.bandwidth
+    # Beside the model's step: the float32 weights' copies in bfloat16; in a sparse step also the norms of W_dec's rows.
+    beside = step.weights * (16 if sparse else 12) / on.bandwidth
+    row["predicted_loss_backward_s"] = predicted.seconds(on) + beside
     row["predicted_s"] = row["predicted_loss_backward_s"] + optimizer_seconds(case.step(), on, rows=rows)
     row["predicted_bytes"] = predicted.peak_bytes
     if sparse:
