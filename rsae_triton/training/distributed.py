@@ -73,9 +73,13 @@ def mesh_of(features: int = 1, device: str = "cpu") -> Iterator[Mesh | None]:
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     dist.init_process_group("nccl" if cuda else "gloo")
+    mesh = None
     try:
-        yield Mesh(features, "cuda" if cuda else "cpu")
+        mesh = Mesh(features, "cuda" if cuda else "cpu")
+        yield mesh
     finally:
+        if mesh is not None:
+            mesh.leave()
         dist.destroy_process_group()
 
 
@@ -102,6 +106,15 @@ class Mesh(Alone):
         cuda = device_type == "cuda"
         self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         self._across = Across(self.over_features_, self.features[0] == 0) if features > 1 else None
+
+    def leave(self) -> None:
+        """Lets go of the process groups; the mesh cannot be used any more.
+
+        A group's threads end only when nothing refers to it. If one is at work while Python shuts down, it aborts the
+        process ("terminate called without an active exception").
+        """
+        del self.mesh
+        self._across = None
 
     # -- the parts of an SAE
 

@@ -1,6 +1,8 @@
 """Several processes train as one: the same curve, the same weights, and checkpoints for any number of them."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +13,29 @@ from rsae_triton.commands.train import export
 from rsae_triton.common.errors import ConfigError
 from rsae_triton.sae.sharded import read_sae
 from rsae_triton.training.checkpoints import Checkpoints
-from rsae_triton.training.distributed import Mesh, feature_axes
+from rsae_triton.training.distributed import Mesh, feature_axes, mesh_of
 from rsae_triton.training.processes import Alone
 from rsae_triton.training.recipes import recipe_for
 from rsae_triton.training.settings import TrainSettings
 
 GATED = {"recipe": "hard", "target_l0": 6.0}
+
+
+def threads_of_gloo():
+    names = (Path(f"/proc/self/task/{one}/comm") for one in os.listdir("/proc/self/task"))
+    return sum("gloo" in name.read_text() for name in names if name.exists())
+
+
+def test_no_thread_of_a_process_group_outlives_the_mesh(monkeypatch):
+    """One that was at work while Python shut down aborted the process, after all had been saved."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    before = threads_of_gloo()
+    with mesh_of() as mesh:
+        mesh.barrier()
+        assert threads_of_gloo() > before
+    assert threads_of_gloo() == before
+    assert mesh is not None  # still held here, as by the frames of a caller
 
 
 def whole_of(found, sae):
