@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from rounds_table import ALL_NAMES, FAMILIES
+from rounds_table import ALL_NAMES, FAMILIES, lines_of
 
 from rsae_triton.common.files import make_folder, write_text
-from rsae_triton.report.fronts import interval
+from rsae_triton.report.fronts import interval, student
 
 COMMITTED = Path("benchmarks/results/probing-smollm2.json")
 PAGE = Path("docs/evaluation.md")
+KEYS = ("fraction", "carried", "f1")
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,26 @@ def absorption_table(results: dict[str, dict[str, Any]]) -> str:
     probes = f"{len(f1)} letters; F1 of the probes on the activations {sum(f1) / len(f1):.3f}"
     where = f"`rsae absorption teacher teacher@2 ...`: {meta['model']}, {meta['hook']}; {words}; {probes}."
     return "\n".join([*lines, "", f"{where} {meta['machine']}, torch {meta['torch']}, {meta['date']}."])
+
+
+def absorption_seeds_table(results: dict[str, dict[str, Any]]) -> str:
+    """What a round does to teachers of other seeds, with nothing trained; seed 0 is that of `absorption_table`."""
+    titles = ("teacher", "absorbed, by seed", "+ a round", "difference (95 %)", "carried", "F1 of main")
+    rows = []
+    for family, first in results.items():
+        found = [first, *(json.loads(path.read_text()) for path in _other_seeds(family))]
+        means = [(one["mean"]["teacher"], one["mean"]["teacher@2"]) for one in found]
+        difference = {key: student([after[key] - before[key] for before, after in means]) for key in KEYS}
+        line = [FAMILIES[family], *(", ".join(f"{pair[k]['fraction']:.3f}" for pair in means) for k in (0, 1))]
+        rows.append([*line, *(interval(difference[key], relative=False) for key in KEYS)])
+    note = (
+        f"`rsae absorption teacher teacher@2`, {len(means)} seeds of the teacher, the same words; Student's intervals."
+    )
+    return "\n".join([*lines_of(titles, rows), "", note])
+
+
+def _other_seeds(family: str) -> list[Path]:
+    return sorted(COMMITTED.parent.glob(f"absorption-{family}-seed*.json"))
 
 
 def absorbed() -> dict[str, dict[str, Any]]:

@@ -324,6 +324,7 @@ def tables() -> list[tuple[Path, str, str]]:
         "known-synthsaebench": rounds_table.known_table(read(rounds_table.KNOWN_SYNTHSAEBENCH)),
         "probes": rounds_table.probes_table(rounds_table.probes()),
         "absorption": probing_table.absorption_table(probing_table.absorbed()),
+        "absorption-seeds": probing_table.absorption_seeds_table(probing_table.absorbed()),
         "trained": rounds_table.trained_table(rounds),
         "language": language_table.language_table(read(language_table.LANGUAGE)),
         "places": rounds_table.places_table(places),
