@@ -22,7 +22,8 @@ from rsae_triton.report.fronts import interval, student
 
 COMMITTED = Path("benchmarks/results/probing-smollm2.json")
 PAGE = Path("docs/evaluation.md")
-KEYS = ("fraction", "carried", "f1")
+KEYS = {"fraction": -1, "carried": 1, "f1": 1}
+"""What is shown of absorption, and whether less (-1) or more (1) of it is better."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def absorption_seeds_table(results: dict[str, dict[str, Any]]) -> str:
         means = [(one["mean"]["teacher"], one["mean"]["teacher@2"]) for one in found]
         difference = {key: student([after[key] - before[key] for before, after in means]) for key in KEYS}
         line = [FAMILIES[family], *(", ".join(f"{pair[k]['fraction']:.3f}" for pair in means) for k in (0, 1))]
-        rows.append([*line, *(interval(difference[key], relative=False) for key in KEYS)])
+        rows.append([*line, *(interval(difference[key], relative=False, better=KEYS[key]) for key in KEYS)])
     note = (
         f"`rsae absorption teacher teacher@2`, {len(means)} seeds of the teacher, the same words; Student's intervals."
     )
