@@ -17,7 +17,7 @@ LEAST_VARIANCE = 1e-6
 """Dimensions whose variance is below this share of the mean one count as constant."""
 
 
-class Scores(NamedTuple):
+class CodeScores(NamedTuple):
     """What a code reaches on a sample. unexplained: the error of a dimension of x as a share of its variance, averaged
     over the dimensions (almost constant ones left out). The mse weighs a dimension by its variance; a language model
     may read a small one too."""
@@ -33,7 +33,7 @@ class AddedRounds:
 
     rounds: the number of rounds. a, b, eta: the values that all features start from; None if the SAE had rounds
     already.
-    target_l0: what the thresholds were set for. l0, mse, unexplained (see `Scores`): on the sample of n_tokens.
+    target_l0: what the thresholds were set for. l0, mse, unexplained (see `CodeScores`): on the sample of n_tokens.
     l0_before, mse_before, unexplained_before: of the original SAE on the same sample.
     weighed: whether dimensions have weights. delta_ce: the change of a language model's loss, if one was asked.
     """
@@ -88,7 +88,7 @@ class AddedRounds:
 
 
 @torch.no_grad()
-def scores(sae: SparseAutoencoder, x: Tensor) -> Scores:
+def scores(sae: SparseAutoencoder, x: Tensor) -> CodeScores:
     """The scores of `sae` on x [n, d_in], computed on some rows at a time."""
     active, squares, n = 0.0, torch.zeros(x.shape[1], dtype=torch.float64, device=x.device), max(len(x), 1)
     for rows in x.split(CHUNK):
@@ -96,7 +96,7 @@ def scores(sae: SparseAutoencoder, x: Tensor) -> Scores:
         active += float((z != 0).sum())
         squares += (rows - sae.decode(z, rows)).double().square().sum(0)
     variance = x.double().var(0, correction=0) if len(x) > 1 else torch.zeros_like(squares)
-    return Scores(active / n, float(squares.sum()) / n, unexplained(squares / n, variance))
+    return CodeScores(active / n, float(squares.sum()) / n, unexplained(squares / n, variance))
 
 
 def unexplained(errors: Tensor, variance: Tensor) -> float:

@@ -22,7 +22,7 @@ from rsae_triton.ops.reference import GateTensors
 from rsae_triton.ops.rounds import Walk, candidates
 from rsae_triton.ops.tiles import wide
 from rsae_triton.remez import fit_gate
-from rsae_triton.sae.added import AddedRounds, Scores, scores
+from rsae_triton.sae.added import AddedRounds, CodeScores, scores
 from rsae_triton.sae.architectures import JumpReluSAE, ReluSAE, TopKSAE
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.sae.batch_topk import BatchTopKSAE
@@ -103,7 +103,7 @@ def check_weights(weights: Any, d_in: int) -> Tensor | None:
 
 
 def add_rounds(
-    sae: FusedRationalSAE, rounds: int, x: Tensor, target_l0: float, before: Scores, weights: Tensor | None = None
+    sae: FusedRationalSAE, rounds: int, x: Tensor, target_l0: float, before: CodeScores, weights: Tensor | None = None
 ) -> AddedRounds:
     """Adds rounds to `sae` in place. before: on the same x, of the code to compare with. weights: as in `with_rounds`,
     with mean 1."""
