@@ -166,7 +166,7 @@ class Cell:
         if self.teacher not in FAMILIES:
             return None
         usual = RECIPES[self.teacher].weight
-        # The usual weights were chosen on the embedded model. Elsewhere they give any l0, so l0 itself is held.
+        # The usual weights are for the embedded model; elsewhere l0 itself is held.
         held = min(L0 * self.sparsity, self.width / 4) if usual and self.sweep.model != EMBEDDED else None
         return TeacherPlan(
             family=self.teacher,
