@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from rsae_triton.activations import ActivationStore
 from rsae_triton.common.checks import check_data, check_finite, check_integer, check_number, check_seed, shown
 from rsae_triton.common.errors import ConfigError, NumericsError
 from rsae_triton.ops.encode import resolve_backend
@@ -186,7 +187,8 @@ def upgrade(
         raise ConfigError("thresholds='token' is for the gated form of a TopK teacher; use thresholds='feature'")
     if thresholds == "token" and isinstance(teacher, Transcoder):
         raise ConfigError("thresholds='token' is for SAEs; use thresholds='feature' for a transcoder")
-    if host is not None and (form == "direct" or thresholds == "token" or parse_rounds(rounds) == 1):
+    one_round = form == "direct" or thresholds == "token" or isinstance(teacher, Transcoder)
+    if host is not None and (one_round or parse_rounds(rounds) == 1):
         raise ConfigError("host chooses rounds, and this SAE gets none; leave one of them out")
     check_integer("n_tokens", n_tokens, 1)
     check_seed(seed)
@@ -287,7 +289,8 @@ def upgrade(
         if host is None:
             added = refine(rsae, teacher, held, wanted)
         else:
-            added = refine_for(host, validation if validation is not None else activations, rsae, teacher, held, wanted)
+            store = validation if isinstance(validation, ActivationStore) else activations
+            added = refine_for(host, store, rsae, teacher, held, wanted)
     report = replace(report, rounds=added)
     rsae.metadata["stage1"] = {**asdict(report), "summary": report.summary}
     if added is not None:

@@ -10,6 +10,7 @@ from rsae_triton import dimension_weights, train, upgrade
 from rsae_triton.activations import HostModel, extract, load_corpus
 from rsae_triton.common.errors import ConfigError, NumericsError
 from rsae_triton.evaluation.downstream import Spliced, splice_of
+from rsae_triton.sae.transcoder import ReluTranscoder
 from rsae_triton.teachers import JumpReluSAE
 from rsae_triton.upgrading import asking
 
@@ -135,3 +136,8 @@ def test_a_model_that_chooses_is_run(place, teacher):
             upgrade(teacher, store, host=host, **options)
     with pytest.raises(ConfigError, match="give an ActivationStore"):
         upgrade(teacher, store.tensor(), host=host)
+    transcoder = ReluTranscoder(store.d_in, 96, d_out=store.d_in)
+    with pytest.raises(ConfigError, match="host chooses rounds"):
+        upgrade(transcoder, store.tensor(), targets=store.tensor(), host=host)
+    # sequences are read from a store, whatever the validation text is
+    assert upgrade(teacher, store, host=host, validation=store.tensor(), rounds=2).rounds == 2
