@@ -74,8 +74,8 @@ class Sweep:
     contenders: tuple[str, ...] = ("rsae", "control", "rectangle")
     """What is made of each teacher: rsae, control, rectangle, refined (trained through two rounds), rectangle-refined,
     control-compute (the control, as many seconds as refined took), thresholds, scratch; NAME@N for N untrained rounds
-    on one of these or on the teacher, as in teacher@2, teacher@2w if they weigh dimensions by what the model listens
-    to; pursuit for the bound by matching pursuit."""
+    on one of these or on the teacher, as in teacher@2, NAME@Nw if these weigh dimensions by what the model listens to;
+    pursuit for the bound."""
     model: str = "smollm2"
     """Host model: smollm2, a .gguf file, a model folder, or a hub id."""
     center_writing_weights: bool = False
