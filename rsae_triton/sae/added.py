@@ -83,7 +83,7 @@ class AddedRounds:
     @property
     def asked(self) -> str:
         """What a language model said of these rounds, as text."""
-        how = ", dimensions weighed by what the model listens to" if self.weighed else ""
+        how = ", dimensions weighed" if self.weighed else ""
         return how if self.delta_ce is None else f"{how}, the model's loss {self.delta_ce:+.4f} nats"
 
 

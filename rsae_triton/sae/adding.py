@@ -38,6 +38,8 @@ SEARCHED = 2048
 STEPS = (0.2, 0.1)
 """The changes that are tried on each of them, as long as they help."""
 LIMITS = (-0.5, 1.5)
+LEAST_WEIGHT = 1e-6
+"""The smallest weight of a dimension, as a share of the mean one; a sum in float32 keeps nothing of a smaller one."""
 TRIES = 8
 """Attempts to compensate for codes that the last search makes negative."""
 Starts = tuple[float, float, float]
@@ -99,7 +101,13 @@ def check_weights(weights: Any, d_in: int) -> Tensor | None:
         raise ShapeError(f"weights have shape {tuple(weights.shape)}; give one number per dimension, [d_in={d_in}]")
     if not bool((weights.isfinite() & (weights > 0)).all()):
         raise NumericsError("weights of dimensions must be positive and finite")
-    return weights / weights.mean()
+    relative = (weights.double() / weights.double().mean()).float()
+    if float(relative.min()) < LEAST_WEIGHT:
+        raise NumericsError(
+            f"the smallest weight of a dimension is {float(relative.min()):.1g} of the mean one; it may not be below "
+            f"{LEAST_WEIGHT:g}: use weights.clamp_min(1e-3 * weights.mean())"
+        )
+    return relative
 
 
 def add_rounds(
@@ -108,7 +116,8 @@ def add_rounds(
     """Adds rounds to `sae` in place. before: on the same x, of the code to compare with. weights: as in `with_rounds`,
     with mean 1."""
     had = sae.refinement
-    if had is not None and weights is not None and (had.weights is None or not torch.equal(had.weights.cpu(), weights)):
+    same = had is None or weights is None or (had.weights is not None and torch.allclose(had.weights.cpu(), weights))
+    if not same:
         raise ConfigError(
             "this SAE has rounds already, which weigh dimensions otherwise; begin with with_rounds(1, ...)"
         )

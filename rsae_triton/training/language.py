@@ -18,8 +18,9 @@ from torch import Tensor
 
 from rsae_triton.activations.host import HostModel
 from rsae_triton.activations.store import ActivationStore
-from rsae_triton.common.errors import ConfigError, ShapeError
+from rsae_triton.common.errors import ConfigError
 from rsae_triton.evaluation.downstream import splice_of
+from rsae_triton.evaluation.listening import check_host
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.training.settings import TrainSettings
 
@@ -35,7 +36,7 @@ class LanguageLoss:
         settings: kl_weight, kl_sequences, kl_from and the seed of the order.
 
     Raises:
-        ConfigError: activations without sequences, or a host of another width.
+        ConfigError, ShapeError: activations without sequences, or a host that they were not read from.
     """
 
     def __init__(self, host: HostModel, store: Any, settings: TrainSettings) -> None:
@@ -50,8 +51,7 @@ class LanguageLoss:
         if not len(self.tokens):
             raise ConfigError("the activations' store has no sequence with a token to predict; extract more text")
         self.splice = splice_of(store)
-        if (width := host.hook_width(self.splice.hook_name)) != store.d_in:
-            raise ShapeError(f"the host has width {width} at {self.splice.hook_name}, the activations {store.d_in}")
+        check_host(host, store)
         self.mse: float | None = None
         self.kl: float | None = None
 

@@ -23,14 +23,20 @@ class Asked(NamedTuple):
     gain: float
 
 
-def ask(host: Any, store: Any, teacher: SparseAutoencoder, make: Callable[[Tensor | None], FusedRationalSAE]) -> Asked:
+def ask(
+    host: Any,
+    store: Any,
+    teacher: SparseAutoencoder,
+    make: Callable[[Tensor | None], FusedRationalSAE],
+    scale: float | None = None,
+) -> Asked:
     """Makes the SAE with and without weights, and compares the model's loss on the store's first 16 sequences.
 
     Weighed rounds win if they are better beyond the paired 95 % interval over sequences.
 
     Args:
         host: the model that the activations were read from. store: of activations, best of validation text.
-        make: adds rounds to an SAE, given weights or None.
+        make: adds rounds to an SAE, given weights or None. scale: see `spliced_losses`.
 
     Raises:
         ConfigError, ShapeError, NumericsError: see `dimension_weights`.
@@ -39,7 +45,7 @@ def ask(host: Any, store: Any, teacher: SparseAutoencoder, make: Callable[[Tenso
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="a round changes the mse")  # the model itself is asked here
         plain, weighed = make(None), make(weights)
-    loss = spliced_losses(host, {"teacher": teacher, "plain": plain, "weighed": weighed}, store)
+    loss = spliced_losses(host, {"teacher": teacher, "plain": plain, "weighed": weighed}, store, scale=scale)
     of_teacher, of_plain, of_weighed = (loss[f"sae:{name}"].ce for name in ("teacher", "plain", "weighed"))
     if mean_interval(of_weighed - of_plain).high < 0:
         return Asked(weighed, weights, mean_interval(of_weighed - of_teacher).mean)

@@ -29,7 +29,7 @@ from rsae_triton.sae.rounds import MOST_ROUNDS
 from rsae_triton.sae.sides import side_by_side
 from rsae_triton.sae.topk_rational import TopKRationalSAE
 from rsae_triton.sae.transcoder import NO_ROUNDS, RationalTranscoder, Transcoder
-from rsae_triton.sae.units import in_store_units, scale_of, warn_of_units
+from rsae_triton.sae.units import check_place, in_store_units, scale_of, warn_of_units
 from rsae_triton.teachers import objects
 from rsae_triton.training.recipes import training_l0
 from rsae_triton.upgrading.asking import ask
@@ -278,9 +278,11 @@ def upgrade(
     if teacher_l0 == 0:
         warnings.warn("no feature of the teacher was active on these activations; nothing was compared", stacklevel=4)
     added, held = None, x
+    ours = teacher.units if scale_of(activations) is None else scale_of(activations)
     if validation is not None:
         held = teacher.sides(sample(validation, teacher, n_tokens, seed))[0]
-        ours, theirs = scale_of(activations), scale_of(validation)
+        check_place(teacher, validation, "the teacher", stacklevel=5)
+        theirs = scale_of(validation)
         if ours is not None and theirs is not None:
             held = held * (ours / theirs)
         with torch.no_grad():
@@ -290,7 +292,7 @@ def upgrade(
             added = refine(rsae, teacher, held, wanted)
         else:
             store = validation if isinstance(validation, ActivationStore) else activations
-            added = refine_for(host, store, rsae, teacher, held, wanted)
+            added = refine_for(host, store, rsae, teacher, held, wanted, ours)
     report = replace(report, rounds=added)
     rsae.metadata["stage1"] = {**asdict(report), "summary": report.summary}
     if added is not None:
@@ -322,9 +324,16 @@ def refine(rsae: FusedRationalSAE, teacher: SparseAutoencoder, x: Tensor, rounds
 
 @torch.no_grad()
 def refine_for(
-    host: Any, store: Any, rsae: FusedRationalSAE, teacher: SparseAutoencoder, x: Tensor, rounds: int | None
+    host: Any,
+    store: Any,
+    rsae: FusedRationalSAE,
+    teacher: SparseAutoencoder,
+    x: Tensor,
+    rounds: int | None,
+    scale: float | None,
 ) -> AddedRounds | None:
-    """Like `refine`, but the host says which rounds are best, on the first sequences of the store."""
+    """Like `refine`, but the host says which rounds are best, on the first sequences of the store. scale: the factor on
+    the model's activations that both SAEs read; the store's when None."""
     before = scores(teacher, x)
     if before.l0 == 0:
         return None
@@ -335,7 +344,7 @@ def refine_for(
         facts[id(one)] = add_rounds(one, rounds or 2, x, before.l0, before, weights)
         return one
 
-    chosen = ask(host, store, teacher, made)
+    chosen = ask(host, store, teacher, made, scale)
     if rounds is None and chosen.gain >= 0:
         warnings.warn(
             f"no round was added: with one, the language model's loss is {chosen.gain:.4f} nats higher; rounds=2 adds "

@@ -99,7 +99,7 @@ def test_the_model_chooses_the_rounds(place, teacher, losses, rounds, weighed, m
     host, store = place
     noise = torch.linspace(-1e-3, 1e-3, 8, dtype=torch.float64)
 
-    def spliced(host, codecs, store):
+    def spliced(host, codecs, store, scale):
         assert set(codecs) == set(losses)
         return {f"sae:{name}": Spliced(value + noise, noise) for name, value in losses.items()}
 
@@ -139,5 +139,25 @@ def test_a_model_that_chooses_is_run(place, teacher):
     transcoder = ReluTranscoder(store.d_in, 96, d_out=store.d_in)
     with pytest.raises(ConfigError, match="host chooses rounds"):
         upgrade(transcoder, store.tensor(), targets=store.tensor(), host=host)
+    other = HostModel(host.model, host.tokenizer, "gpt2", default_hook="blocks.2.hook_resid_pre")
+    with pytest.raises(ConfigError, match="the host is gpt2, and the activations were read from tiny"):
+        upgrade(teacher, store, host=other)
     # sequences are read from a store, whatever the validation text is
     assert upgrade(teacher, store, host=host, validation=store.tensor(), rounds=2).rounds == 2
+
+
+@pytest.mark.parametrize("units", ["store", "tensor"])
+def test_a_validation_store_may_have_another_scale(place, teacher, units):
+    host, store = place
+    other = copy.copy(store)
+    other.scale = 10 * store.scale
+    teacher = copy.deepcopy(teacher)
+    teacher.units, teacher.metadata["hook_name"] = store.scale, "blocks.2.hook_resid_pre"
+    own = store if units == "store" else store.tensor()
+    found, same = (upgrade(teacher, own, host=host, validation=one, rounds=2) for one in (other, store))
+    for name in ("delta_ce", "l0", "mse"):
+        assert found.metadata["rounds"][name] == pytest.approx(same.metadata["rounds"][name], rel=1e-3, abs=1e-5)
+    elsewhere = copy.copy(store)
+    elsewhere.manifest = {**store.manifest, "hook_name": "blocks.1.hook_resid_pre"}
+    with pytest.raises(ConfigError, match=r"the activations were read at blocks\.1"):
+        upgrade(teacher, own, validation=elsewhere)

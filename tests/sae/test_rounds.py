@@ -136,6 +136,13 @@ def test_weights_are_saved_kept_by_more_rounds_and_checked(tmp_path):
     assert torch.equal(loaded.encode(X), sae.encode(X))
     assert torch.equal(loaded.with_rounds(4, X, weights=weights).refinement.weights, sae.refinement.weights)
     assert sae.with_rounds(1, X).refinement is None
+    for seed in range(8):  # the mean of weights with mean 1 is not always 1
+        more = torch.rand(32, generator=torch.Generator().manual_seed(seed)) + 0.1
+        made = teacher().with_rounds(2, X[:64], weights=more)
+        assert made.with_rounds(3, X[:64], weights=made.refinement.weights).rounds == 3
+    assert bool(teacher().with_rounds(2, X, weights=torch.full((32,), 1e38))(X).isfinite().all())
+    with pytest.raises(NumericsError, match="smallest weight of a dimension is 3e-08"):
+        teacher().with_rounds(2, X, weights=torch.ones(32).index_fill_(0, torch.tensor([3]), 3e-8))
     with pytest.raises(ConfigError, match="weigh dimensions otherwise"):
         sae.with_rounds(3, X, weights=weights.flip(0))
     with pytest.raises(ShapeError, match="one number per dimension"):
