@@ -38,7 +38,7 @@ from rsae_triton.sae.transcoder import JumpReluTranscoder, ReluTranscoder, TopKT
 from rsae_triton.sae.units import scales_of
 from rsae_triton.teachers import BatchTopKSAE, JumpReluSAE, ReluSAE, TopKSAE, load_teacher
 from rsae_triton.training.loop import TrainLog, train
-from rsae_triton.training.recipes import RECIPES, Recipe, recipe_for
+from rsae_triton.training.recipes import RECIPES, Recipe, own_objective, recipe_for
 
 FAMILIES: dict[str, type[SparseAutoencoder]] = {
     "relu": ReluSAE,
@@ -287,8 +287,8 @@ def pair_splits_for(
 
 def objective_of(sae: SparseAutoencoder) -> Recipe:
     """The recipe to train a teacher on with: that of its own training if known, else its family's."""
-    known = sae.metadata.get("objective")
-    if not isinstance(known, dict):
+    known = own_objective(sae)
+    if not known:
         return recipe_for(sae)
     names = TeacherPlan.__dataclass_fields__
     return TeacherPlan(d_sae=sae.d_sae, **{name: known[name] for name in names if name in known}).recipe()

@@ -92,8 +92,7 @@ def recipe_for(sae: SparseAutoencoder, name: str = "auto") -> Recipe:
     Raises:
         ConfigError: an unknown recipe, or one that this SAE cannot be trained with.
     """
-    own = sae.metadata.get("objective") if name == "auto" and not isinstance(sae, FusedRationalSAE) else None
-    own = own if isinstance(own, Mapping) else {}
+    own = own_objective(sae) if name == "auto" else {}
     if name == "auto":
         if isinstance(sae, TopKRationalSAE):
             name = "topk"
@@ -118,6 +117,20 @@ def recipe_for(sae: SparseAutoencoder, name: str = "auto") -> Recipe:
     if isinstance(sae, FusedRationalSAE) and sae.refinement is not None:
         recipe = replace(recipe, lr_scale=recipe.lr_scale | ROUNDS_LR_SCALE)
     return recipe
+
+
+def own_objective(sae: SparseAutoencoder) -> Mapping[str, Any]:
+    """How a teacher was trained here, as its metadata say; empty for others.
+
+    An SAE that was made of a teacher of another family (`to_jumprelu` of a ReLU teacher's Rational SAE) has that one's
+    metadata, whose weight is of another penalty.
+    """
+    known = sae.metadata.get("objective")
+    if isinstance(sae, FusedRationalSAE) or not isinstance(known, Mapping):
+        return {}
+    family = str(known.get("family")).removesuffix("transcoder").rstrip("_") or "jumprelu"
+    kind = {"relu": ReluSAE, "jumprelu": JumpReluSAE, "topk": TopKSAE, "batchtopk": BatchTopKSAE}.get(family)
+    return known if kind is not None and isinstance(sae, kind) else {}
 
 
 def relative_weight(metadata: Mapping[str, Any]) -> float:

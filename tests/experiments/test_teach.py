@@ -12,6 +12,7 @@ from rsae_triton import train, upgrade
 from rsae_triton.common.errors import ConfigError
 from rsae_triton.evaluation import reconstruction
 from rsae_triton.experiments.teach import FAMILIES, TeacherPlan, make_teacher, objective_of, train_teacher
+from rsae_triton.sae.transcoder import JumpReluTranscoder
 from rsae_triton.teachers import BatchTopKSAE, JumpReluSAE, ReluSAE, TopKSAE, load_teacher
 from rsae_triton.training.recipes import RECIPES, USUAL_L0, recipe_for
 
@@ -119,6 +120,19 @@ def test_bad_plans_are_named():
 def test_an_sae_of_unknown_training_gets_its_familys_objective():
     sae = JumpReluSAE(16, 64)
     assert objective_of(sae) == recipe_for(sae)
+
+
+def test_an_sae_that_was_made_of_another_familys_teacher_does_not_take_its_weight(activations):
+    """The weight of a ReLU's l1 penalty is a hundred times that of an l0 penalty."""
+    relu = ReluSAE(16, 64, generator=torch.Generator().manual_seed(0))
+    relu.metadata["objective"] = {"family": "relu", "weight": 0.08}
+    assert recipe_for(relu).weight == objective_of(relu).weight == 0.08
+    dense, _ = upgrade(relu, activations, rounds=1).to_jumprelu(activations)
+    assert dense.metadata["objective"]["family"] == "relu"
+    assert recipe_for(dense) == objective_of(dense) == RECIPES["jumprelu"]
+    transcoder = JumpReluTranscoder(16, 64, d_out=16)
+    transcoder.metadata["objective"] = {"family": "transcoder", "weight": 0.004}
+    assert recipe_for(transcoder).weight == objective_of(transcoder).weight == 0.004
 
 
 def test_rsae_teach_saves_an_sae_of_the_models_own_units(tmp_path, monkeypatch, capsys, activations):
