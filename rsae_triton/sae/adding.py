@@ -74,7 +74,7 @@ def with_rounds(
 
     Raises:
         ConfigError: this SAE cannot have these rounds, or has rounds already that weigh dimensions otherwise.
-        ShapeError, NumericsError: activations that do not fit or are not finite.
+        ShapeError, NumericsError: activations or weights that do not fit or cannot be used.
     """
     check_seed(seed)
     check_integer("n_tokens", n_tokens, 1)

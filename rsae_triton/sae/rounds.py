@@ -104,7 +104,7 @@ class Refinement(Precise):
 
     def check_values(self) -> None:
         """Raises NumericsError for impossible values."""
-        for name, values in (("unit", self.unit), ("threshold", self.threshold)):
+        for name, values in (("unit", self.unit), ("threshold", self.threshold.detach())):
             if bool((values < 0).any()):
                 raise NumericsError(f"refinement.{name} must not be negative; got {float(values.min()):g}")
         if self.weights is not None and not bool((self.weights > 0).all()):

@@ -154,6 +154,12 @@ def test_weights_are_saved_kept_by_more_rounds_and_checked(tmp_path):
     sae.save_pretrained(tmp_path / "wrong")
     with pytest.raises(NumericsError, match=r"refinement\.weights"):
         FusedRationalSAE.from_pretrained(tmp_path / "wrong")
+    with torch.no_grad():
+        sae.refinement.threshold[0, 3] = -1.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(NumericsError, match=r"refinement\.threshold must not be negative"):
+            sae.refinement.check_values()
 
 
 def test_rounds_set_on_one_sample_help_on_another(two):
