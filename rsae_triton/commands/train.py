@@ -150,6 +150,8 @@ def run_upgrade(config: Upgrade) -> Path:
     parse_coefficients(config.coefficients)
     parse_rounds(config.rounds)
     check_folder(config.out)
+    if config.device is not None and config.model is None:
+        raise ConfigError("--device is that of the language model that chooses the rounds; give --model auto too")
     store, teacher, host = open_store(config), load_sae(config.teacher), None
     if config.model is not None:
         host = host_of(store, None if config.model == "auto" else config.model, config.device)

@@ -87,6 +87,8 @@ def test_rounds_by_command(place, activations, capsys):
     assert FusedRationalSAE.from_pretrained("through/sae").rounds == 3
     assert main(words("upgrade teacher --activations STORE --out one --rounds 0")) == 2
     assert "rounds is 0" in capsys.readouterr().err
+    assert main(words("upgrade teacher --activations STORE --out one --device cpu")) == 2
+    assert "give --model auto too" in capsys.readouterr().err
 
 
 def test_coefficients_and_thresholds_by_command(place, activations):
