@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rsae_triton.common.errors import NumericsError
+from rsae_triton.ops.screening import Screen
 from rsae_triton.ops.workspace import StepMemory
 from rsae_triton.sae.base import SparseAutoencoder
 from rsae_triton.training.checkpoints import Checkpoints
@@ -56,7 +57,9 @@ class Run:
         self.identity, self.dtype, self.step, self.language = identity, dtype, 0, language
         self.memory, self.route = StepMemory(), Route(plan)
         products = torch.bfloat16 if settings.precision == "bf16" else sae.W_dec.dtype
-        self.screen = screen_of(sae, plan, settings.batch_size // settings.accumulate, products)
+        # A float8 product takes multiples of 16 tokens, so pieces of unequal sizes are not screened.
+        tokens, rest = divmod(settings.batch_size // together.data[1], settings.accumulate)
+        self.screen = Screen(None) if rest else screen_of(sae, plan, tokens, products)
         self.memory.whole = settings.accumulate == 1
         self.optimizer = make_optimizer(sae, recipe, settings)
         self.controller: SparsityController | None = None

@@ -19,6 +19,11 @@ from rsae_triton.ops.screening import FLOAT8, Screen
 from rsae_triton.ops.step import Step
 from rsae_triton.ops.workspace import StepMemory
 from rsae_triton.teachers import JumpReluSAE
+from rsae_triton.training.memory import plan_memory
+from rsae_triton.training.processes import Alone
+from rsae_triton.training.recipes import recipe_for
+from rsae_triton.training.run import Run
+from rsae_triton.training.settings import TrainSettings
 
 NARROW = [FLOAT8, torch.bfloat16]
 
@@ -302,3 +307,18 @@ def test_a_run_resumes_with_its_margin(device, monkeypatch, tmp_path):
     monkeypatch.setattr(Screen, "restore", lambda own, state: restore(own, state) or seen.append(own.state()))
     trained("rational", device, monkeypatch, FLOAT8, **options, resume=True)
     assert [(one["sigmas"], one["steps"], one["off"]) for one in seen] == [(-80.0, 1, False)]
+
+
+@pytest.mark.parametrize(("batch", "accumulate", "processes", "tokens"), [
+    (32, 1, 1, [32]), (48, 3, 1, [16]), (49, 3, 1, []), (64, 2, 2, [16]), (40, 1, 5, [8]),
+])  # fmt: skip
+def test_it_is_planned_for_the_pieces_that_a_process_multiplies(batch, accumulate, processes, tokens, monkeypatch):
+    """A float8 product of a number of tokens that 16 does not divide is an error on a GPU."""
+    seen = []
+    monkeypatch.setattr("rsae_triton.training.run.screen_of", lambda _, __, n, ___: seen.append(n) or Screen(None))
+    sae, _ = sae_and_tokens("jumprelu")
+    settings = TrainSettings(steps=1, batch_size=batch, accumulate=accumulate)
+    together = Alone()
+    together.data = (0, processes)
+    Run(sae, settings, recipe_for(sae), plan_memory(sae, 8, "saved"), together, "", torch.float32)
+    assert seen == tokens
