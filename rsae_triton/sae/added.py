@@ -84,7 +84,7 @@ class AddedRounds:
     def asked(self) -> str:
         """What a language model said of these rounds, as text."""
         how = ", dimensions weighed" if self.weighed else ""
-        return how if self.delta_ce is None else f"{how}, the model's loss {self.delta_ce:+.4f} nats"
+        return how if self.delta_ce is None else f"{how}, the model's loss {self.delta_ce:+.4f} nats from the teacher's"
 
 
 @torch.no_grad()

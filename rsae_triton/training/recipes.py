@@ -156,9 +156,9 @@ def relative_weight(metadata: Mapping[str, Any]) -> float:
 def start_near_worth(weight: float, metadata: Mapping[str, Any]) -> float:
     """Returns `weight`, or what stage 1 found a feature to be worth (`StageOne.worth`) if that is far from it.
 
-    Training settles at 0.4 to 0.8 of that worth, on every model measured. The recipe's weight does too on models like
-    the one it was chosen on; but where activations vary little around a large mean it may be 40 times too large, and
-    then most features die before the weight has found its way back.
+    Training settles somewhat below that worth. The recipe's weight is near it on models like the one it was chosen on;
+    but where activations vary little around a large mean it is many times too large, and then most features die before
+    the weight has found its way back (docs/experiments.md).
     """
     stage1 = metadata.get("stage1")
     worth = stage1.get("worth") if isinstance(stage1, Mapping) else None

@@ -335,8 +335,8 @@ def refine_for(
     """Like `refine`, but the host says which rounds are best, on the first sequences of the store. scale: the factor on
     the model's activations that both SAEs read; the store's when None."""
     before = scores(teacher, x)
-    if before.l0 == 0:
-        return None
+    if before.l0 == 0:  # there is nothing to choose by
+        return refine(rsae, teacher, x, rounds)
     facts: dict[int, AddedRounds] = {}
 
     def made(weights: Tensor | None) -> FusedRationalSAE:
