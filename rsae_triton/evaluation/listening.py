@@ -28,7 +28,8 @@ def dimension_weights(host: HostModel, activations: ActivationStore, *, n_sequen
     """Returns how much an error in each dimension of the activations costs the language model, for `with_rounds`.
 
     It is the root mean square, over tokens, of the gradient of the model's loss (nats, of all later predictions) with
-    respect to the activation. One backward pass through the layers above; nothing is trained.
+    respect to the activation; tokens whose norm exceeds the store's limit count too. One backward pass through the
+    layers above; nothing is trained.
 
     Args:
         host: the model that the activations were read from. activations: their store; its first sequences are read.

@@ -257,7 +257,7 @@ def measure(
         **{name: value / len(x) for name, value in total.items()},
         mse=mse,
         fvu=mse / variance if variance > 0 else float("nan"),
-        fvu_by_dimension=unexplained(errors / len(x), by_dimension),
+        fvu_by_dimension=unexplained(errors / len(x), by_dimension) if variance > 0 else float("nan"),
         alive_fraction=float((frequency > 0).double().mean()),
         n_tokens=len(x),
         dead_features=int((frequency == 0).sum()),

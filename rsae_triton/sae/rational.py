@@ -94,6 +94,8 @@ class FusedRationalSAE(SparseAutoencoder):
             raise ConfigError(f"the gate has d_sae={gate.d_sae}, the SAE d_sae={d_sae}; they must agree")
         self.gate = gate.to(device) if device is not None else gate
         check_rounds(rounds, self.gate.spec())
+        if weighed and rounds == 1:
+            raise ConfigError("weighed=True is for further rounds, and there are none: give rounds=2 or more")
         self.refinement = self._refinement(rounds, torch.ones(d_in) if weighed else None) if rounds > 1 else None
         self.backend = backend
         resolve_backend(backend if backend != "triton" else "auto", self.W_enc.device, dtype)

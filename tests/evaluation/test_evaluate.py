@@ -34,6 +34,9 @@ def test_scores_are_their_definitions(sae, activations):
     assert score.fvu == pytest.approx(float(mse / variance), rel=1e-5)
     share = (activations - x_hat).double().square().mean(0) / activations.double().var(0, correction=0)
     assert score.fvu_by_dimension == pytest.approx(float(share.mean()), rel=1e-5)
+    alone = reconstruction(sae, activations[:1])  # nothing varies, so that no share of the variance exists
+    assert alone.fvu != alone.fvu
+    assert alone.fvu_by_dimension != alone.fvu_by_dimension
     assert score.l0 == pytest.approx(float((z != 0).sum(1).float().mean()))
     assert score.l1 == pytest.approx(float((z.abs() * sae.W_dec.norm(dim=1)).sum(1).mean()), rel=1e-5)
     assert score.alive_fraction == pytest.approx(float((z != 0).any(0).float().mean()))

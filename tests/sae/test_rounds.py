@@ -127,6 +127,11 @@ def test_weights_of_dimensions_are_a_scaling_of_them():
     assert "dimensions weighed" in ones.metadata["rounds"]["summary"]
 
 
+def test_weights_without_a_further_round_are_an_error():
+    with pytest.raises(ConfigError, match="give rounds=2"):
+        FusedRationalSAE(8, 16, form="gated", weighed=True)
+
+
 def test_weights_are_saved_kept_by_more_rounds_and_checked(tmp_path):
     weights = torch.linspace(0.2, 3, 32)
     sae = teacher().with_rounds(2, X, weights=weights)
