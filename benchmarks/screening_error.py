@@ -49,7 +49,7 @@ def report(sae: FusedRationalSAE, x: Tensor, sigmas: tuple[float, ...]) -> None:
     h = x_c @ weights.t()
     theta = sae.gate.threshold - sae.b_enc
     low = theta - sae.gate.input_scale
-    rounding = ROUNDING * (sae.gate.threshold.abs() + sae.gate.input_scale + sae.b_enc.abs())
+    rounding = ROUNDING.value * (sae.gate.threshold.abs() + sae.gate.input_scale + sae.b_enc.abs())
     support, active = h > low, h > theta
     print(
         f"d_sae {sae.d_sae}, l0 {active.sum() / len(x):.1f}, {support.sum() / active.sum():.2f} entries for each, "
